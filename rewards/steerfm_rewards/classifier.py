@@ -1,0 +1,103 @@
+"""Log-probability of a class under a shipped classifier, and under a second one that is kept for judging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from steerfm import zoo
+from steerfm.flowmap import build_network, label_index, load_into, read_weights
+from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm_rewards.checks import check_pictures
+
+
+def load_classifier(model: str | Path = "fashion-classifier") -> tuple[nn.Module, tuple[str, ...]]:
+    """A classifier, frozen and in evaluation mode, and the names of its classes.
+
+    The network maps pictures (b, c, h, w) in [0, 1] to logits (b, classes); ``features(pictures)`` gives
+    (b, num_features).
+
+    Args:
+        model: a name of the zoo, or a path to a ``.safetensors`` file with its ``.json`` beside.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown, missing, corrupt or not a classifier.
+    """
+    network, class_names, _ = _load(model)
+    return network, class_names
+
+
+class Classifier(Reward):
+    """Log-probability of a class: log p(class | picture), by a small residual network trained on Fashion-MNIST.
+
+    Unit: nats, up to 0 (certain). Gradient: yes, through the network. Pictures: 28 x 28, grey, as it was trained on.
+
+    Args:
+        target: class by name (any case) or index; None for the class that each picture was conditioned on, its label.
+        model: a classifier of the zoo, or a path to one of your own.
+
+    >>> steerfm.reward("classifier", target="Bag")
+    """
+
+    name, unit, range = "classifier", "log-probability (nats)", (-float("inf"), 0.0)
+
+    def __init__(self, target: str | int | None = None, model: str | Path = "fashion-classifier") -> None:
+        super().__init__()
+        self.network, self.class_names, self.shape = _load(model)
+        self.target = None if target is None else label_index(target, self.class_names)
+        if target is None:
+            self.needs = frozenset({"labels"})
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, c, h, w) and, without a target, labels (b,) -> (b,)."""
+        check_pictures(self.name, images)
+        if images.shape[1:] != self.shape:
+            c, h, w = self.shape
+            raise RewardError(
+                f"reward {self.name!r} takes pictures of {c} x {h} x {w} (channels, height, width), "
+                f"got {tuple(images.shape[1:])}: use a model of such pictures, or model= for another classifier"
+            )
+        weight = next(self.network.parameters())
+        if weight.device != images.device:
+            self.network.to(images.device)
+        log_p = self.network(images.to(weight.dtype)).log_softmax(1)
+        if self.target is not None:
+            return log_p[:, self.target]
+        assert labels is not None  # self.needs
+        labels = labels.to(images.device)
+        if not bool(((labels >= 0) & (labels < log_p.shape[1])).all()):
+            raise RewardError(
+                f"reward {self.name!r} got a label outside 0..{log_p.shape[1] - 1}: "
+                "condition on a class, or pass target="
+            )
+        return log_p.gather(1, labels.long().unsqueeze(1)).squeeze(1)
+
+
+class Judge(Classifier):
+    """Log-probability of a class under a held-out classifier: another architecture, seed and augmentation.
+
+    Only for judging what another reward has optimised: never optimise it, or there is nothing left to tell a better
+    picture from a fooled classifier. Unit, range, gradient and pictures as `Classifier`.
+
+    Args:
+        target: class by name (any case) or index; None for each picture's label.
+        model: a classifier of the zoo, or a path to one of your own.
+
+    >>> steerfm.reward("judge", target="Bag")
+    """
+
+    name = "judge"
+
+    def __init__(self, target: str | int | None = None, model: str | Path = "fashion-judge") -> None:
+        super().__init__(target, model)
+
+
+def _load(model: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple[int, ...]]:
+    """Network, class names and the shape (c, h, w) of its pictures: the JSON's, or else that of Fashion-MNIST."""
+    path = zoo.find(model)
+    head, weights = read_weights(path, kind="classifier")
+    network = build_network(head["network"])
+    load_into(network, weights, path)
+    network.eval().requires_grad_(False)
+    return network, tuple(head["class_names"]), tuple(head.get("shape", (1, 28, 28)))

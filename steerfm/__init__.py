@@ -1,0 +1,65 @@
+"""steerfm: reward-guided steering and fine-tuning of flow maps.
+
+>>> import steerfm
+>>> fm = steerfm.load("fashion")
+>>> rw = steerfm.reward("classifier", target="Bag")
+>>> res = steerfm.steer(fm, rw, steerfm.FeynmanKac(particles=16, steps=8), n=4, seeds=0, strength=5.0)
+>>> res.best().shape
+torch.Size([4, 1, 28, 28])
+"""
+
+from steerfm.closed_form import GaussianMixture
+from steerfm.cost import Cost, Ledger
+from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
+from steerfm.interpolant import Interpolant, Trigonometric
+from steerfm.rewards import Reward, RewardError, reward
+from steerfm.sampling import Diffuse, Renoise, sample
+from steerfm.steering import (
+    DPS,
+    FMRGE,
+    FMRGJ,
+    BestOfN,
+    Denoise,
+    EndpointAscent,
+    EndpointGradient,
+    FeynmanKac,
+    Jump,
+    MapGradient,
+    Steering,
+    SteeringResult,
+    steer,
+)
+from steerfm.zoo import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPS",
+    "FMRGE",
+    "FMRGJ",
+    "BestOfN",
+    "Cost",
+    "Denoise",
+    "Diffuse",
+    "EndpointAscent",
+    "EndpointGradient",
+    "FeynmanKac",
+    "FlowMap",
+    "GaussianMixture",
+    "Guided",
+    "Interpolant",
+    "Jump",
+    "Ledger",
+    "MapGradient",
+    "NeuralFlowMap",
+    "Renoise",
+    "Reward",
+    "RewardError",
+    "Steering",
+    "SteeringResult",
+    "Trigonometric",
+    "load",
+    "reward",
+    "sample",
+    "steer",
+]  # fmt: skip

@@ -1,0 +1,104 @@
+"""The ledger: what a run costs, counted where it happens.
+
+>>> with Ledger() as ledger:
+...     samples = steerfm.sample(flow_map, n=64, steps=4)
+>>> ledger.cost.forwards                      # 256: summed over samples, so that batch sizes do not matter
+256
+
+`FlowMap` and `Reward` report to the active ledger themselves, so a user's own look-ahead or method is counted too.
+"""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar, Token
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Cost:
+    """Counts are summed over samples: 64 particles, one call each, are 64 forwards.
+
+    Attributes:
+        forwards, backwards: network evaluations and network backward passes.
+        reward_calls, reward_backwards: reward evaluations and reward backward passes.
+        decodes: conversions from model space to pictures.
+        seconds: wall time.
+        peak_bytes: peak memory of the accelerator, or of the process where there is none.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    reward_calls: int = 0
+    reward_backwards: int = 0
+    decodes: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Cost(**total | {"peak_bytes": max(self.peak_bytes, other.peak_bytes)})
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+_active: ContextVar[Ledger | None] = ContextVar("steerfm_ledger", default=None)
+
+
+class Ledger:
+    """Context manager that collects the `Cost` of everything inside it; ledgers nest, and the outer one sees all."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+        self._parent: Ledger | None = None
+        self._token: Token[Ledger | None] | None = None
+
+    def __enter__(self) -> Ledger:
+        self._parent = _active.get()
+        self._token = _active.set(self)
+        self._started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cost.seconds += time.perf_counter() - self._started
+        self.cost.peak_bytes = max(self.cost.peak_bytes, _peak_bytes())
+        if self._token is not None:
+            _active.reset(self._token)
+
+    def add(self, name: str, amount: int) -> None:
+        setattr(self.cost, name, getattr(self.cost, name) + amount)
+        if self._parent is not None:
+            self._parent.add(name, amount)
+
+
+def count(name: str, amount: int) -> None:
+    """Add ``amount`` to the field ``name`` of the active ledger; nothing happens outside a ledger."""
+    ledger = _active.get()
+    if ledger is not None:
+        ledger.add(name, amount)
+
+
+def count_backward(name: str, amount: int, output: Tensor) -> None:
+    """Count ``amount`` when a backward pass reaches ``output``; free where no graph is kept.
+
+    The ledger is looked up now, since on an accelerator the backward pass runs in another thread.
+    """
+    ledger = _active.get()
+    if ledger is not None and output.requires_grad:
+        output.register_hook(lambda _: ledger.add(name, amount))
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

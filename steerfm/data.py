@@ -1,0 +1,126 @@
+"""LightningDataModules. Data are never shipped: loaders read what a package installs, and say the command when it is missing."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+FASHION_CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+class TensorBatches(Dataset):
+    """Pictures (n, c, h, w) uint8 and labels (n,), indexed by whole batches: no per-sample collation.
+
+    Args:
+        augment: shift by up to this many pixels and mirror half of the pictures, each batch anew.
+    """
+
+    def __init__(self, pictures: Tensor, labels: Tensor, augment: int = 0) -> None:
+        self.pictures, self.labels, self.augment = pictures, labels, augment
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
+        """(pictures float in [0, 1], labels) of a batch of indices."""
+        rows = torch.as_tensor(index)
+        pictures = self.pictures[rows].float() / 255
+        if self.augment:
+            pictures = _shift_and_mirror(pictures, self.augment, torch.Generator().manual_seed(int(rows.sum())))
+        return pictures, self.labels[rows]
+
+
+class FashionMnist(L.LightningDataModule):
+    """Fashion-MNIST: 60,000 training and 10,000 test pictures, 28 x 28 grey, 10 classes (Xiao et al. 1708.07747, MIT).
+
+    Read from the Debian package ``dataset-fashion-mnist``, from ``root``, or fetched by torchvision where there is a network.
+
+    Args:
+        batch_size: rows per training batch.
+        root: folder with the four idx .gz files; default: where the Debian package puts them, or $STEERFM_DATA/fashion-mnist.
+        augment: pixels of random shift (with mirroring); 0 for none.
+        seed: order of the training batches.
+    """
+
+    class_names = FASHION_CLASSES
+    shape = (1, 28, 28)
+    licence = "MIT (Zalando SE)"
+
+    def __init__(self, batch_size: int = 128, root: str | None = None, augment: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.root, self.augment, self.seed = batch_size, root, augment, seed
+
+    def setup(self, stage: str | None = None) -> None:
+        self.train, self.test = (fashion_mnist(split, self.root) for split in ("train", "test"))
+
+    def train_dataloader(self) -> DataLoader:
+        order = RandomSampler(self.train[1], generator=torch.Generator().manual_seed(self.seed))
+        batches = BatchSampler(order, self.batch_size, drop_last=True)
+        return DataLoader(TensorBatches(*self.train, augment=self.augment), sampler=batches, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        batches = BatchSampler(SequentialSampler(self.test[1]), 500, drop_last=False)
+        return DataLoader(TensorBatches(*self.test), sampler=batches, batch_size=None)
+
+
+DATA: dict[str, type[FashionMnist]] = {"fashion": FashionMnist}
+"""Data sets by the name that configurations use."""
+
+
+def fashion_mnist(split: str, root: str | None = None) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 1, 28, 28) uint8 and labels (n,) int64 of the split ``train`` or ``test``.
+
+    Raises:
+        FileNotFoundError: naming the two ways to install the data.
+    """
+    prefix = {"train": "train", "test": "t10k"}[split]
+    names = [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
+    cache = Path(os.environ.get("STEERFM_DATA", Path.home() / ".cache" / "steerfm"))
+    folders = [Path(root)] if root else [Path("/usr/share/datasets/fashion-mnist"), cache / "FashionMNIST" / "raw"]
+    for folder in folders:
+        if all((folder / name).is_file() for name in names):
+            pictures, labels = (_read_idx(folder / name) for name in names)
+            return pictures.unsqueeze(1), labels.long()
+    if not root:
+        try:
+            from torchvision.datasets import FashionMNIST
+
+            FashionMNIST(str(cache), train=split == "train", download=True)
+            return fashion_mnist(split, str(cache / "FashionMNIST" / "raw"))
+        except (ImportError, OSError, RuntimeError):
+            pass
+    where = ", ".join(str(folder) for folder in folders)
+    raise FileNotFoundError(
+        f"Fashion-MNIST not found in {where}: run 'apt-get install dataset-fashion-mnist', "
+        "or set data.root to the folder with the four .gz files"
+    )
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The idx format: two zero bytes, a type byte, the number of axes, the big-endian sizes, then the bytes."""
+    raw = gzip.decompress(path.read_bytes())
+    axes = raw[3]
+    sizes = np.frombuffer(raw, ">u4", count=axes, offset=4)
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(sizes.astype(int)).copy())
+
+
+def _shift_and_mirror(pictures: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Shift each picture by up to ``pixels`` in both directions and mirror half of them."""
+    b, _, h, w = pictures.shape
+    padded = F.pad(pictures, (pixels,) * 4)
+    dx, dy = torch.randint(0, 2 * pixels + 1, (2, b), generator=generator)
+    rows = dy[:, None] + torch.arange(h)
+    columns = dx[:, None] + torch.arange(w)
+    mirror = torch.rand(b, generator=generator) < 0.5
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,363 @@
+"""FlowMap: a network that jumps between any two times of a diffusion path.
+
+    X_{s,t}(x) = x + (t - s) u(x, s, t),      velocity b(x, t) = u(x, t, t),      look-ahead X_{t,1}(x)
+
+(Boffi et al. 2406.07507, 2505.18825). Subclasses write one method, `average_velocity`; times are broadcast, calls are
+counted and the derived quantities are defined here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from steerfm.cost import count, count_backward
+from steerfm.interpolant import Interpolant, Trigonometric, expand_time
+from steerfm.networks import NETWORKS
+
+Condition = Union[Tensor, Mapping[str, Tensor], None]
+"""One row per output (labels, embeddings), a dictionary of such tensors, or None for no condition."""
+
+INTERPOLANTS: dict[str, type[Interpolant]] = {"linear": Interpolant, "trigonometric": Trigonometric}
+
+
+def map_condition(function: Callable[[Tensor], Tensor], cond: Condition) -> Condition:
+    """Apply ``function`` to the tensors of a condition (repeat, index, move), whatever its form."""
+    if cond is None or isinstance(cond, Tensor):
+        return None if cond is None else function(cond)
+    return {name: function(value) for name, value in cond.items()}
+
+
+class FlowMap(nn.Module):
+    """A flow map; see the module's first lines for the convention.
+
+    Attributes:
+        shape: shape of one sample in model space.
+        interpolant: the path that the map belongs to.
+        class_names: names of the labels that ``cond`` may hold, in order; empty where there are none.
+        evaluations: network evaluations per call (2 under classifier-free guidance), for the ledger.
+    """
+
+    shape: tuple[int, ...]
+    evaluations: int = 1
+
+    def __init__(
+        self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(int(size) for size in shape)
+        self.interpolant = interpolant or Interpolant()
+        self.class_names = tuple(class_names)
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The hook that subclasses write: u(x, s, t), with x (b, *shape), s and t (b,). Returns (b, *shape)."""
+        raise NotImplementedError
+
+    # --- jumps ---------------------------------------------------------------------------------------------------
+    def jump(self, x: Tensor, s: float | Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
+        """X_{s,t}(x): (b, *shape) -> (b, *shape). Times are floats or (b,); exactly x where s = t."""
+        if isinstance(s, float | int) and isinstance(t, float | int) and s == t:
+            return x
+        s, t = expand_time(s, x), expand_time(t, x)
+        return x + (t - s) * self._evaluate(x, s, t, cond)
+
+    def velocity(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
+        """b(x, t) = u(x, t, t), the velocity of the probability-flow ODE. Shape of x."""
+        t = expand_time(t, x)
+        return self._evaluate(x, t, t, cond)
+
+    def lookahead(self, x: Tensor, t: float | Tensor, cond: Condition = None, hops: int = 1) -> Tensor:
+        """X_{t,1}(x) in ``hops`` equal jumps: the sample that is going to come out. Shape of x."""
+        if hops < 1:
+            raise ValueError(f"hops={hops}: a look-ahead needs at least one jump")
+        for i in range(hops):
+            x = self.jump(x, t + (1.0 - t) * (i / hops), t + (1.0 - t) * ((i + 1) / hops), cond)
+        return x
+
+    # --- what follows from the velocity --------------------------------------------------------------------------
+    def denoise(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
+        """D_t(x) = E[x_1 | x_t = x]; on the linear path x + (1 - t) b(x, t). Shape of x."""
+        t = expand_time(t, x)
+        return self.interpolant.denoise(x, self._evaluate(x, t, t, cond), t)
+
+    def score(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
+        """grad log p_t(x); infinite at t = 1. Shape of x."""
+        t = expand_time(t, x)
+        return self.interpolant.score(x, self._evaluate(x, t, t, cond), t)
+
+    # --- pictures ------------------------------------------------------------------------------------------------
+    def decode(self, z: Tensor) -> Tensor:
+        """Model space to what a reward sees: pictures (b, c, h, w) in [0, 1] from [-1, 1]; vectors stay as they are."""
+        count("decodes", z.shape[0])
+        return ((z + 1) / 2).clamp(0, 1) if len(self.shape) == 3 else z
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Inverse of `decode`: pictures in [0, 1] to model space."""
+        return pictures * 2 - 1 if len(self.shape) == 3 else pictures
+
+    # --- conditions ----------------------------------------------------------------------------------------------
+    def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Tensor | None:
+        """Labels by name or index to a condition (n,); a single label is repeated. None stays None.
+
+        Raises:
+            ValueError: an unknown name, an index out of range, or another number of labels than ``n``.
+        """
+        if labels is None:
+            return None
+        items = [labels] * n if isinstance(labels, str | int) else list(labels)
+        if len(items) != n:
+            raise ValueError(f"{len(items)} labels for n={n} outputs: give one label, or one per output")
+        return torch.tensor([label_index(item, self.class_names) for item in items], device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(chain(self.parameters(), self.buffers())).dtype
+
+    def _evaluate(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        calls = x.shape[0] * self.evaluations
+        count("forwards", calls)
+        u = self.average_velocity(x, s.flatten(), t.flatten(), cond)
+        count_backward("backwards", calls, u)
+        return u
+
+
+def label_index(label: str | int, names: Sequence[str]) -> int:
+    """Index of a class given by name (any case) or index.
+
+    Raises:
+        ValueError: naming the classes there are.
+    """
+    text = str(label).strip()
+    lowered = [name.lower() for name in names]
+    if text.lower() in lowered:
+        return lowered.index(text.lower())
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none: this model is unconditional"
+    raise ValueError(f"unknown class {label!r}; classes: {known}")
+
+
+class NeuralFlowMap(FlowMap):
+    """A flow map given by a network, preconditioned with the exact map of one isotropic Gaussian.
+
+        u(x, s, t) = u_gauss(x, s, t; mean, std) + network((x - alpha_s mean) / g_s, s, t, cond)
+
+    so that the network only learns what makes the data different from N(mean, std^2 I): its input has unit variance at
+    every time, and at initialisation the map is already the exact one for that Gaussian.
+
+    Args:
+        network: u(x, s, t, cond), see `steerfm.networks`.
+        shape: shape of one sample.
+        mean, std: mean and standard deviation of all entries of the data.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: Sequence[int],
+        interpolant: Interpolant | None = None,
+        class_names: Sequence[str] = (),
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        super().__init__(shape, interpolant, class_names)
+        self.network, self.mean, self.std = network, float(mean), float(std)
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        s_, t_ = expand_time(s, x), expand_time(t, x)
+        alpha, sigma = self.interpolant.alpha(s_), self.interpolant.sigma(s_)
+        g = torch.sqrt((alpha * self.std) ** 2 + sigma**2)
+        u = self.network((x - alpha * self.mean) / g, s, t, cond)
+        return u + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
+
+    # --- files: weights in safetensors, everything else in a JSON beside; nothing is ever unpickled --------------
+    def save(
+        self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True
+    ) -> Path:
+        """Write ``path``.safetensors and ``path``.json.
+
+        Args:
+            path: without suffix, or with ``.safetensors``.
+            architecture: what `build_network` takes, so that `load` can rebuild the network.
+            card: model card: data, recipe, command, metrics, licence.
+            half: store the weights as float16.
+        """
+        path = Path(path).with_suffix(".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = {cls: name for name, cls in INTERPOLANTS.items()}
+        head = {
+            "kind": "flow_map",
+            "network": dict(architecture),
+            "shape": list(self.shape),
+            "interpolant": names[type(self.interpolant)],
+            "class_names": list(self.class_names),
+            "mean": self.mean,
+            "std": self.std,
+        }
+        save_weights(self.network, path, head | {"card": dict(card)}, half)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeuralFlowMap:
+        """Read a map written by `save`, in float32 on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it.
+        """
+        head, weights = read_weights(path, kind="flow_map")
+        network = build_network(head["network"])
+        load_into(network, weights, path)
+        interpolant = INTERPOLANTS[head["interpolant"]]()
+        flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"])
+        return flow_map.eval().requires_grad_(False)
+
+
+class Wrapped(FlowMap):
+    """A flow map around another one: same space, same pictures."""
+
+    def __init__(self, flow_map: FlowMap) -> None:
+        super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
+        self.flow_map, self.evaluations = flow_map, flow_map.evaluations
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.flow_map.average_velocity(x, s, t, cond)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.flow_map.decode(z)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return self.flow_map.encode(pictures)
+
+
+class Microbatched(Wrapped):
+    """The same map, evaluated ``rows`` rows at a time: bounds memory, changes nothing else.
+
+    Args:
+        rows: rows per network call, at least 1.
+    """
+
+    def __init__(self, flow_map: FlowMap, rows: int) -> None:
+        super().__init__(flow_map)
+        if rows < 1:
+            raise ValueError(f"micro_batch={rows}: at least one row per network call")
+        self.rows = rows
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        parts = []
+        for begin in range(0, len(x), self.rows):
+            part = slice(begin, begin + self.rows)
+            rows = map_condition(lambda c, part=part: c[part], cond)
+            parts.append(self.flow_map.average_velocity(x[part], s[part], t[part], rows))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Guided(Wrapped):
+    """Classifier-free guidance: u = u(null) + scale (u(cond) - u(null)), both halves in one call.
+
+    Ho & Salimans 2207.12598. For jumps this extrapolates the average velocity, which is exact guidance only in the limit of
+    small jumps: guidance does not commute with the flow map.
+
+    Args:
+        flow_map: a map trained with a null condition.
+        scale: 1 is the conditional map, above 1 is stronger; finite.
+        null: the null condition of one row: a label tensor of shape (1,), or a dictionary of such rows; default: the
+            label after the last class.
+    """
+
+    def __init__(self, flow_map: FlowMap, scale: float, null: Condition = None) -> None:
+        super().__init__(flow_map)
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance={scale}: must be finite")
+        if null is None and not flow_map.class_names:
+            raise ValueError("guidance needs a null condition: pass null=, or a map with class_names")
+        self.scale = float(scale)
+        self.null = torch.tensor([len(flow_map.class_names)]) if null is None else null
+        self.evaluations = 2 * flow_map.evaluations
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        if cond is None:
+            raise ValueError("guidance needs a condition: pass cond=, or use the map without guidance")
+        b = x.shape[0]
+        null = map_condition(lambda c: c.to(x.device).expand(b, *c.shape[1:]), self.null)
+        if isinstance(cond, Tensor) and isinstance(null, Tensor):
+            both: Condition = torch.cat([null, cond])
+        elif isinstance(cond, Mapping) and isinstance(null, Mapping):
+            both = {name: torch.cat([null[name], cond[name]]) for name in cond}
+        else:
+            raise ValueError("cond and the null condition must both be tensors or both be dictionaries")
+        u = self.flow_map.average_velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([t, t]), both)
+        u_null, u_cond = u.chunk(2)
+        return torch.lerp(u_null, u_cond, self.scale)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+def build_network(architecture: Mapping[str, Any]) -> nn.Module:
+    """A network from {"name": a key of `networks.NETWORKS`, **arguments}.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    arguments = dict(architecture)
+    name = arguments.pop("name")
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; networks: {', '.join(NETWORKS)}")
+    return NETWORKS[name](**arguments)
+
+
+def save_weights(network: nn.Module, path: str | Path, head: Mapping[str, Any], half: bool = True) -> None:
+    """Write a network's tensors to ``path`` (safetensors) and ``head`` to the JSON beside it."""
+    path = Path(path)
+    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    if half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(weights, temporary)
+    path.with_suffix(".json").write_text(json.dumps(head, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors (as float32) that `save_weights` wrote.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: not safetensors, corrupt, or another kind of model.
+    """
+    path = Path(path).with_suffix(".safetensors")
+    for file in (path, path.with_suffix(".json")):
+        if not file.is_file():
+            raise FileNotFoundError(f"no such file: {file} (a model is a .safetensors file with a .json beside it)")
+    try:
+        head = json.loads(path.with_suffix(".json").read_text())
+        weights = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"corrupt checkpoint {path}: {error}; fetch or train it again") from None
+    if not isinstance(head, dict) or head.get("kind") != kind:
+        found = head.get("kind") if isinstance(head, dict) else type(head).__name__
+        raise ValueError(f"{path.with_suffix('.json')} describes {found!r}, expected {kind!r}")
+    return head, {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def load_into(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load tensors into a network, with an error that names the file.
+
+    Raises:
+        ValueError: names or shapes do not fit the architecture.
+    """
+    try:
+        network.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"corrupt checkpoint {path}: the weights do not fit its architecture ({reason})") from None

@@ -1,0 +1,413 @@
+"""Distances between samples, diversity, coverage and reward statistics.
+
+Functions take features (n, d) (or vectors), compute in float64 and return floats; `FrechetDistance` and
+`KernelDistance` accumulate over batches and ranks (`torchmetrics.Metric`). What the features are is the caller's
+choice: numbers are only comparable within one feature network and, for the Fréchet distance, within one sample size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+BLOCK = 1024
+"""Rows of a kernel or distance matrix that are held at once."""
+
+
+# --- Fréchet distance ------------------------------------------------------------------------------------------------
+def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and unbiased covariance (d, d) of features (n, d), in float64.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    features = _float64(features)
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
+    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians.
+
+        |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^{1/2} C_b C_a^{1/2})^{1/2})
+
+    The symmetric form of the product keeps everything real, also for singular covariances. Dowson & Landau 1982; as a
+    distance of pictures: Heusel et al. 1706.08500 (FID). It is biased upwards for small samples.
+
+    Args:
+        mean_a, mean_b: (d,).
+        cov_a, cov_b: (d, d), symmetric and positive semi-definite.
+    """
+    mean_a, cov_a, mean_b, cov_b = map(_float64, (mean_a, cov_a, mean_b, cov_b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = torch.linalg.eigvalsh(root @ cov_b @ root)
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * product.clamp(min=0).sqrt().sum()
+    return max(0.0, distance.item())
+
+
+class _FeatureMetric(Metric):
+    """What both metrics share: features in evaluation mode without gradients, and float64 states kept off mps."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.features = features
+
+    @torch.no_grad()
+    def _extract(self, pictures: Tensor) -> Tensor:
+        """Features (n, d) of pictures (n, ...), in float64, where the states are."""
+        if isinstance(self.features, nn.Module):
+            self.features.eval()  # a parent's .train() must not switch batch norm or dropout on
+        device = self.device if self.device.type != "mps" else torch.device("cpu")
+        return _float64(self.features(pictures)).flatten(1).to(device)
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        to_mps = fn(torch.zeros(1, device=self.device)).device.type == "mps"  # which has no float64
+        return super()._apply(fn, list(self._defaults) if to_mps else exclude_state)
+
+
+class FrechetDistance(_FeatureMetric):
+    """Fréchet distance of features, accumulated over batches and ranks; see `frechet_distance`.
+
+    The states are the sums of features (d,) and of their outer products (d, d), in float64: batches, ranks and their
+    order make no difference beyond rounding. Under DDP every rank needs at least one batch.
+
+    >>> metric = FrechetDistance(classifier.features, reference=(mean, cov))
+    >>> metric.update(pictures)
+    >>> metric.compute()
+
+    Args:
+        features: pictures -> features (n, d); a module is used in evaluation mode.
+        reference: mean (d,) and covariance (d, d) of real data (`feature_statistics`); None to collect them with
+            ``update(pictures, real=True)``.
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], reference: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__(features)
+        self.reference = None if reference is None else tuple(_float64(part).cpu() for part in reference)
+        for side in ("fake", "real"):
+            for name in ("sum", "outer", "count"):  # scalars broadcast to the features' size at the first update
+                self.add_state(f"{side}_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, pictures: Tensor, real: bool = False) -> None:
+        """Add pictures (n, ...) to the generated samples, or to the real ones.
+
+        Raises:
+            ValueError: real pictures although reference statistics were given.
+        """
+        if real and self.reference is not None:
+            raise ValueError("reference statistics were given: build the metric without them to collect real pictures")
+        x = self._extract(pictures)
+        side = "real" if real else "fake"
+        for name, value in (("sum", x.sum(0)), ("outer", x.T @ x), ("count", len(x))):
+            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
+
+    def compute(self) -> Tensor:
+        """The distance, a float64 scalar.
+
+        Raises:
+            ValueError: fewer than two samples on either side.
+        """
+        fake = self._statistics("fake")
+        real = self._statistics("real") if self.reference is None else self.reference
+        return torch.tensor(frechet_distance(*fake, *(part.to(fake[0].device) for part in real)), dtype=torch.float64)
+
+    def _statistics(self, side: str) -> tuple[Tensor, Tensor]:
+        total, outer, count = (getattr(self, f"{side}_{name}") for name in ("sum", "outer", "count"))
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 {side} samples, got {int(count)}")
+        mean = total / count
+        return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
+
+
+# --- kernel distances ------------------------------------------------------------------------------------------------
+class KernelDistance(_FeatureMetric):
+    """Kernel distance: unbiased MMD^2 of features under the kernel (x.y / d + 1)^3.
+
+    Binkowski et al. 1801.01401 (KID). Unbiased at any sample size, so it may be negative; uses all pairs, not subsets.
+
+    Args:
+        features: pictures -> features (n, d); a module is used in evaluation mode.
+        reference: features (m, d) of real data; None to collect them with ``update(pictures, real=True)``.
+    """
+
+    fake: list[Tensor]
+    real: list[Tensor]
+
+    def __init__(self, features: Callable[[Tensor], Tensor], reference: Tensor | None = None) -> None:
+        super().__init__(features)
+        self.reference = None if reference is None else _float64(reference).cpu()
+        self.add_state("fake", [], dist_reduce_fx="cat")
+        self.add_state("real", [], dist_reduce_fx="cat")
+
+    def update(self, pictures: Tensor, real: bool = False) -> None:
+        """Add pictures (n, ...) to the generated samples, or to the real ones.
+
+        Raises:
+            ValueError: real pictures although reference features were given.
+        """
+        if real and self.reference is not None:
+            raise ValueError("reference features were given: build the metric without them to collect real pictures")
+        (self.real if real else self.fake).append(self._extract(pictures))
+
+    def compute(self) -> Tensor:
+        """The squared distance, a float64 scalar.
+
+        Raises:
+            ValueError: fewer than two samples on either side.
+        """
+        fake = dim_zero_cat(self.fake) if len(self.fake) else torch.zeros(0, 1)
+        real = self.reference if self.reference is not None else dim_zero_cat(self.real) if len(self.real) else fake[:0]
+        return torch.tensor(_discrepancy(fake, real.to(fake.device), _cubic), dtype=torch.float64)
+
+
+def mmd(
+    a: Tensor,
+    b: Tensor,
+    bandwidths: Sequence[float] | None = None,
+    weights_a: Tensor | None = None,
+    weights_b: Tensor | None = None,
+) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy under a mixture of Gaussian kernels.
+
+        sum_{i != j} w_i w_j k(a_i, a_j) / (1 - sum w_i^2) + (the same for b) - 2 sum_{ij} w_i v_j k(a_i, b_j)
+        k(x, y) = mean over h of exp(-|x - y|^2 / (2 h^2))
+
+    Gretton et al. 2012 (JMLR 13, eq. 3); it may be negative. Weights are taken as given, so a self-normalised
+    importance sample adds its own bias of order 1/n.
+
+    Args:
+        a, b: (n, d) and (m, d).
+        bandwidths: h; default 1/2, 1 and 2 times the median distance of (up to 1000 of each of) the samples.
+        weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
+
+    Raises:
+        ValueError: fewer than two samples on either side.
+    """
+    a, b = _float64(a), _float64(b)
+    if bandwidths is None:
+        pooled = torch.cat([part[:: max(1, len(part) // 1000)][:1000] for part in (a, b)])
+        median = torch.pdist(pooled).median().item() or 1.0
+        bandwidths = [median / 2, median, 2 * median]
+
+    def gaussian(x: Tensor, y: Tensor) -> Tensor:
+        squared = torch.cdist(x, y).square()
+        kernels = (torch.exp(squared / (-2 * h**2)) for h in bandwidths)
+        return sum(kernels, torch.zeros_like(squared)) / len(bandwidths)
+
+    return _discrepancy(a, b, gaussian, weights_a, weights_b)
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _discrepancy(
+    a: Tensor,
+    b: Tensor,
+    kernel: Callable[[Tensor, Tensor], Tensor],
+    weights_a: Tensor | None = None,
+    weights_b: Tensor | None = None,
+) -> float:
+    """Unbiased MMD^2, in blocks of rows."""
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a kernel distance needs at least 2 samples on either side, got {len(a)} and {len(b)}")
+    w, v = _weights(a, weights_a), _weights(b, weights_b)
+
+    def within(x: Tensor, p: Tensor) -> Tensor:
+        total = x.new_zeros(())
+        for rows in _blocks(len(x)):
+            k = kernel(x[rows], x)
+            k.diagonal(rows.start).zero_()  # a sample paired with itself is what makes the plain estimate biased
+            total += p[rows] @ k @ p
+        return total / (1 - p.square().sum())
+
+    between = sum(w[rows] @ kernel(a[rows], b) @ v for rows in _blocks(len(a)))
+    return (within(a, w) + within(b, v) - 2 * between).item()
+
+
+# --- Wasserstein distances -------------------------------------------------------------------------------------------
+def wasserstein_1d(
+    a: Tensor, b: Tensor, weights_a: Tensor | None = None, weights_b: Tensor | None = None, order: float = 2.0
+) -> float:
+    """Exact Wasserstein distance of two weighted samples on the line, W_p = (int_0^1 |F_a^-1 - F_b^-1|^p du)^(1/p).
+
+    Args:
+        a, b: (n,) and (m,); sizes may differ.
+        weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
+        order: p, at least 1.
+    """
+    a, b = _float64(a).reshape(-1, 1), _float64(b).reshape(-1, 1)
+    cost = _transport(a, b, _weights(a, weights_a), _weights(b, weights_b), order)
+    return cost.item() ** (1 / order)
+
+
+def sliced_wasserstein(
+    a: Tensor,
+    b: Tensor,
+    projections: int = 128,
+    generator: torch.Generator | None = None,
+    *,
+    weights_a: Tensor | None = None,
+    weights_b: Tensor | None = None,
+) -> float:
+    """Sliced 2-Wasserstein distance: root of the mean over directions of W_2^2 of the projections.
+
+    Bonneel et al. 2015. Directions are orthonormal within groups of d (Rowland et al. 1903.03784), which lowers the
+    variance: with a multiple of d of them, a shift by v gives exactly |v| / sqrt(d).
+
+    Args:
+        a, b: (n, d) and (m, d); sizes may differ.
+        projections: number of directions.
+        generator: of the directions, on the CPU; default: seeded with 0, so that calls agree.
+        weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
+    """
+    a, b = _float64(a), _float64(b)
+    generator = generator or torch.Generator().manual_seed(0)
+    d, total = a.shape[1], 0.0
+    w, v = _weights(a, weights_a), _weights(b, weights_b)
+    for start in range(0, projections, d):
+        normal = torch.randn(d, min(d, projections - start), generator=generator, dtype=torch.float64)
+        directions = torch.linalg.qr(normal).Q.to(a.device)
+        total += _transport(a @ directions, b @ directions, w, v, 2.0).sum().item()
+    return (total / projections) ** 0.5
+
+
+def _transport(a: Tensor, b: Tensor, w: Tensor, v: Tensor, order: float) -> Tensor:
+    """W_p^p of every column of a (n, l) and b (m, l) with weights w (n,) and v (m,). Returns (l,)."""
+    (a, order_a), (b, order_b) = (part.T.contiguous().sort(dim=1) for part in (a, b))
+    cdf_a, cdf_b = (p[index].cumsum(1) for p, index in ((w, order_a), (v, order_b)))
+    levels = torch.cat([cdf_a, cdf_b], dim=1).clamp(max=1).sort(dim=1).values
+    widths = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
+    middle = levels - widths / 2  # between two jumps of the distribution functions, so that ties do not matter
+    quantile_a, quantile_b = (
+        part.gather(1, torch.searchsorted(cdf, middle).clamp(max=part.shape[1] - 1))
+        for part, cdf in ((a, cdf_a), (b, cdf_b))
+    )
+    return ((quantile_a - quantile_b).abs() ** order * widths).sum(1)
+
+
+# --- diversity and coverage ------------------------------------------------------------------------------------------
+def vendi(features: Tensor) -> float:
+    """Vendi score: the effective number of different samples, exp(-sum l log l), l the eigenvalues of K / n.
+
+    K is the cosine kernel; 1 for identical samples, n for orthogonal ones. Friedman & Dieng 2210.02410.
+
+    Args:
+        features: (n, d).
+    """
+    x = nn.functional.normalize(_float64(features), dim=1)
+    gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # the same eigenvalues, up to zeros
+    values = torch.linalg.eigvalsh(gram / len(x)).clamp(min=0)
+    return torch.special.entr(values).sum().exp().item()
+
+
+def pairwise_diversity(features: Tensor) -> float:
+    """Mean Euclidean distance of two different samples.
+
+    Args:
+        features: (n, d).
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    x, n = _float64(features), len(features)
+    if n < 2:
+        raise ValueError(f"a pairwise distance needs at least 2 samples, got {n}")
+    return sum(torch.cdist(x[rows], x).sum().item() for rows in _blocks(n)) / (n * (n - 1))
+
+
+def coverage(features: Tensor, reference: Tensor, k: int = 5) -> float:
+    """Share of the reference samples with a generated sample nearer than their k-th neighbour in the reference.
+
+    About 1 - 2^-k for equal laws and sizes. Naeem et al. 2002.09797; robust to outliers, unlike recall.
+
+    Args:
+        features: (n, d), generated.
+        reference: (m, d), real, m > k.
+        k: neighbours.
+    """
+    x, y = _float64(features), _float64(reference)
+    radii = _neighbour_radii(y, k)
+    return sum((torch.cdist(y[rows], x).amin(1) < radii[rows]).sum().item() for rows in _blocks(len(y))) / len(y)
+
+
+def precision(features: Tensor, reference: Tensor, k: int = 5) -> float:
+    """Share of the generated samples that lie within the k-th neighbour's distance of some reference sample.
+
+    Kynkäänniemi et al. 1904.06991; with the arguments swapped it is their recall.
+
+    Args:
+        features: (n, d), generated.
+        reference: (m, d), real, m > k.
+        k: neighbours.
+    """
+    x, y = _float64(features), _float64(reference)
+    radii = _neighbour_radii(y, k)
+    return sum((torch.cdist(x[rows], y) <= radii).any(1).sum().item() for rows in _blocks(len(x))) / len(x)
+
+
+def _neighbour_radii(x: Tensor, k: int) -> Tensor:
+    """Distance of every row of x (m, d) to its k-th nearest other row: (m,)."""
+    if not 1 <= k < len(x):
+        raise ValueError(f"k={k} neighbours need more than {k} reference samples, got {len(x)}")
+    return torch.cat([torch.cdist(x[rows], x).kthvalue(k + 1, dim=1).values for rows in _blocks(len(x))])
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+def reward_statistics(values: Tensor) -> dict[str, float]:
+    """Mean, standard error, standard deviation and quantiles of rewards.
+
+    Args:
+        values: (n,), or (n, k) for k particles of n outputs. Particles of one output share ancestors, so the standard
+            error is that of the n row means; NaN for a single output.
+
+    Returns:
+        mean, standard_error, std, min, q05, q25, median, q75, q95, max.
+
+    Raises:
+        ValueError: no values.
+    """
+    values = _float64(values)
+    if not values.numel():
+        raise ValueError("statistics need at least one value")
+    means, flat = values.flatten(1).mean(1) if values.ndim > 1 else values, values.flatten()
+    names, levels = ("min", "q05", "q25", "median", "q75", "q95", "max"), (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+    quantiles = torch.quantile(flat, flat.new_tensor(levels)).tolist()
+    return {
+        "mean": flat.mean().item(),
+        "standard_error": means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan"),
+        "std": flat.std().item() if len(flat) > 1 else float("nan"),
+        **dict(zip(names, quantiles, strict=True)),
+    }
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+def _float64(x: Tensor) -> Tensor:
+    """x in float64, on the CPU where the device has none."""
+    x = x.detach()
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def _weights(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Normalised weights (n,) of the rows of x."""
+    if weights is None:
+        return x.new_full((len(x),), 1 / len(x))
+    weights = _float64(weights).to(x.device)
+    if weights.shape != (len(x),) or (weights < 0).any() or not 0 < weights.sum() < torch.inf:
+        raise ValueError(f"weights must be {len(x)} finite numbers, not negative and not all zero")
+    return weights / weights.sum()
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    """Slices of at most `BLOCK` rows."""
+    return (slice(start, min(n, start + BLOCK)) for start in range(0, n, BLOCK))

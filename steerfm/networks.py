@@ -1,0 +1,263 @@
+"""Networks u(x, s, t, cond): the raw functions inside a `NeuralFlowMap`.
+
+Everything here is safe under forward-mode AD (`torch.func.jvp`): attention is a plain matrix product, since the fused
+kernels have no forward derivative, and there is no batch normalisation. Times are embedded slowly (a few radians per unit
+of time), since a fast embedding makes d u/d t, which self-distillation differentiates, needlessly large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConditionEmbedding(nn.Module):
+    """Embeds (s, t) and a class label to one vector per row.
+
+    Args:
+        width: size of the embedding.
+        classes: number of classes; label ``classes`` is the null class. 0 means unconditional.
+        frequencies: sines and cosines per time, spaced up to ``max_frequency`` radians per unit of time.
+    """
+
+    def __init__(self, width: int, classes: int = 0, frequencies: int = 8, max_frequency: float = 6.0) -> None:
+        super().__init__()
+        self.classes = classes
+        self.register_buffer("omega", torch.linspace(0.5, max_frequency, frequencies), persistent=False)
+        self.time = nn.Sequential(nn.Linear(4 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+
+    def forward(self, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """s, t: (b,); cond: labels (b,) int64 or None for the null class. Returns (b, width)."""
+        times = torch.stack([s, t - s], -1)  # (b, 2)
+        phase = (times.unsqueeze(-1) * self.omega).flatten(1)
+        h = self.time(torch.cat([times, phase.sin(), phase.cos()], -1))
+        if self.label is not None:
+            if cond is None:
+                return h + self.label.weight[-1]
+            h = h + self.label(cond)
+        elif cond is not None:
+            raise ValueError("this network is unconditional: pass cond=None")
+        return h
+
+
+class Mlp(nn.Module):
+    """Multi-layer perceptron for maps of vectors, shape (b, dim).
+
+    Args:
+        dim: size of one sample.
+        width, depth: hidden width and number of hidden layers.
+        classes: number of classes (0: unconditional).
+    """
+
+    def __init__(self, dim: int, width: int = 128, depth: int = 4, classes: int = 0) -> None:
+        super().__init__()
+        self.condition = ConditionEmbedding(width, classes)
+        self.inputs = nn.Linear(dim, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outputs = _zeroed(nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x: (b, dim); s, t: (b,). Returns (b, dim)."""
+        h = F.silu(self.inputs(x) + self.condition(s, t, cond))
+        for layer in self.hidden:
+            h = h + F.silu(layer(h))
+        return self.outputs(h)
+
+
+class UNet(nn.Module):
+    """Convolutional U-Net on small pictures, conditioned on (s, t) and a class by scale and shift.
+
+    The picture is folded into ``patch`` x ``patch`` blocks first: most of the cost of a small U-Net at full resolution is
+    memory traffic, not learning. Skips are added, not concatenated, for the same reason.
+
+    Args:
+        channels: picture channels.
+        widths: channels at each resolution, halving the side from one to the next.
+        blocks: residual blocks per resolution, on the way down and again on the way up.
+        patch: side of the folded blocks; the picture's side must be divisible by ``patch * 2**(len(widths) - 1)``.
+        classes: number of classes (0: unconditional).
+        attention: self-attention at the coarsest resolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widths: Sequence[int] = (48, 96),
+        blocks: int = 1,
+        patch: int = 2,
+        classes: int = 0,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch, self.factor = patch, patch * 2 ** (len(widths) - 1)
+        embedding = 4 * widths[0]
+        self.condition = ConditionEmbedding(embedding, classes)
+        self.inputs = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            stage = [nn.Conv2d(widths[level - 1], width, 2, stride=2)] if level else []
+            self.down.append(nn.ModuleList([*stage, *(ResidualBlock(width, embedding) for _ in range(blocks))]))
+        last = widths[-1]
+        middle = [
+            ResidualBlock(last, embedding),
+            *([Attention(last)] if attention else []),
+            ResidualBlock(last, embedding),
+        ]
+        self.middle = nn.ModuleList(middle)
+        for level, width in reversed(list(enumerate(widths))):
+            stage = [nn.ConvTranspose2d(width, widths[level - 1], 2, stride=2)] if level else []
+            self.up.append(nn.ModuleList([*(ResidualBlock(width, embedding) for _ in range(blocks)), *stage]))
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.outputs = _zeroed(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """x: (b, channels, h, w); s, t: (b,); cond: labels (b,) or None. Returns (b, channels, h, w)."""
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(f"picture sides {tuple(x.shape[-2:])} must be divisible by {self.factor}")
+        emb = F.silu(self.condition(s, t, cond))
+        h = self.inputs(F.pixel_unshuffle(x, self.patch))
+        skips = []
+        for stage in self.down:
+            for layer in stage:
+                h = layer(h, emb) if isinstance(layer, ResidualBlock) else layer(h)
+                if isinstance(layer, ResidualBlock):
+                    skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for stage in self.up:
+            for layer in stage:
+                h = layer(h + skips.pop(), emb) if isinstance(layer, ResidualBlock) else layer(h)
+        h = self.outputs(F.silu(self.norm(h)))
+        return F.pixel_shuffle(h, self.patch)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice; the embedding scales and shifts between them (FiLM)."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = _zeroed(nn.Conv2d(width, width, 3, padding=1))
+        self.film = nn.Linear(embedding, 2 * width)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h) * (1 + scale) + shift
+        return x + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over positions, written as matrix products (see the module's first lines)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.outputs = _zeroed(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # (b, c, h*w)
+        weights = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(c), -1)
+        return x + self.outputs((v @ weights.transpose(1, 2)).view(b, c, h, w))
+
+
+def _zeroed(layer):
+    """Zero-initialise a layer, so that its branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResNet(nn.Module):
+    """Residual classifier; `features` are its pooled last activations.
+
+    Args:
+        channels: picture channels.
+        widths: channels at each resolution, halving the side from one to the next.
+        classes: number of classes.
+        dropout: on the pooled features.
+    """
+
+    def __init__(
+        self, channels: int = 1, widths: Sequence[int] = (32, 64, 128), classes: int = 10, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+        for level, width in enumerate(widths):
+            if level:
+                layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
+            layers.append(_Residual(width))
+        self.trunk = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU())
+        self.num_features = widths[-1]
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(widths[-1], classes)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """pictures (b, c, h, w) in [0, 1] -> (b, num_features)."""
+        return self.trunk(pictures * 2 - 1).mean((2, 3))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """pictures (b, c, h, w) in [0, 1] -> logits (b, classes)."""
+        return self.head(self.dropout(self.features(pictures)))
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ConvNet(nn.Module):
+    """Plain classifier: 5 x 5 convolutions, ReLU, max pooling and a hidden layer. Deliberately unlike `ResNet`.
+
+    Args:
+        channels: picture channels.
+        widths: channels of each convolution; the side halves after each.
+        side: picture side.
+        hidden: width of the hidden layer.
+        classes: number of classes.
+        dropout: before and after the hidden layer.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        widths: Sequence[int] = (32, 64),
+        side: int = 28,
+        hidden: int = 128,
+        classes: int = 10,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, width in zip([channels, *widths[:-1]], widths):
+            layers += [nn.Conv2d(before, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+        flat = widths[-1] * (side // 2 ** len(widths)) ** 2
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(dropout), nn.Linear(flat, hidden), nn.ReLU())
+        self.num_features = hidden
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(hidden, classes)
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """pictures (b, c, h, w) in [0, 1] -> (b, num_features)."""
+        return self.trunk(pictures)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """pictures (b, c, h, w) in [0, 1] -> logits (b, classes)."""
+        return self.head(self.dropout(self.features(pictures)))
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"unet": UNet, "mlp": Mlp, "resnet": ResNet, "convnet": ConvNet}
+"""Networks by the name that configurations and checkpoints use."""

@@ -1,0 +1,183 @@
+"""Objectives for training flow maps: small callables that return one loss per sample.
+
+    loss = objective(flow_map, x1, cond, generator)          # (b, *shape) data -> (b,) losses
+
+Each draws its own noise x_0 and times; time sampling is an argument. With I_s = alpha_s x_1 + sigma_s x_0 and sg(.) the
+stop-gradient, teachers are the current weights (an EMA teacher brought nothing in our toy runs, and Boffi et al. use none).
+The three self-distillation losses are the three characterisations of a flow map of Boffi et al. 2505.18825.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from steerfm.flowmap import Condition, FlowMap
+from steerfm.interpolant import expand_time
+
+Times = Callable[[int, torch.Generator], Tensor]
+TimePairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+Objective = Callable[[FlowMap, Tensor, Condition, torch.Generator], Tensor]
+
+
+# --- time sampling ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LogitNormal:
+    """Times for the diagonal: logit-normal(mean, std) mixed with a share of uniform times (Esser et al. 2403.03206)."""
+
+    mean: float = 0.0
+    std: float = 1.2
+    uniform: float = 0.2
+
+    def __call__(self, n: int, generator: torch.Generator) -> Tensor:
+        t = torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator))
+        flat = torch.rand(n, generator=generator) < self.uniform
+        return torch.where(flat, torch.rand(n, generator=generator), t)
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """Pairs s <= t uniform on the triangle; a share ends at t = 1 (the look-aheads) and a share is (0, 1).
+
+    Args:
+        terminal: share of pairs with t = 1, s uniform.
+        full: share of pairs (0, 1).
+        gap: largest t - s of the remaining pairs; below 1 for a curriculum of short jumps first.
+    """
+
+    terminal: float = 0.2
+    full: float = 0.1
+    gap: float = 1.0
+
+    def __call__(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        s, t = torch.rand(2, n, generator=generator).sort(0).values
+        s = torch.maximum(s, t - self.gap)
+        which = torch.rand(n, generator=generator)
+        t = torch.where(which < self.terminal + self.full, torch.ones_like(t), t)
+        s = torch.where(which < self.full, torch.zeros_like(s), s)
+        return s, t
+
+
+# --- the diagonal ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class FlowMatching:
+    """|u(I_t, t, t) - (alpha'_t x_1 + sigma'_t x_0)|^2 (Lipman et al. 2210.02747, equation 23)."""
+
+    times: Times = field(default_factory=LogitNormal)
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        t = self.times(len(x1), generator).to(x1)
+        x0 = _noise(x1, generator)
+        t_ = expand_time(t, x1)
+        target = flow_map.interpolant.conditional_velocity(x0, x1, t_)
+        u = flow_map.average_velocity(flow_map.interpolant.interpolate(x0, x1, t_), t, t, cond)
+        return _mean_square(u - target)
+
+
+# --- off the diagonal ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Lagrangian:
+    """|d/dt X_{s,t}(I_s) - sg v(X_{s,t}(I_s), t)|^2 with the exact derivative by forward-mode AD (2505.18825, LSD).
+
+    The gradient flows through the tangent, which is worth its cost: on toys it is the best objective at every jump count.
+    """
+
+    pairs: TimePairs = field(default_factory=Triangle)
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        s, t, x_s, _ = _start(self.pairs, flow_map, x1, generator)
+        u, du = torch.func.jvp(lambda t: flow_map.average_velocity(x_s, s, t, cond), (t,), (torch.ones_like(t),))
+        gap = expand_time(t - s, x1)
+        with torch.no_grad():
+            v = flow_map.average_velocity(x_s + gap * u, t, t, cond)
+        return _mean_square(u + gap * du - v)
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """|u(I_s, s, t) - sg[g u(I_s, s, m) + (1 - g) u(X_{s,m}, m, t)]|^2, m = s + g (t - s) (2505.18825, PSD).
+
+    The semigroup property X_{m,t} o X_{s,m} = X_{s,t}, divided by (t - s)^2. No derivative of the network is needed.
+
+    Args:
+        midpoint: g = 1/2 (shortcut models, 2410.12557) instead of g ~ U(0, 1).
+    """
+
+    pairs: TimePairs = field(default_factory=Triangle)
+    midpoint: bool = False
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        s, t, x_s, _ = _start(self.pairs, flow_map, x1, generator)
+        g = torch.rand(len(x1), generator=generator).to(x1)
+        g = torch.full_like(g, 0.5) if self.midpoint else g
+        m = s + g * (t - s)
+        with torch.no_grad():
+            first = flow_map.average_velocity(x_s, s, m, cond)
+            second = flow_map.average_velocity(x_s + expand_time(m - s, x1) * first, m, t, cond)
+            target = torch.lerp(second, first, expand_time(g, x1))
+        return _mean_square(flow_map.average_velocity(x_s, s, t, cond) - target)
+
+
+@dataclass(frozen=True)
+class Eulerian:
+    """|u - sg[v(I_s, s) + (t - s) D_s u]|^2, D_s = d/ds + v . grad, v the map's own velocity (2505.18825, ESD).
+
+    Needs a derivative in x as well as in time; the least stable of the three.
+    """
+
+    pairs: TimePairs = field(default_factory=Triangle)
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        s, t, x_s, _ = _start(self.pairs, flow_map, x1, generator)
+        with torch.no_grad():
+            v = flow_map.average_velocity(x_s, s, s, cond)
+        return _eulerian_residual(flow_map, x_s, s, t, cond, v)
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """The Eulerian loss with the conditional velocity of the pair in place of the map's own (2505.13447, equation 11)."""
+
+    pairs: TimePairs = field(default_factory=Triangle)
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        s, t, x_s, x0 = _start(self.pairs, flow_map, x1, generator)
+        v = flow_map.interpolant.conditional_velocity(x0, x1, expand_time(s, x1))
+        return _eulerian_residual(flow_map, x_s, s, t, cond, v)
+
+
+OFF_DIAGONAL: dict[str, type] = {
+    "lagrangian": Lagrangian,
+    "progressive": Progressive,
+    "eulerian": Eulerian,
+    "meanflow": MeanFlow,
+}
+
+
+# --- shared pieces ---------------------------------------------------------------------------------------------------
+def _noise(x1: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x1.shape, generator=generator).to(x1)
+
+
+def _start(
+    pairs: TimePairs, flow_map: FlowMap, x1: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(s, t, I_s, x_0) of a batch."""
+    s, t = (time.to(x1) for time in pairs(len(x1), generator))
+    x0 = _noise(x1, generator)
+    return s, t, flow_map.interpolant.interpolate(x0, x1, expand_time(s, x1)), x0
+
+
+def _eulerian_residual(flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, cond: Condition, v: Tensor) -> Tensor:
+    """|u - sg[v + (t - s) D_s u]|^2; nothing is differentiated through the tangent, so it is taken without a graph."""
+    u = flow_map.average_velocity(x, s, t, cond)
+    with torch.no_grad():
+        _, du = torch.func.jvp(lambda x, s: flow_map.average_velocity(x, s, t, cond), (x, s), (v, torch.ones_like(s)))
+    return _mean_square(u - (v + expand_time(t - s, x) * du))
+
+
+def _mean_square(residual: Tensor) -> Tensor:
+    return residual.square().flatten(1).mean(1)

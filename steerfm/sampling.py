@@ -1,0 +1,299 @@
+"""Time grids, per-output noise, the three transitions, and plain sampling.
+
+>>> x = steerfm.sample(flow_map, n=64, steps=4, seeds=0)                     # deterministic jumps
+>>> x = steerfm.sample(flow_map, n=64, steps=8, transition=Renoise(gamma=1.0))
+
+Every output owns one `torch.Generator` on the CPU, so a sample does not depend on its batch, micro-batch or rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from steerfm.flowmap import Condition, FlowMap, map_condition
+
+
+# --- time grids ------------------------------------------------------------------------------------------------------
+def time_grid(steps: int, power: float = 1.0) -> list[float]:
+    """Times 0 = t_0 < ... < t_steps = 1, t_i = (i / steps)^power; a power above 1 takes small steps near the noise.
+
+    Raises:
+        ValueError: steps below 1 or power not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
+    if not power > 0:
+        raise ValueError(f"power={power}: must be positive")
+    return [(i / steps) ** power for i in range(steps + 1)]
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+class Noise:
+    """Noise for ``n`` outputs of ``k`` particles, from one CPU generator per output.
+
+    The first particle is drawn before the others, so that under a deterministic transition it is the plain sample of its
+    seed; selection has its own stream, so that resampling does not change the noise.
+
+    Args:
+        seeds: one integer per output.
+        k: particles per output.
+    """
+
+    def __init__(self, seeds: Sequence[int], k: int = 1) -> None:
+        self.k = k
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.selection = [torch.Generator().manual_seed(_other_stream(int(seed))) for seed in seeds]
+
+    def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Standard normal (n * k, *shape), drawn in float32, on the device and in the dtype of ``like``."""
+        out = torch.empty(len(self.generators), self.k, *shape)
+        for rows, generator in zip(out, self.generators):
+            torch.randn(shape, generator=generator, out=rows[0])
+            if self.k > 1:
+                torch.randn((self.k - 1, *shape), generator=generator, out=rows[1:])
+        return out.flatten(0, 1).to(like)
+
+    def uniform(self, columns: int, device: torch.device) -> Tensor:
+        """Uniform on [0, 1), (n, columns), for selection."""
+        out = torch.stack([torch.rand(columns, generator=generator) for generator in self.selection])
+        return out.to(device)
+
+
+def _other_stream(seed: int) -> int:
+    """A seed for a second, unrelated stream of the same output."""
+    return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
+
+
+def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
+    """``s`` means s, s + 1, ..., s + n - 1; a sequence must hold one seed per output.
+
+    Raises:
+        ValueError: another number of seeds than outputs.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: at least one output is needed")
+    out = [seeds + i for i in range(n)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(out) != n:
+        raise ValueError(f"{len(out)} seeds for n={n} outputs: give one integer, or one seed per output")
+    return out
+
+
+# --- transitions -----------------------------------------------------------------------------------------------------
+@dataclass
+class Step:
+    """The Gaussian kernel of one transition: x' ~ N(mean, std^2 I); deterministic where std = 0.
+
+    Attributes:
+        mean: (b, *shape).
+        std: standard deviation, the same for all rows.
+    """
+
+    mean: Tensor
+    std: float
+
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """mean + std * noise; ``noise`` (b, *shape) may be None where std = 0."""
+        if self.std == 0 or noise is None:
+            return self.mean
+        return torch.add(self.mean, noise, alpha=self.std)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; mean, std^2 I), (b,), summed over all entries in float64.
+
+        Raises:
+            ValueError: the kernel is deterministic and has no density.
+        """
+        if self.std == 0:
+            raise ValueError("a deterministic transition has no density: use Renoise or Diffuse")
+        d = self.mean[0].numel()
+        squares = ((x - self.mean) / self.std).flatten(1).square().sum(1, dtype=torch.float64)
+        return -0.5 * squares - d * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
+
+
+class Transition(Protocol):
+    """A move of the whole batch from time s to time t; any object with these two members is one.
+
+    The step into t = 1 is always deterministic: noise added to the data would stay in them.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the steps before the last have noise."""
+        ...
+
+    def step(
+        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
+    ) -> Step:
+        """The kernel from x (b, *shape) at time s to time t > s.
+
+        ``endpoint`` is X_{s,1}(x) where a look-ahead has computed it already: it may save the network call.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Jump:
+    """x' = X_{s,t}(x): deterministic.
+
+    Args:
+        hops: equal jumps from s to t; each costs one call.
+    """
+
+    hops: int = 1
+    stochastic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.hops < 1:
+            raise ValueError(f"hops={self.hops}: at least one jump is needed")
+
+    def step(
+        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
+    ) -> Step:
+        if endpoint is not None and t == 1 and self.hops == 1:
+            return Step(endpoint, 0.0)
+        for i in range(self.hops):
+            x = flow_map.jump(x, s + (t - s) * (i / self.hops), s + (t - s) * ((i + 1) / self.hops), cond)
+        return Step(x, 0.0)
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Jump to r = t + gamma (1 - t), then noise back: x' = (alpha_t/alpha_r) X_{s,r}(x) + std z.
+
+    For an exact flow map this keeps every marginal p_t exactly, in any number of steps. gamma = 0 is `Jump`; gamma = 1
+    jumps to the data and back, as multistep consistency sampling does (Song et al. 2303.01469, algorithm 1).
+
+    Args:
+        gamma: how far to overshoot, in [0, 1].
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: must be in [0, 1]")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.gamma > 0
+
+    def step(
+        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
+    ) -> Step:
+        r = t + self.gamma * (1 - t)
+        scale, std = flow_map.interpolant.renoise(r, t)
+        x_r = endpoint if endpoint is not None and r == 1 else flow_map.jump(x, s, r, cond)
+        return Step(x_r if scale == 1 else scale * x_r, std)
+
+
+@dataclass(frozen=True)
+class Diffuse:
+    """Euler-Maruyama step of dx = (b + eps score) dt + sqrt(2 eps) dW, which has the marginals p_t for any eps_t >= 0.
+
+    Args:
+        epsilon: a constant, or a function of time; default eps_t = sigma_t, which stays stable as the score grows like
+            1 / sigma_t towards the data (a large constant does not).
+    """
+
+    epsilon: float | Callable[[float], float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epsilon, float | int) and not self.epsilon >= 0:
+            raise ValueError(f"epsilon={self.epsilon}: must be at least 0")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.epsilon != 0
+
+    def step(
+        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
+    ) -> Step:
+        path, h = flow_map.interpolant, t - s
+        b = flow_map.velocity(x, s, cond)
+        if t >= 1:
+            return Step(x + h * b, 0.0)
+        if self.epsilon is None:
+            epsilon = path.sigma(s)
+        else:
+            epsilon = self.epsilon(s) if callable(self.epsilon) else self.epsilon
+        return Step(x + h * (b + epsilon * path.score(x, b, s)), math.sqrt(2 * epsilon * h))
+
+
+# --- plain sampling --------------------------------------------------------------------------------------------------
+def sample(
+    flow_map: FlowMap,
+    n: int,
+    steps: int = 4,
+    seeds: int | Sequence[int] = 0,
+    cond: Condition = None,
+    transition: Transition | None = None,
+    batch_size: int | None = None,
+    power: float = 1.0,
+) -> Tensor:
+    """Unsteered samples.
+
+    Args:
+        flow_map: the map.
+        n: number of samples.
+        steps: transitions from t = 0 to t = 1.
+        seeds: an integer s for s, s + 1, ..., or one seed per sample.
+        cond: one row per sample, a class name or index (repeated), or None.
+        transition: default `Jump()`.
+        batch_size: rows per network call; default all. The result does not depend on it.
+        power: of the time grid.
+
+    Returns:
+        (n, *shape) in model space; `FlowMap.decode` makes pictures of it.
+    """
+    transition = transition or Jump()
+    all_seeds, times = seed_list(seeds, n), time_grid(steps, power)
+    cond = as_condition(flow_map, cond, n)
+    parts = []
+    with torch.inference_mode():
+        for begin in range(0, n, batch_size or n):
+            rows = slice(begin, begin + (batch_size or n))
+            parts.append(
+                _sample_batch(flow_map, all_seeds[rows], times, map_condition(lambda c: c[rows], cond), transition)
+            )
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).clone()
+
+
+def as_condition(flow_map: FlowMap, cond: Condition | str | int, n: int) -> Condition:
+    """Check and move a condition: tensors need one row per output; a class name or index is repeated.
+
+    Raises:
+        ValueError: another number of rows than outputs, or an unknown class.
+    """
+    if isinstance(cond, str | int):
+        return flow_map.condition(cond, n)
+    if isinstance(cond, list | tuple):
+        return flow_map.condition(cond, n)
+
+    def check(rows: Tensor) -> Tensor:
+        if rows.ndim == 0 or len(rows) != n:
+            raise ValueError(f"cond has shape {tuple(rows.shape)} for n={n} outputs: give one row per output")
+        return rows.to(flow_map.device)
+
+    return map_condition(check, cond)
+
+
+def _sample_batch(
+    flow_map: FlowMap, seeds: Sequence[int], times: Sequence[float], cond: Condition, transition: Transition
+) -> Tensor:
+    noise = Noise(seeds)
+    like = torch.empty(0, dtype=flow_map.dtype, device=flow_map.device)
+    x = noise.normal(flow_map.shape, like)
+    for s, t in zip(times, times[1:]):
+        step = transition.step(flow_map, x, s, t, cond)
+        x = step.sample(noise.normal(flow_map.shape, x) if step.std else None)
+    return x
+
+
+TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse}
+"""Transitions by the name that configurations use."""

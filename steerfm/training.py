@@ -1,0 +1,284 @@
+"""LightningModules that train flow maps and classifiers, with the EMA as part of their own state.
+
+Automatic optimisation, one loss, one optimiser: precision, devices and strategy are the Lightning Trainer's own arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from steerfm.flowmap import NeuralFlowMap
+from steerfm.objectives import FlowMatching, Objective
+from steerfm.results import picture_grid
+from steerfm.sampling import sample
+
+
+class Trained(L.LightningModule):
+    """What both trainings share: AdamW, warm-up and linear decay, gradient clipping, an EMA and a noise generator.
+
+    The EMA lives in the module's state, not in a callback, so a checkpoint can never hold swapped weights. Its decay warms
+    up as min(decay, (1 + n)/(10 + n)). The generator is on the CPU, one per rank, and is saved: a resumed run draws on.
+
+    Args:
+        network: the network to train.
+        lr, betas, weight_decay: AdamW.
+        steps: length of the schedule; resuming with a larger or smaller value moves the decay.
+        warmup: steps of linear warm-up.
+        decay: share of the steps over which the rate falls linearly to zero, at the end.
+        ema: decay of the average.
+        seed: of the noise and of the time sampling.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        steps: int = 10_000,
+        warmup: int = 200,
+        decay: float = 0.3,
+        ema: float = 0.999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        average = _ema(ema)
+        self.average = AveragedModel(network, avg_fn=average, use_buffers=False).requires_grad_(False)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.steps, self.warmup, self.decay, self.seed = steps, warmup, decay, seed
+        self.generator = torch.Generator()
+        self.skipped = 0
+
+    @property
+    def ema(self) -> nn.Module:
+        """The averaged network."""
+        return self.average.module
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, left))
+
+    def on_fit_start(self) -> None:
+        if self.global_step == 0:
+            self.generator.manual_seed(self.seed + 1_000_003 * self.global_rank)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step whose gradient is not finite is skipped and counted."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            optimizer.zero_grad()
+            self.skipped += 1
+        self.log("train/skipped", float(self.skipped))
+        self.log("train/gradient_norm", norm)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.average.update_parameters(self.network)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["generator"], checkpoint["skipped"] = self.generator.get_state(), self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.generator.set_state(checkpoint["generator"].cpu())
+        self.skipped = checkpoint["skipped"]
+
+
+class FlowMapTraining(Trained):
+    """Train a flow map: flow matching on the diagonal, self-distillation off it (Boffi et al. 2505.18825).
+
+    Each batch is split: a share goes to the off-diagonal objective, the rest to flow matching. Both are averaged over the
+    whole batch, so the shares are the weights.
+
+    Args:
+        flow_map: the map; its network is trained in place.
+        off_diagonal: objectives with their shares of the batch, e.g. {Lagrangian(): 0.25}; the rest is flow matching.
+        diagonal: the flow-matching objective.
+        start: share of the steps with flow matching only.
+        null_label: label that replaces a class with probability ``drop``, for classifier-free guidance; None for none.
+        options: arguments of `Trained`.
+    """
+
+    def __init__(
+        self,
+        flow_map: NeuralFlowMap,
+        off_diagonal: Mapping[Objective, float],
+        diagonal: Objective | None = None,
+        start: float = 0.1,
+        null_label: int | None = None,
+        drop: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(flow_map.network, **options)
+        if sum(off_diagonal.values()) > 1:
+            raise ValueError(f"shares of the off-diagonal objectives sum to {sum(off_diagonal.values())}, above 1")
+        self.flow_map = [flow_map]  # in a list: the network is registered once, as self.network
+        self.off_diagonal, self.diagonal = dict(off_diagonal), diagonal or FlowMatching()
+        self.start, self.null_label, self.drop = start, null_label, drop
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        pictures, labels = batch
+        (flow_map,) = self.flow_map
+        x1, cond = flow_map.encode(pictures), labels
+        if self.null_label is None:
+            cond = None
+        elif self.drop:
+            dropped = torch.rand(len(labels), generator=self.generator) < self.drop
+            cond = labels.masked_fill(dropped.to(labels.device), self.null_label)
+        parts = {} if self.global_step < self.start * self.steps else self.off_diagonal
+        sizes = [round(share * len(x1)) for share in parts.values()]
+        total, begin = torch.zeros((), device=x1.device), 0
+        for objective, size in [*zip(parts, sizes), (self.diagonal, len(x1) - sum(sizes))]:
+            rows = slice(begin, begin := begin + size)
+            mixed = objective is self.diagonal and torch.is_autocast_enabled(x1.device.type)
+            with torch.autocast(x1.device.type, enabled=mixed):  # off the diagonal, tangents need float32
+                losses = objective(flow_map, x1[rows], None if cond is None else cond[rows], self.generator)
+            total = total + losses.float().sum() / len(x1)
+            self.log(f"train/{type(objective).__name__}", losses.detach().mean())
+        self.log("train/loss", total.detach(), prog_bar=True)
+        return total
+
+    def averaged(self) -> NeuralFlowMap:
+        """The flow map with the averaged weights: the one to sample from and to ship."""
+        (flow_map,) = self.flow_map
+        average = copy.copy(flow_map)
+        average._modules = {"network": self.ema.eval()}
+        return average
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Flow-matching loss of the averaged network on held-out data, with fixed noise and times."""
+        pictures, labels = batch
+        flow_map, generator = self.averaged(), torch.Generator().manual_seed(batch_index)
+        cond = None if self.null_label is None else labels
+        even = FlowMatching(lambda n, _: (torch.arange(n) + 0.5) / n)
+        losses = even(flow_map, flow_map.encode(pictures), cond, generator)
+        self.log("val/flow_matching", losses.mean(), prog_bar=True, batch_size=len(labels), sync_dist=True)
+
+
+class ClassifierTraining(Trained):
+    """Train a classifier of pictures: cross entropy with label smoothing; `ema` is the network to ship.
+
+    Args:
+        network: pictures (b, c, h, w) in [0, 1] -> logits (b, classes).
+        smoothing: label smoothing, in [0, 1).
+        noise: standard deviation of Gaussian noise added to the training pictures.
+        options: arguments of `Trained`.
+    """
+
+    def __init__(self, network: nn.Module, smoothing: float = 0.1, noise: float = 0.0, **options: Any) -> None:
+        super().__init__(network, **options)
+        self.smoothing, self.noise = smoothing, noise
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        pictures, labels = batch
+        if self.noise:
+            pictures = pictures + self.noise * torch.randn(pictures.shape, generator=self.generator).to(pictures)
+        loss = F.cross_entropy(self.network(pictures), labels, label_smoothing=self.smoothing)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        pictures, labels = batch
+        network = self.ema.eval()
+        right = (network(pictures).argmax(1) == labels).float().mean()
+        self.log("val/accuracy", right, prog_bar=True, batch_size=len(labels), sync_dist=True)
+
+
+def _ema(decay: float):
+    """The averaging rule with warm-up, for `AveragedModel`."""
+
+    def average(averaged: Tensor, current: Tensor, seen: Tensor) -> Tensor:
+        n = float(seen)
+        d = min(decay, (1 + n) / (10 + n))
+        return torch.lerp(current, averaged, d) if math.isfinite(d) else averaged
+
+    return average
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+class SampleGrid(L.Callback):
+    """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``."""
+
+    def __init__(self, folder: Path, every: int, rows: int = 10) -> None:
+        self.folder, self.every, self.rows = folder, every, rows
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: object) -> None:
+        step = trainer.global_step
+        if not self.every or step % self.every or not trainer.is_global_zero:
+            return
+        flow_map = module.averaged()
+        cond = None if module.null_label is None else torch.arange(self.rows) % module.null_label
+        pictures = [
+            flow_map.decode(sample(flow_map, n=self.rows, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)
+        ]
+        labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
+        picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
+
+
+def fit(
+    module: Trained,
+    data: L.LightningDataModule,
+    folder: Path,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    strategy: str = "auto",
+    precision: str = "32-true",
+    clip: float = 1.0,
+    log_every: int = 20,
+    validate_every: int = 1000,
+    sample_every: int = 0,
+    save_every: int = 200,
+    progress: bool = True,
+) -> L.Trainer:
+    """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
+
+    Logs to ``folder/metrics`` as csv, and to tensorboard where it is installed. The remaining arguments are the Trainer's.
+    """
+    loggers: list[Any] = [CSVLogger(folder, name="", version="metrics")]
+    if importlib.util.find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    checkpoints = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=save_every, save_last=True, save_top_k=1)
+    callbacks: list[L.Callback] = [checkpoints]
+    if isinstance(module, FlowMapTraining):
+        callbacks.append(SampleGrid(folder / "samples", sample_every))
+    if progress:
+        callbacks.append(RichProgressBar(refresh_rate=1))
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=int(devices) if devices.isdigit() else devices,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=module.steps,
+        max_epochs=-1,
+        gradient_clip_val=clip,
+        log_every_n_steps=log_every,
+        val_check_interval=validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+    )
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    return trainer

@@ -1,0 +1,211 @@
+"""Metrics against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from steerfm import metrics
+from steerfm.metrics import FrechetDistance, KernelDistance
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- Fréchet ---------------------------------------------------------------------------------------------------------
+def test_frechet_of_commuting_gaussians():
+    mean_a, mean_b = torch.tensor([[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]]).double()
+    std_a, std_b = torch.tensor([[1.0, 2.0, 0.0], [0.5, 3.0, 1.0]]).double()
+    rotation = torch.linalg.qr(normal(3, 3)).Q
+    cov_a, cov_b = (rotation * std_a**2 @ rotation.T, rotation * std_b**2 @ rotation.T)
+    expected = (mean_a - mean_b).square().sum() + (std_a - std_b).square().sum()
+    assert metrics.frechet_distance(mean_a, cov_a, mean_b, cov_b) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_frechet_of_general_gaussians_is_symmetric_and_zero_on_itself():
+    a, b = metrics.feature_statistics(normal(50, 6)), metrics.feature_statistics(normal(40, 6, seed=1) * 2 + 1)
+    assert metrics.frechet_distance(*a, *b) == pytest.approx(metrics.frechet_distance(*b, *a), rel=1e-10)
+    assert metrics.frechet_distance(*a, *a) == pytest.approx(0, abs=1e-10)
+    product = torch.linalg.eigvals(a[1] @ b[1]).real.sqrt().sum()  # tr (C_a C_b)^{1/2}, without the symmetric form
+    expected = (a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace() - 2 * product
+    assert metrics.frechet_distance(*a, *b) == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_frechet_metric_equals_function_and_merges():
+    fake, real = normal(60, 1, 2, 3), normal(50, 1, 2, 3, seed=1) + 1
+    reference = metrics.feature_statistics(real.flatten(1))
+    whole, halves = FrechetDistance(nn.Flatten(), reference), [FrechetDistance(nn.Flatten(), reference) for _ in "ab"]
+    whole.update(fake)
+    for half, part in zip(halves, (fake[:13], fake[13:]), strict=True):
+        half.update(part)
+    halves[0].merge_state(halves[1])
+    expected = metrics.frechet_distance(*metrics.feature_statistics(fake.flatten(1)), *reference)
+    assert whole.compute().item() == pytest.approx(expected, rel=1e-9)
+    assert halves[0].compute().item() == pytest.approx(expected, rel=1e-9)
+    collected = FrechetDistance(nn.Flatten())
+    collected.update(fake)
+    collected.update(real, real=True)
+    assert collected.compute().item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_metric_refuses_too_few_and_double_references():
+    metric = FrechetDistance(nn.Flatten(), metrics.feature_statistics(normal(9, 2)))
+    with pytest.raises(ValueError, match="reference statistics were given"):
+        metric.update(normal(3, 2), real=True)
+    metric.update(normal(1, 2))
+    with pytest.raises(ValueError, match="at least 2 fake samples, got 1"):
+        metric.compute()
+    metric.reset()
+    assert metric.fake_count == 0
+
+
+def test_states_stay_in_float64_and_features_in_evaluation_mode():
+    metric = FrechetDistance(nn.Sequential(nn.Flatten(), nn.Dropout(0.5)))
+    metric.float().half().train()
+    for real in (False, True):
+        metric.update(torch.arange(12.0).reshape(3, 4), real=real)
+    assert metric.fake_outer.dtype == torch.float64
+    assert metric.compute() == pytest.approx(0, abs=1e-8)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+def test_kernel_distance_is_unbiased():
+    def estimate(shift: float, seed: int) -> float:
+        metric = KernelDistance(nn.Identity(), normal(40, 3, seed=seed))
+        metric.update(normal(30, 3, seed=10_000 + seed) + shift)
+        return metric.compute().item()
+
+    same = torch.tensor([estimate(0.0, seed) for seed in range(200)])
+    assert abs(same.mean() / same.std() * len(same) ** 0.5) < 3.5
+    assert same.min() < 0  # unbiased: not clipped
+    moved = torch.tensor([estimate(1.0, seed) for seed in range(50)])
+    assert moved.mean() > 5 * same.std()
+
+
+def test_kernel_distance_in_blocks_and_merged(monkeypatch):
+    fake, real = normal(25, 4), normal(17, 4, seed=1) + 0.5
+
+    def build(x: torch.Tensor) -> KernelDistance:
+        metric = KernelDistance(nn.Identity(), real)
+        metric.update(x)
+        return metric
+
+    k = [((x @ y.T / 4 + 1) ** 3) for x, y in ((fake, fake), (real, real), (fake, real))]
+    off = [(m.sum() - m.diagonal().sum()) / (len(m) * (len(m) - 1)) for m in k[:2]]
+    expected = (off[0] + off[1] - 2 * k[2].mean()).item()
+    assert build(fake).compute().item() == pytest.approx(expected)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    half = build(fake[:9])
+    half.merge_state(build(fake[9:]))
+    assert half.compute().item() == pytest.approx(expected)
+
+
+def test_kernel_distance_collects_real_pictures_and_needs_two():
+    metric = KernelDistance(nn.Flatten())
+    metric.update(normal(5, 1, 2, 2))
+    with pytest.raises(ValueError, match="at least 2 samples on either side, got 5 and 0"):
+        metric.compute()
+    metric.update(normal(5, 1, 2, 2, seed=1), real=True)
+    assert math.isfinite(metric.compute())
+
+
+def test_mmd_closed_form_weights_and_blocks(monkeypatch):
+    # N(0,1) against N(m,1) under one Gaussian kernel: 2 c (1 - exp(-m^2 / (2 (h^2 + 2)))), c = h / sqrt(h^2 + 2)
+    h, m = 1.5, 1.0
+    expected = 2 * h / math.sqrt(h**2 + 2) * (1 - math.exp(-(m**2) / (2 * (h**2 + 2))))
+    estimates = torch.tensor(
+        [metrics.mmd(normal(80, 1, seed=s), normal(60, 1, seed=500 + s) + m, [h]) for s in range(100)]
+    )
+    assert abs((estimates.mean() - expected) / estimates.std() * 10) < 3.5
+    a, b = normal(30, 2), normal(20, 2, seed=1)
+    weights = torch.rand(20, generator=torch.Generator().manual_seed(2))
+    value = metrics.mmd(a, b, weights_b=weights)
+    monkeypatch.setattr(metrics, "BLOCK", 8)
+    assert metrics.mmd(a, b, weights_b=weights * 3) == pytest.approx(value)
+    assert metrics.mmd(a, b, weights_b=torch.ones(20)) == pytest.approx(metrics.mmd(a, b))
+
+
+def test_mmd_refuses_bad_weights():
+    with pytest.raises(ValueError, match="weights must be 4 finite numbers"):
+        metrics.mmd(normal(4, 1), normal(4, 1), weights_a=torch.tensor([1.0, -1.0, 1.0, 1.0]))
+
+
+# --- Wasserstein -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
+def test_wasserstein_of_a_shift_is_the_shift(order):
+    a = normal(101)
+    assert metrics.wasserstein_1d(a, a + 0.7, order=order) == pytest.approx(0.7)
+
+
+def test_wasserstein_of_unequal_sizes_and_weights():
+    a, b = normal(12), normal(8, seed=1)
+    expected = metrics.wasserstein_1d(a.repeat(2), b.repeat(3))  # the same laws in equal sizes
+    assert expected == pytest.approx((a.repeat(2).sort()[0] - b.repeat(3).sort()[0]).square().mean().sqrt().item())
+    assert metrics.wasserstein_1d(a, b) == pytest.approx(expected)
+    counts = torch.tensor([1, 2, 3, 1, 0, 4, 1, 2])
+    repeated = metrics.wasserstein_1d(a, b.repeat_interleave(counts))
+    assert metrics.wasserstein_1d(a, b, weights_b=counts) == pytest.approx(repeated)
+    two_points = metrics.wasserstein_1d(torch.tensor([0.0, 1.0]), torch.tensor([0.0]), torch.tensor([0.25, 0.75]))
+    assert two_points == pytest.approx(0.75**0.5)
+
+
+def test_sliced_wasserstein_of_a_shift_is_exact():
+    a, v = normal(50, 5), torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5], dtype=torch.float64)
+    expected = v.norm().item() / 5**0.5
+    assert metrics.sliced_wasserstein(a, a[torch.randperm(50)] + v, projections=20) == pytest.approx(expected)
+    assert metrics.sliced_wasserstein(a.repeat(3, 1), a + v, projections=5) == pytest.approx(expected)
+    assert metrics.sliced_wasserstein(a, a, projections=7) == pytest.approx(0, abs=1e-7)
+
+
+def test_sliced_wasserstein_of_gaussians():
+    a, b = normal(20_000, 2), 3 * normal(20_000, 2, seed=1)
+    assert metrics.sliced_wasserstein(a, b, projections=8) == pytest.approx(2.0, rel=0.02)
+
+
+# --- diversity and coverage ------------------------------------------------------------------------------------------
+def test_vendi_counts_different_samples():
+    assert metrics.vendi(torch.eye(7)) == pytest.approx(7)
+    assert metrics.vendi(torch.ones(7, 3) * torch.arange(1, 8)[:, None]) == pytest.approx(1)
+    assert metrics.vendi(torch.eye(3).repeat(4, 1)) == pytest.approx(3)
+    x = normal(6, 4)
+    assert metrics.vendi(x) == pytest.approx(metrics.vendi(torch.cat([x, x.new_zeros(6, 9)], 1)))
+
+
+def test_pairwise_diversity(monkeypatch):
+    x = normal(9, 3)
+    expected = torch.pdist(x).mean().item()
+    assert metrics.pairwise_diversity(x) == pytest.approx(expected)
+    monkeypatch.setattr(metrics, "BLOCK", 4)
+    assert metrics.pairwise_diversity(x) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.pairwise_diversity(x[:1])
+
+
+def test_coverage_and_precision(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 64)
+    real = torch.cat([normal(100, 2), normal(100, 2, seed=1) + 20])
+    one_mode = normal(300, 2, seed=2)
+    assert metrics.coverage(one_mode, real) == pytest.approx(0.5, abs=0.03)
+    assert metrics.precision(one_mode, real) > 0.9
+    assert metrics.precision(real, one_mode) == pytest.approx(0.5, abs=0.05)  # recall
+    assert metrics.precision(one_mode + 100, real) == metrics.coverage(one_mode + 100, real) == 0
+    values = [metrics.coverage(normal(100, 2, seed=s), normal(100, 2, seed=50 + s), k=3) for s in range(40)]
+    assert sum(values) / 40 == pytest.approx(1 - 2**-3, abs=0.02)
+    with pytest.raises(ValueError, match="more than 5 reference samples"):
+        metrics.coverage(one_mode, real[:5])
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+def test_reward_statistics():
+    values = normal(400)
+    stats = metrics.reward_statistics(values)
+    assert stats["mean"] == pytest.approx(values.mean().item())
+    assert stats["standard_error"] == pytest.approx(values.std().item() / 20)
+    assert stats["min"] <= stats["q05"] <= stats["median"] <= stats["q95"] <= stats["max"]
+    copies = values[:100, None].expand(100, 16)  # copies of one output are no new evidence
+    assert metrics.reward_statistics(copies)["standard_error"] == pytest.approx(values[:100].std().item() / 10)
+    assert math.isnan(metrics.reward_statistics(torch.ones(1))["standard_error"])
