@@ -1,79 +1,117 @@
-"""The command line: ``steerfm train|sample|steer|evaluate|models|rewards``; each command is a few lines over the library."""
+"""The command line: ``steerfm COMMAND [--config FILE_OR_RECIPE] key.sub=value ...``. Parses, runs, prints errors in a line."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from steerfm import __version__
 from steerfm import config as configs
-from steerfm.config import ConfigError
+
+EXAMPLES = {
+    "train": """examples:
+  steerfm train --config fashion                         train the shipped flow map anew (hours on a CPU)
+  steerfm train --config fashion optimizer.steps=40000   longer; the same command continues a killed run""",
+    "sample": """examples:
+  steerfm sample model=fashion label=Bag n=16 steps=4
+  steerfm sample model=fashion label="Ankle boot" guidance=1.5 out=runs/boots""",
+    "steer": """examples:
+  steerfm steer reward=classifier reward.target=Bag
+  steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
+  steerfm steer reward=examples/my_reward.py:diagonal method=fmrg_j n=8
+  steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
+    "evaluate": """examples:
+  steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
+  steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32""",
+    "models": "examples:\n  steerfm models",
+    "rewards": "examples:\n  steerfm rewards\n  steerfm rewards classifier",
+}
+HELP = {
+    "train": "train a flow map or a classifier from a recipe",
+    "sample": "draw unsteered samples",
+    "steer": "steer samples towards a reward",
+    "evaluate": "measure a flow map: distances, accuracy, consistency",
+    "models": "list the shipped models",
+    "rewards": "list the installed rewards, or explain one",
+}
+SCHEMAS = {
+    "train": configs.TrainConfig,
+    "sample": configs.SampleConfig,
+    "steer": configs.SteerConfig,
+    "evaluate": configs.EvaluateConfig,
+}
 
 
-def train(config: configs.TrainConfig) -> None:
-    """Train a flow map or a classifier; the same command continues a killed run."""
-    import torch
-
-    from steerfm import training
-    from steerfm.data import DATA
-    from steerfm.flowmap import NeuralFlowMap, build_network
-    from steerfm.objectives import OFF_DIAGONAL, Triangle
-
-    torch.manual_seed(config.seed)  # initial weights; all later noise has its own generator
-    folder = Path(config.out or f"runs/train/{config.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configs.dump(config))
-    data_class = DATA[config.data.name]
-    data = data_class(config.data.batch_size, config.data.root, config.data.augment, config.seed)
-    data.setup()
-    classes = len(data.class_names)
-    network = build_network({**config.network, "classes": classes})
-    if torch.cuda.is_available() or config.network["name"] != "mlp":
-        network = network.to(memory_format=torch.channels_last)
-    o, t = config.objective, config.trainer
-    options = {
-        "lr": config.optimizer.lr,
-        "betas": (config.optimizer.beta1, config.optimizer.beta2),
-        "weight_decay": config.optimizer.weight_decay,
-        "steps": config.optimizer.steps,
-        "warmup": config.optimizer.warmup,
-        "decay": config.optimizer.decay,
-        "ema": config.optimizer.ema,
-        "seed": config.seed,
-    }
-    if config.task == "classifier":
-        module = training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options)
-    else:
-        pixels = data.train[0].float() / 127.5 - 1
-        flow_map = NeuralFlowMap(
-            network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item()
-        )
-        pairs = Triangle(o.terminal, o.full, o.gap)
-        objectives = {OFF_DIAGONAL[name](pairs): share for name, share in o.shares.items()}
-        module = training.FlowMapTraining(
-            flow_map, objectives, start=o.start, null_label=classes, drop=o.drop, **options
-        )
-    trainer = training.fit(
-        module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
-        t.log_every, t.validate_every, t.sample_every, t.save_every, progress=sys.stdout.isatty(),
-    )  # fmt: skip
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of all commands."""
+    root = argparse.ArgumentParser(prog="steerfm", description="Steer and fine-tune flow maps with rewards.")
+    root.add_argument("--version", action="version", version=f"steerfm {__version__}")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in HELP.items():
+        keys = ""
+        if name in SCHEMAS:
+            keys = f"keys and defaults:\n{_indent(configs.dump(SCHEMAS[name]()))}\n\n"
+            recipes = ", ".join(configs.recipes(name))
+            keys += f"recipes: {recipes}\n\n" if recipes else ""
+        sub = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=keys + EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if name in SCHEMAS:
+            sub.add_argument("--config", metavar="FILE_OR_RECIPE", help="a yaml file, or the name of a shipped recipe")
+            sub.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
+        elif name == "rewards":
+            sub.add_argument("name", nargs="?", help="the reward to explain")
+    return root
 
 
-COMMANDS = {"train": (train, configs.TrainConfig)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="steerfm")
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--config")
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_intermixed_args()
-    command, schema = COMMANDS[arguments.command]
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    options, extra = parser().parse_known_args(argv)
     try:
-        command(configs.load(schema, arguments.config, arguments.overrides))
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
+            config = configs.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
+            if options.show:
+                print(configs.dump(config), end="")
+                return 0
+        elif extra:
+            parser().error(f"unrecognized arguments: {' '.join(extra)}")
+        return _run(options, argv, config if hasattr(options, "overrides") else None)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it was", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if options.traceback:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
+    from steerfm import commands  # torch takes seconds to import: not for --help or a misspelt key
+
+    command = " ".join(["steerfm", *argv])
+    match options.command:
+        case "models":
+            commands.list_models()
+        case "rewards":
+            commands.list_rewards(options.name)
+        case name:
+            {
+                "train": commands.train,
+                "sample": commands.sample,
+                "steer": commands.run_steer_command,
+                "evaluate": commands.evaluate,
+            }[name](config, command)  # type: ignore[operator]
+    return 0
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

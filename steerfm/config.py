@@ -184,7 +184,7 @@ def load(schema: type[Schema], source: str | None = None, overrides: Iterable[st
         _check_keys(layer, schema)
         try:
             for key in NAMED & layer.keys():  # a new name drops the old name's arguments
-                if isinstance(layer[key], list) or "name" in layer[key] or not isinstance(merged[key], Mapping):
+                if not isinstance(layer[key], Mapping) or "name" in layer[key] or not isinstance(merged[key], Mapping):
                     merged[key] = None
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -196,6 +196,11 @@ def load(schema: type[Schema], source: str | None = None, overrides: Iterable[st
 def dump(config: Any) -> str:
     """The configuration as yaml."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """The configuration as plain dictionaries and lists."""
+    return asdict(config)
 
 
 def recipes(kind: str) -> dict[str, Path]:

@@ -61,6 +61,8 @@ class Ledger:
         self._parent = _active.get()
         self._token = _active.set(self)
         self._started = time.perf_counter()
+        if self._parent is not None:  # the reset below must not hide the outer ledger's peak so far
+            self._parent.cost.peak_bytes = max(self._parent.cost.peak_bytes, _peak_bytes())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return self
@@ -68,6 +70,8 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.cost.seconds += time.perf_counter() - self._started
         self.cost.peak_bytes = max(self.cost.peak_bytes, _peak_bytes())
+        if self._parent is not None:
+            self._parent.cost.peak_bytes = max(self._parent.cost.peak_bytes, self.cost.peak_bytes)
         if self._token is not None:
             _active.reset(self._token)
 

@@ -47,7 +47,7 @@ class FashionMnist(L.LightningDataModule):
 
     Args:
         batch_size: rows per training batch.
-        root: folder with the four idx .gz files; default: where the Debian package puts them, or $STEERFM_DATA/fashion-mnist.
+        root: folder with the four idx .gz files; default: where the Debian package puts them, or $STEERFM_DATA/FashionMNIST/raw.
         augment: pixels of random shift (with mirroring); 0 for none.
         seed: order of the training batches.
     """
@@ -64,7 +64,8 @@ class FashionMnist(L.LightningDataModule):
         self.train, self.test = (fashion_mnist(split, self.root) for split in ("train", "test"))
 
     def train_dataloader(self) -> DataLoader:
-        order = RandomSampler(self.train[1], generator=torch.Generator().manual_seed(self.seed))
+        step = self.trainer.global_step if self.trainer else 0  # a continued run must not repeat the first batches
+        order = RandomSampler(self.train[1], generator=torch.Generator().manual_seed(self.seed + step))
         batches = BatchSampler(order, self.batch_size, drop_last=True)
         return DataLoader(TensorBatches(*self.train, augment=self.augment), sampler=batches, batch_size=None)
 

@@ -195,7 +195,7 @@ class NeuralFlowMap(FlowMap):
             card: model card: data, recipe, command, metrics, licence.
             half: store the weights as float16.
         """
-        path = Path(path).with_suffix(".safetensors")
+        path = weights_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         names = {cls: name for name, cls in INTERPOLANTS.items()}
         head = {
@@ -218,10 +218,12 @@ class NeuralFlowMap(FlowMap):
             FileNotFoundError, ValueError: naming the file and what is wrong with it.
         """
         head, weights = read_weights(path, kind="flow_map")
-        network = build_network(head["network"])
+        try:
+            network, interpolant = build_network(head["network"]), INTERPOLANTS[head["interpolant"]]()
+            flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"])
+        except KeyError as error:
+            raise ValueError(f"corrupt checkpoint {path}: missing or unknown {error} in its .json") from None
         load_into(network, weights, path)
-        interpolant = INTERPOLANTS[head["interpolant"]]()
-        flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"])
         return flow_map.eval().requires_grad_(False)
 
 
@@ -308,18 +310,27 @@ def build_network(architecture: Mapping[str, Any]) -> nn.Module:
     """A network from {"name": a key of `networks.NETWORKS`, **arguments}.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name or argument.
     """
     arguments = dict(architecture)
-    name = arguments.pop("name")
+    name = arguments.pop("name", None)
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; networks: {', '.join(NETWORKS)}")
-    return NETWORKS[name](**arguments)
+    try:
+        return NETWORKS[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"network {name!r}: {error}") from None
+
+
+def weights_file(path: str | Path) -> Path:
+    """``path`` ending in .safetensors; other dots belong to the name (``model-0.5``)."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
 
 
 def save_weights(network: nn.Module, path: str | Path, head: Mapping[str, Any], half: bool = True) -> None:
     """Write a network's tensors to ``path`` (safetensors) and ``head`` to the JSON beside it."""
-    path = Path(path)
+    path = weights_file(path)
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     if half:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
@@ -335,7 +346,7 @@ def read_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
     Raises:
         FileNotFoundError: a file is missing. ValueError: not safetensors, corrupt, or another kind of model.
     """
-    path = Path(path).with_suffix(".safetensors")
+    path = weights_file(path)
     for file in (path, path.with_suffix(".json")):
         if not file.is_file():
             raise FileNotFoundError(f"no such file: {file} (a model is a .safetensors file with a .json beside it)")

@@ -43,7 +43,7 @@ class Triangle:
     """Pairs s <= t uniform on the triangle; a share ends at t = 1 (the look-aheads) and a share is (0, 1).
 
     Args:
-        terminal: share of pairs with t = 1, s uniform.
+        terminal: share of pairs with t = 1, s as in the others.
         full: share of pairs (0, 1).
         gap: largest t - s of the remaining pairs; below 1 for a curriculum of short jumps first.
     """

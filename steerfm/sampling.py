@@ -254,10 +254,13 @@ def sample(
     transition = transition or Jump()
     all_seeds, times = seed_list(seeds, n), time_grid(steps, power)
     cond = as_condition(flow_map, cond, n)
+    size = n if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one sample at a time")
     parts = []
     with torch.inference_mode():
-        for begin in range(0, n, batch_size or n):
-            rows = slice(begin, begin + (batch_size or n))
+        for begin in range(0, n, size):
+            rows = slice(begin, begin + size)
             parts.append(
                 _sample_batch(flow_map, all_seeds[rows], times, map_condition(lambda c: c[rows], cond), transition)
             )

@@ -6,6 +6,7 @@ Automatic optimisation, one loss, one optimiser: precision, devices and strategy
 from __future__ import annotations
 
 import copy
+import csv
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -92,7 +93,9 @@ class Trained(L.LightningModule):
         self.log("train/skipped", float(self.skipped))
         self.log("train/gradient_norm", norm)
 
-    def on_train_batch_end(self, *_: object) -> None:
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """The average follows at once: callbacks that save a checkpoint run before any later hook of a module."""
+        super().optimizer_step(*arguments, **options)
         self.average.update_parameters(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -148,6 +151,8 @@ class FlowMapTraining(Trained):
         sizes = [round(share * len(x1)) for share in parts.values()]
         total, begin = torch.zeros((), device=x1.device), 0
         for objective, size in [*zip(parts, sizes), (self.diagonal, len(x1) - sum(sizes))]:
+            if size <= 0:  # a small batch, or shares that leave nothing
+                continue
             rows = slice(begin, begin := begin + size)
             mixed = objective is self.diagonal and torch.is_autocast_enabled(x1.device.type)
             with torch.autocast(x1.device.type, enabled=mixed):  # off the diagonal, tangents need float32
@@ -251,12 +256,19 @@ def fit(
 ) -> L.Trainer:
     """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
 
-    Logs to ``folder/metrics`` as csv, and to tensorboard where it is installed. The remaining arguments are the Trainer's.
+    Logs to ``folder/metrics`` as csv, a numbered version for each time it was started (`history` reads them all), and to
+    tensorboard where it is installed. The remaining arguments are the Trainer's.
     """
-    loggers: list[Any] = [CSVLogger(folder, name="", version="metrics")]
+    loggers: list[Any] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=1)]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-    checkpoints = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=save_every, save_last=True, save_top_k=1)
+    checkpoints = ModelCheckpoint(
+        folder / "checkpoints",
+        every_n_train_steps=save_every,
+        save_last=True,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
     callbacks: list[L.Callback] = [checkpoints]
     if isinstance(module, FlowMapTraining):
         callbacks.append(SampleGrid(folder / "samples", sample_every))
@@ -281,4 +293,18 @@ def fit(
     )
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    trainer.save_checkpoint(last)
+    trainer.validate(module, data, verbose=False)
     return trainer
+
+
+def history(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """What `fit` logged to a run folder, {name: (steps, values)}; where a continued run repeats a step, the later counts."""
+    merged: dict[str, dict[int, float]] = {}
+    for file in sorted(Path(folder).glob("metrics/**/metrics.csv"), key=lambda path: (len(str(path)), path)):
+        with file.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        merged.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in merged.items()}

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from steerfm import zoo
-from steerfm.flowmap import build_network, label_index, load_into, read_weights
+from steerfm.flowmap import label_index
 from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.zoo import load_classifier
 from steerfm_rewards.checks import check_pictures
-
-
-def load_classifier(model: str | Path = "fashion-classifier") -> tuple[nn.Module, tuple[str, ...]]:
-    """A classifier, frozen and in evaluation mode, and the names of its classes.
-
-    The network maps pictures (b, c, h, w) in [0, 1] to logits (b, classes); ``features(pictures)`` gives
-    (b, num_features).
-
-    Args:
-        model: a name of the zoo, or a path to a ``.safetensors`` file with its ``.json`` beside.
-
-    Raises:
-        ValueError, FileNotFoundError: unknown, missing, corrupt or not a classifier.
-    """
-    network, class_names, _ = _load(model)
-    return network, class_names
 
 
 class Classifier(Reward):
@@ -44,7 +28,7 @@ class Classifier(Reward):
 
     def __init__(self, target: str | int | None = None, model: str | Path = "fashion-classifier") -> None:
         super().__init__()
-        self.network, self.class_names, self.shape = _load(model)
+        self.network, self.class_names, self.shape = load_classifier(model)
         self.target = None if target is None else label_index(target, self.class_names)
         if target is None:
             self.needs = frozenset({"labels"})
@@ -91,13 +75,3 @@ class Judge(Classifier):
 
     def __init__(self, target: str | int | None = None, model: str | Path = "fashion-judge") -> None:
         super().__init__(target, model)
-
-
-def _load(model: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple[int, ...]]:
-    """Network, class names and the shape (c, h, w) of its pictures: the JSON's, or else that of Fashion-MNIST."""
-    path = zoo.find(model)
-    head, weights = read_weights(path, kind="classifier")
-    network = build_network(head["network"])
-    load_into(network, weights, path)
-    network.eval().requires_grad_(False)
-    return network, tuple(head["class_names"]), tuple(head.get("shape", (1, 28, 28)))

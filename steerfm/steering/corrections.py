@@ -39,11 +39,11 @@ class Correction(Protocol):
 
     Attributes:
         samples: whether the weighted particles sample the tilted target.
-        looks_at_start: whether the look-ahead at t = 0 is needed even though its value is tempered to zero.
+        looks_untempered: whether the look-ahead is needed even where its value is tempered to zero, as at t = 0.
     """
 
     samples: bool
-    looks_at_start: bool
+    looks_untempered: bool
 
     def check(self, steering: Steering) -> None:
         """Raise a ValueError that says why, if the other parts do not fit."""
@@ -71,7 +71,7 @@ class Twisted:
     """
 
     samples = True
-    looks_at_start = False
+    looks_untempered = False
 
     def check(self, steering: Steering) -> None:
         if steering.guidance is not None and not steering.transition.stochastic:
@@ -104,7 +104,7 @@ class Jarzynski:
     """
 
     samples = True
-    looks_at_start = True
+    looks_untempered = True
 
     def check(self, steering: Steering) -> None:
         if not isinstance(steering.lookahead, lookahead.Jump):
@@ -141,7 +141,7 @@ class Uncorrected:
     """No weights: the particles are the result of an ascent or a search, not a sample of the tilted target."""
 
     samples = False
-    looks_at_start = False
+    looks_untempered = False
 
     def check(self, steering: Steering) -> None:
         pass

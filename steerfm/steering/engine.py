@@ -48,7 +48,8 @@ class Trace:
         ancestors: (steps, n, k) whose copy each particle is.
         value: (steps, n, k) tempered value; at the last step strength * reward.
         guidance_ratio: (steps, n, k) length of the shift over that of the step's displacement; 0 without guidance.
-        lookaheads: (steps, n, *shape) the first particle's look-ahead before each step, where asked for; else None.
+        lookaheads: (steps, n, *shape) the first particle's look-ahead, at the last step the sample itself, where asked for
+            and looked at; else None.
     """
 
     t: Tensor
@@ -193,28 +194,25 @@ class Steering:
         x = noise.normal(shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
         row = torch.arange(n, device=x.device).unsqueeze(1) * k
         zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-        now = self._look(problem, x, 0.0, zero, first=True)
+        now = self._look(problem, x, 0.0, zero)
         log_w, log_z = correction.start(now).view(n, k), zero.new_zeros(n)
         records: list[dict[str, Tensor]] = []
         components: dict[str, Tensor] = {}
         rewards = zero
         for i, (s, t) in enumerate(zip(times, times[1:])):
-            if guidance is not None and now.direction is None and s > 0:
-                raise RuntimeError("guidance has no direction")  # pragma: no cover - an engine error, not a user's
             step = transition.step(flow_map, x, s, t, problem.cond, self._shared(now))
             shift, ratio = None, zero
             if guidance is not None and now.direction is not None and correction.guides(step):
                 shift = guidance.shift(flow_map, now, x, step.mean, s, t, step.std)
                 ratio = shift.flatten(1).norm(dim=1) / (step.mean - x).flatten(1).norm(dim=1).clamp_min(1e-12)
             z = noise.normal(shape, x) if step.std else None
-            look = now.endpoint
             x = (step if shift is None else type(step)(step.mean + shift, step.std)).sample(z)
             if i + 1 < self.steps:
                 after = self._look(problem, x, t, zero)
             else:
                 scores = problem.score(x)
                 rewards, components = scores.total, scores.components
-                after = Evaluation(tilt := problem.strength * rewards.to(zero.dtype), tilt)
+                after = Evaluation(tilt := problem.strength * rewards.to(zero.dtype), tilt, x)
             move = Move(now, after, step, shift, z, self._beta(s), self._beta(t))
             log_w = log_w + correction.increment(move).view(n, k)
             record = {
@@ -224,8 +222,8 @@ class Steering:
                 "resampled": torch.zeros(n, dtype=torch.bool, device=x.device),
                 "ancestors": torch.arange(k, device=x.device).expand(n, k),
             }
-            if lookaheads and look is not None:
-                record["lookaheads"] = look.view(n, k, *shape)[:, 0]
+            if lookaheads and self.lookahead is not None and after.endpoint is not None:
+                record["lookaheads"] = after.endpoint.view(n, k, *shape)[:, 0]
             if self.resampling is not None and i + 1 < self.steps:
                 selected = self.resampling.select(log_w, noise.uniform(k, x.device))  # type: ignore[union-attr]
                 if bool(selected.resampled.any()):
@@ -241,7 +239,7 @@ class Steering:
         looks = [record.pop("lookaheads") for record in records if "lookaheads" in record]
         trace = Trace(
             t=torch.tensor(times[1:]),
-            lookaheads=torch.stack(looks) if looks else None,
+            lookaheads=torch.stack(looks) if len(looks) == self.steps else None,
             **{name: torch.stack([record[name] for record in records]) for name in records[0]},
         )
         return Outcome(
@@ -257,12 +255,12 @@ class Steering:
         assert callable(self.tempering)
         return 1.0 if t >= 1 else float(self.tempering(t))
 
-    def _look(self, problem: Problem, x: Tensor, t: float, zero: Tensor, first: bool = False) -> Evaluation:
+    def _look(self, problem: Problem, x: Tensor, t: float, zero: Tensor) -> Evaluation:
         """The evaluation at time t, or zeros where nobody would use it."""
         beta = self._beta(t)
         correction: Any = self.correction
         wanted = self.guidance is not None or correction.samples or self.resampling is not None
-        if self.lookahead is None or not wanted or (beta == 0 and not (first and correction.looks_at_start)):
+        if self.lookahead is None or not wanted or (beta == 0 and not correction.looks_untempered):
             return Evaluation(zero, zero)
         if self.guidance is None:
             return evaluate(problem, self.lookahead, x, t, beta)  # type: ignore[arg-type]
@@ -332,11 +330,11 @@ def steer(
         raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
     if isinstance(reward, torch.nn.Module):
         reward.to(flow_map.device)
-    size = batch_size or n
+    size = n if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one output at a time")
     batches = -(-n // size)
-    network = Microbatched(flow_map, micro_batch) if micro_batch else flow_map
+    network = Microbatched(flow_map, micro_batch) if micro_batch is not None else flow_map
     outcomes = []
     with Ledger() as ledger:
         for index, begin in enumerate(range(0, n, size)):
@@ -375,7 +373,7 @@ def join(outcomes: Sequence[Outcome]) -> Outcome:
         components={name: cat([o.components[name] for o in outcomes]) for name in outcomes[0].components},
         log_weights=cat([outcome.log_weights for outcome in outcomes]),
         log_z=cat([outcome.log_z for outcome in outcomes]),
-        trace=Trace(t=traces[0].t, **trace),
+        trace=Trace(t=traces[0].t.clone(), **trace),
     )
 
 

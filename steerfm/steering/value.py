@@ -262,11 +262,11 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _gradient(reward: Reward, v: Tensor, x: Tensor) -> Tensor:
-    if not v.requires_grad:
+    gradient = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
+    if gradient is None:
         raise RewardError(
             f"reward {reward.name!r} has no gradient: use a gradient-free method (FeynmanKac with guidance=None, BestOfN)"
         )
-    (gradient,) = torch.autograd.grad(v.sum(), x)
     if not bool(torch.isfinite(gradient).all()):
         raise RewardError(
             f"the gradient of reward {reward.name!r} is not finite: use a gradient-free method, or smooth it"

@@ -41,8 +41,10 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
 def _invert(w: Tensor, points: Tensor) -> Tensor:
     """Ancestors of sorted or unsorted points in [0, 1): the inverse of the cumulative weights."""
     edges = w.cumsum(1)
-    edges = edges / edges[:, -1:]  # rounding must not leave a point beyond the last edge
-    return torch.searchsorted(edges, points.to(edges), right=True).clamp_max(w.shape[1] - 1)
+    number = torch.finfo(w.dtype)
+    edges = edges / edges[:, -1:].clamp_min(number.tiny)
+    points = points.to(edges).clamp_max(1 - number.eps / 2)  # rounding must not leave a point beyond the last edge
+    return torch.searchsorted(edges, points, right=True).clamp_max(w.shape[1] - 1)
 
 
 def multinomial(w: Tensor, u: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def residual(w: Tensor, u: Tensor) -> Tensor:
     slot = torch.arange(k, device=w.device).expand_as(w).to(w)
     certain = torch.searchsorted(filled, slot, right=True).clamp_max(k - 1)
     position = (slot - filled[:, -1:] + u[:, :1]) / missing.clamp_min(torch.finfo(w.dtype).tiny)
-    drawn = _invert(left + torch.finfo(w.dtype).tiny, position.clamp(0, 1 - 1e-12))
+    drawn = _invert(left, position.clamp_min(0))
     return torch.where(slot < filled[:, -1:], certain, drawn)
 
 
@@ -156,5 +158,5 @@ class Resample:
         if not low.any():
             return Selected(stay, low)
         scheme = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
-        drawn = scheme(normalise(log_w).exp(), u.to(log_w))
+        drawn = scheme(log_w.softmax(1), u.to(log_w))
         return Selected(torch.where(low.unsqueeze(1), drawn, stay), low)

@@ -10,7 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from steerfm.flowmap import FlowMap, NeuralFlowMap
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network, load_into, read_weights
 
 FOLDER = Path(__file__).parent
 
@@ -29,7 +33,7 @@ def find(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix == ".safetensors" or path.parent != Path("."):
         return path
-    known = [path.stem for path in sorted(FOLDER.glob("*.safetensors"))]
+    known = [path.stem for path in sorted(FOLDER.glob("*.json"))]
     if str(name) in known:
         return FOLDER / f"{name}.safetensors"
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
@@ -49,3 +53,27 @@ def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
     """
     flow_map = name if isinstance(name, FlowMap) else NeuralFlowMap.load(find(name))
     return flow_map.to(device)
+
+
+def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple[int, ...]]:
+    """A classifier, frozen and in evaluation mode; the names of its classes; the shape (c, h, w) of its pictures.
+
+    The network maps pictures in [0, 1] to logits (b, classes); ``features(pictures)`` gives (b, num_features).
+
+    Raises:
+        ValueError, FileNotFoundError: unknown, missing, corrupt or not a classifier.
+    """
+    path = find(name)
+    head, weights = read_weights(path, kind="classifier")
+    network = build_network(head["network"])
+    load_into(network, weights, path)
+    return network.eval().requires_grad_(False), tuple(head["class_names"]), tuple(head["shape"])
+
+
+def statistics(name: str = "fashion-classifier") -> dict[str, Tensor]:
+    """Feature statistics of the data that a shipped classifier was trained on, so that distances need no data.
+
+    Returns:
+        test_mean (d,), test_cov (d, d): of the test split; train_mean, train_cov: of as many training pictures; float64.
+    """
+    return {key: value.to(torch.float64) for key, value in load_file(FOLDER / f"{name}-statistics.safetensors").items()}

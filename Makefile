@@ -1,0 +1,40 @@
+# One target a habit; every target may be run first, and again.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench data clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/installed  ## install, then steer the shipped model with four methods: a table and a picture
+	$(BIN)/python examples/demo.py
+
+test: .venv/dev  ## the tests, in parallel
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/dev  ## style, types and layers
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: .venv/installed  ## overhead of steering over the bare network and reward calls
+	$(BIN)/python benchmarks/overhead.py
+
+data:  ## the training data, where the Debian package is to be had
+	apt-get update -q && apt-get install -y -q dataset-fashion-mnist
+
+clean:
+	rm -rf .venv runs
+
+.venv/bin/python:
+	@echo "creating .venv"
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	@echo "installing steerfm into .venv (torch is large: minutes)"
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+.venv/dev: .venv/installed
+	@echo "installing the development tools"
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@

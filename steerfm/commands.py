@@ -1,0 +1,545 @@
+"""What each command does, from a typed configuration to a run folder. `cli.py` only parses and prints."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steerfm import config as configs
+from steerfm import results, rewards, zoo
+from steerfm.config import ConfigError, did_you_mean, named
+from steerfm.cost import Cost, Ledger
+from steerfm.flowmap import FlowMap, Guided, build_network, save_weights
+from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity
+from steerfm.rewards import Reward
+from steerfm.sampling import sample as draw
+from steerfm.steering import METHODS, Method, SteeringResult, steer
+from steerfm.steering.engine import Outcome, Trace, join
+
+console = Console(highlight=False)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+def train(config: configs.TrainConfig, command: str = "") -> None:
+    """Train a flow map or a classifier; the same command continues a killed run, with more steps if asked."""
+    from steerfm import training
+    from steerfm.data import DATA
+    from steerfm.flowmap import NeuralFlowMap
+    from steerfm.objectives import OFF_DIAGONAL, Triangle
+
+    folder = Path(config.out or f"runs/train/{config.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(configs.dump(config))
+    torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
+    if config.data.name not in DATA:
+        raise ConfigError(
+            f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}"
+        )
+    data = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
+    data.setup()
+    classes, o, t, opt = len(data.class_names), config.objective, config.trainer, config.optimizer
+    architecture = {**config.network, "classes": classes}
+    try:
+        network = build_network(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"network: {error}") from None
+    schedule = {
+        "lr": opt.lr, "betas": (opt.beta1, opt.beta2), "weight_decay": opt.weight_decay, "steps": opt.steps,
+        "warmup": opt.warmup, "decay": opt.decay, "ema": opt.ema, "seed": config.seed,
+    }  # fmt: skip
+    if config.task == "classifier":
+        module: Any = training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **schedule)
+    elif config.task == "flow_map":
+        unknown = [name for name in o.shares if name not in OFF_DIAGONAL]
+        if unknown:
+            raise ConfigError(f"unknown objective {unknown[0]!r}; objectives: {', '.join(OFF_DIAGONAL)}")
+        pixels = data.train[0].float() / 127.5 - 1
+        flow_map = NeuralFlowMap(
+            network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item()
+        )
+        if config.init:
+            network.load_state_dict(NeuralFlowMap.load(zoo.find(config.init)).network.state_dict())
+        pairs = Triangle(o.terminal, o.full, o.gap)
+        objectives = {OFF_DIAGONAL[name](pairs): share for name, share in o.shares.items()}
+        module = training.FlowMapTraining(
+            flow_map, objectives, start=o.start, null_label=classes, drop=o.drop, **schedule
+        )
+    else:
+        raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier")
+    trainer = training.fit(
+        module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, opt.clip,
+        t.log_every, t.validate_every, t.sample_every, t.save_every, progress=console.is_terminal,
+    )  # fmt: skip
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
+    card = {
+        "data": config.data.name,
+        "licence": data.licence,
+        "recipe": configs.plain(config),
+        "command": command or "steerfm train",
+        "commit": _commit(),
+        "metrics": metrics,
+    }
+    weights = folder / f"{config.name}.safetensors"
+    if config.task == "classifier":
+        head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
+        save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
+        splits = {"test": data.test[0], "train": data.train[0][torch.randperm(len(data.train[0]))[: len(data.test[0])]]}
+        save_file(_statistics(module.ema, splits), folder / f"{config.name}-statistics.safetensors")
+    else:
+        module.averaged().save(weights, architecture, card)
+    (folder / "README.md").write_text(results.model_card(config.name, card))
+    results.curves_plot(training.history(folder), folder / "curves.png")
+    console.print(f"trained {config.name}: {weights} and its .json, curves in {folder / 'curves.png'}")
+
+
+def _statistics(network: Any, splits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean and covariance of a classifier's features on pictures (n, c, h, w) uint8 of each split."""
+    out = {}
+    network = network.cpu().eval()
+    for name, pictures in splits.items():
+        with torch.inference_mode():
+            features = torch.cat([network.features(part.float() / 255) for part in pictures.split(500)])
+        out[f"{name}_mean"], out[f"{name}_cov"] = (value.clone() for value in feature_statistics(features))
+    return out
+
+
+# --- sample ----------------------------------------------------------------------------------------------------------
+def sample(config: configs.SampleConfig, command: str = "") -> None:
+    """Unsteered samples: a grid and the tensors."""
+    flow_map = _model(config.model, config.device, config.guidance)
+    folder = results.RunFolder(config.out or f"runs/sample/{_stem(config.model)}", configs.dump(config), resume=True)
+    labels = _labels(flow_map, config.label, config.n)
+    with Ledger() as ledger, _progress("sampling", 1) as tick:
+        x = draw(flow_map, config.n, config.steps, config.seeds, labels)
+        pictures = flow_map.decode(x).float().cpu()
+        tick(1, 1)
+    folder.save_tensors("samples", {"samples": x.float()})
+    names = [flow_map.class_names[i] for i in labels.tolist()] if labels is not None else [""] * config.n
+    path = folder.path / "grid.png"
+    results.picture_grid(*_rows(pictures, names), path=path, title=f"{config.model}, {config.steps} jumps")  # type: ignore[misc]
+    folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
+    results.report(folder, f"Samples of {config.model}", {"command": command}, pictures=[("samples", path)])
+    console.print(f"{config.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
+
+
+# --- steer -----------------------------------------------------------------------------------------------------------
+def build_reward(value: Any) -> Reward:
+    """A reward from a configuration: a name, a name with arguments, or a list of terms with weights."""
+    if isinstance(value, list):
+        terms = []
+        for term in value:
+            name, arguments = named(term, "reward")
+            weight = float(arguments.pop("weight", 1.0))
+            terms.append((weight, rewards.reward(name, **arguments)))
+        if not terms:
+            raise ConfigError("reward is an empty list: name at least one")
+        return rewards.WeightedSum(terms)
+    name, arguments = named(value, "reward")
+    return rewards.reward(name, **arguments)
+
+
+def build_method(value: Any) -> Method:
+    """A preset from a configuration: a name, or a name with arguments."""
+    name, arguments = named(value, "method")
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(METHODS)}")
+    return configs.build(METHODS[name], arguments, "method")
+
+
+def build_judge(config: configs.SteerConfig) -> Reward | None:
+    """The held-out reward: what ``judge`` says, or by default the judge of the class that is asked for, if any."""
+    if config.judge != "auto":
+        return None if config.judge is None else build_reward(config.judge)
+    if isinstance(config.reward, Mapping) and config.reward.get("name") == "classifier":
+        target = config.reward.get("target")
+        return rewards.reward("judge", target=target) if target is not None or config.label is not None else None
+    return rewards.reward("judge") if config.label is not None and "judge" in rewards.available() else None
+
+
+def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[SteeringResult, Tensor]:
+    """Steer in batches of outputs, each kept as soon as it is done; (result, plain samples of the same seeds)."""
+    flow_map = _model(config.model, config.device, config.guidance)
+    if config.precision not in ("32", "bf16"):
+        raise ConfigError(f"unknown precision {config.precision!r}; precisions: 32, bf16")
+    reward, method = build_reward(config.reward), build_method(config.method)
+    labels = _labels(flow_map, config.label, config.n)
+    size = max(1, config.batch_size)
+    batches = [slice(begin, min(begin + size, config.n)) for begin in range(0, config.n, size)]
+    if config.n < 1:
+        raise ConfigError(f"n={config.n}: at least one output is needed")
+    outcomes, cost = [], Cost()
+    with _progress("steering", len(batches)) as tick:
+        for index, rows in enumerate(batches):
+            tensors = folder.load_part(index)
+            if tensors is None:
+                with torch.autocast(flow_map.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    result = steer(
+                        flow_map, reward, method, rows.stop - rows.start, config.seeds + rows.start, config.strength,
+                        None if labels is None else labels[rows], prompts=config.prompt, lookaheads=config.lookaheads,
+                        progress=lambda done, steps, index=index: tick(index * steps + done, len(batches) * steps),
+                    )  # fmt: skip
+                tensors = to_tensors(result) | {
+                    "cost": torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)
+                }
+                folder.save_part(index, tensors)
+                means = result.rewards.mean().item(), result.rewards.max(1).values.mean().item()
+                folder.log(output=rows.stop, reward_mean=means[0], reward_best=means[1], seconds=result.cost.seconds)
+            spent = dict(zip([f.name for f in fields(Cost)], tensors.pop("cost").tolist()))
+            cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
+            outcomes.append(from_tensors(tensors))
+            tick(index + 1, len(batches))
+    result = SteeringResult(**vars(join(outcomes)), cost=cost, flow_map=flow_map.cpu())
+    base = draw(flow_map, config.n, getattr(method, "steps", 4), config.seeds, labels)
+    return result, base
+
+
+def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
+    """Steer, and write the run folder: samples, result.json, grid.png, trace.png, report.html."""
+    default = f"runs/steer/{_stem(config.model)}-{_slug(config.reward)}-{_slug(config.method)}"
+    judge = build_judge(config)
+    build_method(config.method).check(build_reward(config.reward))
+    folder = results.RunFolder(config.out or default, configs.dump(config))
+    result, base = run_steer(config, folder)
+    flow_map, n = result.flow_map, config.n
+    labels = _labels(flow_map, config.label, n)
+    reward = build_reward(config.reward)
+    score = partial(reward.evaluate, prompts=None if config.prompt is None else [config.prompt] * n, labels=labels)
+    with torch.inference_mode():
+        pictures = {"base": flow_map.decode(base), "steered": flow_map.decode(result.best())}
+        scores = {name: score(picture).total for name, picture in pictures.items()}
+        held_out = {name: judge(picture, labels=labels) for name, picture in pictures.items()} if judge else {}
+    weights = result.log_weights.exp()
+    ess = 1 / (weights.square().sum(1) * weights.shape[1])
+    summary = {
+        "command": command,
+        "reward": reward.name,
+        "reward_base": scores["base"].mean(),
+        "reward_best": scores["steered"].mean(),
+        "reward_weighted": (weights * result.rewards).sum(1).mean(),
+        "held_out": {"name": judge.name, **{name: value.mean() for name, value in held_out.items()}} if judge else None,
+        "components": {name: (weights * value).sum(1).mean() for name, value in result.components.items()},
+        "log_z": None if result.log_z is None else result.log_z.mean(),
+        "ess": ess.mean(),
+        "cost": result.cost.as_dict(),
+    }
+    folder.save_result(summary)
+    tensors = {"samples": result.samples, "rewards": result.rewards, "log_weights": result.log_weights, "base": base}
+    folder.save_tensors("samples", tensors)
+    drawn = [_draw_steering(folder.path, pictures, scores, reward.name), _draw_trace(folder.path, result)]
+    table = [
+        ("base", scores["base"].mean().item(), *([held_out["base"].mean().item()] if judge else [])),
+        ("steered (best)", scores["steered"].mean().item(), *([held_out["steered"].mean().item()] if judge else [])),
+    ]
+    header = ["", reward.name, *([f"held out: {judge.name}"] if judge else [])]
+    facts = {"command": command, **{name: f"{value:,.6g}" for name, value in result.cost.as_dict().items()}}
+    results.report(
+        folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
+        [(name, path) for name, path in drawn if path is not None],
+    )  # fmt: skip
+    folder.clear_parts()
+    show = Table(*header, title=f"{n} outputs of {result.samples.shape[1]} particles")
+    for row in table:
+        show.add_row(*[value if isinstance(value, str) else f"{value:.4g}" for value in row])
+    console.print(show)
+    console.print(_cost_line(result.cost))
+    console.print(f"pictures, numbers and report.html in {folder.path}")
+
+
+def to_tensors(outcome: Outcome) -> dict[str, Tensor]:
+    """An outcome as a flat dictionary of tensors, for a file."""
+    tensors = {name: getattr(outcome, name) for name in ("samples", "rewards", "log_weights", "log_z")}
+    tensors |= {f"component.{name}": value for name, value in outcome.components.items()}
+    tensors |= {f"trace.{f.name}": getattr(outcome.trace, f.name) for f in fields(Trace)}
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Outcome:
+    """Inverse of `to_tensors`."""
+    parts = {
+        prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for prefix in ("component.", "trace.")
+    }
+    plain = {name: tensors.get(name) for name in ("samples", "rewards", "log_weights", "log_z")}
+    return Outcome(**plain, components=parts["component."], trace=Trace(**parts["trace."]))  # type: ignore[arg-type]
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
+    """Distances, accuracy and consistency of a flow map at several numbers of jumps against many Euler steps."""
+    flow_map = _model(config.model, config.device)
+    folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
+    classifier, names, _ = zoo.load_classifier("fashion-classifier")
+    judge = zoo.load_classifier("fashion-judge")[0].to(flow_map.device)
+    classifier = classifier.to(flow_map.device)
+    reference = zoo.statistics()
+    labels = torch.arange(config.n) % len(names)  # as balanced as the test split
+    floor = frechet_distance(
+        reference["train_mean"], reference["train_cov"], reference["test_mean"], reference["test_cov"]
+    )
+    plans = [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
+    plans.append((f"{config.euler} Euler steps", config.euler, True))
+    batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
+    rows: dict[str, dict[str, float]] = {}
+    with _progress("evaluating", len(plans) * len(batches)) as tick:
+        for done, (name, steps, euler) in enumerate(plans):
+            kept = folder.load_part(done, prefix="plan")
+            if kept is None:
+                kept = _evaluate_plan(
+                    flow_map, classifier, judge, reference, labels, batches, steps, euler, config.seeds,
+                    lambda i, done=done: tick(done * len(batches) + i, len(plans) * len(batches)),
+                )  # fmt: skip
+                folder.save_part(done, kept, prefix="plan")
+            rows[name] = {key: float(value) for key, value in kept.items()}
+            folder.log(sampler=name, **rows[name])
+    many = rows[plans[-1][0]]["frechet"]
+    table = [
+        (
+            name, f"{row['frechet']:.3f}", f"{row['frechet'] / many:.2f}", f"{row['accuracy']:.4f}", f"{row['diversity']:.3f}",
+            f"{1e3 * row['seconds'] / config.n:.2f}",
+        )
+        for name, row in rows.items()
+    ]  # fmt: skip
+    consistency = consistency_errors(flow_map, labels[:500])
+    header = ["sampler", "Fréchet distance", "relative", "judge accuracy", "diversity", "ms per sample"]
+    show = Table(*header, title=f"{config.model}: {config.n} samples; train-test distance {floor:.4f}")
+    for line in table:
+        show.add_row(*line)
+    console.print(show)
+    console.print(", ".join(f"{name} {value:.5f}" for name, value in consistency.items()))
+    folder.save_result({"command": command, "train_test": floor, "samplers": rows, **consistency})
+    results.report(
+        folder, f"Evaluation of {config.model}", {"command": command, **consistency}, [("samplers", header, table)]
+    )
+    folder.clear_parts()
+
+
+def _evaluate_plan(
+    flow_map: FlowMap, classifier: Any, judge: Any, reference: Mapping[str, Tensor], labels: Tensor, batches: list[slice],
+    steps: int, euler: bool, seed: int, tick: Callable[[int], None],
+) -> dict[str, Tensor]:  # fmt: skip
+    """Metrics of one sampler over all batches."""
+    distance = FrechetDistance(classifier.features, (reference["test_mean"], reference["test_cov"]))
+    right, seconds, features = 0, 0.0, []
+    with torch.inference_mode():
+        for i, rows in enumerate(batches):
+            cond = labels[rows].to(flow_map.device)
+            with Ledger() as ledger:
+                x = (
+                    euler_sample(flow_map, len(cond), steps, seed + rows.start, cond)
+                    if euler
+                    else draw(flow_map, len(cond), steps, seed + rows.start, cond)
+                )
+            seconds += ledger.cost.seconds
+            pictures = flow_map.decode(x)
+            distance.update(pictures)
+            right += int((judge(pictures).argmax(1) == cond).sum())
+            if len(features) < 2:
+                features.append(classifier.features(pictures))
+            tick(i + 1)
+    values = {
+        "frechet": float(distance.compute()),
+        "accuracy": right / len(labels),
+        "diversity": pairwise_diversity(torch.cat(features)),
+        "seconds": seconds,
+    }
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def euler_sample(flow_map: FlowMap, n: int, steps: int, seed: int, cond: Tensor | None) -> Tensor:
+    """Euler steps along the velocity of the same map, from the same noise as `sampling.sample`."""
+    from steerfm.sampling import Noise
+
+    x = Noise([seed + i for i in range(n)]).normal(flow_map.shape, torch.empty(0, device=flow_map.device))
+    for i in range(steps):
+        x = x + flow_map.velocity(x, i / steps, cond) / steps
+    return x
+
+
+def consistency_errors(flow_map: FlowMap, labels: Tensor, seed: int = 0) -> dict[str, float]:
+    """Root mean square per entry over random times: how far the map is from being a flow map.
+
+    semigroup: |X_{m,t}(X_{s,m}(x)) - X_{s,t}(x)|; diagonal: |d/dt X_{s,t}(x) - v(X_{s,t}(x), t)|, x on the path of the map.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(labels)
+    times = torch.rand(3, n, generator=generator).sort(0).values
+    s, m, t = (time.to(flow_map.device) for time in times)
+    cond = labels.to(flow_map.device)
+    x0 = torch.randn(n, *flow_map.shape, generator=generator).to(flow_map.device)
+    with torch.no_grad():
+        x = flow_map.jump(x0, 0.0, s, cond)
+        direct = flow_map.jump(x, s, t, cond)
+        semigroup = flow_map.jump(flow_map.jump(x, s, m, cond), m, t, cond) - direct
+        _, tangent = torch.func.jvp(lambda t: flow_map.jump(x, s, t, cond), (t,), (torch.ones_like(t),))
+        diagonal = tangent - flow_map.velocity(direct, t, cond)
+    return {
+        "semigroup error": semigroup.square().mean().sqrt().item(),
+        "diagonal error": diagonal.square().mean().sqrt().item(),
+    }
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
+def list_models() -> None:
+    """The shipped models."""
+    table = Table("model", "kind", "network", "parameters", "data", "metrics")
+    for name, head in zoo.models().items():
+        card = head.get("card", {})
+        size = (zoo.FOLDER / f"{name}.safetensors").stat().st_size
+        metrics = ", ".join(
+            f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train")
+        )
+        network = head.get("network", {}).get("name", "")
+        table.add_row(name, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""), metrics)
+    console.print(table)
+
+
+def list_rewards(name: str | None = None) -> None:
+    """The installed rewards, or one of them explained."""
+    import inspect
+
+    if name is not None:
+        target = rewards.find(name)
+        parameters = inspect.signature(target).parameters
+        console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(target)})\n", markup=True)
+        console.print(inspect.getdoc(target) or "no description", markup=False)
+        for key, parameter in parameters.items():
+            if key not in ("images", "prompts", "labels"):
+                default = "" if parameter.default is parameter.empty else f" (default {parameter.default!r})"
+                console.print(f"  reward.{key}{default}", markup=False)
+        return
+    table = Table("reward", "unit", "range", "gradient", "needs", "what")
+    for key, point in rewards.available().items():
+        target = point.load()
+        low, high = getattr(target, "range", (float("-inf"), float("inf")))
+        what = (inspect.getdoc(target) or "").split("\n")[0]
+        gradient = "yes" if getattr(target, "differentiable", True) else "no (black box)"
+        needs = ", ".join(sorted(getattr(target, "needs", ())))
+        table.add_row(
+            key, getattr(target, "unit", ""), f"[{low:g}, {high:g}]".replace("[", "\\["), gradient, needs, what
+        )
+    console.print(table)
+    console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name", markup=False)
+
+
+# --- shared pieces ---------------------------------------------------------------------------------------------------
+def _model(name: str, device: str, guidance: float = 1.0) -> FlowMap:
+    flow_map = zoo.load(name, pick_device(device))
+    return flow_map if guidance == 1 else Guided(flow_map, guidance).to(flow_map.device)
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: not a device of this machine.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _labels(flow_map: FlowMap, label: str | None, n: int) -> Tensor | None:
+    """One label for all outputs; without one, no condition."""
+    return flow_map.condition(label, n)
+
+
+def _rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tensor, tuple[()], list[list[str]]]:
+    """Pictures (n, c, h, w) as rows of at most ``columns``, padded with white."""
+    columns = min(columns, len(pictures))
+    missing = -len(pictures) % columns
+    padded = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
+    texts = captions + [""] * missing
+    rows = len(padded) // columns
+    return padded.unflatten(0, (rows, columns)), (), [texts[i * columns : (i + 1) * columns] for i in range(rows)]
+
+
+def _draw_steering(
+    folder: Path, pictures: Mapping[str, Tensor], scores: Mapping[str, Tensor], name: str
+) -> tuple[str, Path | None]:
+    """grid.png: base above steered, the same seeds, the reward under each picture."""
+    title = "the same seeds, base and steered; the reward under each picture"
+    if next(iter(pictures.values())).ndim != 4:
+        return title, None
+    grids, captions, labels = [], [], []
+    columns = min(8, len(scores["base"]))
+    for begin in range(0, min(len(scores["base"]) // columns * columns, 32), columns):
+        for kind in ("base", "steered"):
+            grids.append(pictures[kind][begin : begin + columns].float().cpu())
+            captions.append([f"{value:.3g}" for value in scores[kind][begin : begin + columns].tolist()])
+            labels.append(kind)
+    return title, results.picture_grid(torch.stack(grids), folder / "grid.png", labels, captions, title=name)
+
+
+def _draw_trace(folder: Path, result: SteeringResult) -> tuple[str, Path | None]:
+    """trace.png: value, effective sample size, guidance and look-ahead pictures over time."""
+    trace: dict[str, Any] = {f.name: getattr(result.trace, f.name) for f in fields(Trace)}
+    trace["rewards"] = result.rewards
+    if trace["lookaheads"] is not None and len(result.flow_map.shape) == 3:
+        steps, n = trace["lookaheads"].shape[:2]
+        looks = result.flow_map.decode(trace["lookaheads"].flatten(0, 1)).unflatten(0, (steps, n))
+        trace["lookaheads"] = looks
+    else:
+        trace["lookaheads"] = None
+    if trace["lookaheads"] is not None and len(trace["lookaheads"]) != len(trace["t"]):
+        trace["lookaheads"] = None
+    drawn = {name: value for name, value in trace.items() if value is not None}
+    return "over time", results.trace_plot(drawn, folder / "trace.png")
+
+
+def _cost_line(cost: Cost) -> str:
+    counts = ", ".join(
+        f"{value:,} {name.replace('_', ' ')}" for name, value in cost.as_dict().items()
+        if name not in ("seconds", "peak_bytes") and value
+    )  # fmt: skip
+    return f"cost: {counts}, {cost.seconds:.2f} s, {cost.peak_bytes / 2**20:,.0f} MiB"
+
+
+def _slug(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(_slug(item) for item in value)
+    name, arguments = named(value, "reward")
+    words = [
+        Path(name.split(":")[0]).stem,
+        *name.split(":")[1:],
+        *(str(v) for v in arguments.values() if isinstance(v, str)),
+    ]
+    return "-".join("".join(c if c.isalnum() else "_" for c in word) for word in words)
+
+
+def _stem(model: str) -> str:
+    return Path(model).stem
+
+
+def _commit() -> str:
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@contextmanager
+def _progress(what: str, total: int):
+    """One bar, on a terminal only; yields tick(done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,56 @@
+"""What several test files share: seeded generators, networks with weights that matter, z-scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from steerfm.flowmap import NeuralFlowMap
+from steerfm.networks import Mlp
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[..., nn.Module]:
+    """Networks start with an output of zero: this makes every parameter random, so that every path carries something."""
+
+    def randomise(network: nn.Module, scale: float = 0.3, seed: int = 0) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in network.parameters():
+                noise = torch.randn(p.shape, generator=generator).to(p)
+                p.copy_(scale * noise / max(1.0, p[0].numel() / 4) ** 0.5)
+        return network
+
+    return randomise
+
+
+@pytest.fixture
+def random_map(randomise) -> Callable[..., NeuralFlowMap]:
+    """A small map of vectors with random weights, in float64: a flow map in form only."""
+
+    def random_map(dim: int = 3, classes: int = 0, **options) -> NeuralFlowMap:
+        names = tuple("abcdefgh"[:classes])
+        network = randomise(Mlp(dim, width=16, depth=2, classes=classes), scale=0.8)
+        options = {"mean": 0.3, "std": 0.7, "class_names": names} | options
+        return NeuralFlowMap(network, (dim,), **options).double().eval()
+
+    return random_map
+
+
+@pytest.fixture(scope="session")
+def z_score() -> Callable[..., Tensor]:
+    """z-scores of the mean of independent rows (n, ...) against its expectation."""
+
+    def z_score(rows: Tensor, expected: Tensor | float = 0.0) -> Tensor:
+        rows = rows.double()
+        return (rows.mean(0) - expected) / (rows.std(0) / len(rows) ** 0.5)
+
+    return z_score
