@@ -40,10 +40,34 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BestOfN", "Cost", "DPS", "Denoise", "Diffuse", "EndpointAscent", "EndpointGradient", "FMRGE", "FMRGJ",
-    "FeynmanKac", "FlowMap", "GaussianMixture", "Guided", "Interpolant", "Jump", "Ledger", "MapGradient",
-    "NeuralFlowMap", "Renoise", "Reward", "RewardError", "Steering", "SteeringResult", "Trigonometric", "load",
-    "reward", "sample", "steer",
+    "DPS",
+    "FMRGE",
+    "FMRGJ",
+    "BestOfN",
+    "Cost",
+    "Denoise",
+    "Diffuse",
+    "EndpointAscent",
+    "EndpointGradient",
+    "FeynmanKac",
+    "FlowMap",
+    "GaussianMixture",
+    "Guided",
+    "Interpolant",
+    "Jump",
+    "Ledger",
+    "MapGradient",
+    "NeuralFlowMap",
+    "Renoise",
+    "Reward",
+    "RewardError",
+    "Steering",
+    "SteeringResult",
+    "Trigonometric",
+    "load",
+    "reward",
+    "sample",
+    "steer",
 ]  # fmt: skip
 
 _WHERE = {

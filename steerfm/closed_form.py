@@ -179,9 +179,7 @@ class GaussianMixture(nn.Module):
     variances: Tensor  # (k, d), eigenvalues of the covariances
     axes: Tensor | None  # (k, d, d), their eigenvectors in columns; None for diagonal covariances
 
-    def __init__(
-        self, means: Array, covs: Array, weights: Array | None = None, interpolant: Interpolant | None = None
-    ) -> None:
+    def __init__(self, means: Array, covs: Array, weights: Array | None = None, interpolant: Interpolant | None = None) -> None:
         super().__init__()
         floating = isinstance(means, Tensor) and means.is_floating_point()
         means = torch.as_tensor(means, dtype=None if floating else torch.float64).detach().clone()
@@ -479,9 +477,7 @@ def _log_normal(z: Tensor) -> Tensor:
     return -z.square() / 2 - math.log(2 * math.pi) / 2
 
 
-def _reward(
-    linear: Array | None, quadratic: Array | None, strength: float | Tensor, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _reward(linear: Array | None, quadratic: Array | None, strength: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """strength * (a, B) in the dtype of ``like`` (..., d): a (d,), B (d,) or (d, d).
 
     Raises:

@@ -44,9 +44,7 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     (folder / "config.yaml").write_text(configs.dump(config))
     torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
     if config.data.name not in DATA:
-        raise ConfigError(
-            f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}"
-        )
+        raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
     data = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
     data.setup()
     classes, o, t, opt = len(data.class_names), config.objective, config.trainer, config.optimizer
@@ -62,7 +60,8 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     if config.task == "classifier":
         module: Any = training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **schedule)
     elif config.task == "flow_map":
-        unknown = [name for name in o.shares if name not in OFF_DIAGONAL]
+        shares = o.shares or {"lagrangian": 0.25}
+        unknown = [name for name in shares if name not in OFF_DIAGONAL]
         if unknown:
             raise ConfigError(f"unknown objective {unknown[0]!r}; objectives: {', '.join(OFF_DIAGONAL)}")
         pixels = data.train[0].float() / 127.5 - 1
@@ -72,10 +71,8 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         if config.init:
             network.load_state_dict(NeuralFlowMap.load(zoo.find(config.init)).network.state_dict())
         pairs = Triangle(o.terminal, o.full, o.gap)
-        objectives = {OFF_DIAGONAL[name](pairs): share for name, share in o.shares.items()}
-        module = training.FlowMapTraining(
-            flow_map, objectives, start=o.start, null_label=classes, drop=o.drop, **schedule
-        )
+        objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+        module = training.FlowMapTraining(flow_map, objectives, start=o.start, null_label=classes, drop=o.drop, **schedule)
     else:
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier")
     trainer = training.fit(
@@ -192,9 +189,7 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[S
                         None if labels is None else labels[rows], prompts=config.prompt, lookaheads=config.lookaheads,
                         progress=lambda done, steps, index=index: tick(index * steps + done, len(batches) * steps),
                     )  # fmt: skip
-                tensors = to_tensors(result) | {
-                    "cost": torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)
-                }
+                tensors = to_tensors(result) | {"cost": torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)}
                 folder.save_part(index, tensors)
                 means = result.rewards.mean().item(), result.rewards.max(1).values.mean().item()
                 folder.log(output=rows.stop, reward_mean=means[0], reward_best=means[1], seconds=result.cost.seconds)
@@ -287,9 +282,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     classifier = classifier.to(flow_map.device)
     reference = zoo.statistics()
     labels = torch.arange(config.n) % len(names)  # as balanced as the test split
-    floor = frechet_distance(
-        reference["train_mean"], reference["train_cov"], reference["test_mean"], reference["test_cov"]
-    )
+    floor = frechet_distance(reference["train_mean"], reference["train_cov"], reference["test_mean"], reference["test_cov"])
     plans = [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
     plans.append((f"{config.euler} Euler steps", config.euler, True))
     batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
@@ -321,9 +314,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     console.print(show)
     console.print(", ".join(f"{name} {value:.5f}" for name, value in consistency.items()))
     folder.save_result({"command": command, "train_test": floor, "samplers": rows, **consistency})
-    results.report(
-        folder, f"Evaluation of {config.model}", {"command": command, **consistency}, [("samplers", header, table)]
-    )
+    results.report(folder, f"Evaluation of {config.model}", {"command": command, **consistency}, [("samplers", header, table)])
     folder.clear_parts()
 
 
@@ -384,7 +375,7 @@ def consistency_errors(flow_map: FlowMap, labels: Tensor, seed: int = 0) -> dict
         x = flow_map.jump(x0, 0.0, s, cond)
         direct = flow_map.jump(x, s, t, cond)
         semigroup = flow_map.jump(flow_map.jump(x, s, m, cond), m, t, cond) - direct
-        _, tangent = torch.func.jvp(lambda t: flow_map.jump(x, s, t, cond), (t,), (torch.ones_like(t),))
+        _, tangent = torch.func.jvp(lambda t: flow_map.jump(x, s, t, cond), (t,), (torch.ones_like(t),))[:2]
         diagonal = tangent - flow_map.velocity(direct, t, cond)
     return {
         "semigroup error": semigroup.square().mean().sqrt().item(),
@@ -399,9 +390,7 @@ def list_models() -> None:
     for name, head in zoo.models().items():
         card = head.get("card", {})
         size = (zoo.FOLDER / f"{name}.safetensors").stat().st_size
-        metrics = ", ".join(
-            f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train")
-        )
+        metrics = ", ".join(f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train"))
         network = head.get("network", {}).get("name", "")
         table.add_row(name, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""), metrics)
     console.print(table)
@@ -428,9 +417,7 @@ def list_rewards(name: str | None = None) -> None:
         what = (inspect.getdoc(target) or "").split("\n")[0]
         gradient = "yes" if getattr(target, "differentiable", True) else "no (black box)"
         needs = ", ".join(sorted(getattr(target, "needs", ())))
-        table.add_row(
-            key, getattr(target, "unit", ""), f"[{low:g}, {high:g}]".replace("[", "\\["), gradient, needs, what
-        )
+        table.add_row(key, getattr(target, "unit", ""), f"[{low:g}, {high:g}]".replace("[", "\\["), gradient, needs, what)
     console.print(table)
     console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name", markup=False)
 

@@ -38,11 +38,12 @@ class DataConfig:
 class ObjectiveConfig:
     """Shares of the batch per off-diagonal objective (the rest is flow matching), and how pairs of times are drawn.
 
-    shares: e.g. {lagrangian: 0.25}; start: share of the steps with flow matching only; terminal, full, gap: see
-    `objectives.Triangle`; drop: probability of the null class.
+    shares: e.g. {lagrangian: 0.125, progressive: 0.25}; empty means {lagrangian: 0.25}. start: share of the steps with flow
+    matching only; terminal, full, gap: see `objectives.Triangle`; drop: probability of the null class. smoothing, noise: of
+    a classifier's labels and pictures.
     """
 
-    shares: dict[str, float] = field(default_factory=lambda: {"lagrangian": 0.25})
+    shares: dict[str, float] = field(default_factory=dict)
     start: float = 0.1
     terminal: float = 0.2
     full: float = 0.1
@@ -179,8 +180,7 @@ def load(schema: type[Schema], source: str | None = None, overrides: Iterable[st
         layers.append({str(key): value for key, value in content.items()})
     layers += [_parse(override) for override in overrides]
     merged: Any = OmegaConf.structured(schema)
-    for layer in layers:
-        layer = _named(layer)
+    for layer in map(_named, layers):
         _check_keys(layer, schema)
         try:
             for key in NAMED & layer.keys():  # a new name drops the old name's arguments
@@ -190,7 +190,10 @@ def load(schema: type[Schema], source: str | None = None, overrides: Iterable[st
         except OmegaConfBaseException as error:
             reason = " ".join(str(error).splitlines()[0].split())
             raise ConfigError(f"{reason} (key: {getattr(error, 'full_key', '') or next(iter(layer))})") from None
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:  # a value that points nowhere, such as ${name}
+        raise ConfigError(" ".join(str(error).splitlines()[0].split())) from None
 
 
 def dump(config: Any) -> str:
@@ -219,9 +222,7 @@ def find_recipe(source: str, kind: str) -> Path:
     known = recipes(kind)
     if source in known:
         return known[source]
-    raise ConfigError(
-        f"no file or recipe {source!r}{did_you_mean(source, known)}; recipes: {', '.join(known) or 'none'}"
-    )
+    raise ConfigError(f"no file or recipe {source!r}{did_you_mean(source, known)}; recipes: {', '.join(known) or 'none'}")
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -293,9 +294,7 @@ def _check_keys(layer: Mapping[str, Any], schema: Any, prefix: str = "") -> None
         default = known[key].default_factory
         if isinstance(default, type) and is_dataclass(default):
             if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"'{prefix}{key}' holds keys of its own: {', '.join(f.name for f in fields(default))}"
-                )
+                raise ConfigError(f"'{prefix}{key}' holds keys of its own: {', '.join(f.name for f in fields(default))}")
             _check_keys(value, default, f"{prefix}{key}.")
 
 

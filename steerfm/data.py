@@ -1,4 +1,4 @@
-"""LightningDataModules. Data are never shipped: loaders read what a package installs, and say the command when it is missing."""
+"""LightningDataModules. No data are shipped: loaders read what a package installs, and name it when it is missing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class FashionMnist(L.LightningDataModule):
 
     Args:
         batch_size: rows per training batch.
-        root: folder with the four idx .gz files; default: where the Debian package puts them, or $STEERFM_DATA/FashionMNIST/raw.
+        root: folder with the four idx .gz files; default: where the Debian package puts them, else torchvision's download
+            in $STEERFM_DATA (or ~/.cache/steerfm).
         augment: pixels of random shift (with mirroring); 0 for none.
         seed: order of the training batches.
     """

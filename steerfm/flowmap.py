@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from steerfm.cost import count, count_backward
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
 from steerfm.networks import NETWORKS
 
-Condition = Union[Tensor, Mapping[str, Tensor], None]
+Condition = Tensor | Mapping[str, Tensor] | None
 """One row per output (labels, embeddings), a dictionary of such tensors, or None for no condition."""
 
 INTERPOLANTS: dict[str, type[Interpolant]] = {"linear": Interpolant, "trigonometric": Trigonometric}
@@ -35,6 +35,11 @@ def map_condition(function: Callable[[Tensor], Tensor], cond: Condition) -> Cond
     if cond is None or isinstance(cond, Tensor):
         return None if cond is None else function(cond)
     return {name: function(value) for name, value in cond.items()}
+
+
+def take_rows(cond: Condition, rows: slice | Tensor) -> Condition:
+    """The given rows of a condition."""
+    return map_condition(lambda c: c[rows], cond)
 
 
 class FlowMap(nn.Module):
@@ -50,9 +55,7 @@ class FlowMap(nn.Module):
     shape: tuple[int, ...]
     evaluations: int = 1
 
-    def __init__(
-        self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()) -> None:
         super().__init__()
         self.shape = tuple(int(size) for size in shape)
         self.interpolant = interpolant or Interpolant()
@@ -184,9 +187,7 @@ class NeuralFlowMap(FlowMap):
         return u + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
 
     # --- files: weights in safetensors, everything else in a JSON beside; nothing is ever unpickled --------------
-    def save(
-        self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True
-    ) -> Path:
+    def save(self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True) -> Path:
         """Write ``path``.safetensors and ``path``.json.
 
         Args:
@@ -261,8 +262,7 @@ class Microbatched(Wrapped):
         parts = []
         for begin in range(0, len(x), self.rows):
             part = slice(begin, begin + self.rows)
-            rows = map_condition(lambda c, part=part: c[part], cond)
-            parts.append(self.flow_map.average_velocity(x[part], s[part], t[part], rows))
+            parts.append(self.flow_map.average_velocity(x[part], s[part], t[part], take_rows(cond, part)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -13,7 +13,7 @@ Times are floats or tensors that broadcast against ``x``; `FlowMap` does that br
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +32,7 @@ def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
     if t.ndim == 0:
         return t.expand(x.shape[0]).view(-1, *[1] * (x.ndim - 1))
     if t.shape[0] != x.shape[0] or t.numel() != x.shape[0]:
-        raise ValueError(
-            f"time has shape {tuple(t.shape)} for a batch of {x.shape[0]}: give a float or one time per row"
-        )
+        raise ValueError(f"time has shape {tuple(t.shape)} for a batch of {x.shape[0]}: give a float or one time per row")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -62,35 +60,35 @@ class Interpolant:
         return self.slope(t, t)
 
     # --- the four equivalent descriptions of a denoising network -------------------------------------------------
-    def interpolate(self, x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Any) -> Tensor:
         """x_t = alpha_t x_1 + sigma_t x_0."""
         return self.alpha(t) * x1 + self.sigma(t) * x0
 
-    def conditional_velocity(self, x0: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
+    def conditional_velocity(self, x0: Tensor, x1: Tensor, t: Any) -> Tensor:
         """d x_t / dt for a fixed pair: alpha'_t x_1 + sigma'_t x_0, the regression target of flow matching."""
         da, ds = self.derivatives(t)
         return da * x1 + ds * x0
 
-    def denoise(self, x: Tensor, velocity: Tensor, t: float | Tensor) -> Tensor:
+    def denoise(self, x: Tensor, velocity: Tensor, t: Any) -> Tensor:
         """Denoiser E[x_1 | x_t = x]; on the linear path x + (1 - t) b. Finite at both ends."""
-        da, ds = self.derivatives(t)
+        _, ds = self.derivatives(t)
         return (self.sigma(t) * velocity - ds * x) / self._determinant(t)
 
-    def noise(self, x: Tensor, velocity: Tensor, t: float | Tensor) -> Tensor:
+    def noise(self, x: Tensor, velocity: Tensor, t: Any) -> Tensor:
         """Noise E[x_0 | x_t = x]; on the linear path x - t b. Finite at both ends."""
-        da, ds = self.derivatives(t)
+        da, _ = self.derivatives(t)
         return (da * x - self.alpha(t) * velocity) / self._determinant(t)
 
-    def score(self, x: Tensor, velocity: Tensor, t: float | Tensor) -> Tensor:
+    def score(self, x: Tensor, velocity: Tensor, t: Any) -> Tensor:
         """grad log p_t(x) = -E[x_0 | x_t = x] / sigma_t; infinite at t = 1."""
         return -self.noise(x, velocity, t) / self.sigma(t)
 
-    def velocity_from_denoised(self, x: Tensor, x1: Tensor, t: float | Tensor) -> Tensor:
+    def velocity_from_denoised(self, x: Tensor, x1: Tensor, t: Any) -> Tensor:
         """b from the denoiser; infinite at t = 1."""
         da, ds = self.derivatives(t)
         return da * x1 + ds * (x - self.alpha(t) * x1) / self.sigma(t)
 
-    def velocity_from_noise(self, x: Tensor, x0: Tensor, t: float | Tensor) -> Tensor:
+    def velocity_from_noise(self, x: Tensor, x0: Tensor, t: Any) -> Tensor:
         """b from the noise prediction; infinite at t = 0."""
         da, ds = self.derivatives(t)
         return da * (x - self.sigma(t) * x0) / self.alpha(t) + ds * x0
@@ -114,9 +112,8 @@ class Interpolant:
         """
         scale = self.alpha(t) / self.alpha(r)
         variance = self.sigma(t) ** 2 - (scale * self.sigma(r)) ** 2
-        if isinstance(variance, Tensor):
-            return scale, variance.clamp_min(0.0).sqrt()
-        return scale, math.sqrt(max(variance, 0.0))
+        std: Any = variance.clamp_min(0.0).sqrt() if isinstance(variance, Tensor) else math.sqrt(max(variance, 0.0))
+        return scale, std
 
     # --- the exact flow map of one isotropic Gaussian ------------------------------------------------------------
     def gaussian_velocity(self, x: Tensor, s: Tensor, t: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:

@@ -290,8 +290,7 @@ def _transport(a: Tensor, b: Tensor, w: Tensor, v: Tensor, order: float) -> Tens
     widths = levels.diff(dim=1, prepend=torch.zeros_like(levels[:, :1]))
     middle = levels - widths / 2  # between two jumps of the distribution functions, so that ties do not matter
     quantile_a, quantile_b = (
-        part.gather(1, torch.searchsorted(cdf, middle).clamp(max=part.shape[1] - 1))
-        for part, cdf in ((a, cdf_a), (b, cdf_b))
+        part.gather(1, torch.searchsorted(cdf, middle).clamp(max=part.shape[1] - 1)) for part, cdf in ((a, cdf_a), (b, cdf_b))
     )
     return ((quantile_a - quantile_b).abs() ** order * widths).sum(1)
 

@@ -27,6 +27,7 @@ class ConditionEmbedding(nn.Module):
     def __init__(self, width: int, classes: int = 0, frequencies: int = 8, max_frequency: float = 6.0) -> None:
         super().__init__()
         self.classes = classes
+        self.omega: Tensor
         self.register_buffer("omega", torch.linspace(0.5, max_frequency, frequencies), persistent=False)
         self.time = nn.Sequential(nn.Linear(4 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -123,14 +124,14 @@ class UNet(nn.Module):
         h = self.inputs(F.pixel_unshuffle(x, self.patch))
         skips = []
         for stage in self.down:
-            for layer in stage:
+            for layer in stage:  # type: ignore[union-attr]
                 h = layer(h, emb) if isinstance(layer, ResidualBlock) else layer(h)
                 if isinstance(layer, ResidualBlock):
                     skips.append(h)
         for layer in self.middle:
             h = layer(h, emb)
         for stage in self.up:
-            for layer in stage:
+            for layer in stage:  # type: ignore[union-attr]
                 h = layer(h + skips.pop(), emb) if isinstance(layer, ResidualBlock) else layer(h)
         h = self.outputs(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.patch)

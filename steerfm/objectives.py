@@ -89,7 +89,7 @@ class Lagrangian:
 
     def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
         s, t, x_s, _ = _start(self.pairs, flow_map, x1, generator)
-        u, du = torch.func.jvp(lambda t: flow_map.average_velocity(x_s, s, t, cond), (t,), (torch.ones_like(t),))
+        u, du = torch.func.jvp(lambda t: flow_map.average_velocity(x_s, s, t, cond), (t,), (torch.ones_like(t),))[:2]
         gap = expand_time(t - s, x1)
         with torch.no_grad():
             v = flow_map.average_velocity(x_s + gap * u, t, t, cond)
@@ -175,7 +175,7 @@ def _eulerian_residual(flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, cond:
     """|u - sg[v + (t - s) D_s u]|^2; nothing is differentiated through the tangent, so it is taken without a graph."""
     u = flow_map.average_velocity(x, s, t, cond)
     with torch.no_grad():
-        _, du = torch.func.jvp(lambda x, s: flow_map.average_velocity(x, s, t, cond), (x, s), (v, torch.ones_like(s)))
+        _, du = torch.func.jvp(lambda x, s: flow_map.average_velocity(x, s, t, cond), (x, s), (v, torch.ones_like(s)))[:2]
     return _mean_square(u - (v + expand_time(t - s, x) * du))
 
 

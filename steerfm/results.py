@@ -261,9 +261,7 @@ def _mark_resampling(ax: Any, x: np.ndarray, ess: np.ndarray, resampled: np.ndar
     if resampled is None or not resampled.any():
         return
     step, output = np.nonzero(resampled)
-    marks = ax.plot(
-        x[step], ess[step, output], linestyle="none", marker="v", color=ORANGE, markersize=5, alpha=0.6, mew=0
-    )
+    marks = ax.plot(x[step], ess[step, output], linestyle="none", marker="v", color=ORANGE, markersize=5, alpha=0.6, mew=0)
     legend = {"fontsize": 8, "frameon": False, "labelcolor": INK, "handletextpad": 0.1, "borderaxespad": 0}
     ax.legend(marks, ["resampled"], loc="lower right", bbox_to_anchor=(1, 1.02), **legend)
 
@@ -495,9 +493,7 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [key for key in {**a, **b} if prefix or key != "out"]
         missing = object()
-        return [
-            name for key in keys for name in _differences(a.get(key, missing), b.get(key, missing), f"{prefix}{key}.")
-        ]
+        return [name for key in keys for name in _differences(a.get(key, missing), b.get(key, missing), f"{prefix}{key}.")]
     return [] if a == b else [prefix.rstrip(".") or "everything"]
 
 

@@ -116,9 +116,7 @@ class Reward(nn.Module):
     def _check_input(self, images: Tensor, prompts: Prompts, labels: Tensor | None) -> None:
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (2, 4):
             found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise RewardError(
-                f"reward {self.name!r} takes float images (b, c, h, w) in [0, 1] or vectors (b, d), got {found}"
-            )
+            raise RewardError(f"reward {self.name!r} takes float images (b, c, h, w) in [0, 1] or vectors (b, d), got {found}")
         if images.ndim == 4 and len(images):
             low, high = (float(bound) for bound in images.detach().aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):
@@ -294,9 +292,7 @@ def find(spec: str) -> Any:
                 return points[spec].load()
             except Exception as error:
                 where = points[spec].value
-                raise RewardError(
-                    f"cannot import reward {spec!r} ({where}): {type(error).__name__}: {error}"
-                ) from error
+                raise RewardError(f"cannot import reward {spec!r} ({where}): {type(error).__name__}: {error}") from error
         raise RewardError(
             f"unknown reward {spec!r}{_nearest(spec, points)}; installed: {', '.join(points) or 'none'}; "
             "your own: path/to/file.py:name"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, map_condition
+from steerfm.flowmap import Condition, FlowMap, map_condition, take_rows
 
 
 # --- time grids ------------------------------------------------------------------------------------------------------
@@ -127,9 +127,7 @@ class Transition(Protocol):
         """Whether the steps before the last have noise."""
         ...
 
-    def step(
-        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
-    ) -> Step:
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
         """The kernel from x (b, *shape) at time s to time t > s.
 
         ``endpoint`` is X_{s,1}(x) where a look-ahead has computed it already: it may save the network call.
@@ -146,15 +144,16 @@ class Jump:
     """
 
     hops: int = 1
-    stochastic: ClassVar[bool] = False
+
+    @property
+    def stochastic(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         if self.hops < 1:
             raise ValueError(f"hops={self.hops}: at least one jump is needed")
 
-    def step(
-        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
-    ) -> Step:
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
         if endpoint is not None and t == 1 and self.hops == 1:
             return Step(endpoint, 0.0)
         for i in range(self.hops):
@@ -183,9 +182,7 @@ class Renoise:
     def stochastic(self) -> bool:
         return self.gamma > 0
 
-    def step(
-        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
-    ) -> Step:
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
         r = t + self.gamma * (1 - t)
         scale, std = flow_map.interpolant.renoise(r, t)
         x_r = endpoint if endpoint is not None and r == 1 else flow_map.jump(x, s, r, cond)
@@ -211,9 +208,7 @@ class Diffuse:
     def stochastic(self) -> bool:
         return self.epsilon != 0
 
-    def step(
-        self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None
-    ) -> Step:
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
         path, h = flow_map.interpolant, t - s
         b = flow_map.velocity(x, s, cond)
         if t >= 1:
@@ -251,7 +246,7 @@ def sample(
     Returns:
         (n, *shape) in model space; `FlowMap.decode` makes pictures of it.
     """
-    transition = transition or Jump()
+    move: Transition = transition or Jump()
     all_seeds, times = seed_list(seeds, n), time_grid(steps, power)
     cond = as_condition(flow_map, cond, n)
     size = n if batch_size is None else batch_size
@@ -261,21 +256,17 @@ def sample(
     with torch.inference_mode():
         for begin in range(0, n, size):
             rows = slice(begin, begin + size)
-            parts.append(
-                _sample_batch(flow_map, all_seeds[rows], times, map_condition(lambda c: c[rows], cond), transition)
-            )
+            parts.append(_sample_batch(flow_map, all_seeds[rows], times, take_rows(cond, rows), move))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).clone()
 
 
-def as_condition(flow_map: FlowMap, cond: Condition | str | int, n: int) -> Condition:
+def as_condition(flow_map: FlowMap, cond: Condition | str | int | Sequence[str | int], n: int) -> Condition:
     """Check and move a condition: tensors need one row per output; a class name or index is repeated.
 
     Raises:
         ValueError: another number of rows than outputs, or an unknown class.
     """
-    if isinstance(cond, str | int):
-        return flow_map.condition(cond, n)
-    if isinstance(cond, list | tuple):
+    if cond is None or isinstance(cond, str | int | Sequence):
         return flow_map.condition(cond, n)
 
     def check(rows: Tensor) -> Tensor:

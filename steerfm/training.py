@@ -70,9 +70,7 @@ class Trained(L.LightningModule):
         return self.average.module
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -80,7 +78,7 @@ class Trained(L.LightningModule):
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, left))
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:  # not on_fit_start, which runs before the step count is restored
         if self.global_step == 0:
             self.generator.manual_seed(self.seed + 1_000_003 * self.global_rank)
 
@@ -211,7 +209,7 @@ class ClassifierTraining(Trained):
 def _ema(decay: float):
     """The averaging rule with warm-up, for `AveragedModel`."""
 
-    def average(averaged: Tensor, current: Tensor, seen: Tensor) -> Tensor:
+    def average(averaged: Tensor, current: Tensor, seen: Tensor | int) -> Tensor:
         n = float(seen)
         d = min(decay, (1 + n) / (10 + n))
         return torch.lerp(current, averaged, d) if math.isfinite(d) else averaged
@@ -232,9 +230,7 @@ class SampleGrid(L.Callback):
             return
         flow_map = module.averaged()
         cond = None if module.null_label is None else torch.arange(self.rows) % module.null_label
-        pictures = [
-            flow_map.decode(sample(flow_map, n=self.rows, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)
-        ]
+        pictures = [flow_map.decode(sample(flow_map, n=self.rows, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
         labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
         picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
 

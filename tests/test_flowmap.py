@@ -151,7 +151,12 @@ def test_conditions_by_name_and_index(random_map, labels, expected):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [("Bags", "0 Ankle boot, 1 Bag"), (2, "unknown class 2"), (-1, "unknown class -1"), (["Bag"] * 3, "3 labels for n=2")],
+    [
+        ("Bags", "0 Ankle boot, 1 Bag"),
+        (2, "unknown class 2"),
+        (-1, "unknown class -1"),
+        (["Bag"] * 3, "3 labels for n=2"),
+    ],
 )
 def test_unknown_conditions(random_map, labels, message):
     with pytest.raises(ValueError, match=message):

@@ -117,9 +117,7 @@ def test_mmd_closed_form_weights_and_blocks(monkeypatch):
     # N(0,1) against N(m,1) under one Gaussian kernel: 2 c (1 - exp(-m^2 / (2 (h^2 + 2)))), c = h / sqrt(h^2 + 2)
     h, m = 1.5, 1.0
     expected = 2 * h / math.sqrt(h**2 + 2) * (1 - math.exp(-(m**2) / (2 * (h**2 + 2))))
-    estimates = torch.tensor(
-        [metrics.mmd(normal(80, 1, seed=s), normal(60, 1, seed=500 + s) + m, [h]) for s in range(100)]
-    )
+    estimates = torch.tensor([metrics.mmd(normal(80, 1, seed=s), normal(60, 1, seed=500 + s) + m, [h]) for s in range(100)])
     assert abs((estimates.mean() - expected) / estimates.std() * 10) < 3.5
     a, b = normal(30, 2), normal(20, 2, seed=1)
     weights = torch.rand(20, generator=torch.Generator().manual_seed(2))

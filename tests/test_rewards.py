@@ -371,9 +371,7 @@ def test_entry_points(installed):
 
 
 def test_an_unknown_name_suggests_the_nearest(installed):
-    with pytest.raises(
-        RewardError, match=r"unknown reward 'sharpnes' \(did you mean 'sharpness'\?\); installed: function"
-    ):
+    with pytest.raises(RewardError, match=r"unknown reward 'sharpnes' \(did you mean 'sharpness'\?\); installed: function"):
         reward("sharpnes")
     with pytest.raises(RewardError, match=r"unknown reward 'xyz'; installed: .*your own: path/to/file.py:name"):
         reward("xyz")

@@ -14,6 +14,4 @@ def check_pictures(name: str, images: Tensor) -> None:
         RewardError: naming the shape.
     """
     if images.ndim != 4:
-        raise RewardError(
-            f"reward {name!r} takes pictures (b, c, h, w), got {tuple(images.shape)}: use a model of pictures"
-        )
+        raise RewardError(f"reward {name!r} takes pictures (b, c, h, w), got {tuple(images.shape)}: use a model of pictures")

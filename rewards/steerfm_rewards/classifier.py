@@ -52,8 +52,7 @@ class Classifier(Reward):
         labels = labels.to(images.device)
         if not bool(((labels >= 0) & (labels < log_p.shape[1])).all()):
             raise RewardError(
-                f"reward {self.name!r} got a label outside 0..{log_p.shape[1] - 1}: "
-                "condition on a class, or pass target="
+                f"reward {self.name!r} got a label outside 0..{log_p.shape[1] - 1}: condition on a class, or pass target="
             )
         return log_p.gather(1, labels.long().unsqueeze(1)).squeeze(1)
 

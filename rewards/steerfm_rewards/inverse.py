@@ -38,9 +38,7 @@ def inpaint(images: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = torch.ones(h, w)
         mask[h // 4 : h - h // 4, w // 4 : w - w // 4] = 0
     if mask.shape[-2:] != (h, w) or mask.shape[:-2] not in ((), (1,), (c,)):
-        raise RewardError(
-            f"reward 'target_image' has a mask of {tuple(mask.shape)} for pictures of {(c, h, w)}: fit the mask"
-        )
+        raise RewardError(f"reward 'target_image' has a mask of {tuple(mask.shape)} for pictures of {(c, h, w)}: fit the mask")
     known = (mask > 0.5).to(images.device).expand(c, h, w)
     if not bool(known.any()):
         raise RewardError("reward 'target_image' has a mask without a known pixel: 1 is known, 0 is to be filled in")
@@ -132,9 +130,7 @@ class TargetImage(Reward):
         self.noise, self.factor, self.sigma = float(noise), factor, sigma
         self.register_buffer("mask", None if mask is None else read_picture(mask, "mask", grey=True))
         parameters = dict(list(inspect.signature(self.operator).parameters.items())[1:])
-        check_arguments(
-            f"target_image operator={getattr(self.operator, '__name__', operator)}", parameters, self.arguments
-        )
+        check_arguments(f"target_image operator={getattr(self.operator, '__name__', operator)}", parameters, self.arguments)
         y = read_picture(target, "target").unsqueeze(0)
         if not measured:
             y = self.operator(y, **self.arguments)

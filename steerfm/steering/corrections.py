@@ -42,7 +42,9 @@ class Correction(Protocol):
         looks_untempered: whether the look-ahead is needed even where its value is tempered to zero, as at t = 0.
     """
 
-    samples: bool
+    @property
+    def samples(self) -> bool: ...
+
     looks_untempered: bool
 
     def check(self, steering: Steering) -> None:
@@ -74,7 +76,9 @@ class Twisted:
     looks_untempered = False
 
     def check(self, steering: Steering) -> None:
-        if steering.guidance is not None and not steering.transition.stochastic:
+        transition = steering.transition
+        assert not isinstance(transition, str)
+        if steering.guidance is not None and not transition.stochastic:
             raise ValueError(
                 "a twisted correction needs the density of a guided step: use transition renoise or diffuse, or no guidance, "
                 "or correction none (ascent, not sampling)"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from steerfm.cost import Cost, Ledger
-from steerfm.flowmap import Condition, FlowMap, Microbatched, map_condition
+from steerfm.flowmap import Condition, FlowMap, Microbatched, take_rows
 from steerfm.rewards import Reward, RewardError, as_reward
 from steerfm.sampling import TRANSITIONS, Noise, Renoise, Transition, as_condition, seed_list, time_grid
 from steerfm.steering.corrections import CORRECTIONS, Correction, Move, Twisted
@@ -112,7 +112,8 @@ class SteeringResult(Outcome):
 class Method(Protocol):
     """Anything that turns a problem and noise into weighted particles; `Steering` is the one by parts."""
 
-    particles: int
+    @property
+    def particles(self) -> int: ...
 
     def check(self, reward: Reward) -> None:
         """Raise a ValueError that names the fix, if the method cannot work with this reward."""
@@ -127,6 +128,8 @@ class Method(Protocol):
 @dataclass(frozen=True)
 class Steering:
     """A steering method given by its parts; parts may be objects or their names.
+
+    Samples: what its correction says; with the default, the tilt of the base chain's own law, as the particles grow.
 
     Attributes:
         particles: per output.
@@ -164,9 +167,7 @@ class Steering:
             "tempering": Power(float(self.tempering))
             if isinstance(self.tempering, float | int)
             else _part(self.tempering, TEMPERINGS, "tempering"),
-            "resampling": Resample(self.resampling, self.threshold)
-            if isinstance(self.resampling, str)
-            else self.resampling,
+            "resampling": Resample(self.resampling, self.threshold) if isinstance(self.resampling, str) else self.resampling,
         }
         for name, part in resolved.items():
             object.__setattr__(self, name, part)
@@ -317,9 +318,7 @@ def steer(
     k = method.particles
     tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
     if tilt.ndim > 1 or (tilt.ndim == 1 and len(tilt) != n):
-        raise ValueError(
-            f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output"
-        )
+        raise ValueError(f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output")
     if not bool(torch.isfinite(tilt).all()):
         raise ValueError(f"strength={strength}: must be finite")
     tilt = tilt.expand(n)
@@ -343,7 +342,7 @@ def steer(
                 network,
                 reward,
                 tilt[part].repeat_interleave(k),
-                repeat_rows(map_condition(lambda c, part=part: c[part], rows), k),
+                repeat_rows(take_rows(rows, part), k),
                 None if labels is None else labels[part].repeat_interleave(k),
                 None if texts is None else [text for text in texts[part] for _ in range(k)],
             )

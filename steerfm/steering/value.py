@@ -131,7 +131,8 @@ class Guidance(Protocol):
     The shift of a step is coefficient * direction, with the norm capped at ``cap`` times the step's own displacement.
     """
 
-    cap: float | None
+    @property
+    def cap(self) -> float | None: ...
 
     def evaluate(self, problem: Problem, lookahead: Lookahead, x: Tensor, t: float, beta: float) -> Evaluation:
         """Value and direction at x."""
@@ -268,9 +269,7 @@ def _gradient(reward: Reward, v: Tensor, x: Tensor) -> Tensor:
             f"reward {reward.name!r} has no gradient: use a gradient-free method (FeynmanKac with guidance=None, BestOfN)"
         )
     if not bool(torch.isfinite(gradient).all()):
-        raise RewardError(
-            f"the gradient of reward {reward.name!r} is not finite: use a gradient-free method, or smooth it"
-        )
+        raise RewardError(f"the gradient of reward {reward.name!r} is not finite: use a gradient-free method, or smooth it")
     return gradient
 
 

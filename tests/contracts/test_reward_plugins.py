@@ -285,10 +285,7 @@ def slow_downsample(image: np.ndarray) -> np.ndarray:
     out = np.zeros((c, h // 2, w // 2))
     for k, i, j in np.ndindex(*out.shape):
         out[k, i, j] = (
-            image[k, 2 * i, 2 * j]
-            + image[k, 2 * i + 1, 2 * j]
-            + image[k, 2 * i, 2 * j + 1]
-            + image[k, 2 * i + 1, 2 * j + 1]
+            image[k, 2 * i, 2 * j] + image[k, 2 * i + 1, 2 * j] + image[k, 2 * i, 2 * j + 1] + image[k, 2 * i + 1, 2 * j + 1]
         ) / 4
     return out
 

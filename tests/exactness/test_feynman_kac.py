@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import GaussianMixture
+from steerfm import FlowMap, GaussianMixture
 from steerfm.sampling import Diffuse, Renoise, Step
 from steerfm.steering import (
     BestOfN,
@@ -30,6 +30,7 @@ from steerfm.steering import (
 from steerfm.steering.value import Problem, evaluate, untempered, value
 
 LIMIT = 4.0
+STRONG = MapGradient(scale=4.0), EndpointGradient(scale=4.0)  # so that a wrong correction is seen: z = 5 to 9 without it
 
 # the 1-D case: three modes, r = 1.2 x - .15 x^2, log Z = .756
 A, B = 1.2, 0.3
@@ -110,7 +111,7 @@ def test_the_case_is_the_one_in_the_notes():
 
 # --- twisted weights -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
-@pytest.mark.parametrize("guidance", [None, MapGradient(), EndpointGradient()], ids=["free", "map", "endpoint"])
+@pytest.mark.parametrize("guidance", [None, *STRONG], ids=["free", "map", "endpoint"])
 @pytest.mark.parametrize("lookahead", [Jump(), Denoise()], ids=["jump", "denoise"])
 def test_feynman_kac_samples_the_tilt_in_one_dimension(lookahead, guidance, gamma):
     method = FeynmanKac(particles=16, steps=4, lookahead=lookahead, guidance=guidance, transition=Renoise(gamma))
@@ -155,7 +156,7 @@ def test_strength_per_output_tilts_each_output():
         check(f"1-D strength={strength}", z_scores(values, torch.tensor([1.0, target.mean().item()]) * log_z.exp()))
 
 
-@pytest.mark.parametrize("guidance", [None, EndpointGradient()], ids=["free", "endpoint"])
+@pytest.mark.parametrize("guidance", [None, STRONG[1]], ids=["free", "endpoint"])
 @pytest.mark.parametrize("lookahead", [Jump(), Denoise()], ids=["jump", "denoise"])
 def test_feynman_kac_samples_the_tilt_in_two_dimensions(lookahead, guidance):
     method = FeynmanKac(particles=16, steps=3, lookahead=lookahead, guidance=guidance, threshold=0.95)
@@ -173,14 +174,14 @@ def test_feynman_kac_samples_the_tilt_in_two_dimensions(lookahead, guidance):
 
 
 def test_map_gradient_samples_the_tilt_in_two_dimensions():
-    method = FeynmanKac(particles=8, steps=3, guidance="map", threshold=0.95)
+    method = FeynmanKac(particles=8, steps=3, guidance=STRONG[0], threshold=0.95)
     result = steerfm.steer(MIXTURE2.flow_map(steps=8), reward2, method, n=100, seeds=300)
     values = estimates(result, lambda x: x[..., 0], lambda x: x[..., 1])
     expected = torch.tensor([1.0, *TARGET2.mean().tolist()]) * LOG_Z2.exp()
     check("2-D Jump() MapGradient", z_scores(values, expected))
 
 
-@pytest.mark.parametrize("guidance", [None, MapGradient(), EndpointGradient()], ids=["free", "map", "endpoint"])
+@pytest.mark.parametrize("guidance", [None, *STRONG], ids=["free", "map", "endpoint"])
 @pytest.mark.parametrize("lookahead", [Jump(), Denoise()], ids=["jump", "denoise"])
 def test_diffuse_samples_the_tilt_of_its_own_chain(lookahead, guidance):
     """Euler-Maruyama on one Gaussian is a linear chain: its law at t = 1 is a Gaussian that a recursion gives."""
@@ -204,33 +205,52 @@ def test_diffuse_samples_the_tilt_of_its_own_chain(lookahead, guidance):
     check(f"Gaussian Diffuse {lookahead} {type(guidance).__name__}", z_scores(values, expected))
 
 
-@pytest.mark.parametrize("guidance", [None, MapGradient(), EndpointGradient()], ids=["free", "map", "endpoint"])
+class VelocityOnly(FlowMap):
+    """The mixture's exact velocity, for methods that never jump: the exact map's quantiles are dear."""
+
+    def __init__(self):
+        super().__init__((1,))
+        self.mixture = MIXTURE
+
+    def average_velocity(self, x, s, t, cond):
+        assert torch.equal(s, t)
+        return self.mixture.velocity(x, s)
+
+
+@pytest.mark.parametrize("guidance", [None, *STRONG], ids=["free", "map", "endpoint"])
 def test_diffuse_agrees_with_importance_weights_of_its_own_chain(guidance):
     """On a mixture the chain's law has no closed form: the same chain, weighted at the end only, is the reference."""
-    functions = (lambda x: x[..., 0], lambda x: (x[..., 0] < CUTS[0]).double(), lambda x: (x[..., 0] > CUTS[1]).double())
-    plain = BestOfN(particles=64, steps=6, transition=Diffuse())
-    reference = estimates(steerfm.steer(MAP, reward, plain, n=200, seeds=10_000), *functions)
-    method = FeynmanKac(particles=16, steps=6, lookahead="denoise", guidance=guidance, transition=Diffuse())
-    values = estimates(steerfm.steer(MAP, reward, method, n=200, seeds=0), *functions)
+    functions = (
+        lambda x: x[..., 0],
+        lambda x: (x[..., 0] < CUTS[0]).double(),
+        lambda x: (x[..., 0] > CUTS[1]).double(),
+    )
+    plain = BestOfN(particles=64, steps=8, transition=Diffuse())
+    reference = estimates(steerfm.steer(VelocityOnly(), reward, plain, n=500, seeds=10_000), *functions)
+    method = FeynmanKac(particles=16, steps=8, lookahead="denoise", guidance=guidance, transition=Diffuse())
+    values = estimates(steerfm.steer(VelocityOnly(), reward, method, n=500, seeds=0), *functions)
     error = (values.var(1) / values.shape[1] + reference.var(1) / reference.shape[1]).sqrt()
     check(f"1-D Diffuse Denoise {type(guidance).__name__}", (values.mean(1) - reference.mean(1)) / error)
 
 
 def test_self_normalised_error_falls_with_particles():
     """The bias falls as 1 / k and the standard deviation as k^-1/2."""
-    bias, error, spread = [], [], []
-    for k, n in ((4, 1600), (16, 800), (64, 200)):
-        result = steerfm.steer(MAP, reward, FeynmanKac(particles=k, steps=2), n=n, seeds=20_000)
+    strength = 3.0
+    target, _ = GAUSSIAN.tilt([A1], B1, strength)
+    bias, error, spread = {}, {}, {}  # times k, k and k^1/2: what should not depend on k
+    for k, n in ((8, 4000), (32, 4000), (128, 1000)):
+        method = FeynmanKac(particles=k, steps=3, threshold=0.9)
+        result = steerfm.steer(GAUSSIAN.flow_map(), reward1, method, n=n, seeds=0, strength=strength)
+        assert result.trace.resampled.double().mean() > 0.1
         mean = (result.log_weights.exp() * result.samples[..., 0]).sum(1)
-        bias.append((TARGET.mean() - mean.mean()).item())
-        error.append((mean.std() / math.sqrt(n)).item())
-        spread.append(mean.std().item())
-    print("bias", bias, "error", error, "spread", spread)
-    assert bias[0] > 8 * error[0]  # seen clearly with few particles,
-    assert abs(bias[1] - bias[0] / 4) < 4 * math.hypot(error[1], error[0] / 4) + 0.03  # a quarter with four times as many,
-    assert abs(bias[2]) < abs(bias[1]) / 4 + 4 * error[2]  # and then lost in the noise
-    assert spread[1] / spread[2] == pytest.approx(2.0, rel=0.35)
-    assert spread[0] > spread[1] > spread[2]
+        bias[k] = k * (mean.mean() - target.mean()[0]).item()
+        error[k] = k * (mean.std() / math.sqrt(n)).item()
+        spread[k] = math.sqrt(k) * mean.std().item()
+    print("bias * k", bias, "error * k", error, "sd * sqrt(k)", spread)
+    assert abs(bias[8]) > 10 * error[8] and abs(bias[32]) > 5 * error[32]  # seen clearly
+    for k in (32, 128):
+        assert abs(bias[k] - bias[8]) < LIMIT * math.hypot(error[k], error[8])
+        assert spread[k] == pytest.approx(spread[8], rel=0.15)
 
 
 # --- the exact value -------------------------------------------------------------------------------------------------
@@ -324,7 +344,7 @@ def test_many_posterior_endpoints_bring_the_effective_sample_size_near_one():
         lowest[k] = result.trace.ess.mean(1).min().item()
         check(f"Gaussian {k} posterior endpoints", z_scores(estimates(result), [log_z.exp().item()]))
     print("ESS", lowest)
-    assert lowest[256] > 0.98 > 0.9 > lowest[1]
+    assert lowest[256] > 0.98 and lowest[1] < 0.9
 
 
 # --- Jarzynski -------------------------------------------------------------------------------------------------------
@@ -364,7 +384,7 @@ def test_jarzynski_on_a_mixture_approaches_the_tilt():
         total, first = estimates(result, lambda x: x[..., 0])
         error[steps] = abs((first.mean() / total.mean()).item() - TARGET.mean().item())
     print("FMTT error of the mean on the mixture:", error)
-    assert error[24] < 0.2
+    assert error[24] < error[6] and error[24] < 0.1
 
 
 @pytest.mark.parametrize("tempering", ["linear", "exponential", lambda t: max(0.0, 2 * t - 1)])

@@ -1,0 +1,367 @@
+"""Training through Lightning: a run killed and continued must equal the run that was left alone."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from steerfm.flowmap import NeuralFlowMap
+from steerfm.networks import ResNet, UNet
+from steerfm.objectives import FlowMatching, Lagrangian, Progressive
+from steerfm.training import ClassifierTraining, FlowMapTraining, fit, history
+
+STEPS = 12
+QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}
+
+
+class Pictures(L.LightningDataModule):
+    """One batch of 8 x 8 pictures, dark or bright, over and over: the order cannot matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        labels = torch.arange(8) % 2
+        noise = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.batch = (0.2 * noise + 0.8 * labels[:, None, None, None], labels)
+        self.started_at: list[int] = []
+
+    def train_dataloader(self) -> DataLoader:
+        self.started_at.append(self.trainer.global_step)
+        return DataLoader([self.batch] * 1000, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader([self.batch] * 2, batch_size=None)
+
+
+class Watch(L.Callback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.weights.append(flat(module.network))
+
+
+def flat(network: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def module(kind: type = FlowMapTraining, off_diagonal=None, **options) -> FlowMapTraining:
+    torch.manual_seed(0)
+    flow_map = NeuralFlowMap(UNet(1, widths=(8,), classes=2, attention=False), (1, 8, 8), std=0.8)
+    off_diagonal = {Lagrangian(): 0.25, Progressive(): 0.25} if off_diagonal is None else off_diagonal
+    options = {"steps": STEPS, "warmup": 4, "lr": 1e-2, "start": 0.25, "null_label": 2} | options
+    return kind(flow_map, off_diagonal, **options)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Fragile(FlowMapTraining):
+    """Dies when it is about to take step 8."""
+
+    def training_step(self, batch, batch_index):
+        if self.global_step == 8:
+            raise KilledError
+        return super().training_step(batch, batch_index)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> SimpleNamespace:
+    """A run of 12 steps that was left alone."""
+    folder, trained, data = tmp_path_factory.mktemp("whole"), module(), Pictures()
+    trainer = fit(trained, data, folder, sample_every=6, **QUICK)
+    return SimpleNamespace(folder=folder, module=trained, data=data, trainer=trainer)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory) -> SimpleNamespace:
+    """The same run, killed after 8 steps (the last checkpoint is of step 6) and continued elsewhere with the same command."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.raises(KilledError):
+        fit(module(Fragile), Pictures(), folder, **QUICK)
+    before = history(folder)
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    folder = folder.rename(folder.with_name("moved"))
+    trained, data = module(), Pictures()
+    trainer = fit(trained, data, folder, **QUICK)
+    return SimpleNamespace(folder=folder, module=trained, data=data, trainer=trainer, before=before, checkpoint=checkpoint)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+def test_a_run_writes_its_folder(whole):
+    assert whole.trainer.global_step == STEPS
+    assert (whole.folder / "checkpoints" / "last.ckpt").is_file()
+    assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == ["0000006.png", "0000012.png"]
+    logged = history(whole.folder)
+    assert logged["train/loss"][0] == list(range(STEPS))
+    assert logged["train/FlowMatching"][0] == list(range(STEPS))
+    assert logged["train/Lagrangian"][0] == logged["train/Progressive"][0] == list(range(3, STEPS))  # start = 0.25
+    assert logged["val/flow_matching"][0] == [3, 7, 11, STEPS]  # and once at the end
+    assert logged["train/skipped"][1] == [0.0] * STEPS
+    assert all(math.isfinite(value) for _, values in logged.values() for value in values)
+
+
+def test_training_lowers_the_loss(whole):
+    losses = history(whole.folder)["val/flow_matching"][1]
+    assert losses[-1] < losses[0]
+
+
+def test_a_checkpoint_is_a_plain_state(whole):
+    """No pickled objects; the average and the generator are in it."""
+    checkpoint = torch.load(whole.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    names = checkpoint["state_dict"].keys()
+    network = {name for name in names if name.startswith("network.")}
+    assert {name.replace("average.module.", "network.") for name in names if name.startswith("average.module.")} == network
+    assert names - network - {f"average.module.{name[8:]}" for name in network} == {"average.n_averaged"}
+    assert checkpoint["state_dict"]["average.n_averaged"] == STEPS
+    assert torch.equal(checkpoint["generator"], whole.module.generator.get_state())
+    assert checkpoint["global_step"] == STEPS
+
+
+def test_the_average_follows_its_rule():
+    trained, watch = module(ema=0.35), Watch()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=STEPS, callbacks=[watch], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(trained, Pictures())
+    average = watch.weights[0].double()
+    for n, weights in enumerate(watch.weights[1:], start=1):
+        d = min(0.35, (1 + n) / (10 + n))
+        average = d * average + (1 - d) * weights.double()
+    assert min(0.35, 2 / 11) < 0.35 == min(0.35, STEPS / (9 + STEPS))  # both branches were taken
+    torch.testing.assert_close(flat(trained.ema).double(), average, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(flat(trained.ema), flat(trained.network))
+
+
+def test_the_averaged_map(whole):
+    (flow_map,) = whole.module.flow_map
+    averaged = whole.module.averaged()
+    assert torch.equal(flat(averaged.network), flat(whole.module.ema))
+    assert torch.equal(flat(flow_map.network), flat(whole.module.network))  # the map in training is as it was
+    assert averaged.network is not flow_map.network
+    assert (averaged.mean, averaged.std, averaged.shape) == (flow_map.mean, flow_map.std, flow_map.shape)
+    assert not averaged.network.training
+    x = torch.randn(2, 1, 8, 8)
+    assert averaged.jump(x, 0.0, 1.0).shape == x.shape
+
+
+def test_validation_is_on_the_average_and_repeatable(whole):
+    value = whole.trainer.callback_metrics["val/flow_matching"].item()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (again,) = trainer.validate(whole.module, whole.data, verbose=False)
+    assert again["val/flow_matching"] == pytest.approx(value, rel=1e-6)
+
+
+# --- killed and continued --------------------------------------------------------------------------------------------
+def test_a_kill_loses_nothing_that_was_logged(whole, continued):
+    expected = history(whole.folder)
+    assert continued.before["train/loss"] == (list(range(8)), expected["train/loss"][1][:8])
+    after = history(continued.folder)
+    assert after.keys() == expected.keys()
+    for name, (steps, values) in expected.items():
+        assert after[name][0] == steps, name
+        assert after[name][1] == pytest.approx(values, rel=1e-5), name
+
+
+def test_a_continued_run_starts_at_its_checkpoint(continued):
+    assert continued.checkpoint["global_step"] == 6
+    assert continued.checkpoint["state_dict"]["average.n_averaged"] == 6
+    assert continued.data.started_at == [6]
+    assert continued.trainer.global_step == STEPS
+
+
+def test_a_continued_run_gives_the_same_bits(whole, continued):
+    assert torch.equal(flat(continued.module.network), flat(whole.module.network))
+    assert torch.equal(flat(continued.module.ema), flat(whole.module.ema))
+    assert torch.equal(continued.module.generator.get_state(), whole.module.generator.get_state())
+
+
+def test_one_last_checkpoint_however_often_it_was_started(continued):
+    folder = continued.folder / "checkpoints"
+    assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == STEPS
+
+
+def test_a_finished_run_stays_finished_and_can_go_on(tmp_path):
+    """7 steps with a checkpoint every 3: the end is saved too."""
+    first = module(steps=7)
+    fit(first, Pictures(), tmp_path, **QUICK)
+    again = module(steps=7)
+    assert fit(again, Pictures(), tmp_path, **QUICK).global_step == 7
+    assert torch.equal(flat(again.network), flat(first.network))
+    assert torch.equal(flat(again.ema), flat(first.ema))
+    longer = module(steps=9)
+    assert fit(longer, Pictures(), tmp_path, **QUICK).global_step == 9
+    assert history(tmp_path)["train/loss"][0] == list(range(9))
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+def test_history_merges_runs(tmp_path):
+    rows = {
+        "metrics.csv": "epoch,step,loss\n0,0,9.0\n0,1,8.0\n",
+        "version_2/metrics.csv": "epoch,step,loss,val\n0,1,7.0,\n0,2,,0.5\n0,3,5.0,\n",
+        "version_10/metrics.csv": "epoch,step,loss\n0,3,4.0\n0,4,nan\n",
+    }
+    for name, text in rows.items():
+        path = tmp_path / "metrics" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    merged = history(tmp_path)
+    assert merged.keys() == {"loss", "val"}
+    assert merged["val"] == ([2], [0.5])
+    assert merged["loss"][0] == [0, 1, 3, 4]
+    assert merged["loss"][1][:3] == [9.0, 7.0, 4.0]
+    assert math.isnan(merged["loss"][1][3])
+
+
+def test_a_folder_without_a_log_has_no_history(tmp_path):
+    assert history(tmp_path) == {}
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+class Poisoned(FlowMapTraining):
+    """The losses of steps 2 and 5 are infinite and not a number."""
+
+    def training_step(self, batch, batch_index):
+        return super().training_step(batch, batch_index) * {2: math.inf, 5: math.nan}.get(self.global_step, 1.0)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tmp_path):
+    trained, watch = module(Poisoned, weight_decay=0.1, steps=8), Watch()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=8, callbacks=[watch], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, gradient_clip_val=1.0,
+    )  # fmt: skip
+    trainer.fit(trained, Pictures())
+    moved = [not torch.equal(a, b) for a, b in zip(watch.weights, watch.weights[1:])]
+    assert moved == [step not in (2, 5) for step in range(1, 8)]
+    assert trained.skipped == 2
+    assert all(weights.isfinite().all() for weights in [*watch.weights, flat(trained.ema)])
+    assert trainer.callback_metrics["train/skipped"] == 2
+    checkpoint: dict = {}
+    trained.on_save_checkpoint(checkpoint)
+    restored = module()
+    restored.on_load_checkpoint(checkpoint)
+    assert restored.skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"steps": 100, "warmup": 10, "decay": 0.2}, {0: 0.1, 4: 0.5, 9: 1, 50: 1, 80: 1, 90: 0.5, 95: 0.25, 100: 0}),
+        ({"steps": 10, "warmup": 0, "decay": 0.0}, {0: 1, 5: 1, 9: 1, 10: 0}),
+        ({"steps": 10, "warmup": 0, "decay": 1.0}, {0: 1, 5: 0.5, 9: 0.1}),
+        ({"steps": 10, "warmup": 1, "decay": 0.5}, {0: 1, 5: 1, 6: 0.8, 20: 0}),
+    ],
+)
+def test_learning_rates(options, expected):
+    trained = module(lr=0.02, **options)
+    configured = trained.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    assert configured["lr_scheduler"]["interval"] == "step"
+    rates = {}
+    for step in range(max(expected) + 1):
+        rates[step] = optimizer.param_groups[0]["lr"] / 0.02
+        optimizer.step()
+        schedule.step()
+    assert {step: rates[step] for step in expected} == pytest.approx(expected)
+
+
+def test_only_the_network_is_optimised():
+    trained = module(betas=(0.8, 0.95), weight_decay=0.3)
+    (group,) = trained.configure_optimizers()["optimizer"].param_groups
+    assert sum(p.numel() for p in group["params"]) == flat(trained.network).numel()
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.95), 0.3)
+    assert not any(p.requires_grad for p in trained.ema.parameters())
+
+
+class Recorder:
+    """An objective whose loss is a constant, and which remembers its rows."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss, self.calls = loss, []
+
+    def __call__(self, flow_map, x1, cond, generator):
+        self.calls.append((x1, cond))
+        return torch.full((len(x1),), self.loss)
+
+
+def one_step(shares: dict[float, float], n: int = 8, **options):
+    """(loss, diagonal, off-diagonal recorders) of one training step on n pictures; the losses are the keys of shares."""
+    diagonal, recorders = Recorder(1.0), [Recorder(loss) for loss in shares]
+    off_diagonal = dict(zip(recorders, shares.values()))
+    trained = module(off_diagonal=off_diagonal, diagonal=diagonal, **({"start": 0.0} | options))
+    trained.generator.manual_seed(0)
+    pictures = torch.linspace(0, 1, n)[:, None, None, None].expand(n, 1, 8, 8)
+    return trained.training_step((pictures, torch.arange(n) % 2), 0), diagonal, recorders
+
+
+def test_shares_are_weights_and_rows_are_used_once():
+    loss, diagonal, recorders = one_step({10.0: 0.25, 100.0: 0.5})
+    assert loss.item() == pytest.approx(0.25 * 1 + 0.25 * 10 + 0.5 * 100)
+    rows = torch.cat([x1[:, 0, 0, 0] for recorder in (*recorders, diagonal) for x1, _ in recorder.calls])
+    torch.testing.assert_close(rows, torch.linspace(-1, 1, 8))  # in model space
+    assert [len(recorder.calls[0][0]) for recorder in (*recorders, diagonal)] == [2, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("shares", "n", "sizes"), [({10.0: 1.0}, 8, [8, 0]), ({10.0: 0.1}, 4, [0, 4]), ({10.0: 0.5, 100.0: 0.5}, 4, [2, 2, 0])]
+)
+def test_objectives_without_rows_are_not_called(shares, n, sizes):
+    loss, diagonal, recorders = one_step(shares, n)
+    assert [sum(len(x1) for x1, _ in recorder.calls) for recorder in (*recorders, diagonal)] == sizes
+    assert [len(recorder.calls) for recorder in (*recorders, diagonal)] == [int(size > 0) for size in sizes]
+    assert loss.isfinite()
+
+
+def test_flow_matching_alone_at_the_start():
+    loss, diagonal, (recorder,) = one_step({10.0: 0.5}, start=0.1)
+    assert loss.item() == 1.0
+    assert not recorder.calls
+    assert len(diagonal.calls[0][0]) == 8
+
+
+def test_shares_above_one_are_refused():
+    with pytest.raises(ValueError, match=r"1\.2"):
+        module(off_diagonal={Lagrangian(): 0.6, Progressive(): 0.6})
+
+
+def test_labels_become_the_null_class():
+    for drop, expected in ((0.0, [0, 1] * 4), (1.0, [2] * 8)):
+        _, diagonal, _ = one_step({}, drop=drop)
+        assert diagonal.calls[0][1].tolist() == expected
+    _, diagonal, _ = one_step({}, n=2000, drop=0.3)
+    dropped = (diagonal.calls[0][1] == 2).float().mean().item()
+    assert dropped == pytest.approx(0.3, abs=4 * (0.21 / 2000) ** 0.5)
+    assert one_step({}, null_label=None)[1].calls[0][1] is None
+
+
+def test_the_noise_has_a_seed(whole):
+    losses = []
+    for seed in (0, 0, 1):
+        trained = module(off_diagonal={}, diagonal=FlowMatching(), seed=seed)
+        trained.on_train_start()
+        losses.append(trained.training_step(whole.data.batch, 0).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+# --- classifiers -----------------------------------------------------------------------------------------------------
+def test_training_a_classifier(tmp_path):
+    torch.manual_seed(0)
+    trained = ClassifierTraining(
+        ResNet(1, widths=(8,), classes=2, dropout=0.0), noise=0.05, steps=30, warmup=2, lr=0.02, ema=0.8
+    )
+    data = Pictures()
+    fit(trained, data, tmp_path, **QUICK | {"validate_every": 30, "save_every": 30})
+    logged = history(tmp_path)
+    assert logged["train/loss"][1][-1] < 0.5 * logged["train/loss"][1][0]
+    assert logged["val/accuracy"] == ([29, 30], [1.0, 1.0])
+    assert (trained.ema(data.batch[0]).argmax(1) == data.batch[1]).all()
