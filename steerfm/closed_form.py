@@ -369,6 +369,8 @@ class MixtureFlowMap(FlowMap):
         if cond is not None:
             raise ValueError("a Gaussian mixture is unconditional: pass cond=None")
         components, d = self.mixture.means.shape
+        if s is t:
+            return self.mixture.velocity(x.to(self.dtype), t.to(self.dtype))
         x, s, t = x.to(self.dtype), s.to(self.dtype).unsqueeze(-1), t.to(self.dtype).unsqueeze(-1)
         if components == 1:
             return self._gaussian(x, s, t)

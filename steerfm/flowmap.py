@@ -132,7 +132,8 @@ class FlowMap(nn.Module):
     def _evaluate(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         calls = x.shape[0] * self.evaluations
         count("forwards", calls)
-        u = self.average_velocity(x, s.flatten(), t.flatten(), cond)
+        flat = s.flatten()  # the same object twice tells a map that it is asked for its velocity
+        u = self.average_velocity(x, flat, flat if t is s else t.flatten(), cond)
         count_backward("backwards", calls, u)
         return u
 

@@ -1,0 +1,51 @@
+"""The README's commands and snippets are run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("steerfm")])
+def test_commands(command, tmp_path):
+    words = shlex.split(command)
+    words = [word.replace("reward=examples", f"reward={ROOT / 'examples'}") for word in words]
+    done = subprocess.run(
+        [sys.executable, "-m", "steerfm.cli", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("snippet", blocks("python"), ids=lambda snippet: snippet.splitlines()[0][:30])
+def test_snippets(snippet, capsys):
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"`?make ([a-z]+)", README)
+    assert named and set(named) <= set(targets)
+
+
+def test_the_demo(tmp_path):
+    """`make demo` after the install: its script, from another folder."""
+    demo = ROOT / "examples" / "demo.py"
+    done = subprocess.run([sys.executable, str(demo)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "demo" / "demo.png").is_file() and "Feynman" in done.stdout

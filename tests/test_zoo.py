@@ -1,0 +1,96 @@
+"""The shipped models: files, limits, accuracy on the real test split, and independence of the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import steerfm
+from steerfm import zoo
+from steerfm.metrics import frechet_distance
+
+DATA = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return steerfm.load("fashion")
+
+
+def test_every_model_has_its_card_and_keeps_the_limits():
+    files = list(zoo.FOLDER.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) < 40 * 2**20
+    assert all(file.stat().st_size < 16 * 2**20 for file in files)
+    models = zoo.models()
+    assert set(models) == {"fashion", "fashion-classifier", "fashion-judge"}
+    for head in models.values():
+        assert {"data", "licence", "recipe", "command", "commit", "metrics"} <= head["card"].keys()
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
+def test_classifiers_reach_their_accuracy(name):
+    from steerfm.data import fashion_mnist
+
+    network, names, _ = zoo.load_classifier(name)
+    pictures, labels = fashion_mnist("test")
+    with torch.inference_mode():
+        right = [(network(p.float() / 255).argmax(1) == y).sum() for p, y in zip(pictures.split(500), labels.split(500))]
+    assert sum(right) / len(labels) >= 0.91
+    assert len(names) == 10
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+def test_shipped_statistics_are_those_of_the_test_split():
+    from steerfm.data import fashion_mnist
+
+    network = zoo.load_classifier("fashion-classifier")[0]
+    with torch.inference_mode():
+        features = torch.cat([network.features(p.float() / 255) for p in fashion_mnist("test")[0].split(500)]).double()
+    kept = zoo.statistics()
+    distance = frechet_distance(features.mean(0), features.T.cov(), kept["test_mean"], kept["test_cov"])
+    floor = frechet_distance(kept["train_mean"], kept["train_cov"], kept["test_mean"], kept["test_cov"])
+    assert distance < 1e-3 * floor
+
+
+def test_the_flow_map_draws_the_class_it_is_asked_for(fashion):
+    judge = zoo.load_classifier("fashion-judge")[0]
+    labels = torch.arange(200) % 10
+    for steps, least in ((1, 0.6), (4, 0.8)):
+        pictures = fashion.decode(steerfm.sample(fashion, n=200, steps=steps, seeds=0, cond=labels))
+        assert (judge(pictures).argmax(1) == labels).float().mean() > least
+
+
+def test_samples_do_not_depend_on_the_batch(fashion):
+    """Equal to float tolerance: the convolutions choose other kernels for other batch sizes."""
+    labels = torch.arange(64) % 10
+    whole = steerfm.sample(fashion, n=64, steps=2, seeds=0, cond=labels, batch_size=64)
+    for size in (1, 7):
+        assert torch.allclose(steerfm.sample(fashion, n=64, steps=2, seeds=0, cond=labels, batch_size=size), whole, atol=1e-4)
+    assert torch.equal(steerfm.sample(fashion, n=64, steps=2, seeds=0, cond=labels, batch_size=64), whole)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"micro_batch": 5}])
+def test_steering_does_not_depend_on_the_batch(fashion, options):
+    reward, method = steerfm.reward("brightness"), steerfm.FeynmanKac(particles=4, steps=3)
+    a = steerfm.steer(fashion, reward, method, n=3, seeds=5, strength=20.0)
+    b = steerfm.steer(fashion, reward, method, n=3, seeds=5, strength=20.0, **options)
+    assert torch.equal(a.trace.ancestors, b.trace.ancestors)
+    assert torch.allclose(a.samples, b.samples, atol=1e-3)
+
+
+def test_steering_a_real_model_towards_a_real_reward(fashion):
+    """More of what is asked for than plain sampling, by the reward and by the judge that was not asked."""
+    reward, judge = (steerfm.reward(name, target="Bag") for name in ("classifier", "judge"))
+    result = steerfm.steer(fashion, reward, steerfm.FeynmanKac(particles=8, steps=6), n=6, seeds=0, strength=10.0)
+    base = fashion.decode(steerfm.sample(fashion, n=6, steps=6, seeds=0))
+    best = fashion.decode(result.best())
+    assert reward(best).mean() > reward(base).mean() + 1 and judge(best).mean() > judge(base).mean() + 1
+
+
+def test_classes_by_name(fashion):
+    assert fashion.condition("bag", 2).tolist() == [8, 8]
+    with pytest.raises(ValueError, match="classes: 0 T-shirt"):
+        fashion.condition("hat", 1)
