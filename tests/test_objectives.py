@@ -315,10 +315,10 @@ def trained(off_diagonal: bool) -> NeuralFlowMap:
     for step in range(300):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * min(1.0, (300 - step) / 100)
-        x1 = two_modes(256, generator)
+        x1 = two_modes(128, generator)
         loss = diagonal(fm, x1, None, generator).mean()
         if off_diagonal:
-            loss = loss + distil(fm, x1[:128], None, generator).mean()
+            loss = loss + distil(fm, x1[:64], None, generator).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

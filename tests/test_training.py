@@ -38,13 +38,15 @@ class Pictures(L.LightningDataModule):
 
 
 class Watch(L.Callback):
-    """The weights after each step."""
+    """The weights and their average after each step."""
 
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] = []
+        self.averages: list[torch.Tensor] = []
 
     def on_train_batch_end(self, trainer, module, *_) -> None:
         self.weights.append(flat(module.network))
+        self.averages.append(flat(module.ema))
 
 
 def flat(network: torch.nn.Module) -> torch.Tensor:
@@ -133,11 +135,12 @@ def test_the_average_follows_its_rule():
     )  # fmt: skip
     trainer.fit(trained, Pictures())
     average = watch.weights[0].double()
-    for n, weights in enumerate(watch.weights[1:], start=1):
+    assert torch.equal(watch.averages[0], watch.weights[0])
+    for n in range(1, STEPS):
         d = min(0.35, (1 + n) / (10 + n))
-        average = d * average + (1 - d) * weights.double()
+        average = d * average + (1 - d) * watch.weights[n].double()
+        torch.testing.assert_close(watch.averages[n].double(), average, rtol=1e-5, atol=1e-6)
     assert min(0.35, 2 / 11) < 0.35 == min(0.35, STEPS / (9 + STEPS))  # both branches were taken
-    torch.testing.assert_close(flat(trained.ema).double(), average, rtol=1e-5, atol=1e-6)
     assert not torch.equal(flat(trained.ema), flat(trained.network))
 
 
