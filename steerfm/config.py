@@ -102,7 +102,7 @@ class TrainConfig:
 @dataclass
 class SampleConfig:
     """model: zoo name or path; label: class name or index, None for a mix of all; steps: jumps; guidance: scale of
-    classifier-free guidance (1 is off); transition: jump, renoise or diffuse."""
+    classifier-free guidance (1 is off)."""
 
     model: str = "fashion"
     label: str | None = None

@@ -263,7 +263,9 @@ class Microbatched(Wrapped):
         parts = []
         for begin in range(0, len(x), self.rows):
             part = slice(begin, begin + self.rows)
-            parts.append(self.flow_map.average_velocity(x[part], s[part], t[part], take_rows(cond, part)))
+            start = s[part]
+            end = start if t is s else t[part]
+            parts.append(self.flow_map.average_velocity(x[part], start, end, take_rows(cond, part)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -301,7 +303,9 @@ class Guided(Wrapped):
             both = {name: torch.cat([null[name], cond[name]]) for name in cond}
         else:
             raise ValueError("cond and the null condition must both be tensors or both be dictionaries")
-        u = self.flow_map.average_velocity(torch.cat([x, x]), torch.cat([s, s]), torch.cat([t, t]), both)
+        start = torch.cat([s, s])
+        end = start if t is s else torch.cat([t, t])
+        u = self.flow_map.average_velocity(torch.cat([x, x]), start, end, both)
         u_null, u_cond = u.chunk(2)
         return torch.lerp(u_null, u_cond, self.scale)
 
