@@ -2,7 +2,8 @@
 
     python examples/demo.py                  # about a minute on two cores; writes runs/demo/
 
-Equal cost: 64 network evaluations an output, a backward pass counted as two.
+Methods: best of 16 samples; guidance by FMRG-J; 8 Feynman-Kac particles. Equal cost: 64 network evaluations an output, a
+backward pass counted as two. The judge is the held-out reward: a high reward with a low judge is a hacked reward.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ EXAMPLE = f"{Path(__file__).parent / 'my_reward.py'}:striped"
 METHODS = {
     "base": steerfm.BestOfN(particles=1, steps=4),
     "best of 16": steerfm.BestOfN(particles=16, steps=4),
-    "guidance (FMRG-J)": steerfm.FMRGJ(steps=16),
-    "particles (Feynman-Kac)": steerfm.FeynmanKac(particles=8, steps=8),
+    "guidance": steerfm.FMRGJ(steps=16),
+    "particles": steerfm.FeynmanKac(particles=8, steps=8),
 }
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     console, model = Console(highlight=False), steerfm.load("fashion")
     tasks = [  # title, reward, strength, condition, held-out reward
         ("towards the class Bag, from no class", steerfm.reward("classifier", target="Bag"), 10.0, None, "Bag"),
-        ("stripes on a Dress (examples/my_reward.py)", steerfm.reward(EXAMPLE), 200.0, "Dress", "Dress"),
+        ("stripes on a Dress (examples/my_reward.py)", steerfm.reward(EXAMPLE), 600.0, "Dress", "Dress"),
     ]
     grids, captions, labels, tables = [], [], [], []
     for title, reward, strength, cond, wanted in tasks:

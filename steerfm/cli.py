@@ -18,7 +18,7 @@ EXAMPLES = {
     "steer": """examples:
   steerfm steer reward=classifier reward.target=Bag
   steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
-  steerfm steer reward=examples/my_reward.py:diagonal method=fmrg_j n=8
+  steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
     "evaluate": """examples:
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -197,9 +199,8 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[S
             cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
             outcomes.append(from_tensors(tensors))
             tick(index + 1, len(batches))
-    result = SteeringResult(**vars(join(outcomes)), cost=cost, flow_map=flow_map.cpu())
-    base = draw(flow_map, config.n, getattr(method, "steps", 4), config.seeds, labels)
-    return result, base
+    base = draw(flow_map, config.n, getattr(method, "steps", 4), config.seeds, labels).cpu()
+    return SteeringResult(**vars(join(outcomes)), cost=cost, flow_map=flow_map.cpu()), base
 
 
 def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
@@ -208,6 +209,9 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     judge = build_judge(config)
     build_method(config.method).check(build_reward(config.reward))
     folder = results.RunFolder(config.out or default, configs.dump(config))
+    if folder.load_result() is not None:
+        console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
+        return
     result, base = run_steer(config, folder)
     flow_map, n = result.flow_map, config.n
     labels = _labels(flow_map, config.label, n)
@@ -246,7 +250,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         [(name, path) for name, path in drawn if path is not None],
     )  # fmt: skip
     folder.clear_parts()
-    show = Table(*header, title=f"{n} outputs of {result.samples.shape[1]} particles")
+    show = _table(*header, title=f"{n} outputs of {result.samples.shape[1]} particles")
     for row in table:
         show.add_row(*[value if isinstance(value, str) else f"{value:.4g}" for value in row])
     console.print(show)
@@ -308,7 +312,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     ]  # fmt: skip
     consistency = consistency_errors(flow_map, labels[:500])
     header = ["sampler", "Fréchet distance", "relative", "judge accuracy", "diversity", "ms per sample"]
-    show = Table(*header, title=f"{config.model}: {config.n} samples; train-test distance {floor:.4f}")
+    show = _table(*header, title=f"{config.model}: {config.n} samples; train-test distance {floor:.4f}")
     for line in table:
         show.add_row(*line)
     console.print(show)
@@ -386,7 +390,7 @@ def consistency_errors(flow_map: FlowMap, labels: Tensor, seed: int = 0) -> dict
 # --- lists -----------------------------------------------------------------------------------------------------------
 def list_models() -> None:
     """The shipped models."""
-    table = Table("model", "kind", "network", "parameters", "data", "metrics")
+    table = _table("model", "kind", "network", "parameters", "data", "metrics")
     for name, head in zoo.models().items():
         card = head.get("card", {})
         size = (zoo.FOLDER / f"{name}.safetensors").stat().st_size
@@ -410,14 +414,13 @@ def list_rewards(name: str | None = None) -> None:
                 default = "" if parameter.default is parameter.empty else f" (default {parameter.default!r})"
                 console.print(f"  reward.{key}{default}", markup=False)
         return
-    table = Table("reward", "unit", "range", "gradient", "needs", "what")
+    table = _table("reward", "unit", "range", "gradient", "what")
     for key, point in rewards.available().items():
         target = point.load()
         low, high = getattr(target, "range", (float("-inf"), float("inf")))
-        what = (inspect.getdoc(target) or "").split("\n")[0]
-        gradient = "yes" if getattr(target, "differentiable", True) else "no (black box)"
-        needs = ", ".join(sorted(getattr(target, "needs", ())))
-        table.add_row(key, getattr(target, "unit", ""), f"[{low:g}, {high:g}]".replace("[", "\\["), gradient, needs, what)
+        what = re.split(r"[:.]", " ".join((inspect.getdoc(target) or "").split()))[0]
+        gradient = "yes" if getattr(target, "differentiable", True) else "black box"
+        table.add_row(key, getattr(target, "unit", ""), f"{low:.3g} to {high:.3g}", gradient, what)
     console.print(table)
     console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name", markup=False)
 
@@ -489,6 +492,13 @@ def _draw_trace(folder: Path, result: SteeringResult) -> tuple[str, Path | None]
         trace["lookaheads"] = None
     drawn = {name: value for name, value in trace.items() if value is not None}
     return "over time", results.trace_plot(drawn, folder / "trace.png")
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    """A table without frames; the first column is never cut."""
+    table = Table(*columns, title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table.columns[0].no_wrap = True
+    return table
 
 
 def _cost_line(cost: Cost) -> str:

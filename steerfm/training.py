@@ -235,6 +235,18 @@ class SampleGrid(L.Callback):
         picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
 
 
+class Lines(L.Callback):
+    """A line every ``every`` steps, where there is no terminal for a progress bar."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step % self.every == 0 and trainer.is_global_zero:
+            values = {name: f"{float(value):.4f}" for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
+            print(f"step {trainer.global_step}/{trainer.max_steps}", *(f"{k} {v}" for k, v in values.items()), flush=True)
+
+
 def fit(
     module: Trained,
     data: L.LightningDataModule,
@@ -268,8 +280,7 @@ def fit(
     callbacks: list[L.Callback] = [checkpoints]
     if isinstance(module, FlowMapTraining):
         callbacks.append(SampleGrid(folder / "samples", sample_every))
-    if progress:
-        callbacks.append(RichProgressBar(refresh_rate=1))
+    callbacks.append(RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every))
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=int(devices) if devices.isdigit() else devices,

@@ -69,7 +69,7 @@ class FMRGJ(Steering):
 
     particles: int = 1
     steps: int = 8
-    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.5, normalised=True))
+    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
     tempering: Tempering | str | float = untempered
     transition: Transition | str = field(default_factory=JumpTransition)
     correction: Correction | str = field(default_factory=Uncorrected)
