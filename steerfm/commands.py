@@ -129,7 +129,8 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
     folder.save_tensors("samples", {"samples": x.float()})
     names = [flow_map.class_names[i] for i in labels.tolist()] if labels is not None else [""] * config.n
     path = folder.path / "grid.png"
-    results.picture_grid(*_rows(pictures, names), path=path, title=f"{config.model}, {config.steps} jumps")  # type: ignore[misc]
+    rows, captions = _rows(pictures, names)
+    results.picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
     results.report(folder, f"Samples of {config.model}", {"command": command}, pictures=[("samples", path)])
     console.print(f"{config.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
@@ -259,11 +260,11 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
 
 
 def to_tensors(outcome: Outcome) -> dict[str, Tensor]:
-    """An outcome as a flat dictionary of tensors, for a file."""
+    """An outcome as a flat dictionary of tensors on the CPU, for a file."""
     tensors = {name: getattr(outcome, name) for name in ("samples", "rewards", "log_weights", "log_z")}
     tensors |= {f"component.{name}": value for name, value in outcome.components.items()}
     tensors |= {f"trace.{f.name}": getattr(outcome.trace, f.name) for f in fields(Trace)}
-    return {name: value for name, value in tensors.items() if value is not None}
+    return {name: value.cpu() for name, value in tensors.items() if value is not None}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> Outcome:
@@ -409,6 +410,10 @@ def list_rewards(name: str | None = None) -> None:
         parameters = inspect.signature(target).parameters
         console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(target)})\n", markup=True)
         console.print(inspect.getdoc(target) or "no description", markup=False)
+        if isinstance(target, type):
+            low, high = target.range
+            gradient = "yes" if target.differentiable else "no, a black box"
+            console.print(f"\nunit: {target.unit}; range: {low:.3g} to {high:.3g}; gradient: {gradient}", markup=False)
         for key, parameter in parameters.items():
             if key not in ("images", "prompts", "labels"):
                 default = "" if parameter.default is parameter.empty else f" (default {parameter.default!r})"
@@ -451,14 +456,14 @@ def _labels(flow_map: FlowMap, label: str | None, n: int) -> Tensor | None:
     return flow_map.condition(label, n)
 
 
-def _rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tensor, tuple[()], list[list[str]]]:
+def _rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tensor, list[list[str]]]:
     """Pictures (n, c, h, w) as rows of at most ``columns``, padded with white."""
     columns = min(columns, len(pictures))
     missing = -len(pictures) % columns
     padded = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
     texts = captions + [""] * missing
     rows = len(padded) // columns
-    return padded.unflatten(0, (rows, columns)), (), [texts[i * columns : (i + 1) * columns] for i in range(rows)]
+    return padded.unflatten(0, (rows, columns)), [texts[i * columns : (i + 1) * columns] for i in range(rows)]
 
 
 def _draw_steering(

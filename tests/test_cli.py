@@ -119,7 +119,8 @@ def test_weighted_rewards_from_the_command_line(capsys, tmp_path, monkeypatch):
 def test_lists_and_help(capsys):
     assert "fashion-judge" in run(capsys, "models")[1]
     assert "compressibility" in run(capsys, "rewards")[1]
-    assert "log-probability" in run(capsys, "rewards", "classifier")[1]
+    explained = run(capsys, "rewards", "classifier")[1]
+    assert "unit: log-probability" in explained and "reward.target (default None)" in explained
     with pytest.raises(SystemExit):
         cli.main(["steer", "--help"])
     assert "examples:" in capsys.readouterr().out

@@ -65,6 +65,9 @@ def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple
     """
     path = find(name)
     head, weights = read_weights(path, kind="classifier")
+    missing = {"network", "class_names", "shape"} - head.keys()
+    if missing:
+        raise ValueError(f"{path.with_suffix('.json')} has no {', '.join(sorted(missing))}: it cannot describe a classifier")
     network = build_network(head["network"])
     load_into(network, weights, path)
     return network.eval().requires_grad_(False), tuple(head["class_names"]), tuple(head["shape"])

@@ -214,7 +214,9 @@ def checkpoint(request, tmp_path):
     architecture = {"name": request.param, "widths": [8, 16], "classes": 3}
     torch.manual_seed(0)
     network, path = build_network(architecture).eval(), tmp_path / "own.safetensors"
-    save_weights(network, path, {"kind": "classifier", "network": architecture, "class_names": NAMES}, half=False)
+    save_weights(
+        network, path, {"kind": "classifier", "network": architecture, "shape": [1, 28, 28], "class_names": NAMES}, half=False
+    )
     return network, path
 
 
@@ -234,9 +236,9 @@ def test_the_classifier_is_a_log_probability(checkpoint):
 
 
 def test_the_classifier_is_frozen_in_evaluation_mode_and_gives_features(checkpoint):
-    from steerfm_rewards.classifier import load_classifier
+    from steerfm.zoo import load_classifier
 
-    network, names = load_classifier(checkpoint[1])
+    network, names, _ = load_classifier(checkpoint[1])
     assert names == NAMES and not network.training and not any(p.requires_grad for p in network.parameters())
     assert network.features(pictures()).shape == (6, network.num_features)
 
