@@ -23,7 +23,7 @@ from steerfm import config as configs
 from steerfm import results, rewards, zoo
 from steerfm.config import ConfigError, did_you_mean, named
 from steerfm.cost import Cost, Ledger
-from steerfm.flowmap import FlowMap, Guided, build_network, save_weights
+from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap, build_network, load_into, read_weights, save_weights
 from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
@@ -38,71 +38,94 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     """Train a flow map or a classifier; the same command continues a killed run, with more steps if asked."""
     from steerfm import training
     from steerfm.data import DATA
-    from steerfm.flowmap import NeuralFlowMap
-    from steerfm.objectives import OFF_DIAGONAL, Triangle
 
-    folder = Path(config.out or f"runs/train/{config.name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configs.dump(config))
-    torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
     if config.data.name not in DATA:
         raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
     data = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
     data.setup()
-    classes, o, t, opt = len(data.class_names), config.objective, config.trainer, config.optimizer
-    architecture = {**config.network, "classes": classes}
-    try:
-        network = build_network(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    except (TypeError, KeyError) as error:
-        raise ConfigError(f"network: {error}") from None
-    schedule = {
-        "lr": opt.lr, "betas": (opt.beta1, opt.beta2), "weight_decay": opt.weight_decay, "steps": opt.steps,
-        "warmup": opt.warmup, "decay": opt.decay, "ema": opt.ema, "seed": config.seed,
-    }  # fmt: skip
-    if config.task == "classifier":
-        module: Any = training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **schedule)
-    elif config.task == "flow_map":
-        shares = o.shares or {"lagrangian": 0.25}
-        unknown = [name for name in shares if name not in OFF_DIAGONAL]
-        if unknown:
-            raise ConfigError(f"unknown objective {unknown[0]!r}; objectives: {', '.join(OFF_DIAGONAL)}")
-        pixels = data.train[0].float() / 127.5 - 1
-        flow_map = NeuralFlowMap(
-            network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item()
-        )
-        if config.init:
-            network.load_state_dict(NeuralFlowMap.load(zoo.find(config.init)).network.state_dict())
-        pairs = Triangle(o.terminal, o.full, o.gap)
-        objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
-        module = training.FlowMapTraining(flow_map, objectives, start=o.start, null_label=classes, drop=o.drop, **schedule)
-    else:
-        raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier")
+    torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
+    architecture = {**config.network, "classes": len(data.class_names)}
+    network = build_network(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = _training_module(config, network, data)
+    folder = _training_folder(config)
+    t = config.trainer
     trainer = training.fit(
-        module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, opt.clip,
+        module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
         t.log_every, t.validate_every, t.sample_every, t.save_every, progress=console.is_terminal,
     )  # fmt: skip
     if not trainer.is_global_zero:
         return
-    metrics = {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()}
     card = {
         "data": config.data.name,
         "licence": data.licence,
         "recipe": configs.plain(config),
         "command": command or "steerfm train",
         "commit": _commit(),
-        "metrics": metrics,
+        "metrics": {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()},
     }
     weights = folder / f"{config.name}.safetensors"
     if config.task == "classifier":
         head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
         save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
-        splits = {"test": data.test[0], "train": data.train[0][torch.randperm(len(data.train[0]))[: len(data.test[0])]]}
+        some = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))[: len(data.test[0])]
+        splits = {"test": data.test[0], "train": data.train[0][some]}
         save_file(_statistics(module.ema, splits), folder / f"{config.name}-statistics.safetensors")
     else:
         module.averaged().save(weights, architecture, card)
     (folder / "README.md").write_text(results.model_card(config.name, card))
     results.curves_plot(training.history(folder), folder / "curves.png")
     console.print(f"trained {config.name}: {weights} and its .json, curves in {folder / 'curves.png'}")
+
+
+def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> Any:
+    """The LightningModule of a task, from its configuration."""
+    from steerfm import training
+    from steerfm.objectives import OFF_DIAGONAL, Triangle
+
+    o, opt = config.objective, config.optimizer
+    schedule = {
+        "lr": opt.lr, "betas": (opt.beta1, opt.beta2), "weight_decay": opt.weight_decay, "steps": opt.steps,
+        "warmup": opt.warmup, "decay": opt.decay, "ema": opt.ema, "seed": config.seed,
+    }  # fmt: skip
+    if config.task == "classifier":
+        return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **schedule)
+    if config.task != "flow_map":
+        raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier")
+    shares = o.shares or {"lagrangian": 0.25}
+    for name in shares:
+        if name not in OFF_DIAGONAL:
+            raise ConfigError(
+                f"unknown objective {name!r}{did_you_mean(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}"
+            )
+    if config.init:
+        load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
+    pixels = data.train[0].float() / 127.5 - 1
+    flow_map = NeuralFlowMap(
+        network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item()
+    )
+    pairs = Triangle(o.terminal, o.full, o.gap)
+    objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+    null = len(data.class_names)
+    return training.FlowMapTraining(flow_map, objectives, start=o.start, null_label=null, drop=o.drop, **schedule)
+
+
+def _training_folder(config: configs.TrainConfig) -> Path:
+    """The run folder. Its schedule may change from one start to the next, its network may not.
+
+    Raises:
+        ConfigError: the folder holds a run of another network, task or data set.
+    """
+    folder = Path(config.out or f"runs/train/{config.name}")
+    file = folder / "config.yaml"
+    if (folder / "checkpoints" / "last.ckpt").is_file() and file.is_file():
+        before = configs.load(configs.TrainConfig, str(file))
+        for key in ("task", "network", "data.name"):
+            old, new = (configs.plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
+            if old != new:
+                raise ConfigError(f"{folder} holds a run with another {key} ({old}): choose another out= or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(configs.dump(config))
+    return folder
 
 
 def _statistics(network: Any, splits: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,7 +268,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         ("steered (best)", scores["steered"].mean().item(), *([held_out["steered"].mean().item()] if judge else [])),
     ]
     header = ["", reward.name, *([f"held out: {judge.name}"] if judge else [])]
-    facts = {"command": command, **{name: f"{value:,.6g}" for name, value in result.cost.as_dict().items()}}
+    facts = {"command": command, "cost": _cost_line(result.cost)}
     results.report(
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
         [(name, path) for name, path in drawn if path is not None],
@@ -255,7 +278,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     for row in table:
         show.add_row(*[value if isinstance(value, str) else f"{value:.4g}" for value in row])
     console.print(show)
-    console.print(_cost_line(result.cost))
+    console.print("cost: " + facts["cost"])
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
@@ -511,7 +534,7 @@ def _cost_line(cost: Cost) -> str:
         f"{value:,} {name.replace('_', ' ')}" for name, value in cost.as_dict().items()
         if name not in ("seconds", "peak_bytes") and value
     )  # fmt: skip
-    return f"cost: {counts}, {cost.seconds:.2f} s, {cost.peak_bytes / 2**20:,.0f} MiB"
+    return f"{counts}, {cost.seconds:.2f} s, {cost.peak_bytes / 2**20:,.0f} MiB"
 
 
 def _slug(value: Any) -> str:

@@ -11,7 +11,7 @@ from steerfm.sampling import Jump as JumpTransition
 from steerfm.sampling import Transition
 from steerfm.steering.corrections import Correction, Uncorrected
 from steerfm.steering.engine import Steering
-from steerfm.steering.lookahead import Denoise, Jump, Lookahead
+from steerfm.steering.lookahead import Denoise, Lookahead
 from steerfm.steering.value import EndpointAscent, Guidance, MapGradient, Tempering, untempered
 from steerfm.steering.weights import Selection
 
@@ -41,17 +41,13 @@ class FeynmanKac(Steering):
 
 
 @dataclass(frozen=True)
-class DPS(Steering):
-    """Diffusion posterior sampling (Chung et al. 2209.14687, algorithm 1): gradient of the reward at the denoiser.
+class Ascent(Steering):
+    """What the ascents below share: one particle, the full reward from the start, deterministic jumps, no correction.
 
-    Parts: look-ahead denoise, gradient through the network, no tempering, transition jump, correction none.
-    Samples: no. The denoiser stands in for the posterior, and nothing corrects it.
+    Samples: no.
     """
 
     particles: int = 1
-    steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
     tempering: Tempering | str | float = untempered
     transition: Transition | str = field(default_factory=JumpTransition)
     correction: Correction | str = field(default_factory=Uncorrected)
@@ -59,7 +55,20 @@ class DPS(Steering):
 
 
 @dataclass(frozen=True)
-class FMRGJ(Steering):
+class DPS(Ascent):
+    """Diffusion posterior sampling (Chung et al. 2209.14687, algorithm 1): gradient of the reward at the denoiser.
+
+    Parts: look-ahead denoise, gradient through the network, no tempering, transition jump, correction none.
+    Samples: no. The denoiser stands in for the posterior, and nothing corrects it.
+    """
+
+    steps: int = 16
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+
+
+@dataclass(frozen=True)
+class FMRGJ(Ascent):
     """Flow map reward guidance through the map's Jacobian, FMRG-J (2604.27147).
 
     Parts: look-ahead jump, gradient through the map, rescaled to the step's displacement (the reward's scale and
@@ -67,17 +76,12 @@ class FMRGJ(Steering):
     Samples: no. It is optimal control of one trajectory: an ascent.
     """
 
-    particles: int = 1
     steps: int = 8
     guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=JumpTransition)
-    correction: Correction | str = field(default_factory=Uncorrected)
-    resampling: Selection | str | None = None
 
 
 @dataclass(frozen=True)
-class FMRGE(Steering):
+class FMRGE(Ascent):
     """Flow map reward guidance at the endpoint, FMRG-E (2604.27147): no network backward.
 
     Parts: look-ahead jump, a few reward-gradient steps on the endpoint, x' = X_{s,t}(x) + (1 - s) t (z_opt - z), no
@@ -85,14 +89,8 @@ class FMRGE(Steering):
     Samples: no. It is an ascent; good for measurements (inverse problems).
     """
 
-    particles: int = 1
     steps: int = 8
-    lookahead: Lookahead | str | None = field(default_factory=Jump)
     guidance: Guidance | str | None = field(default_factory=EndpointAscent)
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=JumpTransition)
-    correction: Correction | str = field(default_factory=Uncorrected)
-    resampling: Selection | str | None = None
 
 
 METHODS: dict[str, type[Steering]] = {
