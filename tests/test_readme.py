@@ -48,4 +48,4 @@ def test_the_demo(tmp_path):
     demo = ROOT / "examples" / "demo.py"
     done = subprocess.run([sys.executable, str(demo)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "demo" / "demo.png").is_file() and "Feynman" in done.stdout
+    assert (tmp_path / "runs" / "demo" / "demo.png").is_file() and "particles" in done.stdout
