@@ -9,7 +9,7 @@ demo: .venv/installed  ## install, then steer the shipped model with four method
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev  ## the tests, in parallel
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread a worker: more would fight for the cores
 
 lint: .venv/dev  ## style, types and layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
