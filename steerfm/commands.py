@@ -26,6 +26,7 @@ from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap, build_network, load_into, read_weights, save_weights
 from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity
 from steerfm.rewards import Reward
+from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, Method, SteeringResult, steer
 from steerfm.steering.engine import Outcome, Trace, join
@@ -259,7 +260,6 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         "ess": ess.mean(),
         "cost": result.cost.as_dict(),
     }
-    folder.save_result(summary)
     tensors = {"samples": result.samples, "rewards": result.rewards, "log_weights": result.log_weights, "base": base}
     folder.save_tensors("samples", tensors)
     drawn = [_draw_steering(folder.path, pictures, scores, reward.name), _draw_trace(folder.path, result)]
@@ -273,6 +273,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
         [(name, path) for name, path in drawn if path is not None],
     )  # fmt: skip
+    folder.save_result(summary)  # last: its presence says that the run is finished
     folder.clear_parts()
     show = _table(*header, title=f"{n} outputs of {result.samples.shape[1]} particles")
     for row in table:
@@ -357,11 +358,7 @@ def _evaluate_plan(
         for i, rows in enumerate(batches):
             cond = labels[rows].to(flow_map.device)
             with Ledger() as ledger:
-                x = (
-                    euler_sample(flow_map, len(cond), steps, seed + rows.start, cond)
-                    if euler
-                    else draw(flow_map, len(cond), steps, seed + rows.start, cond)
-                )
+                x = draw(flow_map, len(cond), steps, seed + rows.start, cond, Diffuse(0.0) if euler else None)
             seconds += ledger.cost.seconds
             pictures = flow_map.decode(x)
             distance.update(pictures)
@@ -376,16 +373,6 @@ def _evaluate_plan(
         "seconds": seconds,
     }
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-
-
-def euler_sample(flow_map: FlowMap, n: int, steps: int, seed: int, cond: Tensor | None) -> Tensor:
-    """Euler steps along the velocity of the same map, from the same noise as `sampling.sample`."""
-    from steerfm.sampling import Noise
-
-    x = Noise([seed + i for i in range(n)]).normal(flow_map.shape, torch.empty(0, device=flow_map.device))
-    for i in range(steps):
-        x = x + flow_map.velocity(x, i / steps, cond) / steps
-    return x
 
 
 def consistency_errors(flow_map: FlowMap, labels: Tensor, seed: int = 0) -> dict[str, float]:
