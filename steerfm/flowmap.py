@@ -42,6 +42,11 @@ def take_rows(cond: Condition, rows: slice | Tensor) -> Condition:
     return map_condition(lambda c: c[rows], cond)
 
 
+def repeat_rows(cond: Condition, k: int) -> Condition:
+    """Every row ``k`` times, one after the other: one row per output to one per particle."""
+    return map_condition(lambda c: c.repeat_interleave(k, 0), cond)
+
+
 class FlowMap(nn.Module):
     """A flow map; see the module's first lines for the convention.
 

@@ -39,7 +39,7 @@ def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
 class Interpolant:
     """The linear path alpha = t, sigma = 1 - t (Lipman et al. 2210.02747; Liu et al. 2209.03003).
 
-    Other paths override `alpha`, `sigma` and `slope`; everything else follows from these three.
+    Other paths override `alpha`, `sigma`, `slope` and `time_at`; everything else follows from these four.
     """
 
     def alpha(self, t: Time) -> Time:
@@ -49,6 +49,10 @@ class Interpolant:
     def sigma(self, t: Time) -> Time:
         """Weight (standard deviation) of the noise at time t, in [0, 1]."""
         return 1.0 - t
+
+    def time_at(self, ratio: float) -> float:
+        """The time t with alpha_t / sigma_t = ratio, the root of the signal-to-noise ratio, in [0, inf)."""
+        return ratio / (1 + ratio)
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         """Difference quotients ((alpha_t - alpha_s)/(t - s), (sigma_t - sigma_s)/(t - s)), exact as s -> t."""
@@ -138,6 +142,9 @@ class Trigonometric(Interpolant):
 
     def sigma(self, t: Time) -> Time:
         return torch.cos(t * (math.pi / 2)) if isinstance(t, Tensor) else math.cos(t * math.pi / 2)
+
+    def time_at(self, ratio: float) -> float:
+        return math.atan(ratio) * 2 / math.pi
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         middle, half = (s + t) / 2, (t - s) / 2

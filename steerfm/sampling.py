@@ -38,7 +38,7 @@ class Noise:
     """Noise for ``n`` outputs of ``k`` particles, from one CPU generator per output.
 
     The first particle is drawn before the others, so that under a deterministic transition it is the plain sample of its
-    seed; selection has its own stream, so that resampling does not change the noise.
+    seed. Selection and stochastic look-aheads have streams of their own, so that neither changes the noise of the path.
 
     Args:
         seeds: one integer per output.
@@ -46,9 +46,13 @@ class Noise:
     """
 
     def __init__(self, seeds: Sequence[int], k: int = 1) -> None:
-        self.k = k
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.selection = [torch.Generator().manual_seed(_other_stream(int(seed))) for seed in seeds]
+        self.k, self.seeds = k, [int(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self.selection = [torch.Generator().manual_seed(_other_stream(seed)) for seed in self.seeds]
+
+    def other(self) -> Noise:
+        """An unrelated stream for the same outputs."""
+        return Noise([_other_stream(_other_stream(seed)) for seed in self.seeds], self.k)
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal (n * k, *shape), drawn in float32, on the device and in the dtype of ``like``."""
@@ -117,9 +121,13 @@ class Step:
 
 
 class Transition(Protocol):
-    """A move of the whole batch from time s to time t; any object with these two members is one.
+    """A move of the whole batch from time s to time t; any object with these members is one.
 
     The step into t = 1 is always deterministic: noise added to the data would stay in them.
+
+    Attributes:
+        endpoint: the kind of endpoint that saves a network call if a look-ahead has it already: "jump" for X_{s,1}(x),
+            "denoised" for E[x_1 | x_s = x], "posterior" for a sample of p(x_1 | x_s = x); "" for none.
     """
 
     @property
@@ -127,11 +135,11 @@ class Transition(Protocol):
         """Whether the steps before the last have noise."""
         ...
 
-    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
-        """The kernel from x (b, *shape) at time s to time t > s.
+    @property
+    def endpoint(self) -> str: ...
 
-        ``endpoint`` is X_{s,1}(x) where a look-ahead has computed it already: it may save the network call.
-        """
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        """The kernel from x (b, *shape) at time s to time t > s; ``endpoint`` as described above, where it is known."""
         ...
 
 
@@ -144,6 +152,7 @@ class Jump:
     """
 
     hops: int = 1
+    endpoint = "jump"
 
     @property
     def stochastic(self) -> bool:
@@ -173,6 +182,7 @@ class Renoise:
     """
 
     gamma: float = 1.0
+    endpoint = "jump"
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -199,6 +209,7 @@ class Diffuse:
     """
 
     epsilon: float | Callable[[float], float] | None = None
+    endpoint = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.epsilon, float | int) and not self.epsilon >= 0:
@@ -218,6 +229,47 @@ class Diffuse:
         else:
             epsilon = self.epsilon(s) if callable(self.epsilon) else self.epsilon
         return Step(x + h * (b + epsilon * path.score(x, b, s)), math.sqrt(2 * epsilon * h))
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """x' ~ p(x_t | x_s = x, x_1 = z): noise to data through a given endpoint z.
+
+    With z = E[x_1 | x_s = x] it is DDPM's ancestral step (eta = 1) or DDIM's (eta = 0; Song et al. 2010.02502, equation 12),
+    right only in the limit of many steps. With z a sample of the posterior and eta = 1 the step is exact in any number
+    (GLASS, 2602.05993): that needs a look-ahead that draws it.
+
+    Args:
+        eta: share of the noise that is drawn anew, in [0, 1]; the rest is what x implies.
+        endpoint: "denoised", or "posterior" where the look-ahead is `Posterior`.
+    """
+
+    eta: float = 1.0
+    endpoint: str = "denoised"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta}: must be in [0, 1]")
+        if self.endpoint not in ("denoised", "posterior"):
+            raise ValueError(f"endpoint={self.endpoint!r}: denoised or posterior")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        path = flow_map.interpolant
+        if endpoint is None:
+            if self.endpoint == "posterior":
+                raise ValueError("a bridge through posterior samples needs a look-ahead that draws them: lookahead=posterior")
+            endpoint = flow_map.denoise(x, s, cond)
+        if t >= 1:
+            return Step(endpoint, 0.0)
+        # Given z, the path back is x_t -> x_s with this scale and std; Bayes' rule gives the kernel forward.
+        rho = path.alpha(s) * path.sigma(t) / (path.alpha(t) * path.sigma(s))
+        std = self.eta * path.sigma(t) * math.sqrt(1 - rho**2)
+        keep = math.sqrt(path.sigma(t) ** 2 - std**2) / path.sigma(s)
+        return Step(keep * x + (path.alpha(t) - keep * path.alpha(s)) * endpoint, std)
 
 
 # --- plain sampling --------------------------------------------------------------------------------------------------
@@ -289,5 +341,5 @@ def _sample_batch(
     return x
 
 
-TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse}
+TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge}
 """Transitions by the name that configurations use."""

@@ -12,7 +12,7 @@ from steerfm.closed_form import GaussianMixture
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant, Trigonometric
-from steerfm.sampling import TRANSITIONS, Diffuse, Jump, Noise, Renoise, Step, sample, seed_list, time_grid
+from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Jump, Noise, Renoise, Step, sample, seed_list, time_grid
 
 LIKE = torch.empty(0)
 PATHS = [Interpolant(), Trigonometric()]
@@ -128,9 +128,9 @@ def test_refused_arguments(build, message):
 
 
 def test_which_transitions_are_stochastic():
-    assert [t.stochastic for t in (Jump(), Jump(4), Renoise(0.0), Diffuse(0.0), Diffuse(0))] == [False] * 5
+    assert [t.stochastic for t in (Jump(), Jump(4), Renoise(0.0), Diffuse(0.0), Diffuse(0), Bridge(0.0))] == [False] * 6
     assert [t.stochastic for t in (Renoise(), Renoise(0.1), Diffuse(), Diffuse(0.5), Diffuse(math.sin))] == [True] * 5
-    assert {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse} == TRANSITIONS
+    assert {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge} == TRANSITIONS
 
 
 @pytest.mark.parametrize("transition", [Jump(), Jump(3), Renoise(), Renoise(0.5), Diffuse(), Diffuse(0.5)], ids=repr)

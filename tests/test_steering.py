@@ -28,13 +28,11 @@ from steerfm.steering import (
     Jump,
     MapGradient,
     Power,
-    Resample,
     Steering,
     Twisted,
 )
-from steerfm.steering.lookahead import log_mean_exp
-from steerfm.steering.value import Problem, value
-from steerfm.steering.weights import effective_sample_size, log_mean
+from steerfm.steering.value import Problem, View
+from steerfm.steering.weights import Selected, effective_sample_size, log_mean, log_mean_exp
 
 # float32, elementwise, closed form: fast, and its bits do not depend on the batch
 GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -1.0, 0.0]]), torch.tensor([[0.36, 0.5, 1.2]]))
@@ -89,7 +87,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_keeps_the_contract(name):
     method = METHODS[name]()
-    n, k, steps = 3, method.particles, method.steps
+    n, k, steps = 3, method.particles, len(method.times()) - 1
     ticks = []
     result = steerfm.steer(MAP, reward, method, n=n, seeds=5, strength=2.0, progress=lambda *tick: ticks.append(tick))
     assert result.samples.shape == (n, k, 3) and result.samples.isfinite().all()
@@ -209,8 +207,8 @@ def test_integer_seed_counts_up():
 
 def test_resampling_does_not_change_the_noise():
     """The selection has its own stream: where nothing was resampled yet, the particles are the same."""
-    never = steerfm.steer(MAP, reward, FeynmanKac(8, 2, threshold=0.0), n=4, strength=3.0)
-    always = steerfm.steer(MAP, reward, FeynmanKac(8, 2, threshold=1.0), n=4, strength=3.0)
+    never = steerfm.steer(MAP, reward, FeynmanKac(8, 3, threshold=0.0), n=4, strength=3.0)
+    always = steerfm.steer(MAP, reward, FeynmanKac(8, 3, threshold=1.0), n=4, strength=3.0)
     assert torch.equal(never.trace.value[0], always.trace.value[0])
     assert not torch.equal(never.samples, always.samples)
     noise, other = Noise([3], 2), Noise([3], 2)
@@ -339,6 +337,11 @@ def gather(values, ancestors):
     return values.gather(1, ancestors)
 
 
+def view(problem, x, t, beta):
+    """A look through one jump at a given inverse temperature."""
+    return View(problem, Jump(), Noise(range(len(x))), x, t, lambda ends, tilt: torch.full((len(tilt),), beta).to(tilt))
+
+
 @pytest.mark.parametrize("resampling", ["multinomial", "systematic", "residual", "ssp"])
 @pytest.mark.parametrize("guidance", [None, MapGradient()])
 def test_copies_carry_their_values_along(guidance, resampling):
@@ -357,9 +360,8 @@ def test_copies_carry_their_values_along(guidance, resampling):
         assert torch.allclose(endpoint, MAP.lookahead(x, t))
         assert torch.allclose(before.value, t * strength * reward(MAP.lookahead(x, t)).double(), atol=1e-5)
         if guidance is not None:
-            again = guidance.evaluate(
-                Problem(MAP, steerfm.reward(reward), torch.full((n * k,), strength).double()), Jump(), x, t, t
-            )
+            problem = Problem(MAP, steerfm.reward(reward), torch.full((n * k,), strength).double())
+            again = guidance.evaluate(view(problem, x, t, t))
             assert torch.allclose(again.direction, before.direction, atol=1e-6)
     for i in range(4):  # where an output was not resampled, every particle is its own ancestor
         stay = trace.ancestors[i][~trace.resampled[i]]
@@ -377,7 +379,7 @@ def test_weights_are_those_of_the_recursion(threshold):
         assert torch.allclose(effective_sample_size(log_w), trace.ess[i])
         value = gather(trace.value[i], trace.ancestors[i])
         chosen = trace.resampled[i].unsqueeze(1)
-        assert torch.equal(trace.resampled[i], (trace.ess[i] < threshold) & torch.tensor(i < 5))
+        assert torch.equal(trace.resampled[i], (trace.ess[i] < threshold) & torch.tensor(i < 4))  # not before the last, noiseless step
         log_z = torch.where(trace.resampled[i], log_z + log_mean(log_w), log_z)
         log_w = torch.where(chosen, 0.0, log_w)
     assert torch.allclose(result.log_weights, log_w - torch.logsumexp(log_w, 1, keepdim=True))
@@ -409,14 +411,18 @@ def test_strong_tilts_stay_in_log_space():
 
 def test_a_selection_may_be_any_object():
     class FirstOnly:
-        def select(self, log_w, u):
-            assert log_w.shape == u.shape == (2, 4)
-            assert ((u >= 0) & (u < 1)).all()
-            return type(Resample().select(log_w, u))(torch.zeros_like(u).long(), torch.ones(2, dtype=torch.bool))
+        ranks, prunes = False, True
+
+        def select(self, candidates):
+            u = candidates.u
+            assert candidates.log_w.shape == candidates.tilt.shape == u.shape == (2, 4)
+            assert ((u >= 0) & (u < 1)).all() and candidates.t == candidates.step / 3
+            return Selected(torch.zeros_like(u).long(), torch.ones(2, dtype=torch.bool))
 
     result = steerfm.steer(MAP, reward, FeynmanKac(4, 3, resampling=FirstOnly(), transition="jump"), n=2)
     assert result.trace.resampled[:2].all() and not result.trace.resampled[2].any()
     assert torch.equal(result.samples, result.samples[:, :1].expand(2, 4, 3))
+    assert result.trace.unique().tolist() == [1, 1]
 
 
 # --- look-aheads and values ------------------------------------------------------------------------------------------
@@ -433,7 +439,7 @@ def test_log_mean_exp_weighs_its_values():
     values, log_w = torch.tensor([[0.0, 2.0, 1e4]]), torch.tensor([[0.0, 1.0, -torch.inf]])
     expected = (math.exp(0) + math.exp(1 + 2)) / (1 + math.exp(1))
     assert log_mean_exp(log_w + 77, values).item() == pytest.approx(math.log(expected), rel=1e-5)
-    assert log_mean_exp(None, values[:, :2]).item() == pytest.approx(math.log((1 + math.exp(2)) / 2), rel=1e-5)
+    assert log_mean_exp(torch.zeros(1, 2), values[:, :2]).item() == pytest.approx(math.log((1 + math.exp(2)) / 2), rel=1e-5)
     assert log_mean_exp(log_w[:, :1] + 5, values[:, 1:2]).item() == 2.0
 
 
@@ -442,9 +448,9 @@ def test_value_of_many_endpoints_sees_labels_and_prompts_per_endpoint():
         return labels.float() + torch.tensor([float(len(prompt)) for prompt in prompts])
 
     problem = Problem(MAP, steerfm.reward(named), torch.ones(2).double(), None, torch.tensor([1, 7]), ["", "four"])
-    v, tilt = value(problem, Endpoints(torch.zeros(2, 5, 3)), 1.0)
-    assert tilt.tolist() == [1.0, 11.0]
-    assert v.tolist() == pytest.approx([1.0, 11.0])
+    found = view(problem, torch.zeros(2, 3), 0.5, 1.0).value(Endpoints(torch.zeros(2, 5, 3)))
+    assert found.tilt.tolist() == [1.0, 11.0]
+    assert found.value.tolist() == pytest.approx([1.0, 11.0])
 
 
 class Spread:
@@ -453,7 +459,7 @@ class Spread:
     def __init__(self, k):
         self.offsets = torch.linspace(-1, 1, k).view(1, k, 1)
 
-    def endpoints(self, flow_map, x, t, cond):
+    def endpoints(self, flow_map, x, t, cond, noise=None):
         z = flow_map.lookahead(x, t, cond).unsqueeze(1)
         return Endpoints(z + (1 - t) * self.offsets)
 
@@ -475,9 +481,9 @@ def test_gradients_agree_with_the_closed_form():
     problem = Problem(MAP, steerfm.reward(lambda x: 2.0 * x[:, 0]), torch.full((5,), 3.0).double())
     t, beta = 0.6, 0.5
     g1, g0 = math.sqrt(0.36), math.sqrt(t**2 * 0.36 + (1 - t) ** 2)
-    through = MapGradient().evaluate(problem, Jump(), x, t, beta)
+    through = MapGradient().evaluate(view(problem, x, t, beta))
     assert torch.allclose(through.direction, torch.tensor([6.0 * beta * g1 / g0, 0.0, 0.0]).expand(5, 3), atol=1e-5)
-    stopped = EndpointGradient().evaluate(problem, Jump(), x, t, beta)
+    stopped = EndpointGradient().evaluate(view(problem, x, t, beta))
     assert torch.allclose(stopped.direction, torch.tensor([6.0 * beta, 0.0, 0.0]).expand(5, 3))
     assert torch.allclose(through.value, stopped.value) and torch.equal(through.endpoint, stopped.endpoint)
     assert torch.allclose(through.value, beta * through.tilt)
@@ -486,7 +492,7 @@ def test_gradients_agree_with_the_closed_form():
 def test_ascent_moves_the_endpoint_by_its_rate():
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     problem = Problem(MAP, steerfm.reward(lambda x: x[:, 0]), torch.ones(5).double())
-    found = EndpointAscent(iterations=4, rate=0.1).evaluate(problem, Jump(), x, 0.5, 1.0)
+    found = EndpointAscent(iterations=4, rate=0.1).evaluate(view(problem, x, 0.5, 1.0))
     length = found.endpoint.norm(dim=1)
     assert torch.allclose(found.direction[:, 0], 0.4 * length, rtol=1e-4)
     assert found.direction[:, 1:].abs().max() < 1e-6
@@ -639,10 +645,10 @@ FMTT = {"lookahead": "jump", "guidance": MapGradient(scale=0.5, cap=None), "tran
         ({"resampling": "best"}, "scheme.*systematic"),
         ({"threshold": 2}, "threshold"),
         ({"guidance": "map", "lookahead": None}, "look-ahead"),
-        ({"guidance": "map", "transition": "jump"}, "renoise or diffuse"),
-        ({"guidance": "map", "transition": Renoise(0.0)}, "renoise or diffuse"),
-        ({"guidance": "map", "transition": Diffuse(0.0)}, "renoise or diffuse"),
-        ({"correction": "jarzynski", **FMTT, "lookahead": "denoise"}, "lookahead jump or correction twisted"),
+        ({"guidance": "map", "transition": "jump"}, "renoise, diffuse or bridge"),
+        ({"guidance": "map", "transition": Renoise(0.0)}, "renoise, diffuse or bridge"),
+        ({"guidance": "map", "transition": Diffuse(0.0)}, "renoise, diffuse or bridge"),
+        ({"correction": "jarzynski", **FMTT, "lookahead": "denoise"}, "lookahead jump.*or correction twisted"),
         ({"correction": "jarzynski", **FMTT, "transition": "renoise"}, "correction twisted"),
         ({"correction": "jarzynski", **FMTT, "transition": "jump"}, "correction twisted"),
         ({"correction": "jarzynski", **FMTT, "guidance": None}, "correction twisted"),
@@ -704,7 +710,7 @@ def test_sample_refuses_an_empty_batch():
         steerfm.sample(MAP, n=2, batch_size=0)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]().guidance is not None])
+@pytest.mark.parametrize("name", [name for name in METHODS if getattr(METHODS[name]().guidance, "differentiates", False)])
 def test_gradient_methods_refuse_a_black_box_and_name_what_works(name):
     with pytest.raises(RewardError, match=r"blackbox.*BestOfN.*FeynmanKac"):
         steerfm.steer(MAP, BlackBox(), METHODS[name]())

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 from steerfm.steering.weights import (
     SCHEMES,
+    BestChild,
+    Candidates,
     Resample,
+    TopK,
+    Window,
     effective_sample_size,
     log_mean,
     normalise,
@@ -66,7 +70,7 @@ def test_weightless_particles_make_no_nan():
     for value in (log_mean(log_w), effective_sample_size(log_w), normalise(log_w).exp()):
         assert value.isfinite().all()
     for scheme in SCHEMES:
-        ancestors = Resample(scheme, 1.0).select(log_w, uniforms(1, 4)).ancestors
+        ancestors = Resample(scheme).draw(log_w, uniforms(1, 4))
         assert set(ancestors.flatten().tolist()) <= {1, 3}
 
 
@@ -183,10 +187,14 @@ def test_any_weights_give_valid_ancestors(values, u, dtype, scheme):
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
+def candidates(log_w, tilt=None, step=1, t=0.5):
+    return Candidates(log_w, log_w if tilt is None else tilt, uniforms(*log_w.shape), step, t)
+
+
 def test_only_outputs_of_low_ess_are_resampled():
     log_w = torch.zeros(2, 6, dtype=torch.float64)
     log_w[1, 2] = 10.0
-    selected = Resample("systematic", 0.5).select(log_w, uniforms(2, 6))
+    selected = Resample("systematic", 0.5).select(candidates(log_w))
     assert selected.resampled.tolist() == [False, True]
     assert selected.ancestors[0].tolist() == list(range(6))
     assert (selected.ancestors[1] == 2).all()
@@ -194,12 +202,12 @@ def test_only_outputs_of_low_ess_are_resampled():
 
 def test_threshold_zero_never_resamples():
     log_w = torch.tensor([[0.0, -1e4, -1e4]], dtype=torch.float64)
-    assert not Resample("ssp", 0.0).select(log_w, uniforms(1, 3)).resampled.any()
+    assert not Resample("ssp", 0.0).select(candidates(log_w)).resampled.any()
 
 
 def test_a_scheme_may_be_a_function():
-    selected = Resample(lambda w, u: w.argmax(1, keepdim=True).expand_as(w), 1.0).select(WEIGHTS.log()[None], WEIGHTS)
-    assert (selected.ancestors == 1).all()
+    resample = Resample(lambda w, u: w.argmax(1, keepdim=True).expand_as(w), 1.0)
+    assert (resample.select(candidates(WEIGHTS.log()[None])).ancestors == 1).all()
 
 
 @pytest.mark.parametrize("threshold", [2, -0.1, math.nan])
@@ -211,3 +219,42 @@ def test_threshold_outside_its_range_is_refused(threshold):
 def test_unknown_scheme_names_the_schemes():
     with pytest.raises(ValueError, match="residual"):
         Resample("best")
+
+
+TILT = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0, 5.0], [1.0, 0.0, 0.5, 0.0, 0.0, 0.1]], dtype=torch.float64)
+
+
+def test_top_k_copies_the_best_equally_often():
+    selected = TopK(2).select(candidates(torch.zeros_like(TILT), TILT))
+    assert selected.ancestors.tolist() == [[5, 1] * 3, [0, 2] * 3]
+    assert selected.resampled.all()
+
+
+def test_top_k_may_prune_and_never_keeps_more_than_there_are():
+    assert TopK(2, prune=True).select(candidates(torch.zeros_like(TILT), TILT)).ancestors.tolist() == [[5, 1], [0, 2]]
+    assert TopK(99, prune=True).select(candidates(torch.zeros_like(TILT), TILT)).ancestors.shape == (2, 6)
+
+
+def test_best_child_wins_in_its_own_group():
+    selected = BestChild(3).select(candidates(torch.zeros_like(TILT), TILT))
+    assert selected.ancestors.tolist() == [[1, 1, 1, 5, 5, 5], [0, 0, 0, 5, 5, 5]]
+    with pytest.raises(ValueError, match="groups of 4"):
+        BestChild(4).select(candidates(torch.zeros_like(TILT), TILT))
+
+
+def test_a_soft_child_is_drawn_with_the_odds_of_its_reward():
+    tilt = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64).expand(20_000, 3)
+    u = uniforms(20_000, 3, seed=1)
+    drawn = BestChild(3, soft=True).select(Candidates(torch.zeros_like(tilt), tilt, u, 1, 0.5)).ancestors
+    assert (drawn == drawn[:, :1]).all()
+    share = torch.bincount(drawn[:, 0], minlength=3) / len(drawn)
+    odds = tilt[0].softmax(0)
+    assert ((share - odds).abs() < 4 * (odds * (1 - odds) / len(drawn)).sqrt()).all()
+
+
+def test_a_window_selects_now_and_then():
+    window = Window(TopK(1), every=2, start=0.4, stop=0.8)
+    picked = [
+        bool(window.select(candidates(torch.zeros_like(TILT), TILT, step, step / 10)).resampled.all()) for step in range(1, 10)
+    ]
+    assert picked == [False, False, False, True, False, True, False, True, False]

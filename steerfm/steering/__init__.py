@@ -2,13 +2,47 @@
 
 from steerfm.steering.corrections import Jarzynski, Twisted, Uncorrected
 from steerfm.steering.engine import Method, Outcome, Steering, SteeringResult, Trace, steer
-from steerfm.steering.lookahead import Denoise, Endpoints, Jump
-from steerfm.steering.methods import DPS, FMRGE, FMRGJ, METHODS, BestOfN, FeynmanKac
-from steerfm.steering.value import EndpointAscent, EndpointGradient, Exponential, MapGradient, Power
-from steerfm.steering.weights import Resample
+from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Smooth, residual
+from steerfm.steering.methods import (
+    DAS,
+    DPS,
+    FMRGE,
+    FMRGJ,
+    FMTT,
+    LGDMC,
+    METHODS,
+    MFMG,
+    MFMGF,
+    MPGD,
+    SVDD,
+    TDS,
+    Beam,
+    BestOfN,
+    CoDe,
+    DiamondSMC,
+    FeynmanKac,
+    FKSteering,
+    FMTTSearch,
+    FreeDoM,
+    MultiRound,
+    WeightedDiamond,
+)
+from steerfm.steering.value import (
+    Adaptive,
+    EndpointAscent,
+    EndpointGradient,
+    Exponential,
+    FreeGradient,
+    MapGradient,
+    Power,
+)
+from steerfm.steering.weights import BestChild, Candidates, Resample, Selected, TopK, Window
 
 __all__ = [
-    "DPS", "FMRGE", "FMRGJ", "METHODS", "BestOfN", "Denoise", "EndpointAscent", "EndpointGradient", "Endpoints",
-    "Exponential", "FeynmanKac", "Jarzynski", "Jump", "MapGradient", "Method", "Outcome", "Power", "Resample", "Steering",
-    "SteeringResult", "Trace", "Twisted", "Uncorrected", "steer",
+    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive", "Beam",
+    "BestChild", "BestOfN", "Candidates", "CoDe", "Denoise", "DiamondSMC", "EndpointAscent", "EndpointGradient", "Endpoints",
+    "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM", "FreeGradient", "Jarzynski",
+    "Jump", "MapGradient", "Method", "MultiRound", "Outcome", "Posterior", "Power", "Renoise", "Resample", "Selected",
+    "Smooth", "Steering", "SteeringResult", "TopK", "Trace", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
+    "residual", "steer",
 ]  # fmt: skip

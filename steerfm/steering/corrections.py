@@ -6,15 +6,16 @@ guided proposal N(mean + shift, std^2 I), x' = mean + shift + std z.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from steerfm.sampling import Diffuse, Jump, Step
+from steerfm.sampling import Diffuse, Jump, Noise, Step
 from steerfm.steering import lookahead
-from steerfm.steering.value import Evaluation, MapGradient
+from steerfm.steering.value import Adaptive, Evaluation, MapGradient, View
 from steerfm.steering.weights import wide
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ class Move:
     step: Step
     shift: Tensor | None
     noise: Tensor | None
-    beta_before: float
-    beta_after: float
+    duration: float
 
 
 class Correction(Protocol):
@@ -51,6 +51,10 @@ class Correction(Protocol):
         """Raise a ValueError that says why, if the other parts do not fit."""
         ...
 
+    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+        """The evaluation ``after`` a step (or at the start), with what the correction carries along the path."""
+        ...
+
     def start(self, evaluation: Evaluation) -> Tensor:
         """Log-weights at t = 0, (b,)."""
         ...
@@ -64,25 +68,70 @@ class Correction(Protocol):
         ...
 
 
+# --- twisted ---------------------------------------------------------------------------------------------------------
+Potential = Callable[[Evaluation | None, Evaluation], Evaluation]
+
+
+def difference(before: Evaluation | None, after: Evaluation) -> Evaluation:
+    """The twist is V itself: only its last value counts."""
+    return after
+
+
+def maximum(before: Evaluation | None, after: Evaluation) -> Evaluation:
+    """Every step multiplies the weight by exp of the highest V so far."""
+    if before is None:
+        return replace(after, memory=after.value)
+    assert before.memory is not None
+    highest = torch.maximum(before.memory, after.value)
+    return replace(after, memory=highest, value=before.value + highest)
+
+
+def total(before: Evaluation | None, after: Evaluation) -> Evaluation:
+    """Every step multiplies the weight by exp of the sum of all V so far."""
+    if before is None:
+        return replace(after, memory=after.value)
+    assert before.memory is not None
+    together = before.memory + after.value
+    return replace(after, memory=together, value=before.value + together)
+
+
+POTENTIALS: dict[str, Potential] = {"difference": difference, "max": maximum, "sum": total}
+"""The potentials of FK steering (2501.06848, section 3.2), by name."""
+
+
 @dataclass(frozen=True)
 class Twisted:
-    """log w += V_{i+1}(x') - V_i(x) + log base(x'|x) - log proposal(x'|x); the last V is strength * r(x_1) itself.
+    """log w += U_{i+1} - U_i + log base(x'|x) - log proposal(x'|x); the last U is strength * r(x_1) itself.
 
-    Twisted diffusion sampling (Wu et al. 2306.17775, equation 8). Samples the tilt of the base chain's own law for any
-    look-ahead, however poor the map; the sum telescopes, so exp(log Z) is unbiased.
+    U is a function of the path so far, by default the value V of its last point. Twisted diffusion sampling (Wu et al.
+    2306.17775, equation 8); with the other potentials FK steering (2501.06848). Samples the tilt of the base chain's own law
+    for any look-ahead, however poor the map; the sum telescopes, so exp(log Z) is unbiased.
+
+    Args:
+        potential: a key of `POTENTIALS`.
     """
 
+    potential: str = "difference"
     samples = True
     looks_untempered = False
+
+    def __post_init__(self) -> None:
+        if self.potential not in POTENTIALS:
+            raise ValueError(f"unknown potential {self.potential!r}; potentials: {', '.join(POTENTIALS)}")
 
     def check(self, steering: Steering) -> None:
         transition = steering.transition
         assert not isinstance(transition, str)
         if steering.guidance is not None and not transition.stochastic:
             raise ValueError(
-                "a twisted correction needs the density of a guided step: use transition renoise or diffuse, or no guidance, "
-                "or correction none (ascent, not sampling)"
+                "a twisted correction needs the density of a guided step: use transition renoise, diffuse or bridge, or no "
+                "guidance, or correction none (ascent, not sampling)"
             )
+        if self.potential != "difference" and isinstance(steering.tempering, Adaptive):
+            raise ValueError("adaptive tempering chooses the value of the next step: it needs potential difference")
+
+    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+        return POTENTIALS[self.potential](before, after)
 
     def start(self, evaluation: Evaluation) -> Tensor:
         return evaluation.value.clone()
@@ -99,47 +148,105 @@ class Twisted:
         return step.std > 0
 
 
+# --- Jarzynski -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Jarzynski:
-    """log w += (beta_{i+1} - beta_i) strength r(X_{t_i,1}(x_i)), the simple weight of FMTT (2511.22688, proposition 1).
+    """Weights of the guided diffusion dx = (b + eps s + (eps + chi) grad V) dt + sqrt(2 eps) dW (FMTT, 2511.22688).
 
-    Valid only for a true flow map's own look-ahead, where d/dt X_{t,1} + b . grad X_{t,1} = 0, with FMTT's drift and no
-    further ascent; time steps leave an error of order 1 / steps that more particles do not remove.
+        simple    log w += (beta_{i+1} - beta_i) strength r(X_{t_i,1}(x_i))                      (proposition 1)
+        general   log w += h { d/dt V + b . grad V + chi [laplacian V + grad V . (s + grad V)] }
+
+    The simple weight is the general one where chi = 0 and d/dt X_{t,1} + b . grad X_{t,1} = 0: only for a true flow map's own
+    look-ahead. Both leave an error of order 1 / steps that more particles do not remove.
+
+    Args:
+        general: for any look-ahead and any extra ascent; costs the gradient in time, and with chi a second derivative.
+        probes: Rademacher probes of the laplacian (Hutchinson 1989); exact in one dimension.
     """
 
+    general: bool = False
+    probes: int = 1
     samples = True
     looks_untempered = True
 
     def check(self, steering: Steering) -> None:
-        if not isinstance(steering.lookahead, lookahead.Jump):
-            raise ValueError(
-                "the simple Jarzynski weight holds only for a flow-map look-ahead: use lookahead jump or correction twisted"
-            )
         guidance, transition = steering.guidance, steering.transition
-        plain = guidance is None and isinstance(transition, Jump)
-        fmtt = (
+        drift = (
             isinstance(transition, Diffuse)
             and type(guidance) is MapGradient
             and guidance.scale == 0.5
             and guidance.cap is None
             and not guidance.normalised
         )
-        if not plain and not fmtt:
+        if not drift and not (guidance is None and (isinstance(transition, Jump) or transition == Diffuse(0.0))):
             raise ValueError(
-                "the simple Jarzynski weight holds only for transition jump without guidance, or for transition diffuse with "
-                "guidance MapGradient(scale=0.5, cap=None), which is FMTT's drift: use correction twisted for anything else"
+                "a Jarzynski weight holds only for transition jump without guidance, or for transition diffuse with guidance "
+                "MapGradient(scale=0.5, cap=None), which is FMTT's drift: use correction twisted for anything else"
             )
+        if isinstance(steering.tempering, Adaptive):
+            raise ValueError("a Jarzynski weight needs the tempering as a function of time: adaptive needs correction twisted")
+        if self.general:
+            return
+        if not isinstance(steering.lookahead, lookahead.Jump):
+            raise ValueError(
+                "the simple Jarzynski weight holds only for a flow-map look-ahead: use lookahead jump, correction "
+                "Jarzynski(general=True), or correction twisted"
+            )
+        if isinstance(guidance, MapGradient) and guidance.ascent is not None:
+            raise ValueError(
+                "the simple Jarzynski weight does not pay for an extra ascent, which would bias the result: use correction "
+                "Jarzynski(general=True), or no ascent"
+            )
+
+    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+        """Carries the rate of the weight where it is general: d log w / dt at this state."""
+        return replace(after, memory=self._rate(steering, view)) if self.general else after
+
+    def _rate(self, steering: Steering, view: View) -> Tensor:
+        flow_map, cond, guidance = view.problem.flow_map, view.problem.cond, steering.guidance
+        chi = guidance.ascent(view.t) if isinstance(guidance, MapGradient) and guidance.ascent is not None else 0.0
+        b = flow_map.velocity(view.x, view.t, cond)
+        with torch.enable_grad():
+            x = view.x.detach().requires_grad_()
+            t = torch.full((len(x),), view.t, dtype=x.dtype, device=x.device, requires_grad=True)
+            beta = steering.tempering(t)  # type: ignore[operator, arg-type]
+            here = replace(view, t=t, beta=lambda ends, tilt: torch.as_tensor(beta).to(tilt).expand(len(tilt)))  # type: ignore[arg-type]
+            value = here.value(here.endpoints(x)).value.sum()
+            gradient, rate = torch.autograd.grad(value, (x, t), create_graph=bool(chi), allow_unused=True)
+            assert gradient is not None
+            laplacian = self._laplacian(gradient, x, view.noise) if chi else 0.0
+        gradient = gradient.detach()
+        out = _dot(b, gradient) + (0.0 if rate is None else rate.detach())
+        if chi:
+            score = flow_map.interpolant.score(view.x, b, view.t)
+            out = out + chi * (laplacian + _dot(gradient, score + gradient))
+        return out.to(wide(out.device))
+
+    def _laplacian(self, gradient: Tensor, x: Tensor, noise: Noise) -> Tensor:
+        out = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        for _ in range(self.probes):
+            probe = noise.normal(x.shape[1:], x).sign()
+            out = out + _dot(torch.autograd.grad((gradient * probe).sum(), x, retain_graph=True)[0], probe)
+        return out / self.probes
 
     def start(self, evaluation: Evaluation) -> Tensor:
         return torch.zeros_like(evaluation.value)
 
     def increment(self, move: Move) -> Tensor:
-        return (move.beta_after - move.beta_before) * move.before.tilt
+        if self.general:
+            assert move.before.memory is not None
+            return move.duration * move.before.memory
+        return (move.after.beta - move.before.beta) * move.before.tilt
 
     def guides(self, step: Step) -> bool:
         return step.std > 0
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+# --- none ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Uncorrected:
     """No weights: the particles are the result of an ascent or a search, not a sample of the tilted target."""
@@ -148,7 +255,11 @@ class Uncorrected:
     looks_untempered = False
 
     def check(self, steering: Steering) -> None:
-        pass
+        if isinstance(steering.tempering, Adaptive):
+            raise ValueError("adaptive tempering follows the weights: it needs correction twisted")
+
+    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+        return after
 
     def start(self, evaluation: Evaluation) -> Tensor:
         return torch.zeros_like(evaluation.value)

@@ -8,30 +8,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from steerfm.cost import Cost, Ledger
-from steerfm.flowmap import Condition, FlowMap, Microbatched, take_rows
+from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
 from steerfm.rewards import Reward, RewardError, as_reward
-from steerfm.sampling import TRANSITIONS, Noise, Renoise, Transition, as_condition, seed_list, time_grid
+from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, as_condition, seed_list, time_grid
 from steerfm.steering.corrections import CORRECTIONS, Correction, Move, Twisted
-from steerfm.steering.lookahead import LOOKAHEADS, Jump, Lookahead
+from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead
 from steerfm.steering.value import (
     GUIDANCES,
     TEMPERINGS,
+    Adaptive,
     Evaluation,
     Guidance,
     Power,
     Problem,
     Tempering,
-    evaluate,
-    repeat_rows,
+    View,
+    look,
 )
-from steerfm.steering.weights import Resample, Selection, effective_sample_size, log_mean, normalise, wide
+from steerfm.steering.weights import (
+    Candidates,
+    Resample,
+    Selection,
+    effective_sample_size,
+    log_mean,
+    log_mean_exp,
+    normalise,
+    wide,
+)
 
 Tick = Callable[[int, int], None]
 
@@ -41,6 +51,8 @@ Tick = Callable[[int, int], None]
 class Trace:
     """What happened, per step i = 0 ... steps - 1 (the state after the step).
 
+    Where a selection left fewer particles than there were at first, the missing ones are NaN, their ancestors -1.
+
     Attributes:
         t: (steps,) time.
         ess: (steps, n) effective sample size as a share of the particles, before selection.
@@ -48,6 +60,9 @@ class Trace:
         ancestors: (steps, n, k) whose copy each particle is.
         value: (steps, n, k) tempered value; at the last step strength * reward.
         guidance_ratio: (steps, n, k) length of the shift over that of the step's displacement; 0 without guidance.
+        gradient_norm: (steps, n, k) length of the guidance's direction before the step; its tail over the particles says
+            whether the look-ahead tears at basin borders. Empty where the method has none.
+        beta: (steps, n) inverse temperature of the value. Empty where the method has none.
         lookaheads: (steps, n, *shape) the first particle's look-ahead, at the last step the sample itself, where asked for
             and looked at; else None.
     """
@@ -58,7 +73,23 @@ class Trace:
     ancestors: Tensor
     value: Tensor
     guidance_ratio: Tensor
+    gradient_norm: Tensor | None = None
+    beta: Tensor | None = None
     lookaheads: Tensor | None = None
+
+    def origins(self) -> Tensor:
+        """(steps, n, k) which of the first particles each one descends from."""
+        origin = torch.arange(self.ancestors.shape[2], device=self.ancestors.device).expand(self.ancestors.shape[1:])
+        out = []
+        for ancestors in self.ancestors:
+            origin = origin.gather(1, ancestors.clamp_min(0)).masked_fill(ancestors < 0, -1)
+            out.append(origin)
+        return torch.stack(out)
+
+    def unique(self) -> Tensor:
+        """(n,) how many of the first particles have descendants at the end."""
+        last = self.origins()[-1].sort(1).values
+        return ((last.diff(dim=1) > 0) & (last[:, :-1] >= 0)).sum(1) + 1
 
 
 @dataclass
@@ -105,7 +136,7 @@ class SteeringResult(Outcome):
         """
         n, k = self.log_weights.shape
         u = torch.rand(n, k, generator=generator).to(self.log_weights)
-        ancestors = Resample("systematic", 1.0).select(self.log_weights, u).ancestors
+        ancestors = Resample("systematic").draw(self.log_weights, u)
         return self.samples[torch.arange(n, device=self.samples.device).unsqueeze(1), ancestors]
 
 
@@ -134,14 +165,17 @@ class Steering:
     Attributes:
         particles: per output.
         steps: transitions from t = 0 to t = 1.
-        lookahead: denoise or jump, or None: the reward is only seen at the end.
-        guidance: map, endpoint or ascent, or None: gradient-free.
-        tempering: beta(t): linear, exponential, none, a power of t, or any function with beta(1) = 1.
-        transition: jump, renoise or diffuse.
+        lookahead: denoise, jump, smooth, renoise or posterior, or None: the reward is only seen at the end.
+        guidance: map, endpoint, free or ascent, or None: no gradient.
+        tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
+        transition: jump, renoise, diffuse or bridge.
         correction: twisted, jarzynski or none.
-        resampling: a scheme's name or any `Selection`; None for no selection.
+        resampling: a scheme's name or any `Selection`; None for no selection. Asked before steps with noise only: elsewhere
+            copies would stay copies.
         threshold: resample below this ESS, as a share of the particles.
         power: of the time grid, t_i = (i / steps)^power.
+        recurrence: times each step but the last is taken, going back by noising in between (FreeDoM's time travel).
+        stop: guide only at times below this.
     """
 
     particles: int = 16
@@ -154,8 +188,12 @@ class Steering:
     resampling: Selection | str | None = "systematic"
     threshold: float = 0.5
     power: float = 1.0
+    recurrence: int = 1
+    stop: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.recurrence < 1:
+            raise ValueError(f"recurrence={self.recurrence}: each step is taken at least once")
         if self.particles < 1:
             raise ValueError(f"particles={self.particles}: at least one particle is needed")
         time_grid(self.steps, self.power)
@@ -173,10 +211,12 @@ class Steering:
             object.__setattr__(self, name, part)
         if self.guidance is not None and self.lookahead is None:
             raise ValueError("guidance needs a look-ahead: lookahead=jump or lookahead=denoise")
+        if self.lookahead is None and self.resampling is not None and self.resampling.ranks:  # type: ignore[union-attr]
+            raise ValueError("this selection ranks look-aheads: lookahead=jump or lookahead=denoise")
         self.correction.check(self)  # type: ignore[union-attr]
 
     def check(self, reward: Reward) -> None:
-        if self.guidance is not None and not reward.differentiable:
+        if self.guidance is not None and self.guidance.differentiates and not reward.differentiable:  # type: ignore[union-attr]
             raise RewardError(
                 f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use BestOfN, or "
                 "FeynmanKac with guidance=None"
@@ -184,92 +224,166 @@ class Steering:
 
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`. Gradient-free methods run in inference mode: no graph is ever kept."""
-        with torch.inference_mode() if self.guidance is None else torch.no_grad():
+        correction, guidance = self.correction, self.guidance
+        graph = getattr(correction, "general", False) or (guidance is not None and guidance.differentiates)  # type: ignore[union-attr]
+        with torch.no_grad() if graph else torch.inference_mode():
             return self._run(problem, noise, n, lookaheads, tick)
 
+    def times(self) -> list[float]:
+        """The times visited, t_0 = 0 to t_end = 1; with ``recurrence`` they go back and forth."""
+        grid = time_grid(self.steps, self.power)
+        out = grid[:1]
+        for s, t in zip(grid, grid[1:]):
+            out += [t] if t == 1 else [t, s] * (self.recurrence - 1) + [t]
+        return out
+
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
-        flow_map, k, shape = problem.flow_map, self.particles, problem.flow_map.shape
-        transition, correction, guidance = self.transition, self.correction, self.guidance
-        assert not isinstance(transition, str) and not isinstance(correction, str) and not isinstance(guidance, str)
-        times = time_grid(self.steps, self.power)
+        flow_map, shape = problem.flow_map, problem.flow_map.shape
+        transition, correction, guidance, selection = self.transition, self.correction, self.guidance, self.resampling
+        assert not any(isinstance(part, str) for part in (transition, correction, guidance, selection))
+        times, k, looks_noise = self.times(), self.particles, noise.other()
         x = noise.normal(shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
-        row = torch.arange(n, device=x.device).unsqueeze(1) * k
         zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-        now = self._look(problem, x, 0.0, zero)
-        log_w, log_z = correction.start(now).view(n, k), zero.new_zeros(n)
+        now = self._look(problem, looks_noise, x, 0.0, zero, None, zero)
+        log_w, log_z = correction.start(now).view(n, k), zero.new_zeros(n)  # type: ignore[union-attr]
         records: list[dict[str, Tensor]] = []
         components: dict[str, Tensor] = {}
         rewards = zero
         for i, (s, t) in enumerate(zip(times, times[1:])):
-            step = transition.step(flow_map, x, s, t, problem.cond, self._shared(now))
-            shift, ratio = None, zero
-            if guidance is not None and now.direction is not None and correction.guides(step):
-                shift = guidance.shift(flow_map, now, x, step.mean, s, t, step.std)
+            last = i + 2 == len(times)
+            if t < s:  # back in time: the noising kernel, which no guidance bends
+                scale, std = flow_map.interpolant.renoise(s, t)
+                step = Step(scale * x, std)
+            else:
+                step = transition.step(flow_map, x, s, t, problem.cond, self._shared(now))  # type: ignore[union-attr]
+            shift, ratio, norm = None, zero, zero
+            if guidance is not None and now.direction is not None and s < min(t, self.stop) and correction.guides(step):  # type: ignore[union-attr]
+                shift = guidance.shift(flow_map, now, x, step.mean, s, t, step.std)  # type: ignore[union-attr]
                 ratio = shift.flatten(1).norm(dim=1) / (step.mean - x).flatten(1).norm(dim=1).clamp_min(1e-12)
+                norm = now.direction.flatten(1).norm(dim=1)
             z = noise.normal(shape, x) if step.std else None
             x = (step if shift is None else type(step)(step.mean + shift, step.std)).sample(z)
-            if i + 1 < self.steps:
-                after = self._look(problem, x, t, zero)
-            else:
+            move = Move(now, now, step, shift, z, t - s)
+            if last:
                 scores = problem.score(x)
                 rewards, components = scores.total, scores.components
-                after = Evaluation(tilt := problem.strength * rewards.to(zero.dtype), tilt, x)
-            move = Move(now, after, step, shift, z, self._beta(s), self._beta(t))
-            log_w = log_w + correction.increment(move).view(n, k)
+                tilt = problem.strength * rewards.to(zero.dtype)
+                move.after = Evaluation(tilt, tilt, torch.ones_like(tilt), x)
+            else:
+                move.after = self._look(problem, looks_noise, x, t, zero, move, log_w)
+            after = move.after
+            log_w = log_w + correction.increment(move).view(n, k)  # type: ignore[union-attr]
             record = {
                 "ess": effective_sample_size(log_w),
                 "value": after.value.view(n, k),
                 "guidance_ratio": ratio.view(n, k),
+                "gradient_norm": norm.view(n, k),
+                "beta": after.beta.view(n, k)[:, 0],
                 "resampled": torch.zeros(n, dtype=torch.bool, device=x.device),
                 "ancestors": torch.arange(k, device=x.device).expand(n, k),
             }
             if lookaheads and self.lookahead is not None and after.endpoint is not None:
                 record["lookaheads"] = after.endpoint.view(n, k, *shape)[:, 0]
-            if self.resampling is not None and i + 1 < self.steps:
-                selected = self.resampling.select(log_w, noise.uniform(k, x.device))  # type: ignore[union-attr]
+            parts = not last and (times[i + 2] < t or (times[i + 2] < 1 and transition.stochastic))  # type: ignore[union-attr]
+            if selection is not None and not last and (parts or selection.prunes):  # type: ignore[union-attr]
+                u = noise.uniform(k, x.device)
+                selected = selection.select(Candidates(log_w, after.tilt.view(n, k), u, i + 1, t))  # type: ignore[union-attr]
                 if bool(selected.resampled.any()):
-                    rows = (row + selected.ancestors).flatten()
+                    rows = (torch.arange(n, device=x.device).unsqueeze(1) * k + selected.ancestors).flatten()
                     x, after = x[rows], after.select(rows)
-                    gained = log_mean(log_w)
-                    log_z = torch.where(selected.resampled, log_z + gained, log_z)
-                    log_w = torch.where(selected.resampled.unsqueeze(1), torch.zeros_like(log_w), log_w)
+                    log_z = torch.where(selected.resampled, log_z + log_mean(log_w), log_z)
+                    log_w = torch.where(selected.resampled.unsqueeze(1), 0.0, log_w.gather(1, selected.ancestors))
+                    if selected.ancestors.shape[1] < k:
+                        k = noise.k = looks_noise.k = selected.ancestors.shape[1]
+                        problem, zero = problem.select(rows), zero[rows]
                 record["resampled"], record["ancestors"] = selected.resampled, selected.ancestors
             records.append(record)
             now = after
-            tick(i + 1, self.steps)
+            tick(i + 1, len(times) - 1)
         looks = [record.pop("lookaheads") for record in records if "lookaheads" in record]
         trace = Trace(
             t=torch.tensor(times[1:]),
-            lookaheads=torch.stack(looks) if len(looks) == self.steps else None,
-            **{name: torch.stack([record[name] for record in records]) for name in records[0]},
+            lookaheads=torch.stack(looks) if len(looks) == len(records) else None,
+            **{name: _stack([record[name] for record in records]) for name in records[0]},
         )
         return Outcome(
             samples=x.view(n, k, *shape),
             rewards=rewards.view(n, k),
             components={name: value.view(n, k) for name, value in components.items()},
             log_weights=normalise(log_w),
-            log_z=log_z + log_mean(log_w) if correction.samples else None,
+            log_z=log_z + log_mean(log_w) if correction.samples else None,  # type: ignore[union-attr]
             trace=trace,
         )
 
-    def _beta(self, t: float) -> float:
-        assert callable(self.tempering)
-        return 1.0 if t >= 1 else float(self.tempering(t))
+    def _look(
+        self, problem: Problem, noise: Noise, x: Tensor, t: float, zero: Tensor, move: Move | None, log_w: Tensor
+    ) -> Evaluation:
+        """The evaluation at time t, or zeros where nobody would use it; ``move`` led here, None at the start."""
+        lookahead, correction, selection, tempering = self.lookahead, self.correction, self.resampling, self.tempering
+        assert callable(tempering) and not any(isinstance(part, str) for part in (correction, selection, lookahead))
+        hottest = 1.0 if t >= 1 else float(tempering(t))
+        ranks = selection is not None and selection.ranks  # type: ignore[union-attr]
+        wanted = self.guidance is not None or correction.samples or ranks  # type: ignore[union-attr]
+        untempered = correction.looks_untempered or ranks or self._drawn()  # type: ignore[union-attr]
+        if lookahead is None or not (wanted or self._drawn()) or (hottest == 0 and not untempered):
+            return Evaluation(zero, zero, torch.full_like(zero, hottest))
 
-    def _look(self, problem: Problem, x: Tensor, t: float, zero: Tensor) -> Evaluation:
-        """The evaluation at time t, or zeros where nobody would use it."""
-        beta = self._beta(t)
-        correction: Any = self.correction
-        wanted = self.guidance is not None or correction.samples or self.resampling is not None
-        if self.lookahead is None or not wanted or (beta == 0 and not correction.looks_untempered):
-            return Evaluation(zero, zero)
-        if self.guidance is None:
-            return evaluate(problem, self.lookahead, x, t, beta)  # type: ignore[arg-type]
-        return self.guidance.evaluate(problem, self.lookahead, x, t, beta)  # type: ignore[union-attr,arg-type]
+        def beta(ends: Endpoints, tilt: Tensor) -> Tensor:
+            if move is None or not isinstance(tempering, Adaptive):
+                return torch.full_like(zero, hottest)
+            return adapt(ends, tilt, move, log_w, correction, tempering.ess)  # type: ignore[arg-type]
+
+        view = View(problem, lookahead, noise, x, t, beta)  # type: ignore[arg-type]
+        found = look(view) if self.guidance is None else self.guidance.evaluate(view)  # type: ignore[union-attr]
+        return correction.remember(self, None if move is None else move.before, found, view)  # type: ignore[union-attr]
+
+    def _drawn(self) -> bool:
+        """Whether the transition lives on endpoints that only the look-ahead draws."""
+        return getattr(self.transition, "endpoint", "") == "posterior"
 
     def _shared(self, now: Evaluation) -> Tensor | None:
-        """X_{s,1}(x) where the look-ahead was one jump of the map: a transition that needs it saves the call."""
-        return now.endpoint if isinstance(self.lookahead, Jump) and self.lookahead.hops == 1 else None
+        """The first endpoint of the look-ahead, where it saves the transition its network call."""
+        wanted = getattr(self.transition, "endpoint", "")
+        return now.endpoint if wanted and wanted == getattr(self.lookahead, "kind", "") else None
+
+
+def adapt(ends: Endpoints, tilt: Tensor, move: Move, log_w: Tensor, correction: Correction, share: float) -> Tensor:
+    """The largest beta (b,) that leaves each output ``share`` of its effective sample size, and is not below the last one.
+
+    Args:
+        ends, tilt: endpoints with their log-weights, and strength * r (b, m), of the b = n k particles.
+        move: the step that led here, without its ``after``.
+        log_w: (n, k) log-weights before it.
+    """
+    n, k = log_w.shape
+    assert ends.log_w is not None
+    fixed = correction.increment(replace(move, after=replace(move.before, value=torch.zeros_like(move.before.value))))
+    floor = share * effective_sample_size(log_w)
+
+    def enough(beta: Tensor) -> Tensor:
+        value = log_mean_exp(ends.log_w, beta.repeat_interleave(k).unsqueeze(1) * tilt)  # type: ignore[arg-type]
+        return effective_sample_size(log_w + (fixed + value).view(n, k)) >= floor
+
+    low = move.before.beta.view(n, k)[:, 0]
+    high = torch.ones_like(low)
+    low = torch.where(enough(high), high, low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        fits = enough(middle)
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return low.repeat_interleave(k)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Records of all steps, (steps, ...); where there are fewer particles later on, NaN or -1 stand for the missing."""
+    widest = max(part.shape[-1] for part in parts)
+    fill = float("nan") if parts[0].is_floating_point() else -1
+    return torch.stack(
+        [
+            part if part.shape[-1] == widest else torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=fill)
+            for part in parts
+        ]
+    )
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

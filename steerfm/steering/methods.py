@@ -1,21 +1,32 @@
 """Presets: published methods as settings of the four parts. Each docstring gives the paper, the parts and what it samples.
 
 Every field of `Steering` may be changed: ``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
+Methods that do not walk from noise to data once have files of their own: `noise.py` and `search.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from steerfm.sampling import Bridge, Diffuse, Transition
 from steerfm.sampling import Jump as JumpTransition
-from steerfm.sampling import Transition
-from steerfm.steering.corrections import Correction, Uncorrected
-from steerfm.steering.engine import Steering
-from steerfm.steering.lookahead import Denoise, Lookahead
-from steerfm.steering.value import EndpointAscent, Guidance, MapGradient, Tempering, untempered
-from steerfm.steering.weights import Selection
+from steerfm.steering.corrections import Correction, Jarzynski, Twisted, Uncorrected
+from steerfm.steering.engine import Method, Steering
+from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
+from steerfm.steering.value import (
+    Adaptive,
+    EndpointAscent,
+    EndpointGradient,
+    FreeGradient,
+    Guidance,
+    MapGradient,
+    Tempering,
+    untempered,
+)
+from steerfm.steering.weights import BestChild, Selection, TopK, Window
 
 
+# --- samplers --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BestOfN(Steering):
     """Independent samples, and the best of them: ``result.best()``.
@@ -32,7 +43,7 @@ class BestOfN(Steering):
 
 @dataclass(frozen=True)
 class FeynmanKac(Steering):
-    """Sequential Monte Carlo along the path (FK steering 2501.06848; twisted weights: TDS 2306.17775, equation 8).
+    """Sequential Monte Carlo along the path of a flow map (FK steering 2501.06848 with the twisted weights of 2306.17775).
 
     Parts: look-ahead jump, tempering linear, transition renoise, correction twisted, systematic resampling below ESS 1/2;
     gradient-free, or twisted by a gradient with ``guidance="map"`` or ``"endpoint"``.
@@ -41,8 +52,98 @@ class FeynmanKac(Steering):
 
 
 @dataclass(frozen=True)
+class FKSteering(Steering):
+    """FK steering as published (Singhal et al. 2501.06848, algorithm 1), gradient-free, with a denoiser.
+
+    Parts: look-ahead denoise, no tempering, transition bridge (ancestral), correction twisted with ``potential`` difference,
+    max or sum, multinomial resampling below ESS 1/2.
+    Samples: yes, as `FeynmanKac`; here the base chain is the ancestral one, right only in the limit of many steps.
+    """
+
+    particles: int = 4
+    steps: int = 16
+    potential: str = "difference"
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    tempering: Tempering | str | float = untempered
+    transition: Transition | str = field(default_factory=Bridge)
+    resampling: Selection | str | None = "multinomial"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "correction", Twisted(self.potential))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class TDS(Steering):
+    """Twisted diffusion sampling (Wu et al. 2306.17775, algorithm 1).
+
+    Parts: look-ahead denoise, gradient through the network, no tempering, transition bridge (ancestral), correction twisted,
+    systematic resampling at every step.
+    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one.
+    """
+
+    steps: int = 16
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    tempering: Tempering | str | float = untempered
+    transition: Transition | str = field(default_factory=Bridge)
+    threshold: float = 1.0
+
+
+@dataclass(frozen=True)
+class DAS(Steering):
+    """Diffusion alignment as sampling (Kim et al. 2501.05803, algorithm 1): TDS with tempering and SSP resampling.
+
+    Parts: look-ahead denoise, gradient through the network, tempering adaptive, transition bridge (ancestral), correction
+    twisted, SSP resampling below ESS 1/2.
+    Samples: yes, as `FeynmanKac`; log Z is consistent, not unbiased, where the tempering adapts.
+    """
+
+    particles: int = 4
+    steps: int = 16
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    tempering: Tempering | str | float = field(default_factory=Adaptive)
+    transition: Transition | str = field(default_factory=Bridge)
+    resampling: Selection | str | None = "ssp"
+
+
+@dataclass(frozen=True)
+class FMTT(Steering):
+    """Flow map trajectory tilting, the sampler (Sabour et al. 2511.22688, algorithm 1 in sampling mode).
+
+    Parts: look-ahead jump, FMTT's drift (the gradient through the map at scale 1/2, uncapped), tempering linear, transition
+    diffuse, correction jarzynski (simple), multinomial resampling below ESS 1/2.
+    Samples: yes for a true flow map, up to an error of order 1 / steps that more particles do not remove.
+    """
+
+    steps: int = 32
+    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.5, cap=None))
+    transition: Transition | str = field(default_factory=Diffuse)
+    correction: Correction | str = field(default_factory=Jarzynski)
+    resampling: Selection | str | None = "multinomial"
+
+
+@dataclass(frozen=True)
+class DiamondSMC(Steering):
+    """Particles on posterior samples (Diamond Maps 2602.05993, algorithm 2), with GLASS transitions.
+
+    Parts: look-ahead posterior (GLASS inner ODE), no tempering, transition bridge through the drawn endpoint, correction
+    twisted, systematic resampling at every step.
+    Samples: yes, the tilt, as particles and inner steps grow, in any number of outer steps.
+    """
+
+    particles: int = 8
+    lookahead: Lookahead | str | None = field(default_factory=Posterior)
+    tempering: Tempering | str | float = untempered
+    transition: Transition | str = field(default_factory=lambda: Bridge(endpoint="posterior"))
+    threshold: float = 1.0
+
+
+# --- guidance: one trajectory ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
 class Ascent(Steering):
-    """What the ascents below share: one particle, the full reward from the start, deterministic jumps, no correction.
+    """What the methods below share: one particle, the full reward from the start, deterministic jumps, no correction.
 
     Samples: no.
     """
@@ -68,16 +169,67 @@ class DPS(Ascent):
 
 
 @dataclass(frozen=True)
+class LGDMC(Ascent):
+    """Loss-guided diffusion by Monte Carlo (Song et al., ICML 2023, equation 11): the denoiser blurred by noise.
+
+    Parts: look-ahead smooth (k endpoints of one call), gradient through the network, no tempering, transition jump,
+    correction none.
+    Samples: no. A Gaussian stands in for the posterior.
+    """
+
+    steps: int = 16
+    lookahead: Lookahead | str | None = field(default_factory=Smooth)
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+
+
+@dataclass(frozen=True)
+class FreeDoM(Ascent):
+    """DPS with time travel (Yu et al. 2303.09833, algorithm 2): every step is taken ``recurrence`` times.
+
+    Parts: as `DPS`, transition bridge (ancestral); between the repeats the state is noised back.
+    Samples: no. It is an ascent whose repeats pull the state back to the data.
+    """
+
+    steps: int = 8
+    recurrence: int = 2
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    transition: Transition | str = field(default_factory=Bridge)
+
+
+@dataclass(frozen=True)
+class MPGD(Ascent):
+    """Manifold-preserving guidance (He et al. 2311.16424, algorithm 1): the gradient at the denoised picture only.
+
+    Parts: look-ahead denoise, gradient at the endpoint (no network backward), no tempering, transition bridge without noise
+    (DDIM), correction none.
+    Samples: no.
+    """
+
+    steps: int = 16
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    guidance: Guidance | str | None = field(default_factory=EndpointGradient)
+    transition: Transition | str = field(default_factory=lambda: Bridge(eta=0.0))
+
+
+@dataclass(frozen=True)
 class FMRGJ(Ascent):
     """Flow map reward guidance through the map's Jacobian, FMRG-J (2604.27147).
 
     Parts: look-ahead jump, gradient through the map, rescaled to the step's displacement (the reward's scale and
-    ``strength`` drop out), no tempering, transition jump, correction none.
+    ``strength`` drop out), no tempering, transition jump, correction none. With several particles and ``warmup`` steps, the
+    best by look-ahead goes on alone after those; ``stop`` leaves a tail of the steps unguided.
     Samples: no. It is optimal control of one trajectory: an ascent.
     """
 
     steps: int = 8
     guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup:
+            object.__setattr__(self, "resampling", Window(TopK(1, prune=True), self.warmup))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -85,20 +237,170 @@ class FMRGE(Ascent):
     """Flow map reward guidance at the endpoint, FMRG-E (2604.27147): no network backward.
 
     Parts: look-ahead jump, a few reward-gradient steps on the endpoint, x' = X_{s,t}(x) + (1 - s) t (z_opt - z), no
-    tempering, transition jump, correction none.
+    tempering, transition jump (two calls a step; ``transition=renoise`` jumps to the data and back, one call), correction
+    none. ``warmup`` and ``stop`` as in `FMRGJ`.
     Samples: no. It is an ascent; good for measurements (inverse problems).
     """
 
     steps: int = 8
     guidance: Guidance | str | None = field(default_factory=EndpointAscent)
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.warmup:
+            object.__setattr__(self, "resampling", Window(TopK(1, prune=True), self.warmup))
+        super().__post_init__()
 
 
-METHODS: dict[str, type[Steering]] = {
+@dataclass(frozen=True)
+class MFMG(Ascent):
+    """Meta flow map guidance (Potaptchik et al. 2601.14430, algorithm 2): gradient of the value over posterior samples.
+
+    Parts: look-ahead posterior with k = 4 (GLASS inner ODE in place of the trained map), gradient through it, no tempering,
+    transition diffuse without noise (Euler), correction none.
+    Samples: no for a finite k; the tilt as k, inner steps and steps grow.
+    """
+
+    steps: int = 16
+    lookahead: Lookahead | str | None = field(default_factory=lambda: Posterior(steps=2, k=4))
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    transition: Transition | str = field(default_factory=lambda: Diffuse(0.0))
+
+
+@dataclass(frozen=True)
+class MFMGF(MFMG):
+    """Gradient-free meta flow map guidance (Potaptchik et al. 2601.14430): for black-box rewards.
+
+    Parts: as `MFMG`, with the tilted mean minus the mean of the endpoints in place of a gradient, k = 8.
+    Samples: no for a finite k; the tilt as k, inner steps and steps grow.
+    """
+
+    lookahead: Lookahead | str | None = field(default_factory=lambda: Posterior(steps=2, k=8))
+    guidance: Guidance | str | None = field(default_factory=FreeGradient)
+
+
+@dataclass(frozen=True)
+class WeightedDiamond(Ascent):
+    """Weighted Diamond guidance (2602.05993): renoised look-aheads, importance-weighted, no further training.
+
+    Parts: look-ahead renoise with k = 4, gradient through the map and the weights, no tempering, transition jump, correction
+    none.
+    Samples: no for a finite k; in high dimension the weights rest on one endpoint.
+    """
+
+    steps: int = 8
+    lookahead: Lookahead | str | None = field(default_factory=Renoise)
+    guidance: Guidance | str | None = field(default_factory=MapGradient)
+
+
+# --- search: particles compete ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MultiRound(Steering):
+    """Multi-round best-of-n: the best sample of a round is noised back, to start all of the next (the baseline of FMTT).
+
+    Parts: look-ahead jump, transition renoise (shared with the look-ahead: one call a step), correction none, the best
+    ``keep`` by look-ahead survive each round.
+    Samples: no. It is a search.
+    """
+
+    keep: int = 1
+    correction: Correction | str = field(default_factory=Uncorrected)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resampling", TopK(self.keep))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Beam(MultiRound):
+    """Beam search over the path: as `MultiRound`, with several survivors (cf. Fernandes et al. 2503.02039).
+
+    Samples: no. It is a search, and it collapses modes.
+    """
+
+    keep: int = 4
+
+
+@dataclass(frozen=True)
+class FMTTSearch(Steering):
+    """Flow map trajectory tilting, the search (Sabour et al. 2511.22688, algorithm 1 in search mode).
+
+    Parts: look-ahead jump, FMTT's drift (capped), tempering linear, transition diffuse, correction none, the best ``keep``
+    survive every ``every`` steps.
+    Samples: no. It is a search, and it collapses modes.
+    """
+
+    particles: int = 8
+    steps: int = 16
+    keep: int = 4
+    every: int = 4
+    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.5))
+    transition: Transition | str = field(default_factory=Diffuse)
+    correction: Correction | str = field(default_factory=Uncorrected)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resampling", Window(TopK(self.keep), self.every))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class SVDD(Steering):
+    """Soft value-based decoding (Li et al. 2408.08252, algorithm 1): every step, the best of ``children`` goes on.
+
+    Parts: look-ahead denoise, transition bridge (ancestral), correction none, the best child of each parent; ``soft`` draws
+    it with odds exp(strength r). ``particles`` counts children: 16 with 4 children are 4 parents.
+    Samples: no. The soft version would, for exact values and infinitely many children.
+    """
+
+    steps: int = 16
+    children: int = 4
+    soft: bool = False
+    every: int = 1
+    lookahead: Lookahead | str | None = field(default_factory=Denoise)
+    tempering: Tempering | str | float = untempered
+    transition: Transition | str = field(default_factory=Bridge)
+    correction: Correction | str = field(default_factory=Uncorrected)
+
+    def __post_init__(self) -> None:
+        if self.particles % self.children:
+            raise ValueError(f"particles={self.particles} do not divide into groups of children={self.children}")
+        object.__setattr__(self, "resampling", Window(BestChild(self.children, self.soft), self.every))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class CoDe(SVDD):
+    """Controlled denoising (Singh et al. 2502.00968): best of ``children`` over blocks of ``every`` steps.
+
+    Parts: as `SVDD`; one step a block is SVDD, all steps one block best-of-n.
+    Samples: no. It is a search.
+    """
+
+    every: int = 4
+
+
+METHODS: dict[str, type[Method]] = {
     "best_of_n": BestOfN,
     "feynman_kac": FeynmanKac,
+    "fk_steering": FKSteering,
+    "tds": TDS,
+    "das": DAS,
+    "fmtt": FMTT,
+    "diamond_smc": DiamondSMC,
     "dps": DPS,
+    "lgd_mc": LGDMC,
+    "freedom": FreeDoM,
+    "mpgd": MPGD,
     "fmrg_j": FMRGJ,
     "fmrg_e": FMRGE,
+    "mfm_g": MFMG,
+    "mfm_gf": MFMGF,
+    "weighted_diamond": WeightedDiamond,
+    "multi_round": MultiRound,
+    "beam": Beam,
+    "fmtt_search": FMTTSearch,
+    "svdd": SVDD,
+    "code": CoDe,
     "steering": Steering,
 }
 """Presets by the name that configurations use; ``steering`` is a free mix of the parts."""

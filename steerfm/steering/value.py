@@ -1,9 +1,9 @@
 """The value of a state and its gradient, through interchangeable look-aheads.
 
-    V_t(x) = log mean_k exp(log_w_k + beta(t) strength r(z_k)),      z_k the look-ahead's endpoints
+    V_t(x) = log mean_k exp(log_w_k + beta strength r(z_k)),      z_k the look-ahead's endpoints
 
 estimates log E[exp(strength r(x_1)) | x_t = x] at beta = 1. The tempering beta rises from 0 to 1 so that the particles are
-not all judged on a far look-ahead at the start.
+not all judged on a far look-ahead at the start; it is a function of time, or chosen per output as the run goes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, map_condition
+from steerfm.flowmap import Condition, FlowMap, take_rows
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Prompts, Reward, RewardError, Scores
-from steerfm.steering.lookahead import Endpoints, Lookahead, log_mean_exp
-from steerfm.steering.weights import wide
+from steerfm.sampling import Noise
+from steerfm.steering.lookahead import Endpoints, Lookahead
+from steerfm.steering.weights import log_mean_exp, wide
 
 Tempering = Callable[[float], float]
+Beta = Callable[[Endpoints, Tensor], Tensor]
+"""The inverse temperature (b,) of one evaluation, from the endpoints with their log-weights and strength * r (b, k)."""
 
 
 # --- tempering -------------------------------------------------------------------------------------------------------
@@ -58,7 +61,35 @@ def untempered(t: float) -> float:
     return 1.0
 
 
-TEMPERINGS: dict[str, Tempering] = {"linear": Power(1.0), "exponential": Exponential(), "none": untempered}
+@dataclass(frozen=True)
+class Adaptive:
+    """beta as large as the particles bear: each step keeps this share of the effective sample size, per output.
+
+    Chosen by bisection (adaptive SMC, Del Moral et al. 2012; DAS 2501.05803). Zero at t = 0, never falling, one at t = 1.
+    Needs correction twisted. The choice depends on the particles, so log Z is consistent but no longer unbiased.
+
+    Args:
+        ess: in (0, 1); what one step leaves of the ESS.
+    """
+
+    ess: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ess < 1:
+            raise ValueError(f"ess={self.ess}: a share, between 0 and 1")
+
+    def __call__(self, t: float) -> float:
+        """Its bounds: 0 at t = 0, at most 1 later."""
+        return 0.0 if t <= 0 else 1.0
+
+
+TEMPERINGS: dict[str, Tempering] = {
+    "linear": Power(1.0),
+    "exponential": Exponential(),
+    "adaptive": Adaptive(),
+    "none": untempered,
+}
+"""Temperings by the name that configurations use; a number p stands for t^p."""
 
 
 # --- the problem -----------------------------------------------------------------------------------------------------
@@ -85,6 +116,16 @@ class Problem:
         prompts = None if self.prompts is None else [prompt for prompt in self.prompts for _ in range(k)]
         return self.reward.evaluate(self.flow_map.decode(z), prompts, labels)
 
+    def select(self, rows: Tensor) -> Problem:
+        """The problem of the given particles (b',)."""
+        return replace(
+            self,
+            strength=self.strength[rows],
+            cond=take_rows(self.cond, rows),
+            labels=None if self.labels is None else self.labels[rows],
+            prompts=None if self.prompts is None else [self.prompts[row] for row in rows.tolist()],
+        )
+
 
 # --- the value -------------------------------------------------------------------------------------------------------
 @dataclass
@@ -94,48 +135,75 @@ class Evaluation:
     Attributes:
         value: (b,) V_t(x), tempered, in the wide dtype.
         tilt: (b,) strength * r of the first endpoint, untempered.
+        beta: (b,) inverse temperature of the value.
         endpoint: (b, *shape) the first endpoint.
         direction: (b, *shape) what a guidance adds to the state, before its coefficient; None without guidance.
+        memory: (b,) what a correction carries along the path; None where it carries nothing.
     """
 
     value: Tensor
     tilt: Tensor
+    beta: Tensor
     endpoint: Tensor | None = None
     direction: Tensor | None = None
+    memory: Tensor | None = None
 
     def select(self, rows: Tensor) -> Evaluation:
-        """The evaluations of the given particles (b,)."""
-        endpoint = None if self.endpoint is None else self.endpoint[rows]
-        direction = None if self.direction is None else self.direction[rows]
-        return Evaluation(self.value[rows], self.tilt[rows], endpoint, direction)
+        """The evaluations of the given particles (b',)."""
+        return Evaluation(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
 
 
-def value(problem: Problem, ends: Endpoints, beta: float) -> tuple[Tensor, Tensor]:
-    """(V (b,), tilt (b,)) of the endpoints of a look-ahead; differentiable where gradients are on."""
-    b, k = ends.z.shape[:2]
-    r = problem.score(ends.z.flatten(0, 1), k).total.view(b, k)
-    tilt = problem.strength.unsqueeze(1) * r.to(wide(r.device))
-    return log_mean_exp(ends.log_w, beta * tilt), tilt[:, 0].detach()
+@dataclass
+class View:
+    """One look at the particles: the problem, how to look, where, and how hot.
+
+    Attributes:
+        x: (b, *shape) at time t.
+        noise: a stream of its own for look-aheads that draw.
+        beta: see `Beta`.
+    """
+
+    problem: Problem
+    lookahead: Lookahead
+    noise: Noise
+    x: Tensor
+    t: float
+    beta: Beta
+
+    def endpoints(self, x: Tensor) -> Endpoints:
+        return self.lookahead.endpoints(self.problem.flow_map, x, self.t, self.problem.cond, self.noise)
+
+    def weigh(self, ends: Endpoints) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights and strength * r of the endpoints, (b, k) each, and beta (b,)."""
+        b, k = ends.z.shape[:2]
+        r = self.problem.score(ends.z.flatten(0, 1), k).total.view(b, k)
+        tilt = self.problem.strength.unsqueeze(1) * r.to(wide(r.device))
+        log_w = torch.zeros_like(tilt) if ends.log_w is None else ends.log_w.to(tilt)
+        return log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach())
+
+    def value(self, ends: Endpoints) -> Evaluation:
+        """V and what it is made of; differentiable in ``ends`` where gradients are on."""
+        log_w, tilt, beta = self.weigh(ends)
+        return Evaluation(log_mean_exp(log_w, beta.unsqueeze(1) * tilt), tilt[:, 0].detach(), beta, ends.z[:, 0].detach())
 
 
-def evaluate(problem: Problem, lookahead: Lookahead, x: Tensor, t: float, beta: float) -> Evaluation:
-    """The value without a gradient."""
-    ends = lookahead.endpoints(problem.flow_map, x, t, problem.cond)
-    return Evaluation(*value(problem, ends, beta), ends.z[:, 0])
+def look(view: View) -> Evaluation:
+    """The evaluation without a direction."""
+    return view.value(view.endpoints(view.x))
 
 
 # --- guidance --------------------------------------------------------------------------------------------------------
 class Guidance(Protocol):
-    """How a step is pushed uphill; any object with these three members is one.
+    """How a step is pushed uphill; any object with these members is one.
 
-    The shift of a step is coefficient * direction, with the norm capped at ``cap`` times the step's own displacement.
+    Attributes:
+        differentiates: whether it needs the gradient of the reward.
     """
 
-    @property
-    def cap(self) -> float | None: ...
+    differentiates: bool
 
-    def evaluate(self, problem: Problem, lookahead: Lookahead, x: Tensor, t: float, beta: float) -> Evaluation:
-        """Value and direction at x."""
+    def evaluate(self, view: View) -> Evaluation:
+        """Value and direction."""
         ...
 
     def shift(
@@ -151,34 +219,39 @@ class MapGradient:
 
     The shift is scale * std^2 grad V for a stochastic transition (the optimal shift of a Gaussian under a locally linear
     value) and scale * (t - s) kappa_s grad V for a deterministic one (the exact tilted velocity, kappa = (1 - t)/t, capped).
+    With `Posterior` endpoints this is MFM-G (2601.14430), with `Renoise` weighted Diamond guidance (2602.05993).
 
     Args:
         scale: multiplies the shift; 1 is the theory's.
         normalised: make the shift ``scale`` times as long as the step's displacement, whatever the reward's scale (FMRG).
         cap: longest shift, relative to the displacement: gradients of look-aheads are heavy-tailed at basin borders.
+        ascent: chi(t), a further drift chi grad V (FMTT's extra ascent); a bias, unless the correction pays for it.
     """
 
     scale: float = 1.0
     normalised: bool = False
     cap: float | None = 1.0
+    ascent: Callable[[float], float] | None = None
+    differentiates = True
 
-    def evaluate(self, problem: Problem, lookahead: Lookahead, x: Tensor, t: float, beta: float) -> Evaluation:
+    def evaluate(self, view: View) -> Evaluation:
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            ends = lookahead.endpoints(problem.flow_map, x, t, problem.cond)
-            v, tilt = value(problem, ends, beta)
-            gradient = _gradient(problem.reward, v, x)
-        return Evaluation(v.detach(), tilt, ends.z[:, 0].detach(), gradient)
+            x = view.x.detach().requires_grad_()
+            found = view.value(view.endpoints(x))
+            gradient = _gradient(view.problem.reward, found.value, x)
+        return replace(found, value=found.value.detach(), direction=gradient)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
     ) -> Tensor:
         assert evaluation.direction is not None
-        coefficient = std**2 if std else (t - s) * capped_score_coefficient(flow_map, s)
+        coefficient = self.scale * (std**2 if std else (t - s) * capped_score_coefficient(flow_map, s))
+        if self.ascent is not None:
+            coefficient += (t - s) * self.ascent(s)
         displacement = _norm(mean - x)
         if self.normalised:
             return self.scale * displacement * evaluation.direction / _norm(evaluation.direction).clamp_min(1e-12)
-        return capped(self.scale * coefficient * evaluation.direction, displacement, self.cap)
+        return capped(coefficient * evaluation.direction, displacement, self.cap)
 
 
 @dataclass(frozen=True)
@@ -188,13 +261,50 @@ class EndpointGradient(MapGradient):
     FlowChef's approximation (2412.00100), good where trajectories are straight.
     """
 
-    def evaluate(self, problem: Problem, lookahead: Lookahead, x: Tensor, t: float, beta: float) -> Evaluation:
-        ends = lookahead.endpoints(problem.flow_map, x, t, problem.cond)
+    def evaluate(self, view: View) -> Evaluation:
+        ends = view.endpoints(view.x)
         with torch.enable_grad():
             z = ends.z.detach().requires_grad_()
-            v, tilt = value(problem, replace(ends, z=z), beta)
-            gradient = _gradient(problem.reward, v, z)
-        return Evaluation(v.detach(), tilt, ends.z[:, 0], gradient.sum(1))
+            found = view.value(replace(ends, z=z))
+            gradient = _gradient(view.problem.reward, found.value, z)
+        return replace(found, value=found.value.detach(), direction=gradient.sum(1))
+
+
+@dataclass(frozen=True)
+class FreeGradient:
+    """grad V without any derivative, so for black-box rewards too: MFM-GF (Potaptchik et al. 2601.14430).
+
+        grad V = (alpha/sigma^2) (E_q[x_1 | x_t] - E[x_1 | x_t]) = (alpha/sigma^2) (sum_k softmax(log_w + beta r)_k z_k - mean)
+
+    exact for samples of the posterior as their number grows: use look-ahead `Posterior`, or `Renoise`; one endpoint has no
+    gradient at all.
+
+    Args:
+        scale, cap: as in `MapGradient`.
+    """
+
+    scale: float = 1.0
+    cap: float | None = 1.0
+    differentiates = False
+
+    def evaluate(self, view: View) -> Evaluation:
+        ends = view.endpoints(view.x)
+        log_w, tilt, beta = view.weigh(ends)
+        tempered = beta.unsqueeze(1) * tilt
+        moved = ((log_w + tempered).softmax(1) - log_w.softmax(1)).to(ends.z)
+        direction = torch.einsum("bk,bk...->b...", moved, ends.z)
+        return Evaluation(log_mean_exp(log_w, tempered), tilt[:, 0], beta, ends.z[:, 0], direction)
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        assert evaluation.direction is not None
+        path = flow_map.interpolant
+        alpha, sigma = path.alpha(s), path.sigma(s)
+        d_alpha, d_sigma = path.derivatives(s)
+        # kappa alpha / sigma^2 in one piece: finite at t = 0, where kappa is not
+        coefficient = std**2 * alpha / sigma**2 if std else (t - s) * (d_alpha * sigma - alpha * d_sigma) / sigma
+        return capped(self.scale * coefficient * evaluation.direction, _norm(mean - x), self.cap)
 
 
 @dataclass(frozen=True)
@@ -212,23 +322,24 @@ class EndpointAscent:
     iterations: int = 3
     rate: float = 0.1
     cap: float | None = None
+    differentiates = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: at least one is needed")
 
-    def evaluate(self, problem: Problem, lookahead: Lookahead, x: Tensor, t: float, beta: float) -> Evaluation:
-        ends = lookahead.endpoints(problem.flow_map, x, t, problem.cond)
-        start = z = ends.z[:, 0].detach()
-        tilts = []
+    def evaluate(self, view: View) -> Evaluation:
+        start = z = view.endpoints(view.x).z[:, 0].detach()
+        first = None
         for _ in range(self.iterations):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
-                v, tilt = value(problem, Endpoints(z.unsqueeze(1)), beta)
-                gradient = _gradient(problem.reward, v, z)
-            tilts.append(tilt)
+                found = view.value(Endpoints(z.unsqueeze(1)))
+                gradient = _gradient(view.problem.reward, found.value, z)
+            first = first or found
             z = z.detach() + self.rate * _norm(start) * gradient / _norm(gradient).clamp_min(1e-12)
-        return Evaluation(beta * tilts[0], tilts[0], start, z - start)
+        assert first is not None
+        return replace(first, value=first.value.detach(), direction=z - start)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
@@ -237,7 +348,12 @@ class EndpointAscent:
         return capped((1 - s) * t * evaluation.direction, _norm(mean - x), self.cap)
 
 
-GUIDANCES: dict[str, Any] = {"map": MapGradient(), "endpoint": EndpointGradient(), "ascent": EndpointAscent()}
+GUIDANCES: dict[str, Any] = {
+    "map": MapGradient(),
+    "endpoint": EndpointGradient(),
+    "free": FreeGradient(),
+    "ascent": EndpointAscent(),
+}
 """Guidances by the name that configurations use."""
 
 
@@ -271,8 +387,3 @@ def _gradient(reward: Reward, v: Tensor, x: Tensor) -> Tensor:
     if not bool(torch.isfinite(gradient).all()):
         raise RewardError(f"the gradient of reward {reward.name!r} is not finite: use a gradient-free method, or smooth it")
     return gradient
-
-
-def repeat_rows(cond: Condition, k: int) -> Condition:
-    """One row per output to one row per particle."""
-    return map_condition(lambda c: c.repeat_interleave(k, 0), cond)

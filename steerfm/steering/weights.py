@@ -37,6 +37,13 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return torch.exp(2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)) / log_w.shape[1]
 
 
+def log_mean_exp(log_w: Tensor, values: Tensor) -> Tensor:
+    """log of the weighted mean of exp(values) over the last axis: (b, k) -> (b,)."""
+    if values.shape[-1] == 1:
+        return values.squeeze(-1)
+    return torch.logsumexp(log_w + values, -1) - torch.logsumexp(log_w, -1)
+
+
 # --- resampling schemes ----------------------------------------------------------------------------------------------
 def _invert(w: Tensor, points: Tensor) -> Tensor:
     """Ancestors of sorted or unsorted points in [0, 1): the inverse of the cumulative weights."""
@@ -118,19 +125,47 @@ SCHEMES: dict[str, Scheme] = {
 
 # --- selection -------------------------------------------------------------------------------------------------------
 @dataclass
+class Candidates:
+    """What a selection sees of n outputs of k particles.
+
+    Attributes:
+        log_w: (n, k) log-weights.
+        tilt: (n, k) strength * reward of the look-ahead, untempered: what a search ranks by.
+        u: (n, k) uniform numbers.
+        step: transitions done. t: time.
+    """
+
+    log_w: Tensor
+    tilt: Tensor
+    u: Tensor
+    step: int
+    t: float
+
+
+@dataclass
 class Selected:
-    """ancestors: (n, k) indices into the particles of each output; resampled: (n,) where that was done."""
+    """ancestors: (n, k') indices into the particles of each output; resampled: (n,) where that was done.
+
+    The weights of a resampled output start anew. k' may be smaller than k, where ``resampled`` holds for all outputs.
+    """
 
     ancestors: Tensor
     resampled: Tensor
 
 
 class Selection(Protocol):
-    """Which particles go on; any object with this method is a selection."""
+    """Which particles go on; any object with these members is a selection.
 
-    def select(self, log_w: Tensor, u: Tensor) -> Selected:
-        """Log-weights and uniform numbers, (n, k) each."""
-        ...
+    Attributes:
+        ranks: whether it looks at ``tilt``, so that a look-ahead is needed even where its value is tempered to zero.
+        prunes: whether it may leave fewer particles. The engine asks the others only before a step with noise: without
+            it, copies would stay copies.
+    """
+
+    ranks: bool
+    prunes: bool
+
+    def select(self, candidates: Candidates) -> Selected: ...
 
 
 @dataclass(frozen=True)
@@ -144,6 +179,7 @@ class Resample:
 
     scheme: str | Scheme = "systematic"
     threshold: float = 0.5
+    ranks = prunes = False
 
     def __post_init__(self) -> None:
         if isinstance(self.scheme, str) and self.scheme not in SCHEMES:
@@ -151,12 +187,111 @@ class Resample:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold}: a share of the particles, in [0, 1]")
 
-    def select(self, log_w: Tensor, u: Tensor) -> Selected:
-        k = log_w.shape[1]
-        stay = torch.arange(k, device=log_w.device).expand_as(log_w)
+    def select(self, candidates: Candidates) -> Selected:
+        log_w = candidates.log_w
+        stay = torch.arange(log_w.shape[1], device=log_w.device).expand_as(log_w)
         low = effective_sample_size(log_w) < self.threshold
         if not low.any():
             return Selected(stay, low)
+        return Selected(torch.where(low.unsqueeze(1), self.draw(log_w, candidates.u), stay), low)
+
+    def draw(self, log_w: Tensor, u: Tensor) -> Tensor:
+        """Ancestors (n, k) of every output, whatever its ESS."""
         scheme = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
-        drawn = scheme(log_w.softmax(1), u.to(log_w))
-        return Selected(torch.where(low.unsqueeze(1), drawn, stay), low)
+        return scheme(log_w.softmax(1), u.to(log_w))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The best ``keep`` particles of each output by look-ahead reward, each copied equally often. Search, not sampling.
+
+    Args:
+        keep: particles that survive, at most those there are.
+        prune: go on with those only, without copies.
+    """
+
+    keep: int = 1
+    prune: bool = False
+    ranks = True
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: at least one particle must survive")
+
+    @property
+    def prunes(self) -> bool:
+        return self.prune
+
+    def select(self, candidates: Candidates) -> Selected:
+        n, k = candidates.tilt.shape
+        keep = min(self.keep, k)
+        best = candidates.tilt.topk(keep, 1).indices
+        slots = torch.arange(keep if self.prune else k, device=best.device) % keep
+        return Selected(best[:, slots], torch.ones(n, dtype=torch.bool, device=best.device))
+
+
+@dataclass(frozen=True)
+class BestChild:
+    """Each group of ``children`` particles is followed by its best, by look-ahead reward (SVDD 2408.08252, algorithm 1).
+
+    Args:
+        children: group size; must divide the number of particles.
+        soft: draw the survivor with odds exp(strength r) instead (SVDD's soft version).
+    """
+
+    children: int = 4
+    soft: bool = False
+    ranks, prunes = True, False
+
+    def __post_init__(self) -> None:
+        if self.children < 1:
+            raise ValueError(f"children={self.children}: at least one is needed")
+
+    def select(self, candidates: Candidates) -> Selected:
+        n, k = candidates.tilt.shape
+        if k % self.children:
+            raise ValueError(f"{k} particles do not divide into groups of {self.children} children")
+        groups = candidates.tilt.view(-1, self.children)
+        if self.soft:
+            u = candidates.u.reshape(-1, self.children)[:, :1].to(groups)
+            best = multinomial(groups.softmax(1), u)[:, 0]
+        else:
+            best = groups.argmax(1)
+        first = torch.arange(0, k, self.children, device=best.device)
+        ancestors = (best.view(n, -1) + first).repeat_interleave(self.children, 1)
+        return Selected(ancestors, torch.ones(n, dtype=torch.bool, device=best.device))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A selection in a part of the run only.
+
+    Args:
+        selection: what is done there.
+        every: steps from one selection to the next.
+        start, stop: only at times start <= t <= stop.
+    """
+
+    selection: Selection
+    every: int = 1
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: at least one step")
+
+    @property
+    def ranks(self) -> bool:
+        return self.selection.ranks
+
+    @property
+    def prunes(self) -> bool:
+        return self.selection.prunes
+
+    def select(self, candidates: Candidates) -> Selected:
+        if candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
+            return self.selection.select(candidates)
+        n, k = candidates.tilt.shape
+        device = candidates.tilt.device
+        return Selected(torch.arange(k, device=device).expand(n, k), torch.zeros(n, dtype=torch.bool, device=device))

@@ -27,7 +27,7 @@ from steerfm.steering import (
     MapGradient,
     Steering,
 )
-from steerfm.steering.value import Problem, evaluate, untempered, value
+from steerfm.steering.value import Problem, View, look, untempered
 
 LIMIT = 4.0
 STRONG = MapGradient(scale=4.0), EndpointGradient(scale=4.0)  # so that a wrong correction is seen: z = 5 to 9 without it
@@ -272,7 +272,7 @@ SLOPE = 0.8  # of a linear reward, whose exact value is linear in x too
 class ExactValue:
     """One endpoint whose reward a z is the exact value of a linear reward: a E[x_1 | x_t] + a^2 Var[x_1 | x_t] / 2."""
 
-    def endpoints(self, flow_map, x, t, cond):
+    def endpoints(self, flow_map, x, t, cond, noise=None):
         posterior = GAUSSIAN.posterior(x, t)
         return Endpoints(posterior.means + SLOPE / 2 * posterior.covs)
 
@@ -280,10 +280,10 @@ class ExactValue:
 class Optimal:
     """Shift by std^2 grad V_t: what makes the proposal the exact conditional of the tilted chain."""
 
-    cap = None
+    differentiates = False
 
-    def evaluate(self, problem, lookahead, x, t, beta):
-        return replace(evaluate(problem, lookahead, x, t, beta), direction=torch.ones_like(x))
+    def evaluate(self, view):
+        return replace(look(view), direction=torch.ones_like(view.x))
 
     def shift(self, flow_map, evaluation, x, mean, s, t, std):
         return std**2 * SLOPE * t * 0.36 / (t**2 * 0.36 + (1 - t) ** 2) * evaluation.direction
@@ -295,7 +295,7 @@ class PosteriorSamples:
     def __init__(self, k, seed=0):
         self.k, self.generator = k, torch.Generator().manual_seed(seed)
 
-    def endpoints(self, flow_map, x, t, cond):
+    def endpoints(self, flow_map, x, t, cond, noise=None):
         z = GAUSSIAN.posterior(x, t).sample(self.generator, self.k)
         return Endpoints(z, torch.full(z.shape[:2], 3.0, dtype=torch.float64) + x.detach())
 
@@ -327,9 +327,9 @@ def test_gradient_of_the_exact_value_brings_the_effective_sample_size_to_one_wit
 
 def test_many_posterior_endpoints_approach_the_exact_value():
     x = torch.linspace(-2, 2, 64, dtype=torch.float64).unsqueeze(1)
-    ends = PosteriorSamples(4096).endpoints(None, x, 0.4, None)
     problem = Problem(GAUSSIAN.flow_map(), steerfm.reward(lambda x: SLOPE * x[:, 0]), torch.full((64,), 2.0).double())
-    estimate, _ = value(problem, ends, beta=0.5)
+    half = View(problem, PosteriorSamples(4096), None, x, 0.4, lambda ends, tilt: torch.full((64,), 0.5).double())
+    estimate = look(half).value
     exact = GAUSSIAN.value(x, 0.4, linear=[SLOPE])
     assert (estimate - exact).abs().max() < 0.05
     assert abs((estimate - exact).mean()) < 0.005
