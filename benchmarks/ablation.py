@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,14 +30,14 @@ ROWS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", default="fashion", help="checkpoint that every row starts from")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help="rows to run (default all)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     results = {}
     for name in options.rows:
         folder = options.out / "".join(c if c.isalnum() else "_" for c in name)

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -45,12 +46,12 @@ def steered(flow_map: steerfm.FlowMap, reward: steerfm.Reward, particles: int, s
     return time.perf_counter() - started
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--particles", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     flow_map = steerfm.load("fashion")
     reward = steerfm.reward("classifier", target="Bag")
     network, target = reward.network, reward.target  # type: ignore[attr-defined]

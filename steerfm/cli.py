@@ -25,6 +25,8 @@ EXAMPLES = {
   steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32""",
     "models": "examples:\n  steerfm models",
     "rewards": "examples:\n  steerfm rewards\n  steerfm rewards classifier",
+    "methods": "examples:\n  steerfm methods\n  steerfm methods das",
+    "bench": "examples:\n  steerfm bench\n  steerfm bench exact --quick\n  steerfm bench exact --help",
 }
 HELP = {
     "train": "train a flow map or a classifier from a recipe",
@@ -33,6 +35,8 @@ HELP = {
     "evaluate": "measure a flow map: distances, accuracy, consistency",
     "models": "list the shipped models",
     "rewards": "list the installed rewards, or explain one",
+    "methods": "list the steering methods, or show the parts of one",
+    "bench": "list the benchmarks, or run one with its own options",
 }
 SCHEMAS = {
     "train": configs.TrainConfig,
@@ -62,8 +66,11 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--config", metavar="FILE_OR_RECIPE", help="a yaml file, or the name of a shipped recipe")
             sub.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
-        elif name == "rewards":
-            sub.add_argument("name", nargs="?", help="the reward to explain")
+        elif name in ("rewards", "methods"):
+            sub.add_argument("name", nargs="?", help="the one to explain")
+        elif name == "bench":
+            sub.add_argument("name", nargs="?", help="the benchmark to run")
+            sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its options; --help lists them")
     return root
 
 
@@ -77,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
             if options.show:
                 print(configs.dump(config), end="")
                 return 0
+        elif options.command == "bench":
+            options.arguments += extra
         elif extra:
             parser().error(f"unrecognized arguments: {' '.join(extra)}")
         return _run(options, argv, config if hasattr(options, "overrides") else None)
@@ -99,6 +108,10 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
             commands.list_models()
         case "rewards":
             commands.list_rewards(options.name)
+        case "methods":
+            commands.list_methods(options.name)
+        case "bench":
+            commands.bench(options.name, options.arguments)
         case name:
             {
                 "train": commands.train,

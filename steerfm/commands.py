@@ -24,7 +24,7 @@ from steerfm import results, rewards, zoo
 from steerfm.config import ConfigError, did_you_mean, named
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap, build_network, load_into, read_weights, save_weights
-from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity
+from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity, restoration
 from steerfm.rewards import Reward
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
@@ -81,7 +81,7 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
 def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> Any:
     """The LightningModule of a task, from its configuration."""
     from steerfm import training
-    from steerfm.objectives import OFF_DIAGONAL, Triangle
+    from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Triangle
 
     o, opt = config.objective, config.optimizer
     schedule = {
@@ -107,7 +107,8 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
     pairs = Triangle(o.terminal, o.full, o.gap)
     objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
     null = len(data.class_names)
-    return training.FlowMapTraining(flow_map, objectives, start=o.start, null_label=null, drop=o.drop, **schedule)
+    diagonal = FlowMatching(guidance=o.guidance, null_label=null)
+    return training.FlowMapTraining(flow_map, objectives, diagonal, start=o.start, null_label=null, drop=o.drop, **schedule)
 
 
 def _training_folder(config: configs.TrainConfig) -> Path:
@@ -246,6 +247,8 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         pictures = {"base": flow_map.decode(base), "steered": flow_map.decode(result.best())}
         scores = {name: score(picture).total for name, picture in pictures.items()}
         held_out = {name: judge(picture, labels=labels) for name, picture in pictures.items()} if judge else {}
+        near = {} if reward.truth is None else {name: restoration(x, reward.truth) for name, x in pictures.items()}
+    restored = {key: {name: values[key].mean() for name, values in near.items()} for key in near.get("base", ())}
     weights = result.log_weights.exp()
     ess = 1 / (weights.square().sum(1) * weights.shape[1])
     summary = {
@@ -255,6 +258,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         "reward_best": scores["steered"].mean(),
         "reward_weighted": (weights * result.rewards).sum(1).mean(),
         "held_out": {"name": judge.name, **{name: value.mean() for name, value in held_out.items()}} if judge else None,
+        **restored,
         "components": {name: (weights * value).sum(1).mean() for name, value in result.components.items()},
         "log_z": None if result.log_z is None else result.log_z.mean(),
         "ess": ess.mean(),
@@ -263,11 +267,10 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     tensors = {"samples": result.samples, "rewards": result.rewards, "log_weights": result.log_weights, "base": base}
     folder.save_tensors("samples", tensors)
     drawn = [_draw_steering(folder.path, pictures, scores, reward.name), _draw_trace(folder.path, result)]
-    table = [
-        ("base", scores["base"].mean().item(), *([held_out["base"].mean().item()] if judge else [])),
-        ("steered (best)", scores["steered"].mean().item(), *([held_out["steered"].mean().item()] if judge else [])),
-    ]
-    header = ["", reward.name, *([f"held out: {judge.name}"] if judge else [])]
+    columns = [scores, *([held_out] if judge else []), *restored.values()]
+    rows = {"base": "base", "steered": "steered (best)"}
+    table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
+    header = ["", reward.name, *([f"held out: {judge.name}"] if judge else []), *restored]
     facts = {"command": command, "cost": _cost_line(result.cost)}
     results.report(
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
@@ -438,6 +441,69 @@ def list_rewards(name: str | None = None) -> None:
         table.add_row(key, getattr(target, "unit", ""), f"{low:.3g} to {high:.3g}", gradient, what)
     console.print(table)
     console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name", markup=False)
+
+
+def bench(name: str | None, arguments: list[str]) -> None:
+    """List the shipped benchmarks, or run one: a script with a ``main(arguments)``."""
+    import ast
+    import runpy
+
+    scripts = {path.stem: path for path in sorted(configs.shipped("benchmarks").glob("*.py"))}
+    if name is None:
+        table = _table("benchmark", "what")
+        for key, path in scripts.items():
+            table.add_row(key, (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0])
+        console.print(table)
+        return
+    if name not in scripts:
+        raise ConfigError(f"unknown benchmark {name!r}{did_you_mean(name, scripts)}; benchmarks: {', '.join(scripts)}")
+    runpy.run_path(str(scripts[name]))["main"](arguments)
+
+
+def list_methods(name: str | None = None) -> None:
+    """The steering methods, or one of them with its four parts and defaults."""
+    import inspect
+    from dataclasses import fields
+
+    if name is None:
+        table = _table("method", "samples", "gradient", "what")
+        for key, method in METHODS.items():
+            table.add_row(key, method_samples(method), method_gradient(method()), method_title(method))
+        console.print(table)
+        console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64", markup=False)
+        return
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(METHODS)}")
+    method = METHODS[name]()
+    console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(METHODS[name])})\n", markup=True)
+    console.print(inspect.getdoc(METHODS[name]) or "", markup=False)
+    console.print("\narguments and defaults:")
+    for key in fields(method):  # type: ignore[arg-type]
+        console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}", markup=False)
+
+
+def method_title(method: type) -> str:
+    """The first words of a method's docstring."""
+    return re.split(r"[:(]", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
+
+
+def method_samples(method: type) -> str:
+    """What a method's docstring says it samples: the first word after ``Samples:``."""
+    found = re.search(r"Samples:\s*(\S.*?)[.;,:]", " ".join((method.__doc__ or "").split()))
+    return found.group(1) if found else "as composed"
+
+
+def method_gradient(method: Method) -> str:
+    """What it differentiates: the network, the reward only, or nothing."""
+    guidance = getattr(method, "guidance", None)
+    if guidance is None or not getattr(guidance, "differentiates", False):
+        return "network" if getattr(method, "differentiates", False) else "none"
+    return "network" if type(guidance).__name__ == "MapGradient" else "reward"
+
+
+def describe_part(value: Any) -> str:
+    """A part or number as it would be written down."""
+    return getattr(value, "__name__", None) or repr(value)
 
 
 # --- shared pieces ---------------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class ObjectiveConfig:
     """Shares of the batch per off-diagonal objective (the rest is flow matching), and how pairs of times are drawn.
 
     shares: e.g. {lagrangian: 0.125, progressive: 0.25}; empty means {lagrangian: 0.25}. start: share of the steps with flow
-    matching only; terminal, full, gap: see `objectives.Triangle`; drop: probability of the null class. smoothing, noise: of
-    a classifier's labels and pictures.
+    matching only; terminal, full, gap: see `objectives.Triangle`; drop: probability of the null class; guidance: scale of the
+    classifier-free guidance that is trained into the map (1: none). smoothing, noise: of a classifier's labels and pictures.
     """
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -49,6 +49,7 @@ class ObjectiveConfig:
     full: float = 0.1
     gap: float = 1.0
     drop: float = 0.1
+    guidance: float = 1.0
     smoothing: float = 0.1
     noise: float = 0.0
 
@@ -208,7 +209,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 def recipes(kind: str) -> dict[str, Path]:
     """The shipped recipes of a command, by name."""
-    return {path.stem: path for path in sorted((_configs() / kind).glob("*.yaml"))}
+    return {path.stem: path for path in sorted((shipped("configs") / kind).glob("*.yaml"))}
 
 
 def find_recipe(source: str, kind: str) -> Path:
@@ -261,10 +262,10 @@ def build(kind: type, arguments: Mapping[str, Any], what: str) -> Any:
         raise ConfigError(f"{what}: {error}") from None
 
 
-def _configs() -> Path:
-    """Shipped recipes: inside an installed package, or at the top of a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+def shipped(folder: str) -> Path:
+    """A folder that ships with the library: inside an installed package, or at the top of a checkout."""
+    inside = Path(__file__).parent / folder
+    return inside if inside.is_dir() else Path(__file__).parent.parent / folder
 
 
 def _parse(override: str) -> dict[str, Any]:

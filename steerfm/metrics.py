@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.utilities import dim_zero_cat
 
 BLOCK = 1024
@@ -360,6 +361,32 @@ def _neighbour_radii(x: Tensor, k: int) -> Tensor:
     if not 1 <= k < len(x):
         raise ValueError(f"k={k} neighbours need more than {k} reference samples, got {len(x)}")
     return torch.cat([torch.cdist(x[rows], x).kthvalue(k + 1, dim=1).values for rows in _blocks(len(x))])
+
+
+# --- restoration -----------------------------------------------------------------------------------------------------
+def restoration(pictures: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """How near pictures come to the true one, each by itself: what inverse problems are judged by.
+
+    Args:
+        pictures: (b, c, h, w) in [0, 1], at least 6 pixels high and wide.
+        truth: (c, h, w) in [0, 1].
+
+    Returns:
+        psnr: (b,) decibels, -10 log10 of the mean squared error, infinite for the truth itself.
+        ssim: (b,) structural similarity (Wang et al. 2004: Gaussian window, 11 pixels, sigma 1.5; mirrored borders), 1 for
+            the truth itself.
+
+    Raises:
+        ValueError: a truth of another shape.
+    """
+    if truth.shape != pictures.shape[1:]:
+        raise ValueError(f"the truth has shape {tuple(truth.shape)}, the pictures {tuple(pictures.shape[1:])}")
+    pictures = pictures.detach().float()
+    target = truth.to(pictures).expand_as(pictures)
+    psnr = peak_signal_noise_ratio(pictures, target, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    ssim = structural_similarity_index_measure(pictures, target, data_range=1.0, reduction="none")
+    assert isinstance(ssim, Tensor)
+    return {"psnr": psnr, "ssim": ssim}
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------

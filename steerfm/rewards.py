@@ -50,6 +50,7 @@ class Reward(nn.Module):
         differentiable: whether gradients reach the pictures; a black box says False.
         needs: of {"labels", "prompts"}, what `score` cannot work without.
         batch_size: pictures per call of `score`; None for all at once.
+        truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
 
     Facts that depend on the arguments are set on the instance. A reward stays in evaluation mode, whatever is trained.
     """
@@ -60,6 +61,7 @@ class Reward(nn.Module):
     differentiable: bool = True
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
+    truth: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -168,7 +170,7 @@ class WeightedSum(Reward):
     Differentiable if every term is: part of a gradient is not the gradient. A call counts once, not once per term.
 
     Args:
-        terms: (weight, reward) pairs. Components of equal names are numbered.
+        terms: (weight, reward) pairs. Components of equal names are numbered; the first known truth is the sum's.
     """
 
     def __init__(self, terms: Iterable[tuple[float, Reward]]) -> None:
@@ -182,6 +184,7 @@ class WeightedSum(Reward):
         self.name = " + ".join(f"{weight:g} {reward.name}" for weight, reward in self.terms)
         self.differentiable = all(reward.differentiable for _, reward in self.terms)
         self.needs = frozenset().union(*(reward.needs for _, reward in self.terms))
+        self.truth = next((reward.truth for _, reward in self.terms if reward.truth is not None), None)
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:

@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from steerfm import cli, zoo
@@ -114,6 +116,24 @@ def test_weighted_rewards_from_the_command_line(capsys, tmp_path, monkeypatch):
     terms = "reward=[{name: brightness}, {name: symmetry, weight: 20}]"
     code, out, _ = run(capsys, "steer", terms, *FAST, "out=run")
     assert code == 0 and "20 symmetry" in out
+
+
+def test_an_inverse_problem_is_judged_by_its_true_picture(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    truth = torch.randint(0, 256, (28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(truth.numpy()).save("true.png")
+    problem = ["reward=target_image", "reward.target=true.png", "reward.operator=downsample", "reward.seed=1"]
+    code, out, _ = run(capsys, "steer", *problem, "strength=1", *FAST, "out=run")
+    assert code == 0 and "psnr" in out and "ssim" in out
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    tensors = load_file(tmp_path / "run" / "samples.safetensors")
+    best = tensors["samples"][range(2), tensors["rewards"].argmax(1)]
+    pictures = {name: ((x + 1) / 2).clamp(0, 1) for name, x in {"base": tensors["base"], "steered": best}.items()}
+    for name, x in pictures.items():
+        error = (x - truth / 255).square().mean((1, 2, 3))
+        assert found["psnr"][name] == pytest.approx(float(-10 * error.log10().mean()), rel=1e-4)
+        assert -1 < found["ssim"][name] < 1
+    assert "ssim" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_lists_and_help(capsys):

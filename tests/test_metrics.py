@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -195,6 +196,41 @@ def test_coverage_and_precision(monkeypatch):
     assert sum(values) / 40 == pytest.approx(1 - 2**-3, abs=0.02)
     with pytest.raises(ValueError, match="more than 5 reference samples"):
         metrics.coverage(one_mode, real[:5])
+
+
+# --- restoration -----------------------------------------------------------------------------------------------------
+def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two channels (h, w): equation 13 of Wang et al. 2004 in every window, averaged."""
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    padded, values = [np.pad(x, 5, mode="reflect") for x in (a, b)], []
+    for i, j in np.ndindex(*a.shape):
+        x, y = (part[i : i + 11, j : j + 11] for part in padded)
+        mx, my = (window * x).sum(), (window * y).sum()
+        vx, vy, vxy = ((window * p * q).sum() - m for p, q, m in ((x, x, mx * mx), (y, y, my * my), (x, y, mx * my)))
+        values.append((2 * mx * my + 1e-4) * (2 * vxy + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
+    return float(np.mean(values))
+
+
+def test_restoration_matches_loops_for_every_picture_by_itself():
+    truth = torch.rand(3, 14, 12, generator=torch.Generator().manual_seed(0))
+    noise = torch.tensor([0.3, 0.05]).view(2, 1, 1, 1) * normal(2, 3, 14, 12).float()
+    pictures = (truth + noise).clamp(0, 1)
+    found = metrics.restoration(pictures, truth)
+    for i, picture in enumerate(pictures):
+        error = (picture - truth).double().square().mean()
+        assert found["psnr"][i].item() == pytest.approx(-10 * error.log10().item(), rel=1e-5)
+        channels = [slow_ssim(a, b) for a, b in zip(picture.double().numpy(), truth.double().numpy())]
+        assert found["ssim"][i].item() == pytest.approx(sum(channels) / 3, abs=1e-4)
+    assert found["psnr"][0] < found["psnr"][1] and found["ssim"][0] < found["ssim"][1]
+
+
+def test_the_truth_itself_is_restored_perfectly():
+    truth = torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(0))
+    found = metrics.restoration(truth.double()[None], truth)
+    assert found["psnr"].tolist() == [math.inf] and found["ssim"].tolist() == pytest.approx([1.0])
+    with pytest.raises(ValueError, match="truth has shape"):
+        metrics.restoration(truth[None], truth[:, 1:])
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------

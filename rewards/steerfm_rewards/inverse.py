@@ -99,7 +99,7 @@ class TargetImage(Reward):
         noise: standard deviation of the noise, in pixel values.
         mask: of inpaint: path or tensor, 1 where a pixel is known; default: all but the centre box.
         factor: of downsample, default 2. sigma: of blur in pixels, default 1.
-        measured: whether the target is y itself; otherwise it is a full picture, and y is A of it.
+        measured: whether the target is y itself; otherwise it is a full picture, the ``truth``, and y is A of it.
         seed: adds noise of this seed to A of a full picture; None for no noise.
 
     >>> steerfm.reward("target_image", target="bag.png", operator="downsample", factor=4, noise=0.05)
@@ -133,6 +133,7 @@ class TargetImage(Reward):
         check_arguments(f"target_image operator={getattr(self.operator, '__name__', operator)}", parameters, self.arguments)
         y = read_picture(target, "target").unsqueeze(0)
         if not measured:
+            self.truth = y[0]
             y = self.operator(y, **self.arguments)
             if seed is not None:
                 y = y + self.noise * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))

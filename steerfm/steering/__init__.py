@@ -27,6 +27,8 @@ from steerfm.steering.methods import (
     MultiRound,
     WeightedDiamond,
 )
+from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
     Adaptive,
     EndpointAscent,
@@ -39,10 +41,11 @@ from steerfm.steering.value import (
 from steerfm.steering.weights import BestChild, Candidates, Resample, Selected, TopK, Window
 
 __all__ = [
-    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive", "Beam",
-    "BestChild", "BestOfN", "Candidates", "CoDe", "Denoise", "DiamondSMC", "EndpointAscent", "EndpointGradient", "Endpoints",
-    "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM", "FreeGradient", "Jarzynski",
-    "Jump", "MapGradient", "Method", "MultiRound", "Outcome", "Posterior", "Power", "Renoise", "Resample", "Selected",
-    "Smooth", "Steering", "SteeringResult", "TopK", "Trace", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
-    "residual", "steer",
+    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
+    "Beam", "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC",
+    "EndpointAscent", "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch",
+    "FeynmanKac", "FreeDoM", "FreeGradient", "Jarzynski", "Jump", "MapGradient", "Method", "MultiRound", "Outcome",
+    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Selected", "Smooth", "Steering",
+    "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
+    "ZeroOrderSearch", "residual", "steer",
 ]  # fmt: skip

@@ -13,6 +13,8 @@ from steerfm.sampling import Jump as JumpTransition
 from steerfm.steering.corrections import Correction, Jarzynski, Twisted, Uncorrected
 from steerfm.steering.engine import Method, Steering
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
+from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
     Adaptive,
     EndpointAscent,
@@ -401,6 +403,12 @@ METHODS: dict[str, type[Method]] = {
     "fmtt_search": FMTTSearch,
     "svdd": SVDD,
     "code": CoDe,
+    "rbf": BudgetForcing,
+    "tree_search": TreeSearch,
+    "reno": ReNO,
+    "d_flow": DFlow,
+    "random_search": RandomSearch,
+    "zero_order": ZeroOrderSearch,
     "steering": Steering,
 }
 """Presets by the name that configurations use; ``steering`` is a free mix of the parts."""

@@ -190,7 +190,7 @@ class Resample:
     def select(self, candidates: Candidates) -> Selected:
         log_w = candidates.log_w
         stay = torch.arange(log_w.shape[1], device=log_w.device).expand_as(log_w)
-        low = effective_sample_size(log_w) < self.threshold
+        low = effective_sample_size(log_w) < self.threshold * (1 - 1e-12)  # equal weights have ESS 1 up to rounding
         if not low.any():
             return Selected(stay, low)
         return Selected(torch.where(low.unsqueeze(1), self.draw(log_w, candidates.u), stay), low)

@@ -329,6 +329,31 @@ def test_the_likelihood_is_gaussian(name):
     assert float(reward("target_image", target=target, operator=name)(target[None])) == 0
 
 
+@pytest.mark.parametrize("name", SLOW)
+def test_score_and_gradient_are_those_of_a_linear_measurement_with_noise(name):
+    """y = A x* + noise with A as a matrix: log N(y; A x, noise^2 I) up to its constant, and A'(y - A x) / noise^2."""
+    shape, noise = (3, 6, 8), 0.3
+    truth, x = pictures(1, shape, seed=2)[0], pictures(4, shape).double().requires_grad_()
+    rw = reward("target_image", target=truth, operator=name, noise=noise, seed=5)
+    A = operators()[name](torch.eye(truth.numel(), dtype=torch.float64).unflatten(1, shape)).flatten(1).T
+    y = rw.y.double().flatten()
+    z = torch.randn(rw.y.shape, generator=torch.Generator().manual_seed(5)).double().flatten()
+    torch.testing.assert_close(y, A @ truth.double().flatten() + noise * z, rtol=0, atol=1e-6)
+    residual = y - x.detach().flatten(1) @ A.T
+    value = rw(x)
+    torch.testing.assert_close(value.double(), -residual.square().sum(1) / (2 * noise**2), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(gradient.flatten(1), residual @ A / noise**2)
+
+
+def test_the_truth_is_the_full_picture_where_there_is_one():
+    y = operators()["downsample"](TARGET[None])[0]
+    assert reward("target_image", target=TARGET, operator="downsample", seed=0).truth.equal(TARGET)
+    assert reward("target_image", target=y, operator="downsample", measured=True).truth is None
+    assert (reward("symmetry") + 2.0 * reward("target_image", target=TARGET)).truth.equal(TARGET)
+    assert (reward("symmetry") + reward("sharpness")).truth is None
+
+
 def test_inpainting_ignores_masked_pixels():
     x, mask = pictures(), (torch.rand(28, 28, generator=torch.Generator().manual_seed(3)) < 0.5).float()
     rw = reward("target_image", target=TARGET, operator="inpaint", mask=mask, seed=0)

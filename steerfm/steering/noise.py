@@ -1,0 +1,383 @@
+"""Methods that search the initial noise: the best x_0 for the generator X_{0,1}, by gradient or by trial.
+
+    objective(x_0) = strength * r(X_{0,1}(x_0)) - prior * penalty(x_0)
+
+A flow map makes the whole generator one call, or a few, so it can be tried often or differentiated at once. Every output has
+``particles`` independent chains, each of which returns the best candidate that it has seen: results are searches, with
+uniform weights and no log Z. Candidates of all chains and outputs are evaluated as one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from steerfm.flowmap import repeat_rows
+from steerfm.interpolant import expand_time
+from steerfm.rewards import Reward, RewardError
+from steerfm.sampling import Noise
+from steerfm.steering.engine import Outcome, Tick, Trace
+from steerfm.steering.value import Problem
+from steerfm.steering.weights import wide
+
+
+# --- what is found ---------------------------------------------------------------------------------------------------
+@dataclass
+class Found:
+    """One candidate a row.
+
+    Attributes:
+        x: (b, *shape) what was searched: the initial noise, or a state on the way.
+        sample: (b, *shape) where it ends.
+        objective: (b,) what is compared, in the wide dtype.
+        reward: (b,) reward of the sample; components: raw value of every term by name, (b,) each.
+    """
+
+    x: Tensor
+    sample: Tensor
+    objective: Tensor
+    reward: Tensor
+    components: dict[str, Tensor]
+
+    def select(self, rows: Tensor) -> Found:
+        """The given rows."""
+        components = {name: value[rows] for name, value in self.components.items()}
+        return Found(self.x[rows], self.sample[rows], self.objective[rows], self.reward[rows], components)
+
+    def replaced(self, other: Found, rows: Tensor) -> Found:
+        """``other`` where ``rows`` (b,) is true, else this one."""
+        wide_rows = expand_time(rows, self.x).bool()
+        return Found(
+            torch.where(wide_rows, other.x, self.x),
+            torch.where(wide_rows, other.sample, self.sample),
+            torch.where(rows, other.objective, self.objective),
+            torch.where(rows, other.reward, self.reward),
+            {name: torch.where(rows, other.components[name], value) for name, value in self.components.items()},
+        )
+
+    def better(self, other: Found) -> Found:
+        """Row by row the one of higher objective; this one in a tie."""
+        return self.replaced(other, other.objective > self.objective)
+
+    def outcome(self, n: int, trace: Trace) -> Outcome:
+        """The rows as equally weighted particles of ``n`` outputs."""
+        k = len(self.reward) // n
+        return Outcome(
+            samples=self.sample.unflatten(0, (n, k)),
+            rewards=self.reward.view(n, k),
+            components={name: value.view(n, k) for name, value in self.components.items()},
+            log_weights=self.objective.new_full((n, k), -math.log(k)),
+            log_z=None,
+            trace=trace,
+        )
+
+
+def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
+    """The trace of a method without weights, resampling or guidance.
+
+    Args:
+        values: (n, k) for every iteration: strength * reward of the best so far.
+        looks: (n, *shape) for every iteration: the first particle's best so far; empty where not asked for.
+    """
+    value = torch.stack(list(values))
+    iterations, n, k = value.shape
+    return Trace(
+        t=torch.arange(1, iterations + 1) / iterations,
+        ess=value.new_ones(iterations, n),
+        resampled=torch.zeros(iterations, n, dtype=torch.bool, device=value.device),
+        ancestors=torch.arange(k, device=value.device).expand(iterations, n, k),
+        value=value,
+        guidance_ratio=torch.zeros_like(value),
+        lookaheads=torch.stack(list(looks)) if looks else None,
+    )
+
+
+# --- what all of them share ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class NoiseSearch:
+    """The common loop; a method writes `_walk`, which yields its candidates at the start and after every iteration.
+
+    Attributes:
+        particles: independent chains per output.
+        iterations: after the plain sample, which every chain starts from.
+        hops: equal jumps from noise to data.
+    """
+
+    particles: int = 1
+    iterations: int = 50
+    hops: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("particles", "iterations", "hops"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least one is needed")
+
+    def check(self, reward: Reward) -> None:
+        """Any reward will do."""
+
+    def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
+        """See `Method.run`."""
+        flow_map, values, looks = problem.flow_map, [], []
+        x = noise.normal(flow_map.shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
+        with torch.no_grad():
+            walk = self._walk(problem, noise, x)
+            best = next(walk)
+            for i, found in enumerate(walk, 1):
+                best = best.better(found)
+                values.append((problem.strength * best.reward).view(n, -1))
+                if lookaheads:
+                    looks.append(best.sample.unflatten(0, (n, -1))[:, 0])
+                tick(i, self.iterations)
+        return best.outcome(n, search_trace(values, looks))
+
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+        raise NotImplementedError
+
+    def _look(self, problem: Problem, x: Tensor, k: int = 1) -> Found:
+        """Evaluate ``k`` noises of every chain, (b * k, *shape)."""
+        sample = problem.flow_map.lookahead(x, 0.0, repeat_rows(problem.cond, k), self.hops)
+        scores = problem.score(sample, k)
+        strength = problem.strength.repeat_interleave(k)
+        return Found(x, sample, strength * scores.total.to(strength.dtype), scores.total, scores.components)
+
+
+# --- by trial --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ZeroOrderSearch(NoiseSearch):
+    """Hill climbing in the noise by trial: the best neighbour becomes the pivot if it beats it (Ma et al. 2501.09732).
+
+        neighbour = sqrt(1 - radius^2) pivot + radius z,      z ~ N(0, I)
+
+    This mix preserves the variance: if the pivot is a draw of N(0, I) so is its neighbour, so all candidates stay on the
+    shell that the map knows, where a sum pivot + radius z would leave it. Black-box rewards will do. The reward of the pivot
+    never falls (for a positive strength; for a negative one it never rises).
+
+    Costs an iteration: ``candidates`` x (``hops`` forwards, one decode, one reward call) per particle; and one at the start.
+    Samples: no. It is a search; selection by trial follows the reward wherever it leads.
+
+    Attributes:
+        candidates: neighbours of each pivot an iteration.
+        radius: in (0, 1]; 1 forgets the pivot.
+    """
+
+    iterations: int = 16
+    candidates: int = 4
+    radius: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.candidates < 1:
+            raise ValueError(f"candidates={self.candidates}: at least one is needed")
+        if not 0 < self.radius <= 1:
+            raise ValueError(f"radius={self.radius}: must be in (0, 1]")
+
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+        first = torch.arange(len(x), device=x.device) * self.candidates
+        yield (pivot := self._look(problem, x))
+        for _ in range(self.iterations):
+            z = noise.normal((self.candidates, *problem.flow_map.shape), x)
+            neighbours = math.sqrt(1 - self.radius**2) * pivot.x.unsqueeze(1) + self.radius * z
+            found = self._look(problem, neighbours.flatten(0, 1), self.candidates)
+            winner = found.objective.view(-1, self.candidates).argmax(1)
+            pivot = pivot.better(found.select(first + winner))
+            yield pivot
+
+
+@dataclass(frozen=True)
+class RandomSearch(ZeroOrderSearch):
+    """Rounds of fresh candidates, of which the best is kept (Ma et al. 2501.09732): best-of-n of 1 + iterations * candidates.
+
+    It is `ZeroOrderSearch` at radius 1. Costs and rewards as there.
+    Samples: no. It is a search; the best of many candidates follows the reward, not the target.
+    """
+
+    radius: float = field(default=1.0, init=False)
+
+
+# --- by gradient -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class NoiseAscent(NoiseSearch):
+    """What the gradient methods share: the prior, and a limit on the length of a step.
+
+    The penalty |x|^2/2 - (d - 1) log |x| is minus the log-density of the norm of x_0 ~ N(0, I), up to a constant: it holds x_0
+    at the radius sqrt(d - 1) and leaves its direction free.
+
+    Attributes:
+        prior: weight of the penalty; 1 is the weight that Bayes' rule gives it.
+        step: longest gradient step, as a share of sqrt(d), the typical norm of the noise: gradients through a flow map are
+            heavy-tailed.
+    """
+
+    prior: float = 0.01
+    step: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prior >= 0:
+            raise ValueError(f"prior={self.prior}: must be at least 0")
+        if not self.step > 0:
+            raise ValueError(f"step={self.step}: must be positive")
+
+    def check(self, reward: Reward) -> None:
+        if not reward.differentiable:
+            raise RewardError(
+                f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use ZeroOrderSearch, "
+                "RandomSearch or BestOfN"
+            )
+
+    def _weigh(self, found: Found) -> Found:
+        """The candidates without their graph, the penalty taken off their objective."""
+        norm, d = _norm(found.x), found.x[0].numel()
+        objective = found.objective.detach() - self.prior * (0.5 * norm.square() - (d - 1) * norm.log())
+        return Found(found.x.detach(), found.sample.detach(), objective, found.reward.detach(), found.components)
+
+    def _climb(self, problem: Problem, x: Tensor) -> tuple[Found, Tensor]:
+        """The candidates, and the gradient of their objective (b, *shape)."""
+        with torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            found = self._look(problem, x)
+            up = torch.autograd.grad(found.objective.sum(), x, allow_unused=True)[0] if found.reward.requires_grad else None
+        if up is None or not bool(torch.isfinite(up).all()):
+            what = "has no gradient" if up is None else "has a gradient that is not finite"
+            raise RewardError(f"reward {problem.reward.name!r} {what}: use ZeroOrderSearch, RandomSearch or BestOfN")
+        found = self._weigh(found)
+        pull = self.prior * (1 - (x[0].numel() - 1) / _norm(found.x).square())
+        return found, up - expand_time(pull, found.x) * found.x
+
+
+@dataclass(frozen=True)
+class ReNO(NoiseAscent):
+    """Reward-based noise optimisation (Eyring et al. 2406.04312): gradient ascent on x_0 with Nesterov momentum.
+
+    Gradients are clipped row by row, and the candidate of the best objective is kept. The defaults are the paper's for latents
+    of 16,384 entries (rate 5, gradients clipped at 0.1, prior 0.01, 50 iterations), with the clip made relative to sqrt(d).
+
+    Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; at the end one
+    evaluation without backward.
+    Samples: no. It is an ascent; even with prior 1 it looks for the mode of the tilt, not for draws.
+
+    Attributes:
+        rate: times the gradient is a step; momentum: share of the last step that is kept.
+    """
+
+    step: float = 0.004
+    rate: float = 5.0
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rate > 0:
+            raise ValueError(f"rate={self.rate}: must be positive")
+        if not 0 < self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: must be in (0, 1)")
+
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+        velocity = torch.zeros_like(x)
+        for _ in range(self.iterations):
+            found, gradient = self._climb(problem, x)
+            yield found
+            gradient = _shortened(gradient, self.step / self.rate)
+            velocity = self.momentum * velocity + gradient  # two lines; the first use of torch.optim imports its compiler
+            x = x + self.rate * (gradient + self.momentum * velocity)
+        yield self._weigh(self._look(problem, x))
+
+
+@dataclass(frozen=True)
+class DFlow(NoiseAscent):
+    """Differentiate through the flow (Ben-Hamu et al. 2402.14017, algorithm 1): L-BFGS on x_0 through several jumps.
+
+    Rows are independent: each has its own curvature pairs, and each iteration tries one point for every row. A point that
+    gains enough (Armijo) is the row's next state; one that does not halves the row's step, so a row that searches its line
+    costs no more than its neighbours. The penalty and its weight are those of `ReNO`.
+
+    Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; at the end one
+    evaluation without backward.
+    Samples: no. It is an ascent; even with prior 1 it looks for the mode of the tilt, not for draws.
+
+    Attributes:
+        memory: curvature pairs that are kept.
+    """
+
+    iterations: int = 20
+    hops: int = 4
+    memory: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory < 1:
+            raise ValueError(f"memory={self.memory}: at least one pair is needed")
+
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+        curvature = Curvature(self.memory)
+        now, gradient = self._climb(problem, x)
+        length = torch.ones_like(now.objective)
+        yield now
+        for i in range(self.iterations):
+            move = _scaled(_shortened(curvature.direction(gradient), self.step), length)
+            if i + 1 == self.iterations:
+                yield self._weigh(self._look(problem, now.x + move))
+                return
+            trial, gradient_there = self._climb(problem, now.x + move)
+            yield trial
+            curvature.learn(trial.x - now.x, gradient - gradient_there)  # a rejected point tells the curvature as well
+            accepted = trial.objective - now.objective >= 1e-4 * _dot(gradient, move)
+            now = now.replaced(trial, accepted)
+            gradient = torch.where(expand_time(accepted, x).bool(), gradient_there, gradient)
+            length = torch.where(accepted, 1.0, 0.5 * length)
+
+
+class Curvature:
+    """The inverse curvature of every row, from its last moves: limited-memory BFGS (Nocedal & Wright 2006, algorithm 7.4).
+
+    Args:
+        memory: moves that are kept.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=memory)
+        self.scale: Tensor | float = 1.0
+
+    def learn(self, s: Tensor, y: Tensor) -> None:
+        """A move s and how much the gradient fell along it, y: (b, *shape) each. Rows that curve upwards are passed over."""
+        bend, squares = _dot(s, y), _dot(y, y)
+        concave = bend > torch.finfo(s.dtype).eps * (squares * _dot(s, s)).sqrt()
+        # a zero weight takes the pair out of a row's recursion, so that rows need no lists of their own
+        self.pairs.append((s, y, torch.where(concave, 1 / bend, 0.0)))
+        self.scale = torch.where(concave, bend / squares, self.scale)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The gradient times the inverse curvature, (b, *shape): where a quadratic objective would have its maximum."""
+        steps, q = [], gradient
+        for s, y, weight in reversed(self.pairs):
+            steps.append(weight * _dot(s, q))
+            q = q - _scaled(y, steps[-1])
+        q = _scaled(q, self.scale)
+        for (s, y, weight), step in zip(self.pairs, reversed(steps)):
+            q = q + _scaled(s, step - weight * _dot(y, q))
+        return q
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product row by row, (b,), in the wide dtype."""
+    return (a * b).flatten(1).sum(1, dtype=wide(a.device))
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Length of every row, (b,), in the wide dtype."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide(x.device))
+
+
+def _scaled(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Every row times its factor (b,), in the dtype of x."""
+    return expand_time(factor, x) * x
+
+
+def _shortened(x: Tensor, step: float) -> Tensor:
+    """Rows of at most ``step`` sqrt(d)."""
+    longest = step * math.sqrt(x[0].numel())
+    return _scaled(x, (longest / _norm(x).clamp_min(1e-30)).clamp_max(1.0))

@@ -1,0 +1,315 @@
+"""Searches over paths in which outputs, and particles, stand at different times: a tree, and a budget that rolls over.
+
+Both grow states by one kernel, `sampling.Renoise` with a time for every row, and judge a state by one jump to the data:
+
+    x' = (alpha_t / alpha_r) X_{s,r}(x) + std z,      r = t + gamma (1 - t),      value strength * r(X_{t,1}(x'))
+
+so that every look-ahead is a finished sample, and with gamma = 1 it is also what the next states are grown from, for free.
+Time t = 0 is reached from a root before it, whose children are the noise N(0, I) itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from steerfm.interpolant import expand_time
+from steerfm.rewards import Reward
+from steerfm.sampling import Noise, time_grid
+from steerfm.steering.engine import Outcome, Tick
+from steerfm.steering.noise import Found, search_trace
+from steerfm.steering.value import Problem
+from steerfm.steering.weights import effective_sample_size, multinomial, normalise, wide
+
+
+def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, gamma: float, z: Tensor) -> Found:
+    """Children of the states x (b, *shape) at the times s (b,): states at the times t (b,), their look-aheads and rewards.
+
+    Args:
+        endpoint: (b, *shape) X_{s,1}(x).
+        gamma: of `Renoise`; 1 saves the network call that finds the kernel's mean.
+        z: (b, *shape) standard normal.
+    """
+    flow_map = problem.flow_map
+    r = 1 - (1 - gamma) * (1 - t)
+    reached = endpoint if gamma == 1 else flow_map.jump(x, s, r, problem.cond)
+    scale, std = flow_map.interpolant.renoise(r, t)
+    x = expand_time(scale, x) * reached + expand_time(std, x) * z
+    sample = flow_map.jump(x, t, 1.0, problem.cond)
+    scores = problem.score(sample)
+    return Found(x, sample, problem.strength * scores.total.to(problem.strength), scores.total, scores.components)
+
+
+RECORDS = 64
+"""Records in the trace of a tree, at most: each holds all particles."""
+
+
+# --- a tree ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Tree:
+    """One tree per output, all in the same tensors: node 0 is the root, and node j + 1 is the j-th that was grown.
+
+    Attributes:
+        x, endpoint: (n, nodes, *shape) states and their look-aheads.
+        value: (n, nodes) soft value, -inf where there is no node yet.
+        parent, level, visits, children: (n, nodes); level 0 is the root, level i + 1 is time t_i; no parent is -1.
+    """
+
+    x: Tensor
+    endpoint: Tensor
+    value: Tensor
+    parent: Tensor
+    level: Tensor
+    visits: Tensor
+    children: Tensor
+
+    @classmethod
+    def rooted(cls, n: int, nodes: int, like: Tensor) -> Tree:
+        """Trees of a root alone, with room for ``nodes``; ``like`` (b, *shape) gives shape, dtype and device."""
+        x = like.new_zeros(n, nodes, *like.shape[1:])
+        value = torch.full((n, nodes), -math.inf, dtype=wide(x.device), device=x.device)
+        level = torch.zeros(n, nodes, dtype=torch.long, device=x.device)
+        return cls(x, x.clone(), value, level - 1, level, level.clone(), level.clone())
+
+    def values_below(self, node: Tensor) -> Tensor:
+        """Values of the children of one node (n,) of each tree, (n, nodes); -inf for all other nodes."""
+        return self.value.masked_fill(self.parent != node.unsqueeze(1), -math.inf)
+
+    def add(self, begin: int, parent: Tensor, found: Found) -> None:
+        """Children (n * width rows) of one node (n,) of each tree, as the nodes from ``begin`` on."""
+        row, n = torch.arange(len(parent), device=parent.device), len(parent)
+        width = len(found.reward) // n
+        new = slice(begin, begin + width)
+        self.x[:, new], self.endpoint[:, new] = found.x.unflatten(0, (n, width)), found.sample.unflatten(0, (n, width))
+        self.value[:, new] = found.objective.view(n, width)
+        self.parent[:, new] = parent.unsqueeze(1)
+        self.level[:, new] = self.level[row, parent].unsqueeze(1) + 1
+        self.children[row, parent] += width
+
+    def back_up(self, path: Tensor) -> None:
+        """Soft Bellman update v = log mean exp v(children), from the end of the paths (n, depth) to the root."""
+        row = torch.arange(len(path), device=path.device)
+        for node in path.flip(1).T:
+            self.value[row, node] = self.values_below(node).logsumexp(1) - self.children[row, node].log()
+        self.visits.scatter_(1, path, self.visits.gather(1, path) + 1)  # a path that ends early repeats its end: counts once
+
+    def log_weights(self, depth: int) -> Tensor:
+        """Log-weights of all nodes but the root, (n, nodes - 1), with logsumexp = the root's value.
+
+        A leaf has its value times the chance of a walk from the root that takes every child equally often; inner nodes,
+        which their children stand for, have none.
+        """
+        above = self.parent.clamp_min(0)
+        step = torch.where(self.parent < 0, 0.0, -self.children.gather(1, above).clamp_min(1).to(self.value).log())
+        chance = step
+        for _ in range(depth):
+            chance = step + torch.where(self.parent < 0, 0.0, chance.gather(1, above))
+        return (chance + self.value).masked_fill(self.children > 0, -math.inf)[:, 1:]
+
+
+@dataclass(frozen=True)
+class TreeSearch:
+    """Diffusion tree sampling (DTS, 2506.20701, algorithm 1), with one jump of the flow map as its rollout.
+
+    One tree per output over the states at t_0 = 0, ..., t_{steps-1}. Each iteration walks from the root to a child with
+    probability proportional to exp(value), until it meets a node with fewer than branching * visits^widening children or one
+    of the last time; grows ``width`` children there; and backs up v = log mean exp v(children). A node without children has
+    the value strength * r of its look-ahead, which is exact at t_{steps-1}, where the step into the data is that same jump.
+
+    Returns every look-ahead as a particle, the leaves weighted by what they contribute to the root's value and inner nodes by
+    zero; log_z is the root's value.
+
+    Costs an iteration: ``width`` forwards, decodes and reward calls per output; twice the forwards with gamma < 1.
+    Samples: in the limit only: the tilt of the base chain's own law, for a bounded reward and 0 < widening < 1, as the
+    particles grow without end. Every node is then visited and widened without end, so that from the last time upwards every
+    value becomes the soft value. No for a given number: lucky nodes grow first and regress to their mean, so log_z is too
+    low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and 0.01 at 256; by 0.06 and 0.04 with widening 0.5;
+    more for more steps and steeper rewards). `FeynmanKac` has no such bias, and neither has steps = 1, plain importance
+    sampling. With widening = 0 no, in the limit too. With greedy = True, DTS*, no: a search, uniform weights, no log_z.
+
+    Attributes:
+        particles: nodes of each tree.
+        steps: transitions from t = 0 to t = 1; the tree branches at the root and at all of them but the last.
+        width: children an iteration, which divides the particles; more make larger batches and see fewer updates.
+        branching, widening: see above; widening = 0 gives every node the same number of children, rounded up to ``width``.
+        gamma: of the transition `Renoise`, in (0, 1].
+        greedy: walk to the best child.
+    """
+
+    particles: int = 64
+    steps: int = 4
+    width: int = 1
+    branching: float = 2.0
+    widening: float = 0.25
+    gamma: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        time_grid(self.steps)
+        if self.particles < 1:
+            raise ValueError(f"particles={self.particles}: at least one particle is needed")
+        if self.width < 1 or self.particles % self.width:
+            raise ValueError(f"width={self.width}: must divide particles={self.particles}")
+        if not self.branching > 0:
+            raise ValueError(f"branching={self.branching}: must be positive")
+        if not 0 <= self.widening < 1:
+            raise ValueError(f"widening={self.widening}: must be in [0, 1)")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: must be in (0, 1]; without noise a tree has no branches")
+
+    def check(self, reward: Reward) -> None:
+        """Any reward will do."""
+
+    def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
+        """See `Method.run`."""
+        with torch.inference_mode():
+            return self._run(problem, noise, n, lookaheads, tick)
+
+    def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
+        flow_map, k, width = problem.flow_map, self.particles, self.width
+        z = noise.normal(flow_map.shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
+        tree, z = Tree.rooted(n, k + 1, z), z.unflatten(0, (n, k))
+        iterations, row = k // width, torch.arange(n, device=z.device)
+        u = noise.uniform(iterations * self.steps, z.device).view(n, iterations, self.steps)
+        times = torch.tensor([0.0, *time_grid(self.steps)[:-1]], dtype=z.dtype, device=z.device)  # of the levels
+        problem = problem.select((row.unsqueeze(1) * k + torch.arange(width, device=z.device)).flatten())
+        strength, every = problem.strength.view(n, width)[:, :1], math.ceil(iterations / RECORDS)
+        parts: list[Found] = []
+        values, looks, shares = [], [], []
+        for i in range(iterations):
+            path = self._walk(tree, u[:, i])
+            node = path[:, -1]
+            level = tree.level[row, node].repeat_interleave(width)
+            x, endpoint = (field[row, node].repeat_interleave(width, 0) for field in (tree.x, tree.endpoint))
+            begin, end = i * width, (i + 1) * width
+            found = grow(problem, x, endpoint, times[level], times[level + 1], self.gamma, z[:, begin:end].flatten(0, 1))
+            tree.add(1 + begin, node, found)
+            tree.back_up(path)
+            parts.append(found)
+            if end % (every * width) == 0 or end == k:
+                known = strength * torch.cat([part.reward.view(n, width) for part in parts], 1)
+                values.append(torch.cat([known, tree.value[:, :1].expand(n, k - end)], 1))
+                shares.append(effective_sample_size(tree.log_weights(self.steps)))
+                if lookaheads:
+                    looks.append(tree.endpoint[row, 1 + known.argmax(1)])
+            tick(i + 1, iterations)
+        log_w = tree.log_weights(self.steps)
+        names = parts[0].components
+        return Outcome(
+            samples=tree.endpoint[:, 1:],
+            rewards=torch.cat([part.reward.view(n, width) for part in parts], 1),
+            components={name: torch.cat([part.components[name].view(n, width) for part in parts], 1) for name in names},
+            log_weights=torch.full_like(log_w, -math.log(k)) if self.greedy else normalise(log_w),
+            log_z=None if self.greedy else tree.value[:, 0],
+            trace=replace(search_trace(values, looks), ess=torch.stack(shares)),
+        )
+
+    def _walk(self, tree: Tree, u: Tensor) -> Tensor:
+        """Paths from the roots to the nodes that are to grow, (n, steps), by uniform numbers (n, steps)."""
+        row, node = torch.arange(len(u), device=u.device), torch.zeros(len(u), dtype=torch.long, device=u.device)
+        arrived, path = torch.zeros_like(node, dtype=torch.bool), [node]
+        for i in range(self.steps - 1):
+            children = tree.children[row, node]
+            room = children < self.branching * tree.visits[row, node] ** self.widening
+            arrived = arrived | room | (children == 0)
+            values = tree.values_below(node)
+            drawn = values.argmax(1) if self.greedy else multinomial(values.softmax(1), u[:, i : i + 1].to(values)).squeeze(1)
+            node = torch.where(arrived, node, drawn)
+            path.append(node)
+        return torch.stack(path, 1)
+
+
+# --- a budget that rolls over ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class BudgetForcing:
+    """Rollover budget forcing (RBF, 2503.19385): advance at the first child that beats the best so far.
+
+    The budget is shared equally between the times t_0 = 0, ..., t_{steps-1}. At t_0 all of the share is drawn from N(0, I),
+    and the best noise is taken. From then on a particle draws ``width`` children of its state at a time, by `Renoise`; as
+    soon as the look-ahead of one beats the best reward so far it moves there, and what is left of its share rolls over to
+    the next time; else, with the share spent, it moves to the best of the children. Particles stand at different times; only
+    those that are still on their way cost anything. Returned is the best look-ahead of all: each is a finished sample.
+
+    Costs a child: one forward, decode and reward call; with gamma < 1 two forwards. At most ``budget`` children a particle.
+    Samples: no. It is a search, which keeps what the reward likes best.
+
+    Attributes:
+        particles: independent chains per output.
+        steps: transitions from t = 0 to t = 1, of which the last is the look-ahead's own jump.
+        budget: children that a chain may look at, at least one for each step.
+        width: children at a time; more make larger batches and save less.
+        gamma: of the transition `Renoise`, in (0, 1].
+    """
+
+    particles: int = 1
+    steps: int = 8
+    budget: int = 64
+    width: int = 1
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        time_grid(self.steps)
+        for name in ("particles", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least one is needed")
+        if self.budget < self.steps:
+            raise ValueError(f"budget={self.budget}: at least one for each of the steps={self.steps}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: must be in (0, 1]; without noise all children are the same")
+
+    def check(self, reward: Reward) -> None:
+        """Any reward will do."""
+
+    def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
+        """See `Method.run`."""
+        with torch.inference_mode():
+            return self._run(problem, noise, n, lookaheads, tick)
+
+    def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
+        flow_map, width = problem.flow_map, self.width
+        x = torch.zeros(len(problem.strength), *flow_map.shape, dtype=flow_map.dtype, device=flow_map.device)
+        times = torch.tensor([0.0, *time_grid(self.steps)[:-1]], dtype=x.dtype, device=x.device)  # before, and of, every level
+        edges = torch.arange(self.steps + 1, device=x.device) * self.budget // self.steps
+        shares = torch.cat([edges.diff(), edges[:1]])  # nothing more at the end
+        endpoint, level = x, torch.zeros(len(x), dtype=torch.long, device=x.device)
+        left, slots = shares[level], torch.arange(width, device=x.device)
+        bar = problem.strength.new_full((len(x),), math.inf)  # nothing ends the draw of the first noise early
+        best = here = None  # of all levels, and of the children of the present state
+        values, looks = [], []
+        # each level may end on a round that is not full
+        iterations = (self.budget + self.steps * (width - 1)) // width
+        for i in range(iterations):
+            tried = (slots < left.unsqueeze(1)) & (level < self.steps).unsqueeze(1)
+            if bool(tried.any()):
+                rows = tried.nonzero()[:, 0]
+                z = noise.normal((width, *flow_map.shape), x)[tried]
+                s, t = times[level[rows]], times[level[rows] + 1]
+                trial = _best_of(grow(problem.select(rows), x[rows], endpoint[rows], s, t, self.gamma, z), tried)
+                best, here = (part.better(trial) if part else trial for part in (best, here))
+                left = left - tried.sum(1)
+                moves = (level < self.steps) & ((here.objective > bar) | (left == 0))
+                wide_moves = expand_time(moves, x).bool()
+                x, endpoint = torch.where(wide_moves, here.x, x), torch.where(wide_moves, here.sample, endpoint)
+                bar = torch.where(moves, best.objective, bar)
+                here = replace(here, objective=here.objective.masked_fill(moves, -math.inf))
+                level = level + moves.long()
+                left = left + moves * shares[level]
+            assert best is not None
+            values.append((problem.strength * best.reward).view(n, -1))
+            if lookaheads:
+                looks.append(best.sample.unflatten(0, (n, -1))[:, 0])
+            tick(i + 1, iterations)
+        assert best is not None
+        return best.outcome(n, search_trace(values, looks))
+
+
+def _best_of(found: Found, tried: Tensor) -> Found:
+    """The best child of every row, of the children that ``tried`` (b, width) counts; -inf for a row without any."""
+    value = found.objective.new_full(tried.shape, -math.inf)
+    value[tried] = found.objective
+    number = (tried.flatten().cumsum(0) - 1).clamp_min(0).view_as(tried)
+    top, slot = value.max(1)
+    return replace(found.select(number.gather(1, slot.unsqueeze(1)).squeeze(1)), objective=top)

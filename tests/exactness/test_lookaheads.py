@@ -1,0 +1,208 @@
+"""Look-aheads and the guidances built on them against the exact posterior and value of Gaussian mixtures."""
+
+import math
+
+import pytest
+import torch
+
+import steerfm
+from steerfm import GaussianMixture
+from steerfm.flowmap import Wrapped
+from steerfm.interpolant import Trigonometric
+from steerfm.sampling import Bridge, Diffuse, Noise
+from steerfm.steering import (
+    ExactPosterior,
+    FreeGradient,
+    Jump,
+    MapGradient,
+    Posterior,
+    Renoise,
+    Smooth,
+    Steering,
+    residual,
+)
+from steerfm.steering.value import Evaluation, Problem, View, look, untempered
+
+LIMIT = 4.0
+A, B = 1.2, 0.3
+MIXTURE = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2])
+CURVED = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2], Trigonometric())
+PLANE = GaussianMixture(
+    [[-2.0, 0.0], [1.5, 1.0], [0.0, -2.0]],
+    [[[0.3, 0.1], [0.1, 0.2]], [[0.2, -0.1], [-0.1, 0.3]], [[0.25, 0.0], [0.0, 0.1]]],
+    [0.5, 0.3, 0.2],
+)
+
+
+def reward(x):
+    return A * x[:, 0] - B / 2 * x[:, 0] ** 2
+
+
+def view(lookahead, x, t, seed=0):
+    problem = Problem(MIXTURE.flow_map(), steerfm.reward(reward), torch.ones(len(x)).double())
+    noise = Noise(range(seed, seed + len(x)))
+    return View(problem, lookahead, noise, x, t, lambda ends, tilt: torch.ones(len(tilt)).to(tilt))
+
+
+# --- endpoints -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lookahead", [Posterior(steps=24, k=4000), "exact"])
+@pytest.mark.parametrize("mixture", [MIXTURE, CURVED, PLANE], ids=["line", "trigonometric", "plane"])
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.7])
+def test_posterior_samples_are_those_of_the_exact_posterior(lookahead, mixture, t):
+    """z-scores of the mean, the second moments and a tail probability, at several x."""
+    d = mixture.means.shape[1]
+    x = torch.tensor([[-1.5] * d, [0.3] * d, [1.4] * d], dtype=torch.float64)
+    lookahead = ExactPosterior(mixture, 4000) if lookahead == "exact" else lookahead
+    z = lookahead.endpoints(mixture.flow_map(steps=8), x, t, None, Noise(range(3))).z
+    posterior = mixture.posterior(x, t)
+    exact = posterior.sample(torch.Generator().manual_seed(0), 200_000)
+    for f in (lambda z: z, lambda z: z**2, lambda z: z.prod(-1, keepdim=True), lambda z: (z[..., :1] > 0.2).double()):
+        got, want = f(z), f(exact)
+        error = (got.var(1) / z.shape[1] + want.var(1) / exact.shape[1]).sqrt().clamp_min(1e-3)
+        assert ((got.mean(1) - want.mean(1)) / error).abs().max() < LIMIT
+
+
+def test_a_smooth_lookahead_is_the_denoiser_with_the_noise_of_x():
+    x = torch.tensor([[0.4]], dtype=torch.float64)
+    z = Smooth(20_000, scale=0.5).endpoints(MIXTURE.flow_map(), x, 0.6, None, Noise([0])).z[0, :, 0]
+    assert abs(z.mean() - MIXTURE.denoise(x, 0.6)) < LIMIT * z.std() / math.sqrt(len(z))
+    assert z.std().item() == pytest.approx(0.5 * 0.4, rel=0.03)
+
+
+@pytest.mark.parametrize(("t", "snr_factor"), [(0.2, 5.0), (0.4, 5.0), (0.6, 5.0), (0.6, 1.5), (0.8, 5.0)])
+def test_renoised_endpoints_approach_the_exact_value(t, snr_factor):
+    """With the exact reference the estimate converges at the Monte Carlo rate; the trapezoid costs little."""
+    x = torch.full((32, 1), 0.3, dtype=torch.float64)
+    exact = MIXTURE.value(x[:1], t, [A], B).item()
+    error = {}
+    for k in (16, 1024):
+        found = look(view(Renoise(snr_factor, k, reference=MIXTURE.log_prob), x, t)).value
+        error[k] = (found - exact).square().mean().sqrt().item()
+    print(f"t {t} snr {snr_factor} exact {exact:.3f} root mean square error", error)
+    assert error[1024] < 0.1 and error[1024] < error[16] / 3
+    trapezoid = look(view(Renoise(snr_factor, 256), x, t)).value
+    assert abs(trapezoid.mean().item() - exact) < 0.2
+
+
+def test_dropping_a_term_of_the_weight_is_a_bias():
+    x = torch.full((64, 1), 0.3, dtype=torch.float64)
+    exact = MIXTURE.value(x[:1], 0.6, [A], B).item()
+    found = look(view(Renoise(5.0, 1024, terms=()), x, 0.6)).value
+    assert (found.mean().item() - exact) / (found.std().item() / 8) > LIMIT
+    with pytest.raises(ValueError, match="unknown terms"):
+        Renoise(terms=("prior",))
+
+
+def test_lookaheads_that_draw_need_noise():
+    with pytest.raises(ValueError, match="noise="):
+        Posterior().endpoints(MIXTURE.flow_map(), torch.zeros(1, 1), 0.5, None)
+
+
+# --- transitions -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_a_bridge_through_posterior_samples_keeps_the_law_in_any_number_of_steps(steps):
+    method = Steering(
+        4, steps, ExactPosterior(MIXTURE), transition=Bridge(endpoint="posterior"), correction="none", resampling=None
+    )
+    x = steerfm.steer(MIXTURE.flow_map(), reward, method, n=2000).samples.flatten()
+    for f in (lambda x: x, lambda x: x**2, lambda x: (x < -0.7).double(), lambda x: (x > 1.5).double()):
+        exact = f(MIXTURE.sample(400_000, torch.Generator().manual_seed(1)).flatten())
+        error = math.sqrt(f(x).var() / len(x) + exact.var() / len(exact))
+        assert abs(f(x).mean() - exact.mean()) < LIMIT * error
+
+
+def test_a_bridge_needs_endpoints_of_its_kind():
+    method = Steering(1, 2, "jump", transition=Bridge(endpoint="posterior"), correction="none", resampling=None)
+    with pytest.raises(ValueError, match="lookahead=posterior"):
+        steerfm.steer(MIXTURE.flow_map(), reward, method)
+
+
+def test_many_ancestral_steps_keep_the_law():
+    method = Steering(1, 200, None, transition="bridge", correction="none", resampling=None)
+    x = steerfm.steer(MIXTURE.flow_map(), reward, method, n=4000).samples.flatten()
+    assert x.mean().item() == pytest.approx(MIXTURE.mean().item(), abs=0.15)
+    assert x.std().item() == pytest.approx(MIXTURE.cov().sqrt().item(), rel=0.05)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+def test_the_free_gradient_approaches_the_exact_one():
+    """(alpha/sigma^2) (tilted mean - mean) over exact posterior samples is grad V."""
+    t, x = 0.5, torch.linspace(-1.5, 1.5, 7, dtype=torch.float64).unsqueeze(1)
+    exact = MIXTURE.value_gradient(x, t, [A], B)
+    found = FreeGradient().evaluate(view(ExactPosterior(MIXTURE, 100_000), x, t)).direction * t / (1 - t) ** 2
+    assert (found - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_the_gradient_through_posterior_samples_approaches_the_exact_one():
+    t, x = 0.5, torch.linspace(-1.5, 1.5, 7, dtype=torch.float64).unsqueeze(1)
+    exact = MIXTURE.value_gradient(x, t, [A], B)
+    found = MapGradient().evaluate(view(Posterior(32, 4000), x, t)).direction
+    assert (found - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_the_residual_tells_a_flow_map_from_another_function():
+    class Bent(Wrapped):
+        def average_velocity(self, x, s, t, cond):
+            u = super().average_velocity(x, s, t, cond)
+            return u if s is t else u + 0.3 * expand(t - s, x)
+
+    def expand(gap, x):
+        return gap.view(-1, 1)
+
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).unsqueeze(1)
+    true = MIXTURE.flow_map()
+    assert residual(true, x, 0.4).max() < 1e-6
+    assert residual(Bent(true), x, 0.4).min() > 0.01
+
+
+# --- known figures: notes on methods, sections 7 and 11 ----------------------------------------------------------------
+QUANTILES = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+TARGET, LOG_Z = MIXTURE.tilt([A], B)
+
+
+def exact_quantiles(mixture):
+    """By bisection on the distribution function."""
+    low, high = torch.full_like(QUANTILES, -8.0), torch.full_like(QUANTILES, 8.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        cdf = (mixture.weights * torch.special.ndtr((middle.unsqueeze(1) - mixture.means.T) / mixture.covs.T.sqrt())).sum(1)
+        low, high = torch.where(cdf < QUANTILES, middle, low), torch.where(cdf < QUANTILES, high, middle)
+    return low
+
+
+def wasserstein(samples, log_weights=None):
+    """W1 to the target by quantiles at 4,000 points."""
+    x, order = samples.flatten().sort()
+    w = torch.full_like(x, 1 / len(x)) if log_weights is None else (log_weights.exp() / len(log_weights)).flatten()[order]
+    index = torch.searchsorted(w.cumsum(0), QUANTILES).clamp_max(len(x) - 1)
+    return (x[index] - exact_quantiles(TARGET)).abs().mean().item()
+
+
+def test_the_prior_is_far_from_the_target():
+    assert wasserstein(MIXTURE.sample(40_000, torch.Generator().manual_seed(0))) == pytest.approx(2.37, abs=0.05)
+
+
+class ExactGradient(MapGradient):
+    """grad V of the mixture in closed form: what guidance would be with the truth."""
+
+    def evaluate(self, view):
+        zero = torch.zeros(len(view.x), dtype=torch.float64)
+        return Evaluation(zero, zero, zero, view.x, MIXTURE.value_gradient(view.x, view.t, [A], B))
+
+
+def guided(guidance, lookahead, steps, particles):
+    method = Steering(particles, steps, lookahead, guidance, untempered, Diffuse(0.0), correction="none", resampling=None)
+    return wasserstein(steerfm.steer(MIXTURE.flow_map(), reward, method).samples)
+
+
+def test_guidance_by_the_exact_value_reaches_the_target():
+    error = guided(ExactGradient(cap=None), Jump(), 200, 20_000)
+    print("W1 of exact-V guidance", error)
+    assert error < 0.03
+
+
+def test_guidance_by_posterior_samples_improves_with_their_number():
+    """MFM-G: about .63, .35, .04 for 1, 4, 16 posterior samples."""
+    error = {k: guided(MapGradient(cap=None), Posterior(steps=6, k=k), 60, 1000) for k in (1, 4, 16)}
+    print("W1 of MFM-G", error)
+    assert error[16] < 0.15 < error[4] < error[1] < 1.2
