@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from steerfm.flowmap import NeuralFlowMap
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
 from steerfm.networks import Mlp
 from steerfm.objectives import (
@@ -348,3 +348,26 @@ def test_self_distillation_learns_the_flow_map():
         assert distance(distilled, steps) < 0.6 * distance(untrained, steps)
         assert distance(distilled, steps) < distance(matched, steps)
     assert distance(matched, 50) < 0.3 * distance(untrained, 1)  # flow matching alone has learned the velocity
+
+
+def test_guidance_pulls_the_target_of_labelled_rows_away_from_the_null_velocity():
+    """w v + (1 - w) u(null) for labels, v for the null class; by hand with the same draws."""
+
+    class ByLabel(FlowMap):
+        def average_velocity(self, x, s, t, cond):
+            return cond.to(x).unsqueeze(1) * x
+
+    flow_map, null, w = ByLabel((2,)), 3, 1.5
+    x1 = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    cond = torch.arange(64) % 4
+    times = lambda n, _: (torch.arange(n) + 0.5) / n  # noqa: E731
+    losses = FlowMatching(times, w, null)(flow_map, x1, cond, torch.Generator().manual_seed(1))
+    x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(1))
+    t = ((torch.arange(64) + 0.5) / 64).unsqueeze(1)
+    x, v = t * x1 + (1 - t) * x0, x1 - x0
+    target = torch.where((cond == null).unsqueeze(1), v, w * v + (1 - w) * null * x)
+    assert torch.allclose(losses, (cond.unsqueeze(1) * x - target).square().mean(1), atol=1e-5)
+    plain = FlowMatching(times)(flow_map, x1, cond, torch.Generator().manual_seed(1))
+    assert torch.equal(losses[cond == null], plain[cond == null]) and (losses != plain)[cond != null].all()
+    with pytest.raises(ValueError, match="null_label"):
+        FlowMatching(guidance=1.5)

@@ -7,15 +7,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import steerfm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
@@ -35,6 +38,18 @@ def test_commands(command, tmp_path):
 def test_snippets(snippet, capsys):
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out
+
+
+def test_the_recipes_of_contributing():
+    """A reward, a look-ahead and a method of one's own, each below 30 lines, run as they stand."""
+    snippets = blocks("python", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(snippets) >= 3 and all(len(snippet.splitlines()) < 30 for snippet in snippets)
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "CONTRIBUTING.md", "exec"), names)
+    assert names["result"].samples.shape[:2] == (2, 8)
+    flow_map = steerfm.GaussianMixture([[0.0]], [[1.0]]).flow_map()
+    assert steerfm.steer(flow_map, lambda x: x[:, 0], names["method"], n=2).log_z is not None
 
 
 def test_make_targets_exist():
