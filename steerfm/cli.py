@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
         elif name in ("rewards", "methods"):
             sub.add_argument("name", nargs="?", help="the one to explain")
+            if name == "methods":
+                sub.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
         elif name == "bench":
             sub.add_argument("name", nargs="?", help="the benchmark to run")
             sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its options; --help lists them")
@@ -109,7 +111,7 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
         case "rewards":
             commands.list_rewards(options.name)
         case "methods":
-            commands.list_methods(options.name)
+            commands.list_methods(options.name, options.markdown)
         case "bench":
             commands.bench(options.name, options.arguments)
         case name:

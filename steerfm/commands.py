@@ -6,7 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distanc
 from steerfm.rewards import Reward
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
-from steerfm.steering import METHODS, Method, SteeringResult, steer
+from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
 from steerfm.steering.engine import Outcome, Trace, join
+from steerfm.steering.noise import NoiseAscent
 
 console = Console(highlight=False)
 
@@ -460,11 +461,13 @@ def bench(name: str | None, arguments: list[str]) -> None:
     runpy.run_path(str(scripts[name]))["main"](arguments)
 
 
-def list_methods(name: str | None = None) -> None:
-    """The steering methods, or one of them with its four parts and defaults."""
+def list_methods(name: str | None = None, markdown: bool = False) -> None:
+    """The steering methods, or one of them with its four parts and defaults; ``markdown`` is the table of docs/methods.md."""
     import inspect
-    from dataclasses import fields
 
+    if markdown:
+        print(methods_markdown())
+        return
     if name is None:
         table = _table("method", "samples", "gradient", "what")
         for key, method in METHODS.items():
@@ -482,6 +485,17 @@ def list_methods(name: str | None = None) -> None:
         console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}", markup=False)
 
 
+def methods_markdown() -> str:
+    """One row a method: what it samples and its parts."""
+    columns = ("lookahead", "guidance", "tempering", "transition", "correction", "resampling")
+    rows = [["method", "class", "samples", "gradient of", *columns[:-1], "selection"], ["---"] * 10]
+    for name, method in METHODS.items():
+        made = method()
+        parts = [describe_part(getattr(made, column)) if hasattr(made, column) else "its own" for column in columns]
+        rows.append([f"`{name}`", f"`{method.__name__}`", method_samples(method), method_gradient(made), *parts])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def method_title(method: type) -> str:
     """The first words of a method's docstring."""
     return re.split(r"[:(]", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
@@ -495,15 +509,22 @@ def method_samples(method: type) -> str:
 
 def method_gradient(method: Method) -> str:
     """What it differentiates: the network, the reward only, or nothing."""
+    if isinstance(method, NoiseAscent):
+        return "network"
     guidance = getattr(method, "guidance", None)
-    if guidance is None or not getattr(guidance, "differentiates", False):
-        return "network" if getattr(method, "differentiates", False) else "none"
-    return "network" if type(guidance).__name__ == "MapGradient" else "reward"
+    if guidance is None or not guidance.differentiates:
+        return "none"
+    return "network" if type(guidance) is MapGradient else "reward"
 
 
 def describe_part(value: Any) -> str:
-    """A part or number as it would be written down."""
-    return getattr(value, "__name__", None) or repr(value)
+    """A part or number as it would be written down: what differs from its class's defaults."""
+    if value is None:
+        return "none"
+    if not is_dataclass(value):
+        return str(getattr(value, "__name__", value))
+    told = {f.name: getattr(value, f.name) for f in fields(value) if f.init and getattr(value, f.name) != f.default}
+    return f"{type(value).__name__}({', '.join(f'{key}={describe_part(part)}' for key, part in told.items())})"
 
 
 # --- shared pieces ---------------------------------------------------------------------------------------------------

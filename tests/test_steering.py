@@ -380,7 +380,7 @@ def test_weights_are_those_of_the_recursion(threshold):
         assert torch.allclose(effective_sample_size(log_w), trace.ess[i])
         value = gather(trace.value[i], trace.ancestors[i])
         chosen = trace.resampled[i].unsqueeze(1)
-        assert torch.equal(trace.resampled[i], (trace.ess[i] < threshold) & torch.tensor(i < 4))  # not before the last, noiseless step
+        assert torch.equal(trace.resampled[i], (trace.ess[i] < threshold) & torch.tensor(i < 4))
         log_z = torch.where(trace.resampled[i], log_z + log_mean(log_w), log_z)
         log_w = torch.where(chosen, 0.0, log_w)
     assert torch.allclose(result.log_weights, log_w - torch.logsumexp(log_w, 1, keepdim=True))

@@ -390,7 +390,7 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
 def steer(
     flow_map: FlowMap,
     reward: Reward | Callable[..., Tensor],
-    method: Method,
+    method: Method | None = None,
     n: int = 1,
     seeds: int | Sequence[int] = 0,
     strength: float | Sequence[float] | Tensor = 1.0,
@@ -408,7 +408,8 @@ def steer(
     Args:
         flow_map: the model.
         reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps).
-        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts.
+        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; default
+            `FeynmanKac()`, gradient-free, which takes any reward.
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
         strength: of the tilt, finite; one number, or one per output.
@@ -426,6 +427,7 @@ def steer(
         ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
     """
     reward = as_reward(reward)
+    method = Steering() if method is None else method  # the defaults of the parts are those of FeynmanKac
     method.check(reward)
     all_seeds = seed_list(seeds, n)
     rows = as_condition(flow_map, cond, n)

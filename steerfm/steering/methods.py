@@ -34,7 +34,7 @@ class BestOfN(Steering):
     """Independent samples, and the best of them: ``result.best()``.
 
     Parts: no look-ahead, transition jump, correction twisted (here: one importance weight exp(strength r(x_1)) at the end).
-    Samples: ``best()`` no, it is a search; the weighted particles yes, by importance sampling, as the particles grow.
+    Samples: yes, the weighted particles, by importance sampling, as they grow in number; ``best()`` is a search.
     """
 
     steps: int = 4

@@ -226,12 +226,15 @@ class MapGradient:
         normalised: make the shift ``scale`` times as long as the step's displacement, whatever the reward's scale (FMRG).
         cap: longest shift, relative to the displacement: gradients of look-aheads are heavy-tailed at basin borders.
         ascent: chi(t), a further drift chi grad V (FMTT's extra ascent); a bias, unless the correction pays for it.
+        largest: cap of kappa, which is infinite at t = 0 (the releases cap it at 20 to 25). For an exact V it is a bias, since
+            kappa grad V is finite: take it large there.
     """
 
     scale: float = 1.0
     normalised: bool = False
     cap: float | None = 1.0
     ascent: Callable[[float], float] | None = None
+    largest: float = 20.0
     differentiates = True
 
     def evaluate(self, view: View) -> Evaluation:
@@ -245,13 +248,16 @@ class MapGradient:
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
     ) -> Tensor:
         assert evaluation.direction is not None
-        coefficient = self.scale * (std**2 if std else (t - s) * capped_score_coefficient(flow_map, s))
+        coefficient = self.scale * (std**2 if std else (t - s) * self._kappa(flow_map, s))
         if self.ascent is not None:
             coefficient += (t - s) * self.ascent(s)
         displacement = _norm(mean - x)
         if self.normalised:
             return self.scale * displacement * evaluation.direction / _norm(evaluation.direction).clamp_min(1e-12)
         return capped(coefficient * evaluation.direction, displacement, self.cap)
+
+    def _kappa(self, flow_map: FlowMap, t: float) -> float:
+        return self.largest if t <= 0 else min(self.largest, flow_map.interpolant.score_coefficient(t))
 
 
 @dataclass(frozen=True)
@@ -355,15 +361,6 @@ GUIDANCES: dict[str, Any] = {
     "ascent": EndpointAscent(),
 }
 """Guidances by the name that configurations use."""
-
-
-KAPPA_CAP = 20.0
-"""Largest kappa_t that multiplies a gradient; kappa is infinite at t = 0 (the releases cap it at 20 to 25)."""
-
-
-def capped_score_coefficient(flow_map: FlowMap, t: float) -> float:
-    """min(kappa_t, KAPPA_CAP); see `Interpolant.score_coefficient`."""
-    return KAPPA_CAP if t <= 0 else min(KAPPA_CAP, flow_map.interpolant.score_coefficient(t))
 
 
 def capped(shift: Tensor, displacement: Tensor, cap: float | None) -> Tensor:

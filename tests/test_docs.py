@@ -1,0 +1,41 @@
+"""The generated parts of the documentation are those of the code."""
+
+from pathlib import Path
+
+from steerfm import cli
+from steerfm.steering import METHODS
+
+DOCS = Path(__file__).parent.parent / "docs"
+RECIPES = Path(__file__).parent.parent / "configs" / "steer"
+
+
+def test_the_table_of_methods_is_current(capsys):
+    assert cli.main(["methods", "--markdown"]) == 0
+    table = capsys.readouterr().out.strip()
+    assert table in (DOCS / "methods.md").read_text(), "paste the output of `steerfm methods --markdown` into docs/methods.md"
+
+
+def test_methods_are_listed_and_explained(capsys):
+    assert cli.main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    for name in METHODS:
+        assert name in listed
+        assert cli.main(["methods", name]) == 0
+        out = capsys.readouterr().out
+        assert "Samples:" in out and "method.particles" in out
+    assert cli.main(["methods", "dass"]) == 2
+    assert "did you mean 'das'" in capsys.readouterr().err
+
+
+def test_every_preset_has_a_recipe_that_can_be_read(capsys):
+    for name in METHODS:
+        if name != "steering":
+            assert cli.main(["steer", "--config", name, "--show"]) == 0
+            assert f"name: {name}" in capsys.readouterr().out
+
+
+def test_benchmarks_are_listed(capsys):
+    assert cli.main(["bench"]) == 0
+    assert "exact" in capsys.readouterr().out
+    assert cli.main(["bench", "exakt"]) == 2
+    assert "did you mean 'exact'" in capsys.readouterr().err
