@@ -716,7 +716,7 @@ GRADIENT = [name for name in METHODS if getattr(getattr(METHODS[name](), "guidan
 
 @pytest.mark.parametrize("name", [*GRADIENT, "reno", "d_flow"])
 def test_gradient_methods_refuse_a_black_box_and_name_what_works(name):
-    with pytest.raises(RewardError, match=r"blackbox.*BestOfN.*FeynmanKac"):
+    with pytest.raises(RewardError, match=r"blackbox.*BestOfN"):
         steerfm.steer(MAP, BlackBox(), METHODS[name]())
 
 

@@ -257,7 +257,7 @@ def residual(flow_map: FlowMap, x: Tensor, t: float, cond: Condition = None) -> 
         return flow_map.lookahead(x, t, cond)
 
     with torch.no_grad():
-        _, change = torch.func.jvp(look, (x, times), (b.detach(), torch.ones_like(times)))
+        change = torch.func.jvp(look, (x, times), (b.detach(), torch.ones_like(times)))[1]
     return change.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-12)
 
 

@@ -150,7 +150,7 @@ class Evaluation:
 
     def select(self, rows: Tensor) -> Evaluation:
         """The evaluations of the given particles (b',)."""
-        return Evaluation(**{name: None if part is None else part[rows] for name, part in vars(self).items()})
+        return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
 
 
 @dataclass

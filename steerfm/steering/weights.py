@@ -162,8 +162,11 @@ class Selection(Protocol):
             it, copies would stay copies.
     """
 
-    ranks: bool
-    prunes: bool
+    @property
+    def ranks(self) -> bool: ...
+
+    @property
+    def prunes(self) -> bool: ...
 
     def select(self, candidates: Candidates) -> Selected: ...
 
