@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
 from steerfm.networks import Mlp
@@ -18,6 +19,7 @@ from steerfm.objectives import (
     LogitNormal,
     MeanFlow,
     Progressive,
+    Trajectory,
     Triangle,
 )
 
@@ -106,7 +108,7 @@ def test_logit_normal_times(z_score):
 
 
 # --- what all share --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("objective", EVERY, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("objective", [o for o in EVERY if not isinstance(o, Trajectory)], ids=lambda o: type(o).__name__)
 def test_one_loss_per_sample_and_reproducible(random_map, objective):
     fm, x1 = random_map(classes=2), data(6)
     cond = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -371,3 +373,51 @@ def test_guidance_pulls_the_target_of_labelled_rows_away_from_the_null_velocity(
     assert torch.equal(losses[cond == null], plain[cond == null]) and (losses != plain)[cond != null].all()
     with pytest.raises(ValueError, match="null_label"):
         FlowMatching(guidance=1.5)
+
+
+# --- trajectories ----------------------------------------------------------------------------------------------------
+class Recorded(FlowMap):
+    """The exact map of a mixture, plus ``bend`` (t - s) off the diagonal; keeps the times it was asked for with a gradient."""
+
+    def __init__(self, bend: float = 0.0) -> None:
+        super().__init__((1,))
+        self.map, self.bend, self.asked = MODES.flow_map(), bend, []
+
+    def average_velocity(self, x, s, t, cond):
+        if torch.is_grad_enabled():
+            self.asked.append((s, t))
+        return self.map.average_velocity(x, s, t, None) + self.bend * (t - s).unsqueeze(1)
+
+
+MODES = GaussianMixture([[-1.5], [0.5], [1.5]], [[0.1], [0.2], [0.1]])
+
+
+def test_trajectories_are_those_of_the_exact_map_up_to_the_second_order_of_their_steps():
+    x1 = torch.zeros(512, 1, dtype=torch.float64)
+    loss = {steps: Trajectory(steps=steps)(Recorded(), x1, None, seeded()).mean().item() for steps in (16, 32, 64)}
+    assert loss[64] < 2e-5 and loss[64] < loss[32] / 8 and loss[32] < loss[16] / 4
+
+
+def test_a_bent_map_is_seen_by_its_bend():
+    flow_map, x1 = Recorded(0.5), torch.zeros(512, 1, dtype=torch.float64)
+    losses = Trajectory(steps=64)(flow_map, x1, None, seeded())
+    ((s, t),) = flow_map.asked
+    assert (losses - (0.5 * (t - s)) ** 2).abs().mean() < 5e-3
+
+
+def test_trajectories_end_where_their_shares_say():
+    flow_map, x1 = Recorded(), torch.zeros(4000, 1, dtype=torch.float64)
+    Trajectory(Triangle(terminal=0.3, full=0.2), steps=8, uses=100)(flow_map, x1, None, seeded())
+    ((s, t),) = flow_map.asked
+    assert (s < t).all() and (s >= 0).all() and (t <= 1).all()
+    assert ((s == 0) & (t == 1)).double().mean() == pytest.approx(0.2 + 0.3 / 8 + 0.5 / 64, abs=0.03)
+    assert (t == 1).double().mean() == pytest.approx(0.5 + 0.5 / 8, abs=0.03)
+
+
+def test_pairs_of_a_trajectory_share_its_condition():
+    class Labelled(FlowMap):
+        def average_velocity(self, x, s, t, cond):
+            return cond.to(x).unsqueeze(1).expand_as(x)
+
+    cond = torch.arange(12) % 5
+    assert Trajectory(uses=3)(Labelled((2,)), torch.zeros(12, 2), cond, seeded()).max() < 1e-9
