@@ -6,7 +6,7 @@ import re
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
 def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> Any:
     """The LightningModule of a task, from its configuration."""
     from steerfm import training
-    from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Triangle
+    from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
     o, opt = config.objective, config.optimizer
     schedule = {
@@ -107,6 +107,13 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
     )
     pairs = Triangle(o.terminal, o.full, o.gap)
     objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+    if o.teacher:
+        if "trajectory" not in shares:
+            raise ConfigError("objective.teacher is only used by the objective trajectory: give it a share")
+        objectives = {
+            replace(objective, teacher=zoo.load(o.teacher)) if isinstance(objective, Trajectory) else objective: share
+            for objective, share in objectives.items()
+        }
     null = len(data.class_names)
     diagonal = FlowMatching(guidance=o.guidance, null_label=null)
     return training.FlowMapTraining(flow_map, objectives, diagonal, start=o.start, null_label=null, drop=o.drop, **schedule)

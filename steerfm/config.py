@@ -39,8 +39,9 @@ class ObjectiveConfig:
     """Shares of the batch per off-diagonal objective (the rest is flow matching), and how pairs of times are drawn.
 
     shares: e.g. {lagrangian: 0.125, progressive: 0.25}; empty means {lagrangian: 0.25}. start: share of the steps with flow
-    matching only; terminal, full, gap: see `objectives.Triangle`; drop: probability of the null class; guidance: scale of the
-    classifier-free guidance that is trained into the map (1: none). smoothing, noise: of a classifier's labels and pictures.
+    matching only; terminal, full, gap: see `objectives.Triangle`; teacher: checkpoint whose velocity `trajectory` follows,
+    frozen (default: the map's own); drop: probability of the null class; guidance: scale of the classifier-free guidance that
+    is trained into the map (1: none). smoothing, noise: of a classifier's labels and pictures.
     """
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class ObjectiveConfig:
     gap: float = 1.0
     drop: float = 0.1
     guidance: float = 1.0
+    teacher: str | None = None
     smoothing: float = 0.1
     noise: float = 0.0
 

@@ -173,20 +173,25 @@ class MeanFlow:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """|u(x_s, s, t) - sg (x_t - x_s)/(t - s)|^2 on the map's own trajectories, from noise, of the ODE dx = u(x, t, t) dt.
+    """|u(x_s, s, t) - (x_t - x_s)/(t - s)|^2 on trajectories, from noise, of the ODE of a velocity; where s = t, the velocity.
 
-    The definition of a flow map as a regression: targets have no noise and do not bootstrap, so few steps go far once the
-    velocity is good (ReFlow's pairs, 2209.03003, at all times). Midpoint rule; the interior times are drawn anew each call.
+    The definition of a flow map as a regression: targets have no noise, and with a frozen teacher they do not drift, so few
+    steps go far once the velocity is good (ReFlow's pairs, 2209.03003, at all times). Midpoint rule; the interior times are
+    drawn anew each call.
 
     Args:
         pairs: their shares of pairs with t = 1 and of (0, 1) are used, not their times.
         steps: of the ODE; two calls each, without a gradient.
         uses: pairs taken from each trajectory.
+        diagonal: share of the other pairs with s = t.
+        teacher: whose velocity; default the map's own.
     """
 
     pairs: Triangle = field(default_factory=Triangle)
     steps: int = 8
     uses: int = 8
+    diagonal: float = 0.3
+    teacher: FlowMap | None = None
 
     def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
         b, n = len(x1), self.steps
@@ -195,25 +200,29 @@ class Trajectory:
         jitter = 0.8 * (torch.rand(n + 1, generator=generator) - 0.5)
         times = (torch.arange(n + 1) + jitter).clamp(0, n) / n
         times[0], times[-1] = 0.0, 1.0
-        path = self._integrate(flow_map, start, times.tolist(), cond_start)  # (n + 1, trajectories, *shape)
-        u, v, which = torch.rand(3, b, generator=generator)
+        path, velocity = self._integrate(self.teacher or flow_map, start, times.tolist(), cond_start)
+        u, v, which, diagonal = torch.rand(4, b, generator=generator)
         last = torch.where(which < self.pairs.terminal + self.pairs.full, n, 1 + (u * n).long().clamp_max(n - 1))
         first = torch.where(which < self.pairs.full, 0, (v * last).long().minimum(last - 1))
+        last = torch.where((last < n) & (diagonal < self.diagonal), first, last)
         of = torch.arange(b, device=x1.device) // self.uses
         first, last, times = first.to(x1.device), last.to(x1.device), times.to(x1)
         s, t, x_s, x_t = times[first], times[last], path[first, of], path[last, of]
-        u = flow_map.average_velocity(x_s, s, t, take_rows(cond_start, of))
-        return _mean_square(u - (x_t - x_s) / expand_time(t - s, x1))
+        gap = expand_time(t - s, x1)
+        target = torch.where(gap > 0, (x_t - x_s) / gap.where(gap > 0, 1.0), velocity[first, of])
+        return _mean_square(flow_map.average_velocity(x_s, s, t, take_rows(cond_start, of)) - target)
 
     @staticmethod
-    def _integrate(flow_map: FlowMap, x: Tensor, times: Sequence[float], cond: Condition) -> Tensor:
-        states = [x]
+    def _integrate(teacher: FlowMap, x: Tensor, times: Sequence[float], cond: Condition) -> tuple[Tensor, Tensor]:
+        """States (steps + 1, b, *shape) and the velocities at all but the last, (steps, b, *shape)."""
+        states, velocities = [x], []
         with torch.no_grad():
             for s, t in pairwise(times):
-                middle = x + (t - s) / 2 * flow_map.velocity(x, s, cond)
-                x = x + (t - s) * flow_map.velocity(middle, (s + t) / 2, cond)
+                velocities.append(teacher.velocity(x, s, cond))
+                middle = x + (t - s) / 2 * velocities[-1]
+                x = x + (t - s) * teacher.velocity(middle, (s + t) / 2, cond)
                 states.append(x)
-        return torch.stack(states)
+        return torch.stack(states), torch.stack(velocities)
 
 
 OFF_DIAGONAL: dict[str, type] = {

@@ -398,6 +398,16 @@ def test_trajectories_are_those_of_the_exact_map_up_to_the_second_order_of_their
     assert loss[64] < 2e-5 and loss[64] < loss[32] / 8 and loss[32] < loss[16] / 4
 
 
+def test_a_frozen_teacher_is_followed_on_and_off_the_diagonal():
+    student, x1 = Recorded(), torch.zeros(512, 1, dtype=torch.float64)
+    teacher = Recorded()
+    assert Trajectory(steps=64, diagonal=0.5, teacher=teacher)(student, x1, None, seeded()).mean() < 2e-5
+    (pair,) = student.asked
+    assert (pair[0] == pair[1]).any() and not teacher.asked  # the teacher never sees a gradient
+    other = GaussianMixture([[1.0]], [[0.5]]).flow_map()
+    assert Trajectory(steps=16, diagonal=0.5, teacher=other)(student, x1, None, seeded()).mean() > 0.1
+
+
 def test_a_bent_map_is_seen_by_its_bend():
     flow_map, x1 = Recorded(0.5), torch.zeros(512, 1, dtype=torch.float64)
     losses = Trajectory(steps=64)(flow_map, x1, None, seeded())
@@ -407,9 +417,10 @@ def test_a_bent_map_is_seen_by_its_bend():
 
 def test_trajectories_end_where_their_shares_say():
     flow_map, x1 = Recorded(), torch.zeros(4000, 1, dtype=torch.float64)
-    Trajectory(Triangle(terminal=0.3, full=0.2), steps=8, uses=100)(flow_map, x1, None, seeded())
+    Trajectory(Triangle(terminal=0.3, full=0.2), steps=8, uses=100, diagonal=0.25)(flow_map, x1, None, seeded())
     ((s, t),) = flow_map.asked
-    assert (s < t).all() and (s >= 0).all() and (t <= 1).all()
+    assert (s <= t).all() and (s >= 0).all() and (t <= 1).all()
+    assert (s == t).double().mean() == pytest.approx(0.25 * 0.5 * 7 / 8, abs=0.03)
     assert ((s == 0) & (t == 1)).double().mean() == pytest.approx(0.2 + 0.3 / 8 + 0.5 / 64, abs=0.03)
     assert (t == 1).double().mean() == pytest.approx(0.5 + 0.5 / 8, abs=0.03)
 
