@@ -1,7 +1,7 @@
 """Every method on targets that are known exactly, at equal cost: which ones sample the tilt, and how well.
 
     steerfm bench exact                      # all methods, six targets, three budgets, eight seeds: 15 minutes on two cores
-    steerfm bench exact --quick              # two targets, one budget: a minute
+    steerfm bench exact --quick              # two targets, one budget: a minute and a half
     steerfm bench exact --methods best_of_n feynman_kac --cases ring
 
 A method gets as many particles as the budget buys (evaluations of the network an output; a backward pass counts two). Errors
@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -34,11 +33,9 @@ from torch import Tensor
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.metrics import mmd, sliced_wasserstein, wasserstein_1d
+from steerfm.metrics import interval, mmd, sliced_wasserstein, wasserstein_1d
+from steerfm.results import cost_plot
 from steerfm.steering import METHODS, Method
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
@@ -122,17 +119,13 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 # --- one cell --------------------------------------------------------------------------------------------------------
-def evaluations(cost: Any) -> float:
-    return cost.forwards + 2 * cost.backwards
-
-
 def within_budget(method: Method, case: Case, flow_map: Any, budget: int) -> Method | None:
     """The method with the particles that ``budget`` evaluations an output buy; None where it cannot be that cheap."""
     unit = int(getattr(method, "children", 1))
     if hasattr(method, "budget"):
         return replace(method, budget=budget)  # type: ignore[type-var]
     trial = replace(method, particles=4 * unit)  # type: ignore[type-var]
-    each = evaluations(steerfm.steer(flow_map, case.reward, trial, n=1).cost) / (4 * unit)
+    each = steerfm.steer(flow_map, case.reward, trial, n=1).cost.evaluations / (4 * unit)
     groups = int(budget / each) // unit
     return replace(method, particles=groups * unit) if groups else None  # type: ignore[type-var]
 
@@ -167,41 +160,13 @@ def measure(case: Case, method: Method, flow_map: Any, seeds: int) -> dict[str, 
         record("unique", result.trace.unique()[i] / len(w))
         if result.log_z is not None:
             record("log_z", result.log_z[i] - case.log_z)
-    record("cost", evaluations(result.cost) / seeds)
+    record("cost", result.cost.evaluations / seeds)
     record("particles", method.particles)
     record("seconds", seconds)
     return rows
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95% interval over the seeds."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), (1.96 * x.std() / math.sqrt(len(x))).item() if len(x) > 1 else 0.0
-
-
 # --- the page --------------------------------------------------------------------------------------------------------
-def plot(name: str, found: dict[str, dict[int, dict[str, list[float]]]], path: Path) -> None:
-    """Distance against cost, one line a method; the best six by the largest budget are coloured, the rest grey."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    ranked = sorted(found, key=lambda m: interval(found[m][max(found[m])]["distance"])[0])
-    colors = plt.get_cmap("tab10")
-    for rank, method in enumerate(ranked):
-        cells = sorted(found[method].items())
-        cost = [cell["cost"][0] for _, cell in cells]
-        mean, half = zip(*(interval(cell["distance"]) for _, cell in cells))
-        shown = rank < 6 or method == "best_of_n"
-        axis.errorbar(
-            cost, mean, half, marker="o", markersize=4, capsize=2, label=method if shown else None,
-            color=colors(rank % 10) if shown else "0.8", zorder=3 if shown else 1, linewidth=1.5 if shown else 1,
-        )  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="evaluations an output", ylabel="distance to the exact target")
-    axis.set_title(f"{name}: sliced W2 (W1 on the line), 95% over seeds; grey: the other methods", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def show(name: str, budget: int, found: dict[str, dict[int, dict[str, list[float]]]]) -> None:
     table = Table("method", "distance", "mmd", "log Z", "mass", "reward", "ESS", "unique", "particles", "cost", "ms",
                   title=f"{name}: errors at {budget} evaluations an output")  # fmt: skip
@@ -253,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             del results[case_name][method_name]
     for name, found in results.items():
         show(name, budgets[-1], found)
-        plot(name, found, options.out / f"{name}.png")
+        lines = {m: [(c["cost"][0], *interval(c["distance"])) for _, c in sorted(cells.items())] for m, cells in found.items()}
+        path, title = options.out / f"{name}.png", f"{name}: sliced W2 (W1 on the line)"
+        cost_plot(lines, path, title, "distance to the exact target", lower_is_better=True)
     (options.out / "exact.json").write_text(json.dumps(results))
     line = {
         case: {

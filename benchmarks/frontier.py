@@ -17,27 +17,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 import steerfm
 from steerfm import zoo
-from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity
+from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity
+from steerfm.results import cost_plot
 from steerfm.steering import METHODS, Method
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CHOSEN = (
     "best_of_n", "multi_round", "feynman_kac", "fk_steering", "das", "tds", "fmrg_j", "fmrg_e", "dps", "svdd", "rbf",
@@ -58,10 +53,6 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 }
 
 
-def cost_of(result: steerfm.SteeringResult, n: int) -> float:
-    return (result.cost.forwards + 2 * result.cost.backwards) / n
-
-
 def at_budget(method: Method, flow_map: Any, problem: dict[str, Any], reward: Any, budget: int) -> Method | None:
     """The method with as many steps as leave it at least its least particles, then as many particles as the rest buys."""
     names = {field.name for field in fields(method)}  # type: ignore[arg-type]
@@ -75,17 +66,12 @@ def at_budget(method: Method, flow_map: Any, problem: dict[str, Any], reward: An
     while size >= 1:
         trial = replace(method, **{length: size}, particles=max(least, unit))  # type: ignore[arg-type]
         result = steerfm.steer(flow_map, reward, trial, n=1, cond=problem["cond"], strength=problem["strength"])
-        each = cost_of(result, 1) / trial.particles
+        each = result.cost.evaluations / trial.particles
         particles = int(budget / each) // unit * unit
         if particles >= least:
             return replace(trial, particles=particles)  # type: ignore[type-var]
         size //= 2
     return None
-
-
-def mean_and_half(values: Tensor) -> tuple[float, float]:
-    values = values.double()
-    return values.mean().item(), (1.96 * values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown methods {', '.join(unknown)}; methods: {', '.join(METHODS)}")
     flow_map = steerfm.load(options.model)
-    classifier, names = zoo.load_classifier("fashion-classifier")
-    judge = zoo.load_classifier("fashion-judge")[0].eval()
+    classifier, names, _ = zoo.load_classifier("fashion-classifier")
+    judge = zoo.load_classifier("fashion-judge")[0]
     statistics = zoo.statistics("fashion-classifier")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "frontier.json"
@@ -132,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             wanted = [names.index(name) for name in problem["judged"]]
             right = torch.stack([log_p.argmax(1) == index for index in wanted]).any(0)
             found[key] = {
-                "reward": mean_and_half(result.rewards.max(1).values),
-                "judge": mean_and_half(log_p[:, wanted].mean(1)),
+                "reward": interval(result.rewards.max(1).values),
+                "judge": interval(log_p[:, wanted].mean(1)),
                 "accuracy": right.double().mean().item(),
                 "diversity": pairwise_diversity(features),
                 "frechet": frechet_distance(*feature_statistics(features), statistics["test_mean"], statistics["test_cov"]),
-                "cost": cost_of(result, options.n),
+                "cost": result.cost.evaluations / options.n,
                 "particles": method.particles,
                 "steps": getattr(method, "steps", getattr(method, "iterations", None)),
                 "seconds": seconds / options.n,
@@ -147,7 +133,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for budget in options.budgets:
             rows = {m: found[f"{problem_name}/{budget}/{m}/{options.n}"] for m in options.methods}
             show(problem_name, budget, {m: row for m, row in rows.items() if row})
-        plot(problem_name, found, options, options.out / f"{problem_name}.png")
+        lines = {
+            m: [
+                (cell["cost"], *cell["judge"])
+                for b in options.budgets
+                if (cell := found[f"{problem_name}/{b}/{m}/{options.n}"])
+            ]
+            for m in options.methods
+        }
+        cost_plot(lines, options.out / f"{problem_name}.png", problem_name, "held-out judge, log-probability")
     print(f"plots and every cell: {options.out}")
     print(json.dumps({"benchmark": "frontier", "n": options.n, "cells": found}))
 
@@ -162,27 +156,6 @@ def show(problem: str, budget: int, rows: dict[str, dict[str, Any]]) -> None:
             f"{row['seconds']:.2f}",
         )  # fmt: skip
     Console(width=130).print(table)
-
-
-def plot(problem: str, found: dict[str, Any], options: argparse.Namespace, path: Path) -> None:
-    """Held-out reward against cost, one line a method; best-of-n black, the best six at the largest budget coloured."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    lines = {}
-    for method in options.methods:
-        cells = [found[f"{problem}/{budget}/{method}/{options.n}"] for budget in options.budgets]
-        lines[method] = [(cell["cost"], *cell["judge"]) for cell in cells if cell]
-    ranked = sorted((m for m in lines if lines[m]), key=lambda m: -lines[m][-1][1])
-    for rank, method in enumerate(ranked):
-        cost, mean, half = zip(*lines[method])
-        shown = rank < 6 or method == "best_of_n"
-        color = "black" if method == "best_of_n" else plt.get_cmap("tab10")(rank % 10) if shown else "0.8"
-        axis.errorbar(cost, mean, half, marker="o", markersize=4, capsize=2, color=color, label=method if shown else None)
-    axis.set(xscale="log", xlabel="evaluations an output", ylabel="held-out judge, log-probability")
-    axis.set_title(f"{problem}: 95% over outputs; grey: the other methods", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
             best = model.decode(result.best())
             with torch.no_grad():
                 values, held_out = reward(best), judge(best).exp()
-            cost = (result.cost.forwards + 2 * result.cost.backwards) / N
+            cost = result.cost.evaluations / N
             rows.append(
                 (name, f"{values.mean():.3f}", f"{held_out.mean():.2f}", f"{pairwise_diversity(best.flatten(1)):.2f}",
                  f"{cost:.0f}", f"{result.cost.seconds:.1f}")

@@ -42,6 +42,11 @@ class Cost:
         total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return Cost(**total | {"peak_bytes": max(self.peak_bytes, other.peak_bytes)})
 
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations, a backward pass counted as two: what methods are compared at."""
+        return self.forwards + 2 * self.backwards
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 

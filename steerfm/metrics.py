@@ -417,6 +417,16 @@ def reward_statistics(values: Tensor) -> dict[str, float]:
     }
 
 
+def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
+    """Mean of independent values (n,) and half the width of its 95% normal interval, 0 for a single one.
+
+    Raises:
+        ValueError: no values.
+    """
+    found = reward_statistics(torch.as_tensor(values))
+    return found["mean"], 1.96 * found["standard_error"] if len(values) > 1 else 0.0
+
+
 # --- helpers ---------------------------------------------------------------------------------------------------------
 def _float64(x: Tensor) -> Tensor:
     """x in float64, on the CPU where the device has none."""

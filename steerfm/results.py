@@ -215,6 +215,43 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
     return _save(fig, path)
 
 
+def cost_plot(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: str | Path,
+    title: str,
+    ylabel: str,
+    lower_is_better: bool = False,
+    baseline: str = "best_of_n",
+) -> Path:
+    """Draw what methods reach against what they cost: the baseline black, the best six at their largest cost coloured.
+
+    Args:
+        lines: method -> (evaluations, mean, half of its interval) by rising cost.
+        path: of the png.
+        lower_is_better: an error, on a logarithmic axis, rather than a reward.
+
+    Raises:
+        ValueError: no lines.
+    """
+    ranked = sorted((name for name in lines if lines[name]), key=lambda name: lines[name][-1][1], reverse=not lower_is_better)
+    if not ranked:
+        raise ValueError("no lines to draw")
+    fig = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    ax = fig.add_subplot()
+    _style(ax, f"{title}; bars: 95%; grey: the other methods")
+    for rank, name in enumerate(ranked):
+        cost, mean, half = zip(*lines[name])
+        shown = rank < 6 or name == baseline
+        color = "black" if name == baseline else f"C{rank}" if shown else "0.8"
+        label, order = (name, 3) if shown else (None, 1)
+        ax.errorbar(cost, mean, half, marker="o", markersize=4, capsize=2, color=color, label=label, zorder=order)
+    ax.set(xscale="log", yscale="log" if lower_is_better else "linear")
+    ax.set_xlabel("evaluations an output", fontsize=9, color=INK)
+    ax.set_ylabel(ylabel, fontsize=9, color=INK)
+    ax.legend(fontsize=8, frameon=False)
+    return _save(fig, path)
+
+
 def _cells(pictures: Tensor, size: int) -> np.ndarray:
     """Pictures (rows, columns, c, h, w) in [0, 1] as (rows, columns, h', w', 3) uint8, about ``size`` pixels wide."""
     if pictures.ndim != 5 or pictures.shape[2] not in (1, 3) or not pictures.numel():

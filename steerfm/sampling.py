@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -47,8 +48,14 @@ class Noise:
 
     def __init__(self, seeds: Sequence[int], k: int = 1) -> None:
         self.k, self.seeds = k, [int(seed) for seed in seeds]
-        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.selection = [torch.Generator().manual_seed(_other_stream(seed)) for seed in self.seeds]
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:  # made when first drawn from: many a run has no use for all its streams
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    @cached_property
+    def selection(self) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(_other_stream(seed)) for seed in self.seeds]
 
     def other(self) -> Noise:
         """An unrelated stream for the same outputs."""
@@ -56,7 +63,7 @@ class Noise:
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal (n * k, *shape), drawn in float32, on the device and in the dtype of ``like``."""
-        out = torch.empty(len(self.generators), self.k, *shape)
+        out = torch.empty(len(self.seeds), self.k, *shape)
         for rows, generator in zip(out, self.generators):
             torch.randn(shape, generator=generator, out=rows[0])
             if self.k > 1:

@@ -124,3 +124,7 @@ def test_an_inner_ledger_does_not_hide_the_peak_of_the_outer(monkeypatch):
             card.peak = 200
         card.peak = 300
     assert (outer.cost.peak_bytes, middle.cost.peak_bytes, inner.cost.peak_bytes) == (900, 500, 500)
+
+
+def test_a_backward_pass_counts_as_two_evaluations():
+    assert Cost(forwards=5, backwards=3).evaluations == 11

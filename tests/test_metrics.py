@@ -243,3 +243,11 @@ def test_reward_statistics():
     copies = values[:100, None].expand(100, 16)  # copies of one output are no new evidence
     assert metrics.reward_statistics(copies)["standard_error"] == pytest.approx(values[:100].std().item() / 10)
     assert math.isnan(metrics.reward_statistics(torch.ones(1))["standard_error"])
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says():
+    x = torch.randn(2000, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    found = [metrics.interval(row) for row in x]
+    covered = sum(abs(mean - 3) < half for mean, half in found) / len(found)
+    assert covered == pytest.approx(0.95, abs=0.02)
+    assert metrics.interval([2.5]) == (2.5, 0.0)

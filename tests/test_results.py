@@ -276,3 +276,11 @@ def test_model_card(tmp_path):
     assert text.index("## Data") < text.index("## Licence") < text.index("## Metrics") < text.index("## Parameters")
     assert yaml.safe_load(model_card("x", {"licence": "house rules"}).split("---")[1])["license"] == "other"
     assert "a\\|b" in text
+
+
+def test_cost_plot_draws_every_method_and_names_the_best(tmp_path):
+    lines = {f"m{i}": [(8, i + 1.0, 0.1), (64, i + 0.5, 0.1)] for i in range(9)} | {"best_of_n": [(8, 20.0, 0.0)], "none": []}
+    path = results.cost_plot(lines, tmp_path / "cost.png", "a target", "error", lower_is_better=True)
+    assert Image.open(path).size == (840, 540)
+    with pytest.raises(ValueError, match="no lines"):
+        results.cost_plot({"none": []}, tmp_path / "x.png", "a target", "error")

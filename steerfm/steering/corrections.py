@@ -40,12 +40,16 @@ class Correction(Protocol):
     Attributes:
         samples: whether the weighted particles sample the tilted target.
         looks_untempered: whether the look-ahead is needed even where its value is tempered to zero, as at t = 0.
+        differentiates: whether it takes gradients, so that the run may not be in inference mode.
     """
 
     @property
     def samples(self) -> bool: ...
 
     looks_untempered: bool
+
+    @property
+    def differentiates(self) -> bool: ...
 
     def check(self, steering: Steering) -> None:
         """Raise a ValueError that says why, if the other parts do not fit."""
@@ -113,7 +117,7 @@ class Twisted:
 
     potential: str = "difference"
     samples = True
-    looks_untempered = False
+    looks_untempered = differentiates = False
 
     def __post_init__(self) -> None:
         if self.potential not in POTENTIALS:
@@ -168,6 +172,10 @@ class Jarzynski:
     probes: int = 1
     samples = True
     looks_untempered = True
+
+    @property
+    def differentiates(self) -> bool:
+        return self.general
 
     def check(self, steering: Steering) -> None:
         guidance, transition = steering.guidance, steering.transition
@@ -252,7 +260,7 @@ class Uncorrected:
     """No weights: the particles are the result of an ascent or a search, not a sample of the tilted target."""
 
     samples = False
-    looks_untempered = False
+    looks_untempered = differentiates = False
 
     def check(self, steering: Steering) -> None:
         if isinstance(steering.tempering, Adaptive):

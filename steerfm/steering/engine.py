@@ -225,7 +225,7 @@ class Steering:
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`. Gradient-free methods run in inference mode: no graph is ever kept."""
         correction, guidance = self.correction, self.guidance
-        graph = getattr(correction, "general", False) or (guidance is not None and guidance.differentiates)  # type: ignore[union-attr]
+        graph = correction.differentiates or (guidance is not None and guidance.differentiates)  # type: ignore[union-attr]
         with torch.no_grad() if graph else torch.inference_mode():
             return self._run(problem, noise, n, lookaheads, tick)
 

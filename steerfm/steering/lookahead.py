@@ -16,6 +16,7 @@ from steerfm import sampling
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import Condition, FlowMap, repeat_rows
 from steerfm.sampling import Noise
+from steerfm.steering.weights import at_least_one
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Smooth:
     kind = ""
 
     def __post_init__(self) -> None:
-        _at_least_one(k=self.k)
+        at_least_one(k=self.k)
 
     def endpoints(self, flow_map: FlowMap, x: Tensor, t: float, cond: Condition, noise: Noise | None = None) -> Endpoints:
         z = flow_map.denoise(x, t, cond).unsqueeze(1)
@@ -128,7 +129,7 @@ class Renoise:
     kind = ""
 
     def __post_init__(self) -> None:
-        _at_least_one(k=self.k)
+        at_least_one(k=self.k)
         if not self.snr_factor > 1:
             raise ValueError(f"snr_factor={self.snr_factor}: must be above 1, to noise back")
         unknown = set(self.terms) - {"likelihood", "reference", "proposal"}
@@ -186,7 +187,7 @@ class Posterior:
     kind = "posterior"
 
     def __post_init__(self) -> None:
-        _at_least_one(steps=self.steps, k=self.k)
+        at_least_one(steps=self.steps, k=self.k)
 
     def endpoints(self, flow_map: FlowMap, x: Tensor, t: float, cond: Condition, noise: Noise | None = None) -> Endpoints:
         path, k = flow_map.interpolant, self.k
@@ -276,9 +277,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _squares(a: Tensor) -> Tensor:
     return _dot(a, a)
-
-
-def _at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}: at least one is needed")

@@ -215,17 +215,13 @@ class MPGD(Ascent):
 
 
 @dataclass(frozen=True)
-class FMRGJ(Ascent):
-    """Flow map reward guidance through the map's Jacobian, FMRG-J (2604.27147).
+class WarmedAscent(Ascent):
+    """An ascent that starts with several particles, of which the best by look-ahead goes on alone after ``warmup`` steps.
 
-    Parts: look-ahead jump, gradient through the map, rescaled to the step's displacement (the reward's scale and
-    ``strength`` drop out), no tempering, transition jump, correction none. With several particles and ``warmup`` steps, the
-    best by look-ahead goes on alone after those; ``stop`` leaves a tail of the steps unguided.
-    Samples: no. It is optimal control of one trajectory: an ascent.
+    Samples: no.
     """
 
     steps: int = 8
-    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
     warmup: int = 0
 
     def __post_init__(self) -> None:
@@ -235,7 +231,20 @@ class FMRGJ(Ascent):
 
 
 @dataclass(frozen=True)
-class FMRGE(Ascent):
+class FMRGJ(WarmedAscent):
+    """Flow map reward guidance through the map's Jacobian, FMRG-J (2604.27147).
+
+    Parts: look-ahead jump, gradient through the map, rescaled to the step's displacement (the reward's scale and
+    ``strength`` drop out), no tempering, transition jump, correction none. With several particles and ``warmup`` steps, the
+    best by look-ahead goes on alone after those; ``stop`` leaves a tail of the steps unguided.
+    Samples: no. It is optimal control of one trajectory: an ascent.
+    """
+
+    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
+
+
+@dataclass(frozen=True)
+class FMRGE(WarmedAscent):
     """Flow map reward guidance at the endpoint, FMRG-E (2604.27147): no network backward.
 
     Parts: look-ahead jump, a few reward-gradient steps on the endpoint, x' = X_{s,t}(x) + (1 - s) t (z_opt - z), no
@@ -244,14 +253,7 @@ class FMRGE(Ascent):
     Samples: no. It is an ascent; good for measurements (inverse problems).
     """
 
-    steps: int = 8
     guidance: Guidance | str | None = field(default_factory=EndpointAscent)
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        if self.warmup:
-            object.__setattr__(self, "resampling", Window(TopK(1, prune=True), self.warmup))
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

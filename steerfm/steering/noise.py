@@ -23,7 +23,7 @@ from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
 from steerfm.steering.engine import Outcome, Tick, Trace
 from steerfm.steering.value import Problem
-from steerfm.steering.weights import wide
+from steerfm.steering.weights import at_least_one, wide
 
 
 # --- what is found ---------------------------------------------------------------------------------------------------
@@ -113,9 +113,7 @@ class NoiseSearch:
     hops: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("particles", "iterations", "hops"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least one is needed")
+        at_least_one(particles=self.particles, iterations=self.iterations, hops=self.hops)
 
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
@@ -171,8 +169,7 @@ class ZeroOrderSearch(NoiseSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates < 1:
-            raise ValueError(f"candidates={self.candidates}: at least one is needed")
+        at_least_one(candidates=self.candidates)
         if not 0 < self.radius <= 1:
             raise ValueError(f"radius={self.radius}: must be in (0, 1]")
 

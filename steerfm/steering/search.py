@@ -22,7 +22,7 @@ from steerfm.sampling import Noise, time_grid
 from steerfm.steering.engine import Outcome, Tick
 from steerfm.steering.noise import Found, search_trace
 from steerfm.steering.value import Problem
-from steerfm.steering.weights import effective_sample_size, multinomial, normalise, wide
+from steerfm.steering.weights import at_least_one, effective_sample_size, multinomial, normalise, wide
 
 
 def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, gamma: float, z: Tensor) -> Found:
@@ -252,9 +252,7 @@ class BudgetForcing:
 
     def __post_init__(self) -> None:
         time_grid(self.steps)
-        for name in ("particles", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least one is needed")
+        at_least_one(particles=self.particles, width=self.width)
         if self.budget < self.steps:
             raise ValueError(f"budget={self.budget}: at least one for each of the steps={self.steps}")
         if not 0 < self.gamma <= 1:

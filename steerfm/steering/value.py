@@ -20,7 +20,7 @@ from steerfm.interpolant import expand_time
 from steerfm.rewards import Prompts, Reward, RewardError, Scores
 from steerfm.sampling import Noise
 from steerfm.steering.lookahead import Endpoints, Lookahead
-from steerfm.steering.weights import log_mean_exp, wide
+from steerfm.steering.weights import at_least_one, log_mean_exp, wide
 
 Tempering = Callable[[float], float]
 Beta = Callable[[Endpoints, Tensor], Tensor]
@@ -331,8 +331,7 @@ class EndpointAscent:
     differentiates = True
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations}: at least one is needed")
+        at_least_one(iterations=self.iterations)
 
     def evaluate(self, view: View) -> Evaluation:
         start = z = view.endpoints(view.x).z[:, 0].detach()

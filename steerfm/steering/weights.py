@@ -22,6 +22,17 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def at_least_one(**counts: int) -> None:
+    """Refuse counts below one, by name.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: at least one is needed")
+
+
 def normalise(log_w: Tensor) -> Tensor:
     """Log-weights (n, k) with logsumexp = 0 in every row."""
     return log_w - torch.logsumexp(log_w, 1, keepdim=True)
@@ -152,6 +163,13 @@ class Selected:
     ancestors: Tensor
     resampled: Tensor
 
+    @classmethod
+    def none(cls, log_w: Tensor) -> Selected:
+        """Every particle (n, k) its own ancestor."""
+        n, k = log_w.shape
+        stay = torch.arange(k, device=log_w.device).expand(n, k)
+        return cls(stay, torch.zeros(n, dtype=torch.bool, device=log_w.device))
+
 
 class Selection(Protocol):
     """Which particles go on; any object with these members is a selection.
@@ -192,11 +210,11 @@ class Resample:
 
     def select(self, candidates: Candidates) -> Selected:
         log_w = candidates.log_w
-        stay = torch.arange(log_w.shape[1], device=log_w.device).expand_as(log_w)
+        stay = Selected.none(log_w)
         low = effective_sample_size(log_w) < self.threshold * (1 - 1e-12)  # equal weights have ESS 1 up to rounding
         if not low.any():
-            return Selected(stay, low)
-        return Selected(torch.where(low.unsqueeze(1), self.draw(log_w, candidates.u), stay), low)
+            return stay
+        return Selected(torch.where(low.unsqueeze(1), self.draw(log_w, candidates.u), stay.ancestors), low)
 
     def draw(self, log_w: Tensor, u: Tensor) -> Tensor:
         """Ancestors (n, k) of every output, whatever its ESS."""
@@ -247,8 +265,7 @@ class BestChild:
     ranks, prunes = True, False
 
     def __post_init__(self) -> None:
-        if self.children < 1:
-            raise ValueError(f"children={self.children}: at least one is needed")
+        at_least_one(children=self.children)
 
     def select(self, candidates: Candidates) -> Selected:
         n, k = candidates.tilt.shape
@@ -295,6 +312,4 @@ class Window:
     def select(self, candidates: Candidates) -> Selected:
         if candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
             return self.selection.select(candidates)
-        n, k = candidates.tilt.shape
-        device = candidates.tilt.device
-        return Selected(torch.arange(k, device=device).expand(n, k), torch.zeros(n, dtype=torch.bool, device=device))
+        return Selected.none(candidates.log_w)
