@@ -99,6 +99,9 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
             raise ConfigError(
                 f"unknown objective {name!r}{did_you_mean(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}"
             )
+    for key, name in {"init": config.init, "objective.teacher": o.teacher}.items():
+        if name and not zoo.find(name).is_file():
+            raise ConfigError(f"{key}: no file {name}: train it first, or start from a shipped model, {key}=fashion")
     if config.init:
         load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
     pixels = data.train[0].float() / 127.5 - 1

@@ -55,6 +55,7 @@ def write_reward(tmp_path, body: str) -> str:
         (["sample", "model=fashion", "steps=0"], "at least one step"),
         (["rewards", "classifer"], "did you mean 'classifier'"),
         (["train", "--config", "fashion", "data.name=cifar"], "data: fashion"),
+        (["train", "--config", "fashion", "init=nowhere.safetensors"], "init=fashion"),
         (["train", "--config", "fashion", "data.root=/nowhere"], "apt-get install dataset-fashion-mnist"),
     ],
 )
