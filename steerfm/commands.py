@@ -29,8 +29,9 @@ from steerfm.rewards import Reward
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
-from steerfm.steering.engine import Outcome, Trace, join
+from steerfm.steering.engine import Outcome, Trace
 from steerfm.steering.noise import NoiseAscent
+from steerfm.steering.run import join
 
 console = Console(highlight=False)
 

@@ -41,6 +41,10 @@ class Scores:
     total: Tensor
     components: dict[str, Tensor]
 
+    def __getitem__(self, rows: Tensor | slice) -> Scores:
+        """Of the given rows, without a graph."""
+        return Scores(self.total[rows].detach(), {name: value[rows] for name, value in self.components.items()})
+
 
 class Reward(nn.Module):
     """A scalar per picture, higher is better. Subclasses set the class facts and write `score`.

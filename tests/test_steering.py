@@ -24,6 +24,7 @@ from steerfm.steering import (
     Endpoints,
     Exponential,
     FeynmanKac,
+    Funnel,
     Jarzynski,
     Jump,
     MapGradient,
@@ -103,7 +104,8 @@ def test_every_method_keeps_the_contract(name):
     for record in (result.trace.ancestors, result.trace.value, result.trace.guidance_ratio):
         assert record.shape == (steps, n, k)
     assert ((result.trace.ess >= 1 / k - 1e-9) & (result.trace.ess <= 1 + 1e-9)).all()
-    assert ((result.trace.ancestors >= 0) & (result.trace.ancestors < k)).all()
+    assert ((result.trace.ancestors >= 0) & (result.trace.ancestors < getattr(method, "first", k))).all()
+    assert (result.trace.ancestors[1:] < k).all()
     assert [done for done, _ in ticks] == list(range(1, len(ticks) + 1)) and {all_ for _, all_ in ticks} == {len(ticks)}
     cost = result.cost
     assert cost.forwards >= n * k and cost.reward_calls >= n * k and cost.seconds > 0 and cost.peak_bytes > 0
@@ -229,17 +231,18 @@ S, K, N = 5, 4, 3
     ("method", "forwards", "backwards", "reward_calls", "reward_backwards"),
     [
         (BestOfN(K, S), S, 0, 1, 0),
-        (FeynmanKac(K, S), S, 0, S, 0),  # the look-ahead's jump is the transition's
+        (FeynmanKac(K, S), S, 0, S - 1, 0),  # the look-ahead's jump is the transition's, and the last one the sample
         (FeynmanKac(K, S, "denoise"), 2 * S - 1, 0, S, 0),  # two per step, but no look-ahead at the start
         (FeynmanKac(K, S, Jump(2)), 3 * S - 2, 0, S, 0),
-        (FeynmanKac(K, S, transition=Renoise(0.5)), 2 * S - 2, 0, S, 0),  # the last step goes to the look-ahead
+        (FeynmanKac(K, S, transition=Renoise(0.5)), 2 * S - 2, 0, S - 1, 0),  # the last step goes to the look-ahead
         (FeynmanKac(K, S, transition="diffuse"), 2 * S - 1, 0, S, 0),
-        (FeynmanKac(K, S, guidance="map"), S, S - 1, S, S - 1),
-        (FeynmanKac(K, S, guidance="endpoint"), S, 0, S, S - 1),
+        (FeynmanKac(K, S, guidance="map"), S, S - 1, S - 1, S - 1),
+        (FeynmanKac(K, S, guidance="endpoint"), S, 0, S - 1, S - 1),
         (FeynmanKac(K, S, "denoise", "map"), 2 * S - 1, S - 1, S, S - 1),
         (DPS(K, S), 2 * S, S, S + 1, S),
         (FMRGJ(K, S), 2 * S - 1, S, S + 1, S),
         (FMRGE(K, S), 2 * S - 1, 0, 3 * S + 1, 3 * S),
+        (Funnel(K, S, first=3 * K), S + 2, 0, S + 2, 0),  # the first look is three times as wide
         (Steering(K, S, correction="none", resampling=None), S, 0, 1, 0),  # nobody reads the look-ahead
     ],
 )
@@ -257,6 +260,36 @@ def test_recording_lookaheads_costs_nothing():
     method = FeynmanKac(K, S)
     assert cost_of(method, lookaheads=True).reward_calls == cost_of(method).reward_calls
     assert cost_of(method, lookaheads=True).forwards == cost_of(method).forwards
+
+
+def test_a_funnel_narrows_by_its_first_look():
+    flow_map = GaussianMixture([[-2.0], [2.0]], [[0.04], [0.04]]).flow_map()
+    method = Funnel(4, 3, first=64)
+    result = steerfm.steer(flow_map, lambda x: x[:, 0], method, n=8, strength=30.0)
+    assert (result.samples > 1).all() and result.trace.resampled[0].all()
+    assert (result.trace.origins()[0] == result.trace.ancestors[0]).all() and result.trace.ancestors[0].max() > 4
+    assert ((result.trace.unique() >= 1) & (result.trace.unique() <= 4)).all()
+
+
+def test_a_funnel_without_a_reward_is_plain_sampling():
+    result = steerfm.steer(MAP, lambda x: x.new_ones(len(x)), Funnel(transition="jump"), n=3, seeds=4)
+    assert torch.equal(result.samples[:, 0], steerfm.sample(MAP, n=3, steps=5, seeds=4))
+    assert (result.trace.ess > 1 - 1e-12).all() and torch.allclose(result.log_z, torch.ones(3).double())
+
+
+@pytest.mark.parametrize("budget", [1, 8, 31, 32, 100, 128, 512, 5000])
+def test_a_funnel_spends_its_budget(budget):
+    method = Funnel.within(budget)
+    cost = steerfm.steer(MAP, reward, method, n=2).cost
+    assert cost.forwards == cost.evaluations == 2 * budget and cost.backwards == 0
+    assert cost.reward_calls == 2 * budget
+
+
+def test_a_funnel_does_not_widen():
+    with pytest.raises(ValueError, match="at least the particles=16"):
+        Funnel(16, first=8)
+    with pytest.raises(ValueError, match="budget=0"):
+        Funnel.within(0)
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

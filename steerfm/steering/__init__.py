@@ -1,7 +1,7 @@
 """Steering: four orthogonal parts (look-ahead, value, transition, correction and selection), one engine, many presets."""
 
 from steerfm.steering.corrections import Jarzynski, Twisted, Uncorrected
-from steerfm.steering.engine import Method, Outcome, Steering, SteeringResult, Trace, steer
+from steerfm.steering.engine import Method, Outcome, Steering, Trace
 from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Smooth, residual
 from steerfm.steering.methods import (
     DAS,
@@ -24,10 +24,12 @@ from steerfm.steering.methods import (
     FKSteering,
     FMTTSearch,
     FreeDoM,
+    Funnel,
     MultiRound,
     WeightedDiamond,
 )
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.run import SteeringResult, steer
 from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
     Adaptive,
@@ -38,14 +40,14 @@ from steerfm.steering.value import (
     MapGradient,
     Power,
 )
-from steerfm.steering.weights import BestChild, Candidates, Resample, Selected, TopK, Window
+from steerfm.steering.weights import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
 
 __all__ = [
     "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
     "Beam", "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC",
     "EndpointAscent", "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch",
-    "FeynmanKac", "FreeDoM", "FreeGradient", "Jarzynski", "Jump", "MapGradient", "Method", "MultiRound", "Outcome",
-    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Selected", "Smooth", "Steering",
+    "FeynmanKac", "FreeDoM", "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Method", "MultiRound", "Narrow",
+    "Outcome", "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Selected", "Smooth", "Steering",
     "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
     "ZeroOrderSearch", "residual", "steer",
 ]  # fmt: skip

@@ -2,22 +2,20 @@
 
     look ahead -> value (and direction) -> transition (guided) -> correction of the log-weights -> selection
 
-`Steering` is a method given by its parts; `steer` runs any method on a problem. Presets are in `methods.py`.
+`Steering` is a method given by its parts. Presets are in `methods.py`; `run.py` runs any of them on a problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from steerfm.cost import Cost, Ledger
-from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
-from steerfm.rewards import Reward, RewardError, as_reward
-from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, as_condition, seed_list, time_grid
+from steerfm.rewards import Reward, RewardError
+from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, time_grid
 from steerfm.steering.corrections import CORRECTIONS, Correction, Move, Twisted
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead
 from steerfm.steering.value import (
@@ -35,6 +33,7 @@ from steerfm.steering.value import (
 from steerfm.steering.weights import (
     Candidates,
     Resample,
+    Selected,
     Selection,
     effective_sample_size,
     log_mean,
@@ -57,7 +56,7 @@ class Trace:
         t: (steps,) time.
         ess: (steps, n) effective sample size as a share of the particles, before selection.
         resampled: (steps, n) whether the output was resampled.
-        ancestors: (steps, n, k) whose copy each particle is.
+        ancestors: (steps, n, k) whose copy each particle is; at the first step, of the particles that looked ahead at t = 0.
         value: (steps, n, k) tempered value; at the last step strength * reward.
         guidance_ratio: (steps, n, k) length of the shift over that of the step's displacement; 0 without guidance.
         gradient_norm: (steps, n, k) length of the guidance's direction before the step; its tail over the particles says
@@ -79,11 +78,9 @@ class Trace:
 
     def origins(self) -> Tensor:
         """(steps, n, k) which of the first particles each one descends from."""
-        origin = torch.arange(self.ancestors.shape[2], device=self.ancestors.device).expand(self.ancestors.shape[1:])
-        out = []
-        for ancestors in self.ancestors:
-            origin = origin.gather(1, ancestors.clamp_min(0)).masked_fill(ancestors < 0, -1)
-            out.append(origin)
+        out = [self.ancestors[0]]
+        for ancestors in self.ancestors[1:]:
+            out.append(out[-1].gather(1, ancestors.clamp_min(0)).masked_fill(ancestors < 0, -1))
         return torch.stack(out)
 
     def unique(self) -> Tensor:
@@ -102,42 +99,6 @@ class Outcome:
     log_weights: Tensor
     log_z: Tensor | None
     trace: Trace
-
-
-@dataclass
-class SteeringResult(Outcome):
-    """The result of `steer`.
-
-    Attributes:
-        samples: (n, k, *shape) all particles, in model space.
-        rewards: (n, k); components: {name: (n, k)} raw values of every term of the reward.
-        log_weights: (n, k) with logsumexp = 0 over the particles of each output.
-        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None.
-        trace: see `Trace`. cost: see `steerfm.cost.Cost`.
-    """
-
-    cost: Cost
-    flow_map: FlowMap
-
-    def images(self) -> Tensor:
-        """(n, k, c, h, w) pictures in [0, 1] (vectors stay as they are)."""
-        n, k = self.samples.shape[:2]
-        return self.flow_map.decode(self.samples.flatten(0, 1)).unflatten(0, (n, k))
-
-    def best(self) -> Tensor:
-        """(n, *shape): the particle of highest reward of each output. This is a search, not a sample of the target."""
-        return self.samples[torch.arange(len(self.samples), device=self.samples.device), self.rewards.argmax(1)]
-
-    def resample(self, generator: torch.Generator) -> Tensor:
-        """(n, k, *shape) equally weighted particles, drawn by systematic resampling.
-
-        Args:
-            generator: a CPU generator.
-        """
-        n, k = self.log_weights.shape
-        u = torch.rand(n, k, generator=generator).to(self.log_weights)
-        ancestors = Resample("systematic").draw(self.log_weights, u)
-        return self.samples[torch.arange(n, device=self.samples.device).unsqueeze(1), ancestors]
 
 
 class Method(Protocol):
@@ -241,21 +202,42 @@ class Steering:
         flow_map, shape = problem.flow_map, problem.flow_map.shape
         transition, correction, guidance, selection = self.transition, self.correction, self.guidance, self.resampling
         assert not any(isinstance(part, str) for part in (transition, correction, guidance, selection))
-        times, k, looks_noise = self.times(), self.particles, noise.other()
+        times, k, looks_noise = self.times(), noise.k, noise.other()
         x = noise.normal(shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
         zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
         now = self._look(problem, looks_noise, x, 0.0, zero, None, zero)
         log_w, log_z = correction.start(now).view(n, k), zero.new_zeros(n)  # type: ignore[union-attr]
         records: list[dict[str, Tensor]] = []
         components: dict[str, Tensor] = {}
-        rewards = zero
+        rewards, shared = zero, None
+
+        def select(done: int, s: float, t: float) -> Selected:
+            """Ask the selection before the step from s to t; without noise in it, copies would stay copies."""
+            nonlocal x, now, log_w, log_z, k, problem, zero
+            parts = t < s or (t < 1 and transition.stochastic)  # type: ignore[union-attr]
+            if selection is None or not (parts or selection.prunes):  # type: ignore[union-attr]
+                return Selected.none(log_w)
+            u = noise.uniform(k, x.device)
+            selected = selection.select(Candidates(log_w, now.tilt.view(n, k), u, done, s))  # type: ignore[union-attr]
+            if bool(selected.resampled.any()):
+                rows = (torch.arange(n, device=x.device).unsqueeze(1) * k + selected.ancestors).flatten()
+                x, now = x[rows], now.select(rows)
+                log_z = torch.where(selected.resampled, log_z + log_mean(log_w), log_z)
+                log_w = torch.where(selected.resampled.unsqueeze(1), 0.0, log_w.gather(1, selected.ancestors))
+                if selected.ancestors.shape[1] < k:
+                    k = noise.k = looks_noise.k = selected.ancestors.shape[1]
+                    problem, zero = problem.select(rows), zero[rows]
+            return selected
+
+        first = select(0, times[0], times[1])
         for i, (s, t) in enumerate(zip(times, times[1:])):
             last = i + 2 == len(times)
             if t < s:  # back in time: the noising kernel, which no guidance bends
                 scale, std = flow_map.interpolant.renoise(s, t)
                 step = Step(scale * x, std)
             else:
-                step = transition.step(flow_map, x, s, t, problem.cond, self._shared(now))  # type: ignore[union-attr]
+                shared = self._shared(now)
+                step = transition.step(flow_map, x, s, t, problem.cond, shared)  # type: ignore[union-attr]
             shift, ratio, norm = None, zero, zero
             if guidance is not None and now.direction is not None and s < min(t, self.stop) and correction.guides(step):  # type: ignore[union-attr]
                 shift = guidance.shift(flow_map, now, x, step.mean, s, t, step.std)  # type: ignore[union-attr]
@@ -265,7 +247,8 @@ class Steering:
             x = (step if shift is None else type(step)(step.mean + shift, step.std)).sample(z)
             move = Move(now, now, step, shift, z, t - s)
             if last:
-                scores = problem.score(x)
+                seen = now.scores if x is shared else None  # the last look-ahead is what comes out: no need to ask again
+                scores = problem.score(x) if seen is None else seen
                 rewards, components = scores.total, scores.components
                 tilt = problem.strength * rewards.to(zero.dtype)
                 move.after = Evaluation(tilt, tilt, torch.ones_like(tilt), x)
@@ -279,27 +262,16 @@ class Steering:
                 "guidance_ratio": ratio.view(n, k),
                 "gradient_norm": norm.view(n, k),
                 "beta": after.beta.view(n, k)[:, 0],
-                "resampled": torch.zeros(n, dtype=torch.bool, device=x.device),
-                "ancestors": torch.arange(k, device=x.device).expand(n, k),
             }
             if lookaheads and self.lookahead is not None and after.endpoint is not None:
                 record["lookaheads"] = after.endpoint.view(n, k, *shape)[:, 0]
-            parts = not last and (times[i + 2] < t or (times[i + 2] < 1 and transition.stochastic))  # type: ignore[union-attr]
-            if selection is not None and not last and (parts or selection.prunes):  # type: ignore[union-attr]
-                u = noise.uniform(k, x.device)
-                selected = selection.select(Candidates(log_w, after.tilt.view(n, k), u, i + 1, t))  # type: ignore[union-attr]
-                if bool(selected.resampled.any()):
-                    rows = (torch.arange(n, device=x.device).unsqueeze(1) * k + selected.ancestors).flatten()
-                    x, after = x[rows], after.select(rows)
-                    log_z = torch.where(selected.resampled, log_z + log_mean(log_w), log_z)
-                    log_w = torch.where(selected.resampled.unsqueeze(1), 0.0, log_w.gather(1, selected.ancestors))
-                    if selected.ancestors.shape[1] < k:
-                        k = noise.k = looks_noise.k = selected.ancestors.shape[1]
-                        problem, zero = problem.select(rows), zero[rows]
-                record["resampled"], record["ancestors"] = selected.resampled, selected.ancestors
-            records.append(record)
             now = after
+            selected = Selected.none(log_w) if last else select(i + 1, t, times[i + 2])
+            record["resampled"], record["ancestors"] = selected.resampled, selected.ancestors
+            records.append(record)
             tick(i + 1, len(times) - 1)
+        records[0]["resampled"] = first.resampled | records[0]["resampled"]
+        records[0]["ancestors"] = first.ancestors.gather(1, records[0]["ancestors"])
         looks = [record.pop("lookaheads") for record in records if "lookaheads" in record]
         trace = Trace(
             t=torch.tensor(times[1:]),
@@ -383,112 +355,6 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
             part if part.shape[-1] == widest else torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=fill)
             for part in parts
         ]
-    )
-
-
-# --- running ---------------------------------------------------------------------------------------------------------
-def steer(
-    flow_map: FlowMap,
-    reward: Reward | Callable[..., Tensor],
-    method: Method | None = None,
-    n: int = 1,
-    seeds: int | Sequence[int] = 0,
-    strength: float | Sequence[float] | Tensor = 1.0,
-    cond: Condition | str | int | Sequence[str | int] = None,
-    *,
-    prompts: str | Sequence[str] | None = None,
-    labels: Tensor | None = None,
-    batch_size: int | None = None,
-    micro_batch: int | None = None,
-    lookaheads: bool = False,
-    progress: Tick | None = None,
-) -> SteeringResult:
-    """Steer samples of a flow map towards a reward: q(x) proportional to p_1(x) exp(strength * r(x)).
-
-    Args:
-        flow_map: the model.
-        reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps).
-        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; default
-            `FeynmanKac()`, gradient-free, which takes any reward.
-        n: outputs; each has its own particles.
-        seeds: an integer s for s, s + 1, ..., or one seed per output.
-        strength: of the tilt, finite; one number, or one per output.
-        cond: one row per output, or a class name or index for all.
-        prompts, labels: for rewards that read them; labels default to ``cond`` where that holds class labels.
-        batch_size: outputs at a time; the result does not depend on it.
-        micro_batch: rows per network call; the result does not depend on it.
-        lookaheads: keep the first particle's look-ahead pictures in the trace.
-        progress: called with (steps done, steps in all).
-
-    Returns:
-        A `SteeringResult` with all particles, their log-weights, the trace and the cost.
-
-    Raises:
-        ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
-    """
-    reward = as_reward(reward)
-    method = Steering() if method is None else method  # the defaults of the parts are those of FeynmanKac
-    method.check(reward)
-    all_seeds = seed_list(seeds, n)
-    rows = as_condition(flow_map, cond, n)
-    k = method.particles
-    tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
-    if tilt.ndim > 1 or (tilt.ndim == 1 and len(tilt) != n):
-        raise ValueError(f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output")
-    if not bool(torch.isfinite(tilt).all()):
-        raise ValueError(f"strength={strength}: must be finite")
-    tilt = tilt.expand(n)
-    if labels is None and isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
-        labels = rows
-    texts = [prompts] * n if isinstance(prompts, str) else prompts
-    if texts is not None and len(texts) != n:
-        raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
-    if isinstance(reward, torch.nn.Module):
-        reward.to(flow_map.device)
-    size = n if batch_size is None else batch_size
-    if size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least one output at a time")
-    batches = -(-n // size)
-    network = Microbatched(flow_map, micro_batch) if micro_batch is not None else flow_map
-    outcomes = []
-    with Ledger() as ledger:
-        for index, begin in enumerate(range(0, n, size)):
-            part = slice(begin, min(begin + size, n))
-            problem = Problem(
-                network,
-                reward,
-                tilt[part].repeat_interleave(k),
-                repeat_rows(take_rows(rows, part), k),
-                None if labels is None else labels[part].repeat_interleave(k),
-                None if texts is None else [text for text in texts[part] for _ in range(k)],
-            )
-
-            def tick(done: int, steps: int, index: int = index) -> None:
-                if progress is not None:
-                    progress(index * steps + done, batches * steps)
-
-            outcomes.append(method.run(problem, Noise(all_seeds[part], k), part.stop - part.start, lookaheads, tick))
-    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, flow_map=flow_map)
-
-
-def join(outcomes: Sequence[Outcome]) -> Outcome:
-    """The outcomes of consecutive outputs as one; tensors leave inference mode."""
-
-    def cat(parts: Sequence[Tensor | None], axis: int = 0) -> Any:
-        tensors = [part for part in parts if part is not None]
-        if len(tensors) < len(parts):
-            return None
-        return tensors[0].clone() if len(tensors) == 1 else torch.cat(tensors, axis)
-
-    traces = [outcome.trace for outcome in outcomes]
-    trace = {f.name: cat([getattr(trace, f.name) for trace in traces], 1) for f in fields(Trace) if f.name != "t"}
-    return Outcome(
-        samples=cat([outcome.samples for outcome in outcomes]),
-        rewards=cat([outcome.rewards for outcome in outcomes]),
-        components={name: cat([o.components[name] for o in outcomes]) for name in outcomes[0].components},
-        log_weights=cat([outcome.log_weights for outcome in outcomes]),
-        log_z=cat([outcome.log_z for outcome in outcomes]),
-        trace=Trace(t=traces[0].t.clone(), **trace),
     )
 
 

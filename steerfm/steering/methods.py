@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from steerfm.sampling import Bridge, Diffuse, Transition
+import torch
+
+from steerfm.sampling import Bridge, Diffuse, Noise, Transition
 from steerfm.sampling import Jump as JumpTransition
 from steerfm.steering.corrections import Correction, Jarzynski, Twisted, Uncorrected
-from steerfm.steering.engine import Method, Steering
+from steerfm.steering.engine import Method, Outcome, Steering, Tick
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.search import BudgetForcing, TreeSearch
@@ -22,10 +24,11 @@ from steerfm.steering.value import (
     FreeGradient,
     Guidance,
     MapGradient,
+    Problem,
     Tempering,
     untempered,
 )
-from steerfm.steering.weights import BestChild, Selection, TopK, Window
+from steerfm.steering.weights import BestChild, Narrow, Resample, Selection, TopK, Window, at_least_one
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -51,6 +54,47 @@ class FeynmanKac(Steering):
     gradient-free, or twisted by a gradient with ``guidance="map"`` or ``"endpoint"``.
     Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased.
     """
+
+
+@dataclass(frozen=True)
+class Funnel(Steering):
+    """Particles that look ahead first and walk later; the default (the funnel schedule of 2508.12361, for flow maps).
+
+    One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
+    particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
+
+    Parts: as `FeynmanKac`, with no tempering; before the first step the selection is `Narrow`.
+    Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
+    Samples: yes, the tilt of the base chain's own law, as the particles grow; exp(log_z) is unbiased.
+    """
+
+    steps: int = 5
+    first: int = 64
+    tempering: Tempering | str | float = untempered
+
+    def __post_init__(self) -> None:
+        if self.first < self.particles:
+            raise ValueError(f"first={self.first}: at least the particles={self.particles} that go on")
+        object.__setattr__(self, "resampling", Narrow(self.particles, Resample("systematic", self.threshold)))
+        super().__post_init__()
+
+    @classmethod
+    def within(cls, budget: int) -> Funnel:
+        """The best shape for ``budget`` network calls an output, as measured on pictures (docs/methods.md).
+
+        Half of the calls go to the first look, the rest to a step for every 32 calls, at most eight. Below 32 all of them go
+        to the first look: best-of-n by single jumps.
+        """
+        at_least_one(budget=budget)
+        steps = min(budget // 32, 8)
+        particles = budget // (2 * steps) if steps else budget
+        return cls(particles=particles, steps=1 + steps, first=budget - particles * steps)
+
+    def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
+        """See `Method.run`."""
+        rows = torch.arange(0, n * self.particles, self.particles, device=problem.strength.device)
+        wider = problem.select(rows.repeat_interleave(self.first))
+        return super().run(wider, Noise(noise.seeds, self.first), n, lookaheads, tick)
 
 
 @dataclass(frozen=True)
@@ -386,6 +430,7 @@ class CoDe(SVDD):
 METHODS: dict[str, type[Method]] = {
     "best_of_n": BestOfN,
     "feynman_kac": FeynmanKac,
+    "funnel": Funnel,
     "fk_steering": FKSteering,
     "tds": TDS,
     "das": DAS,

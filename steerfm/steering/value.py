@@ -136,7 +136,7 @@ class Evaluation:
         value: (b,) V_t(x), tempered, in the wide dtype.
         tilt: (b,) strength * r of the first endpoint, untempered.
         beta: (b,) inverse temperature of the value.
-        endpoint: (b, *shape) the first endpoint.
+        endpoint: (b, *shape) the first endpoint; scores: of it.
         direction: (b, *shape) what a guidance adds to the state, before its coefficient; None without guidance.
         memory: (b,) what a correction carries along the path; None where it carries nothing.
     """
@@ -145,12 +145,28 @@ class Evaluation:
     tilt: Tensor
     beta: Tensor
     endpoint: Tensor | None = None
+    scores: Scores | None = None
     direction: Tensor | None = None
     memory: Tensor | None = None
 
     def select(self, rows: Tensor) -> Evaluation:
         """The evaluations of the given particles (b',)."""
-        return replace(self, **{name: part[rows] for name, part in vars(self).items() if part is not None})
+        parts = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **parts, scores=None if self.scores is None else self.scores[rows])
+
+
+@dataclass
+class Weighed:
+    """Endpoints judged: log_w, tilt (b, k) log-weights and strength * r; beta (b,); scores of the first endpoints, (b,)."""
+
+    log_w: Tensor
+    tilt: Tensor
+    beta: Tensor
+    scores: Scores
+
+    @property
+    def tempered(self) -> Tensor:
+        return self.beta.unsqueeze(1) * self.tilt
 
 
 @dataclass
@@ -173,18 +189,19 @@ class View:
     def endpoints(self, x: Tensor) -> Endpoints:
         return self.lookahead.endpoints(self.problem.flow_map, x, self.t, self.problem.cond, self.noise)
 
-    def weigh(self, ends: Endpoints) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-weights and strength * r of the endpoints, (b, k) each, and beta (b,)."""
+    def weigh(self, ends: Endpoints) -> Weighed:
         b, k = ends.z.shape[:2]
-        r = self.problem.score(ends.z.flatten(0, 1), k).total.view(b, k)
+        scores = self.problem.score(ends.z.flatten(0, 1), k)
+        r = scores.total.view(b, k)
         tilt = self.problem.strength.unsqueeze(1) * r.to(wide(r.device))
         log_w = torch.zeros_like(tilt) if ends.log_w is None else ends.log_w.to(tilt)
-        return log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach())
+        return Weighed(log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach()), scores[::k])
 
     def value(self, ends: Endpoints) -> Evaluation:
         """V and what it is made of; differentiable in ``ends`` where gradients are on."""
-        log_w, tilt, beta = self.weigh(ends)
-        return Evaluation(log_mean_exp(log_w, beta.unsqueeze(1) * tilt), tilt[:, 0].detach(), beta, ends.z[:, 0].detach())
+        found = self.weigh(ends)
+        value = log_mean_exp(found.log_w, found.tempered)
+        return Evaluation(value, found.tilt[:, 0].detach(), found.beta, ends.z[:, 0].detach(), found.scores)
 
 
 def look(view: View) -> Evaluation:
@@ -295,11 +312,11 @@ class FreeGradient:
 
     def evaluate(self, view: View) -> Evaluation:
         ends = view.endpoints(view.x)
-        log_w, tilt, beta = view.weigh(ends)
-        tempered = beta.unsqueeze(1) * tilt
-        moved = ((log_w + tempered).softmax(1) - log_w.softmax(1)).to(ends.z)
+        found = view.weigh(ends)
+        moved = ((found.log_w + found.tempered).softmax(1) - found.log_w.softmax(1)).to(ends.z)
         direction = torch.einsum("bk,bk...->b...", moved, ends.z)
-        return Evaluation(log_mean_exp(log_w, tempered), tilt[:, 0], beta, ends.z[:, 0], direction)
+        value = log_mean_exp(found.log_w, found.tempered)
+        return Evaluation(value, found.tilt[:, 0], found.beta, ends.z[:, 0], found.scores, direction)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Scheme = Callable[[Tensor, Tensor], Tensor]
+EQUAL = 1 - 1e-12
+"""Equal weights have an ESS above this: 1, up to rounding."""
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -71,8 +73,8 @@ def multinomial(w: Tensor, u: Tensor) -> Tensor:
 
 
 def stratified(w: Tensor, u: Tensor) -> Tensor:
-    """One draw in each of k equal strata (Kitagawa 1996)."""
-    k = w.shape[1]
+    """One draw in each of equal strata, one a column of ``u`` (Kitagawa 1996)."""
+    k = u.shape[1]
     return _invert(w, (torch.arange(k, device=w.device) + u) / k)
 
 
@@ -211,7 +213,7 @@ class Resample:
     def select(self, candidates: Candidates) -> Selected:
         log_w = candidates.log_w
         stay = Selected.none(log_w)
-        low = effective_sample_size(log_w) < self.threshold * (1 - 1e-12)  # equal weights have ESS 1 up to rounding
+        low = effective_sample_size(log_w) < self.threshold * EQUAL
         if not low.any():
             return stay
         return Selected(torch.where(low.unsqueeze(1), self.draw(log_w, candidates.u), stay.ancestors), low)
@@ -220,6 +222,39 @@ class Resample:
         """Ancestors (n, k) of every output, whatever its ESS."""
         scheme = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
         return scheme(log_w.softmax(1), u.to(log_w))
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Before the first step, ``keep`` particles are drawn by the weights, and they alone go on.
+
+    Unbiased: the mean weight of the many goes into log Z. Equal weights choose nothing, and the first particles go on.
+
+    Args:
+        keep: particles that go on, at most those there are.
+        then: selection before the later steps.
+    """
+
+    keep: int = 16
+    then: Selection = field(default_factory=Resample)
+    prunes = True
+
+    def __post_init__(self) -> None:
+        at_least_one(keep=self.keep)
+
+    @property
+    def ranks(self) -> bool:
+        return self.then.ranks
+
+    def select(self, candidates: Candidates) -> Selected:
+        log_w, k = candidates.log_w, candidates.log_w.shape[1]
+        if candidates.step or k <= self.keep:
+            return self.then.select(candidates)
+        drawn = systematic(log_w.softmax(1), candidates.u[:, : self.keep].to(log_w))
+        first = torch.arange(self.keep, device=log_w.device).expand_as(drawn)
+        told_apart = effective_sample_size(log_w) < EQUAL
+        kept = torch.where(told_apart.unsqueeze(1), drawn, first)
+        return Selected(kept, torch.ones(len(log_w), dtype=torch.bool, device=log_w.device))
 
 
 @dataclass(frozen=True)
@@ -288,7 +323,7 @@ class Window:
 
     Args:
         selection: what is done there.
-        every: steps from one selection to the next.
+        every: steps from one selection to the next; the first is after as many.
         start, stop: only at times start <= t <= stop.
     """
 
@@ -310,6 +345,6 @@ class Window:
         return self.selection.prunes
 
     def select(self, candidates: Candidates) -> Selected:
-        if candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
+        if candidates.step and candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
             return self.selection.select(candidates)
         return Selected.none(candidates.log_w)

@@ -1,0 +1,160 @@
+"""Running a method on a problem: `steer`, and the result it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfm.cost import Cost, Ledger
+from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
+from steerfm.rewards import Reward, as_reward
+from steerfm.sampling import Noise, as_condition, seed_list
+from steerfm.steering.engine import Method, Outcome, Tick, Trace
+from steerfm.steering.methods import Funnel
+from steerfm.steering.value import Problem
+from steerfm.steering.weights import Resample, wide
+
+
+@dataclass
+class SteeringResult(Outcome):
+    """The result of `steer`.
+
+    Attributes:
+        samples: (n, k, *shape) all particles, in model space.
+        rewards: (n, k); components: {name: (n, k)} raw values of every term of the reward.
+        log_weights: (n, k) with logsumexp = 0 over the particles of each output.
+        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None.
+        trace: see `Trace`. cost: see `steerfm.cost.Cost`.
+    """
+
+    cost: Cost
+    flow_map: FlowMap
+
+    def images(self) -> Tensor:
+        """(n, k, c, h, w) pictures in [0, 1] (vectors stay as they are)."""
+        n, k = self.samples.shape[:2]
+        return self.flow_map.decode(self.samples.flatten(0, 1)).unflatten(0, (n, k))
+
+    def best(self) -> Tensor:
+        """(n, *shape): the particle of highest reward of each output. This is a search, not a sample of the target."""
+        return self.samples[torch.arange(len(self.samples), device=self.samples.device), self.rewards.argmax(1)]
+
+    def resample(self, generator: torch.Generator) -> Tensor:
+        """(n, k, *shape) equally weighted particles, drawn by systematic resampling.
+
+        Args:
+            generator: a CPU generator.
+        """
+        n, k = self.log_weights.shape
+        u = torch.rand(n, k, generator=generator).to(self.log_weights)
+        ancestors = Resample("systematic").draw(self.log_weights, u)
+        return self.samples[torch.arange(n, device=self.samples.device).unsqueeze(1), ancestors]
+
+
+def steer(
+    flow_map: FlowMap,
+    reward: Reward | Callable[..., Tensor],
+    method: Method | None = None,
+    n: int = 1,
+    seeds: int | Sequence[int] = 0,
+    strength: float | Sequence[float] | Tensor = 1.0,
+    cond: Condition | str | int | Sequence[str | int] = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: Tensor | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    lookaheads: bool = False,
+    progress: Tick | None = None,
+) -> SteeringResult:
+    """Steer samples of a flow map towards a reward: q(x) proportional to p_1(x) exp(strength * r(x)).
+
+    Args:
+        flow_map: the model.
+        reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps).
+        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; default `Funnel()`,
+            gradient-free, which takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
+        n: outputs; each has its own particles.
+        seeds: an integer s for s, s + 1, ..., or one seed per output.
+        strength: of the tilt, finite; one number, or one per output.
+        cond: one row per output, or a class name or index for all.
+        prompts, labels: for rewards that read them; labels default to ``cond`` where that holds class labels.
+        batch_size: outputs at a time; the result does not depend on it.
+        micro_batch: rows per network call; the result does not depend on it.
+        lookaheads: keep the first particle's look-ahead pictures in the trace.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        A `SteeringResult` with all particles, their log-weights, the trace and the cost.
+
+    Raises:
+        ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
+    """
+    reward = as_reward(reward)
+    method = Funnel() if method is None else method
+    method.check(reward)
+    all_seeds = seed_list(seeds, n)
+    rows = as_condition(flow_map, cond, n)
+    k = method.particles
+    tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
+    if tilt.ndim > 1 or (tilt.ndim == 1 and len(tilt) != n):
+        raise ValueError(f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output")
+    if not bool(torch.isfinite(tilt).all()):
+        raise ValueError(f"strength={strength}: must be finite")
+    tilt = tilt.expand(n)
+    if labels is None and isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
+        labels = rows
+    texts = [prompts] * n if isinstance(prompts, str) else prompts
+    if texts is not None and len(texts) != n:
+        raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
+    if isinstance(reward, torch.nn.Module):
+        reward.to(flow_map.device)
+    size = n if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one output at a time")
+    batches = -(-n // size)
+    network = Microbatched(flow_map, micro_batch) if micro_batch is not None else flow_map
+    outcomes = []
+    with Ledger() as ledger:
+        for index, begin in enumerate(range(0, n, size)):
+            part = slice(begin, min(begin + size, n))
+            problem = Problem(
+                network,
+                reward,
+                tilt[part].repeat_interleave(k),
+                repeat_rows(take_rows(rows, part), k),
+                None if labels is None else labels[part].repeat_interleave(k),
+                None if texts is None else [text for text in texts[part] for _ in range(k)],
+            )
+
+            def tick(done: int, steps: int, index: int = index) -> None:
+                if progress is not None:
+                    progress(index * steps + done, batches * steps)
+
+            outcomes.append(method.run(problem, Noise(all_seeds[part], k), part.stop - part.start, lookaheads, tick))
+    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, flow_map=flow_map)
+
+
+def join(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcomes of consecutive outputs as one; tensors leave inference mode."""
+
+    def cat(parts: Sequence[Tensor | None], axis: int = 0) -> Any:
+        tensors = [part for part in parts if part is not None]
+        if len(tensors) < len(parts):
+            return None
+        return tensors[0].clone() if len(tensors) == 1 else torch.cat(tensors, axis)
+
+    traces = [outcome.trace for outcome in outcomes]
+    trace = {f.name: cat([getattr(trace, f.name) for trace in traces], 1) for f in fields(Trace) if f.name != "t"}
+    return Outcome(
+        samples=cat([outcome.samples for outcome in outcomes]),
+        rewards=cat([outcome.rewards for outcome in outcomes]),
+        components={name: cat([o.components[name] for o in outcomes]) for name in outcomes[0].components},
+        log_weights=cat([outcome.log_weights for outcome in outcomes]),
+        log_z=cat([outcome.log_z for outcome in outcomes]),
+        trace=Trace(t=traces[0].t.clone(), **trace),
+    )
