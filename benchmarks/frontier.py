@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="*", type=int, default=[8, 32, 128, 512])
     parser.add_argument("--methods", nargs="*", default=list(CONTENDERS), help="contenders, or any preset by its name")
     parser.add_argument("--problems", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--n", type=int, default=32, help="outputs a cell")
+    parser.add_argument("--n", type=int, default=24, help="outputs a cell")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/frontier"))
     options = parser.parse_args(argv)
     contenders = {name: method() for name, method in METHODS.items()} | CONTENDERS

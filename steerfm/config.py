@@ -125,7 +125,7 @@ class SteerConfig:
 
     model: str = "fashion"
     reward: Any = field(default_factory=lambda: {"name": "classifier"})
-    method: Any = field(default_factory=lambda: {"name": "feynman_kac"})
+    method: Any = field(default_factory=lambda: {"name": "funnel"})
     judge: Any = "auto"
     label: str | None = None
     prompt: str | None = None

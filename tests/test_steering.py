@@ -242,7 +242,7 @@ S, K, N = 5, 4, 3
         (DPS(K, S), 2 * S, S, S + 1, S),
         (FMRGJ(K, S), 2 * S - 1, S, S + 1, S),
         (FMRGE(K, S), 2 * S - 1, 0, 3 * S + 1, 3 * S),
-        (Funnel(K, S, first=3 * K), S + 2, 0, S + 2, 0),  # the first look is three times as wide
+        (Funnel(K, S, first=3 * K, guidance=None), S + 2, 0, S + 2, 0),  # the first look is three times as wide
         (Steering(K, S, correction="none", resampling=None), S, 0, 1, 0),  # nobody reads the look-ahead
     ],
 )
@@ -272,7 +272,7 @@ def test_a_funnel_narrows_by_its_first_look():
 
 
 def test_a_funnel_without_a_reward_is_plain_sampling():
-    result = steerfm.steer(MAP, lambda x: x.new_ones(len(x)), Funnel(transition="jump"), n=3, seeds=4)
+    result = steerfm.steer(MAP, lambda x: x.new_ones(len(x)), Funnel(transition="jump", guidance=None), n=3, seeds=4)
     assert torch.equal(result.samples[:, 0], steerfm.sample(MAP, n=3, steps=5, seeds=4))
     assert (result.trace.ess > 1 - 1e-12).all() and torch.allclose(result.log_z, torch.ones(3).double())
 
@@ -282,7 +282,23 @@ def test_a_funnel_spends_its_budget(budget):
     method = Funnel.within(budget)
     cost = steerfm.steer(MAP, reward, method, n=2).cost
     assert cost.forwards == cost.evaluations == 2 * budget and cost.backwards == 0
-    assert cost.reward_calls == 2 * budget
+    assert cost.reward_calls == 2 * budget + 1  # on one picture, to find out whether it has a gradient
+
+
+def test_the_default_follows_a_gradient_where_there_is_one():
+    def black_box(x):
+        return torch.from_numpy(x.numpy().sum(1))  # numpy refuses tensors that want a gradient
+
+    def detached(x):
+        return x.detach().sum(1)
+
+    guided = steerfm.steer(MAP, reward, n=2, strength=2.0)
+    assert (guided.trace.guidance_ratio[:-1] > 0).any() and guided.cost.reward_backwards > 0
+    for blind in (black_box, detached, BlackBox()):
+        result = steerfm.steer(MAP, blind, n=2, strength=2.0)
+        assert (result.trace.guidance_ratio == 0).all() and result.cost.reward_backwards == 0
+    with pytest.raises(RewardError, match=r"nan|finite"):
+        steerfm.steer(MAP, lambda x: x[:, 0] * float("nan"))
 
 
 def test_a_funnel_does_not_widen():
@@ -744,7 +760,7 @@ def test_sample_refuses_an_empty_batch():
         steerfm.sample(MAP, n=2, batch_size=0)
 
 
-GRADIENT = [name for name in METHODS if getattr(getattr(METHODS[name](), "guidance", None), "differentiates", False)]
+GRADIENT = [name for name in METHODS if getattr(getattr(METHODS[name](), "guidance", None), "required", False)]
 
 
 @pytest.mark.parametrize("name", [*GRADIENT, "reno", "d_flow"])

@@ -177,7 +177,7 @@ class Steering:
         self.correction.check(self)  # type: ignore[union-attr]
 
     def check(self, reward: Reward) -> None:
-        if self.guidance is not None and self.guidance.differentiates and not reward.differentiable:  # type: ignore[union-attr]
+        if self.guidance is not None and self.guidance.required and not reward.differentiable:  # type: ignore[union-attr]
             raise RewardError(
                 f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use BestOfN, or "
                 "FeynmanKac with guidance=None"
@@ -186,6 +186,8 @@ class Steering:
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`. Gradient-free methods run in inference mode: no graph is ever kept."""
         correction, guidance = self.correction, self.guidance
+        if guidance is not None and guidance.differentiates and not guidance.required and not problem.has_gradient():  # type: ignore[union-attr]
+            return replace(self, guidance=None).run(problem, noise, n, lookaheads, tick)
         graph = correction.differentiates or (guidance is not None and guidance.differentiates)  # type: ignore[union-attr]
         with torch.no_grad() if graph else torch.inference_mode():
             return self._run(problem, noise, n, lookaheads, tick)

@@ -63,13 +63,15 @@ class Funnel(Steering):
     One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
     particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
 
-    Parts: as `FeynmanKac`, with no tempering; before the first step the selection is `Narrow`.
+    Parts: as `FeynmanKac`, with no tempering; before the first step the selection is `Narrow`; the gradient at the endpoint,
+    if the reward has one (no network backward).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
     Samples: yes, the tilt of the base chain's own law, as the particles grow; exp(log_z) is unbiased.
     """
 
     steps: int = 5
     first: int = 64
+    guidance: Guidance | str | None = field(default_factory=lambda: EndpointGradient(required=False))
     tempering: Tempering | str | float = untempered
 
     def __post_init__(self) -> None:
@@ -82,19 +84,18 @@ class Funnel(Steering):
     def within(cls, budget: int) -> Funnel:
         """The best shape for ``budget`` network calls an output, as measured on pictures (docs/methods.md).
 
-        Half of the calls go to the first look, the rest to a step for every 32 calls, at most eight. Below 32 all of them go
-        to the first look: best-of-n by single jumps.
+        A step for every eight calls, at most four; half of the calls go to the first look, three quarters where there is one
+        step, and all of them below eight: best-of-n by single jumps.
         """
         at_least_one(budget=budget)
-        steps = min(budget // 32, 8)
-        particles = budget // (2 * steps) if steps else budget
+        steps = min(budget // 8, 4)
+        particles = budget // (2 * max(steps, 2)) if steps else budget
         return cls(particles=particles, steps=1 + steps, first=budget - particles * steps)
 
-    def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
-        """See `Method.run`."""
+    def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         rows = torch.arange(0, n * self.particles, self.particles, device=problem.strength.device)
         wider = problem.select(rows.repeat_interleave(self.first))
-        return super().run(wider, Noise(noise.seeds, self.first), n, lookaheads, tick)
+        return super()._run(wider, Noise(noise.seeds, self.first), n, lookaheads, tick)
 
 
 @dataclass(frozen=True)

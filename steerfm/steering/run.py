@@ -77,7 +77,7 @@ def steer(
         flow_map: the model.
         reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps).
         method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; default `Funnel()`,
-            gradient-free, which takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
+            which takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
         strength: of the tilt, finite; one number, or one per output.

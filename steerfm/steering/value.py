@@ -116,6 +116,20 @@ class Problem:
         prompts = None if self.prompts is None else [prompt for prompt in self.prompts for _ in range(k)]
         return self.reward.evaluate(self.flow_map.decode(z), prompts, labels)
 
+    def has_gradient(self) -> bool:
+        """Whether the reward has a gradient, tried on one picture: a plain function does not say it of itself."""
+        if not self.reward.differentiable:
+            return False
+        one, device = self.select(torch.zeros(1, dtype=torch.long, device=self.strength.device)), self.flow_map.device
+        z = torch.randn(1, *self.flow_map.shape, generator=torch.Generator().manual_seed(0))
+        with torch.enable_grad():
+            z = z.to(device, self.flow_map.dtype).requires_grad_()
+            try:
+                total = one.score(z).total
+            except Exception:  # what is wrong with the reward, the run without a gradient will say
+                return False
+            return total.requires_grad and torch.autograd.grad(total.sum(), z, allow_unused=True)[0] is not None
+
     def select(self, rows: Tensor) -> Problem:
         """The problem of the given particles (b',)."""
         return replace(
@@ -214,10 +228,14 @@ class Guidance(Protocol):
     """How a step is pushed uphill; any object with these members is one.
 
     Attributes:
-        differentiates: whether it needs the gradient of the reward.
+        differentiates: whether it follows the gradient of the reward.
+        required: whether a reward without a gradient is an error; if not, it is steered without guidance.
     """
 
     differentiates: bool
+
+    @property
+    def required(self) -> bool: ...
 
     def evaluate(self, view: View) -> Evaluation:
         """Value and direction."""
@@ -252,7 +270,7 @@ class MapGradient:
     cap: float | None = 1.0
     ascent: Callable[[float], float] | None = None
     largest: float = 20.0
-    differentiates = True
+    differentiates = required = True
 
     def evaluate(self, view: View) -> Evaluation:
         with torch.enable_grad():
@@ -282,7 +300,12 @@ class EndpointGradient(MapGradient):
     """As `MapGradient`, but the gradient stops at the endpoint: dz/dx is taken as the identity, no network backward.
 
     FlowChef's approximation (2412.00100), good where trajectories are straight.
+
+    Args:
+        required: whether a reward without a gradient is an error; if not, it is steered without one.
     """
+
+    required: bool = True
 
     def evaluate(self, view: View) -> Evaluation:
         ends = view.endpoints(view.x)
@@ -308,7 +331,7 @@ class FreeGradient:
 
     scale: float = 1.0
     cap: float | None = 1.0
-    differentiates = False
+    differentiates = required = False
 
     def evaluate(self, view: View) -> Evaluation:
         ends = view.endpoints(view.x)
@@ -345,7 +368,7 @@ class EndpointAscent:
     iterations: int = 3
     rate: float = 0.1
     cap: float | None = None
-    differentiates = True
+    differentiates = required = True
 
     def __post_init__(self) -> None:
         at_least_one(iterations=self.iterations)
