@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,18 @@ def test_classes_by_name(fashion):
     assert fashion.condition("bag", 2).tolist() == [8, 8]
     with pytest.raises(ValueError, match="classes: 0 T-shirt"):
         fashion.condition("hat", 1)
+
+
+def test_a_velocity_can_forget_its_jumps(tmp_path):
+    """The start of benchmarks/ablation.py: the same velocity, and one Euler step for every jump."""
+    forget_jumps = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "ablation.py"))["forget_jumps"]
+    trained, forgot = steerfm.load("fashion"), steerfm.load(forget_jumps("fashion", tmp_path / "start.safetensors"))
+    x, cond = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    velocity = trained.velocity(x, 0.3, cond)
+    assert torch.allclose(forgot.velocity(x, 0.3, cond), velocity, atol=1e-5)
+    assert torch.allclose(forgot.network(x, *times(0.3, 0.9), cond), forgot.network(x, *times(0.3, 0.3), cond), atol=1e-6)
+    assert not torch.allclose(trained.network(x, *times(0.3, 0.9), cond), trained.network(x, *times(0.3, 0.3), cond), atol=0.1)
+
+
+def times(*values):
+    return (torch.full((4,), value) for value in values)
