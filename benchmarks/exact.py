@@ -35,7 +35,7 @@ import steerfm
 from steerfm import GaussianMixture
 from steerfm.metrics import interval, mmd, sliced_wasserstein, wasserstein_1d
 from steerfm.results import cost_plot
-from steerfm.steering import METHODS, Method
+from steerfm.steering import METHODS, Funnel, Method
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
@@ -122,6 +122,8 @@ CASES: dict[str, Callable[[], Case]] = {
 def within_budget(method: Method, case: Case, flow_map: Any, budget: int) -> Method | None:
     """The method with the particles that ``budget`` evaluations an output buy; None where it cannot be that cheap."""
     unit = int(getattr(method, "children", 1))
+    if isinstance(method, Funnel):
+        return method.within(budget)
     if hasattr(method, "budget"):
         return replace(method, budget=budget)  # type: ignore[type-var]
     trial = replace(method, particles=4 * unit)  # type: ignore[type-var]

@@ -2,8 +2,8 @@
 
     python examples/demo.py                  # about a minute on two cores; writes runs/demo/
 
-Methods: best of 16 samples; guidance by FMRG-J; 8 Feynman-Kac particles. Equal cost: 64 network evaluations an output, a
-backward pass counted as two. The judge is the held-out reward: a high reward with a low judge is a hacked reward.
+Methods: best of 16 samples; guidance by FMRG-J; particles by the default, a funnel. Equal cost: 64 network evaluations an
+output, a backward pass counted as two. The judge is the held-out reward: a high reward with a low judge is a hacked reward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METHODS = {
     "base": steerfm.BestOfN(particles=1, steps=4),
     "best of 16": steerfm.BestOfN(particles=16, steps=4),
     "guidance": steerfm.FMRGJ(steps=16),
-    "particles": steerfm.FeynmanKac(particles=8, steps=8),
+    "particles": steerfm.Funnel.within(64),
 }
 
 

@@ -16,9 +16,11 @@ from steerfm.steering import (
     Adaptive,
     BestOfN,
     DiamondSMC,
+    EndpointGradient,
     ExactPosterior,
     FeynmanKac,
     FKSteering,
+    Funnel,
     Jarzynski,
     MapGradient,
     Steering,
@@ -83,6 +85,16 @@ def test_denoiser_presets_sample_the_tilt_of_their_own_chain(method, strength):
 def test_diamond_particles_sample_the_exact_tilt_in_few_steps():
     method = DiamondSMC(16, 3, lookahead=ExactPosterior(MIXTURE))
     check("diamond", estimates(steerfm.steer(MIXTURE.flow_map(), reward, method, n=1500)), exact())
+
+
+@pytest.mark.parametrize(
+    "guidance", [None, EndpointGradient(scale=4.0), MapGradient(scale=4.0)], ids=["free", "endpoint", "map"]
+)
+@pytest.mark.parametrize(("first", "steps"), [(64, 4), (12, 2), (8, 1)])
+def test_a_funnel_samples_the_exact_tilt(guidance, first, steps):
+    """Narrowing draws particles by their weights: unbiased, whatever is left."""
+    method = Funnel(8, steps, first=first, guidance=guidance)
+    check(f"funnel {first} {steps}", estimates(steerfm.steer(MIXTURE.flow_map(), reward, method, n=400)), exact())
 
 
 @pytest.mark.parametrize("guidance", [None, "map"])
