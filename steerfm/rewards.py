@@ -149,7 +149,7 @@ class Reward(nn.Module):
         finite = torch.isfinite(value.detach())
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            raise RewardError(f"reward {self.name!r} returned {float(value[row])} for sample {begin + row}")
+            raise RewardError(f"reward {self.name!r} returned {value[row].item()} for sample {begin + row}")
         return value
 
     # --- composition ---------------------------------------------------------------------------------------------

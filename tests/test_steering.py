@@ -32,7 +32,7 @@ from steerfm.steering import (
     Steering,
     Twisted,
 )
-from steerfm.steering.value import Problem, View
+from steerfm.steering.value import Problem, View, needs_gradient
 from steerfm.steering.weights import Selected, effective_sample_size, log_mean, log_mean_exp
 
 # float32, elementwise, closed form: fast, and its bits do not depend on the batch
@@ -760,7 +760,7 @@ def test_sample_refuses_an_empty_batch():
         steerfm.sample(MAP, n=2, batch_size=0)
 
 
-GRADIENT = [name for name in METHODS if getattr(getattr(METHODS[name](), "guidance", None), "required", False)]
+GRADIENT = [name for name in METHODS if needs_gradient(getattr(METHODS[name](), "guidance", None))]
 
 
 @pytest.mark.parametrize("name", [*GRADIENT, "reno", "d_flow"])

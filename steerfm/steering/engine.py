@@ -29,6 +29,7 @@ from steerfm.steering.value import (
     Tempering,
     View,
     look,
+    needs_gradient,
 )
 from steerfm.steering.weights import (
     Candidates,
@@ -177,7 +178,7 @@ class Steering:
         self.correction.check(self)  # type: ignore[union-attr]
 
     def check(self, reward: Reward) -> None:
-        if self.guidance is not None and self.guidance.required and not reward.differentiable:  # type: ignore[union-attr]
+        if needs_gradient(self.guidance) and not reward.differentiable:  # type: ignore[arg-type]
             raise RewardError(
                 f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use BestOfN, or "
                 "FeynmanKac with guidance=None"
@@ -186,9 +187,10 @@ class Steering:
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`. Gradient-free methods run in inference mode: no graph is ever kept."""
         correction, guidance = self.correction, self.guidance
-        if guidance is not None and guidance.differentiates and not guidance.required and not problem.has_gradient():  # type: ignore[union-attr]
+        follows = guidance is not None and guidance.differentiates  # type: ignore[union-attr]
+        if follows and not needs_gradient(guidance) and not problem.has_gradient():  # type: ignore[arg-type]
             return replace(self, guidance=None).run(problem, noise, n, lookaheads, tick)
-        graph = correction.differentiates or (guidance is not None and guidance.differentiates)  # type: ignore[union-attr]
+        graph = correction.differentiates or follows  # type: ignore[union-attr]
         with torch.no_grad() if graph else torch.inference_mode():
             return self._run(problem, noise, n, lookaheads, tick)
 

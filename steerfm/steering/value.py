@@ -223,19 +223,21 @@ def look(view: View) -> Evaluation:
     return view.value(view.endpoints(view.x))
 
 
+def needs_gradient(guidance: Guidance | None) -> bool:
+    """Whether a reward without a gradient cannot be steered by it."""
+    return guidance is not None and guidance.differentiates and getattr(guidance, "required", True)
+
+
 # --- guidance --------------------------------------------------------------------------------------------------------
 class Guidance(Protocol):
     """How a step is pushed uphill; any object with these members is one.
 
     Attributes:
-        differentiates: whether it follows the gradient of the reward.
-        required: whether a reward without a gradient is an error; if not, it is steered without guidance.
+        differentiates: whether it follows the gradient of the reward. A guidance that does may also have ``required``: whether
+            a reward without one is an error (so it is where it has no such member); if not, it is steered without guidance.
     """
 
     differentiates: bool
-
-    @property
-    def required(self) -> bool: ...
 
     def evaluate(self, view: View) -> Evaluation:
         """Value and direction."""
@@ -270,7 +272,7 @@ class MapGradient:
     cap: float | None = 1.0
     ascent: Callable[[float], float] | None = None
     largest: float = 20.0
-    differentiates = required = True
+    differentiates = True
 
     def evaluate(self, view: View) -> Evaluation:
         with torch.enable_grad():
@@ -331,7 +333,7 @@ class FreeGradient:
 
     scale: float = 1.0
     cap: float | None = 1.0
-    differentiates = required = False
+    differentiates = False
 
     def evaluate(self, view: View) -> Evaluation:
         ends = view.endpoints(view.x)
@@ -368,7 +370,7 @@ class EndpointAscent:
     iterations: int = 3
     rate: float = 0.1
     cap: float | None = None
-    differentiates = required = True
+    differentiates = True
 
     def __post_init__(self) -> None:
         at_least_one(iterations=self.iterations)

@@ -174,12 +174,11 @@ def test_fmtt_converges_with_steps():
 
 
 # --- what does not sample ------------------------------------------------------------------------------------------------
-SEARCHES = ("dps", "lgd_mc", "freedom", "mpgd", "fmrg_j", "fmrg_e", "multi_round", "beam", "fmtt_search", "svdd", "code")
+SEARCHES = [name for name, method in METHODS.items() if "Samples: no" in method.__doc__]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_what_does_not_claim_to_sample_is_seen_not_to(name):
-    assert "Samples: no" in METHODS[name].__doc__
     method = METHODS[name]()
     result = steerfm.steer(MIXTURE.flow_map(), reward, method, n=400)
     assert result.log_z is None
