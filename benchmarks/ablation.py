@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +49,24 @@ def forget_jumps(model: str, path: Path) -> Path:
     return path
 
 
+def run(name: str, folder: Path, start: str, options: argparse.Namespace) -> dict[str, float]:
+    """Train and measure one row: Fréchet distance by sampler, and the judge's accuracy on one jump."""
+    shares = ", ".join(f"{key}: {value}" for key, value in {**NONE, **ROWS[name]}.items())
+    teacher = start if "teacher" in name else "null"
+    train = [
+        "train", "--config", "fashion", f"init={start}", f"out={folder}", f"objective.shares={{{shares}}}", "objective.start=0",
+        f"objective.teacher={teacher}", f"objective.guidance={options.guidance}", f"optimizer.steps={options.steps}",
+        "optimizer.lr=0.001", "trainer.sample_every=0",
+    ]  # fmt: skip
+    model, out = folder / "fashion.safetensors", folder / "eval"
+    measure = ["evaluate", f"model={model}", f"n={options.samples}", "euler=16", f"out={out}"]
+    if cli.main(train) or cli.main(measure):
+        raise SystemExit(f"{name} failed")
+    found = json.loads((out / "result.json").read_text())["samplers"]
+    row = {sampler: round(values["frechet"], 4) for sampler, values in found.items()}
+    return row | {"judge, 1 jump": round(found["1 jump"]["accuracy"], 3)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="steerfm bench ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,26 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {}
     for name in options.rows:
         folder = options.out / "".join(c if c.isalnum() else "_" for c in name)
-        shares = ", ".join(f"{key}: {value}" for key, value in {**NONE, **ROWS[name]}.items())
-        teacher = start if "teacher" in name else "null"
-        started = time.perf_counter()
-        train = [
-            "train", "--config", "fashion", f"init={start}", f"out={folder}", f"objective.shares={{{shares}}}",
-            "objective.start=0", f"objective.teacher={teacher}", f"objective.guidance={options.guidance}",
-            f"optimizer.steps={options.steps}", "optimizer.lr=0.001", "trainer.sample_every=0",
-        ]  # fmt: skip
-        measure = [
-            "evaluate",
-            f"model={folder / 'fashion.safetensors'}",
-            f"n={options.samples}",
-            "euler=16",
-            f"out={folder / 'eval'}",
-        ]
-        if cli.main(train) or cli.main(measure):
-            raise SystemExit(f"{name} failed")
-        found = json.loads((folder / "eval" / "result.json").read_text())
-        results[name] = {sampler: round(row["frechet"], 4) for sampler, row in found["samplers"].items()}
-        results[name]["minutes"] = round((time.perf_counter() - started) / 60, 1)
+        kept = folder / "row.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps(run(name, folder, start, options)))
+        results[name] = json.loads(kept.read_text())
     columns = list(next(iter(results.values())))
     table = Table("share of the batch off the diagonal", *columns)
     for name, row in results.items():
