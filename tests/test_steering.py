@@ -1,7 +1,7 @@
 """The steering engine, its parts, the presets, and what they refuse. Exactness has its own folder."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ from steerfm.steering import (
     Jarzynski,
     Jump,
     MapGradient,
+    Narrow,
     Power,
+    Resample,
     Steering,
     Twisted,
 )
@@ -299,6 +301,17 @@ def test_the_default_follows_a_gradient_where_there_is_one():
         assert (result.trace.guidance_ratio == 0).all() and result.cost.reward_backwards == 0
     with pytest.raises(RewardError, match=r"nan|finite"):
         steerfm.steer(MAP, lambda x: x[:, 0] * float("nan"))
+
+
+def test_a_funnel_keeps_the_resampling_it_was_given():
+    for given, then in (
+        ("ssp", Resample("ssp")),
+        (Resample("residual", 0.9), Resample("residual", 0.9)),
+        (None, Resample(threshold=0.0)),
+    ):
+        method = Funnel(4, first=8, resampling=given)
+        assert method.resampling == Narrow(4, then) == replace(method, guidance=None).resampling
+        assert replace(method, particles=8).resampling == Narrow(8, then)
 
 
 def test_a_funnel_does_not_widen():

@@ -63,8 +63,8 @@ class Funnel(Steering):
     One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
     particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
 
-    Parts: as `FeynmanKac`, with no tempering; before the first step the selection is `Narrow`; the gradient at the endpoint,
-    if the reward has one (no network backward).
+    Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step, ``resampling`` later; the
+    gradient at the endpoint, if the reward has one (no network backward).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
     Samples: yes, the tilt of the base chain's own law, as the particles grow; exp(log_z) is unbiased.
     """
@@ -77,8 +77,10 @@ class Funnel(Steering):
     def __post_init__(self) -> None:
         if self.first < self.particles:
             raise ValueError(f"first={self.first}: at least the particles={self.particles} that go on")
-        object.__setattr__(self, "resampling", Narrow(self.particles, Resample("systematic", self.threshold)))
         super().__post_init__()
+        then = self.resampling
+        then = then.then if isinstance(then, Narrow) else Resample(threshold=0.0) if then is None else then
+        object.__setattr__(self, "resampling", Narrow(self.particles, then))  # type: ignore[arg-type]
 
     @classmethod
     def within(cls, budget: int) -> Funnel:
