@@ -238,9 +238,10 @@ S, K, N = 5, 4, 3
         (FeynmanKac(K, S, Jump(2)), 3 * S - 2, 0, S, 0),
         (FeynmanKac(K, S, transition=Renoise(0.5)), 2 * S - 2, 0, S - 1, 0),  # the last step goes to the look-ahead
         (FeynmanKac(K, S, transition="diffuse"), 2 * S - 1, 0, S, 0),
-        (FeynmanKac(K, S, guidance="map"), S, S - 1, S - 1, S - 1),
-        (FeynmanKac(K, S, guidance="endpoint"), S, 0, S - 1, S - 1),
-        (FeynmanKac(K, S, "denoise", "map"), 2 * S - 1, S - 1, S, S - 1),
+        (FeynmanKac(K, S, guidance="map"), S, S - 2, S - 1, S - 2),  # the last step is not guided
+        (FeynmanKac(K, S, guidance="endpoint"), S, 0, S - 1, S - 2),
+        (FeynmanKac(K, S, "denoise", "map"), 2 * S - 1, S - 2, S, S - 2),
+        (FMRGJ(K, S, stop=0.5), S + 3, 3, 4, 3),  # nor is the tail, where nobody looks ahead
         (DPS(K, S), 2 * S, S, S + 1, S),
         (FMRGJ(K, S), 2 * S - 1, S, S + 1, S),
         (FMRGE(K, S), 2 * S - 1, 0, 3 * S + 1, 3 * S),

@@ -299,7 +299,10 @@ class Steering:
         assert callable(tempering) and not any(isinstance(part, str) for part in (correction, selection, lookahead))
         hottest = 1.0 if t >= 1 else float(tempering(t))
         ranks = selection is not None and selection.ranks  # type: ignore[union-attr]
-        wanted = self.guidance is not None or correction.samples or ranks  # type: ignore[union-attr]
+        guided = self.guidance is not None and t < self.stop
+        if guided and t >= self.times()[-2]:  # the step into the data has no noise, so that a sampler cannot bend it
+            guided = correction.guides(Step(x, 0.0))  # type: ignore[union-attr]
+        wanted = guided or correction.samples or ranks  # type: ignore[union-attr]
         untempered = correction.looks_untempered or ranks or self._drawn()  # type: ignore[union-attr]
         if lookahead is None or not (wanted or self._drawn()) or (hottest == 0 and not untempered):
             return Evaluation(zero, zero, torch.full_like(zero, hottest))
@@ -310,7 +313,7 @@ class Steering:
             return adapt(ends, tilt, move, log_w, correction, tempering.ess)  # type: ignore[arg-type]
 
         view = View(problem, lookahead, noise, x, t, beta)  # type: ignore[arg-type]
-        found = look(view) if self.guidance is None else self.guidance.evaluate(view)  # type: ignore[union-attr]
+        found = self.guidance.evaluate(view) if guided else look(view)  # type: ignore[union-attr]
         return correction.remember(self, None if move is None else move.before, found, view)  # type: ignore[union-attr]
 
     def _drawn(self) -> bool:
