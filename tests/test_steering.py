@@ -423,7 +423,7 @@ def test_copies_carry_their_values_along(guidance, resampling):
         assert torch.equal(before.value.view(n, k), gather(trace.value[i - 1], trace.ancestors[i - 1]))
         assert torch.allclose(endpoint, MAP.lookahead(x, t))
         assert torch.allclose(before.value, t * strength * reward(MAP.lookahead(x, t)).double(), atol=1e-5)
-        if guidance is not None:
+        if guidance is not None and i < 4:  # the last step is not guided, so that nobody asks for its direction
             problem = Problem(MAP, steerfm.reward(reward), torch.full((n * k,), strength).double())
             again = guidance.evaluate(view(problem, x, t, t))
             assert torch.allclose(again.direction, before.direction, atol=1e-6)
@@ -796,7 +796,7 @@ network = torch.nn.Linear(3, 1)
     [lambda x: x[:, 0].detach(), lambda x: torch.ones(len(x)), lambda x: network(x.detach()).squeeze(1)],
     ids=["detached", "constant", "trainable"],
 )
-@pytest.mark.parametrize("method", [DPS(steps=2), FMRGE(steps=2), FeynmanKac(2, 2, guidance="map")])
+@pytest.mark.parametrize("method", [DPS(steps=2), FMRGE(steps=2), FeynmanKac(2, 3, guidance="map")])
 def test_a_reward_without_gradient_is_refused(method, blind):
     with pytest.raises(RewardError, match="has no gradient"):
         steerfm.steer(MAP, blind, method)
