@@ -6,7 +6,8 @@
 
 A method gets as many particles as the budget buys (evaluations of the network an output; a backward pass counts two). Errors
 are those of the weighted particles of one output, against samples of the exact target; intervals are over the seeds. Writes
-`exact.json` and a plot of error against cost for every target; prints a table, then one JSON line.
+`exact.json` and a plot of error against cost for every target; prints a table, then one JSON line. Results are kept after every
+cell: a killed run continues.
 
 Targets: `line`, three modes, r = 1.2 x - .15 x^2; `ring`, eight modes (std .3) on a circle of radius 4, r = -x^2 1[x < 0];
 `cycloid`, the same ring, r = -((rho - 4 (1 + .08 cos 12 phi)) / .2)^2 / 2; `grid`, nine modes (variance .3) at 0 and +-4,
@@ -94,7 +95,7 @@ def grid() -> Case:
 
 
 def high() -> Case:
-    means = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    means = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).double()
     mixture = GaussianMixture(means, torch.full((3, 16), 0.2), [0.5, 0.3, 0.2])
     return tilted(mixture, torch.eye(16)[0], torch.eye(16) / 4)
 
@@ -102,7 +103,8 @@ def high() -> Case:
 def inverse() -> Case:
     """log N(y; A x, .25 I) up to a constant is A'y/.25 . x - x' (A'A/.25) x / 2."""
     generator = torch.Generator().manual_seed(2)
-    means, A = torch.randn(4, 8, generator=generator), torch.randn(3, 8, generator=generator) / math.sqrt(8)
+    means, A = (torch.randn(rows, 8, generator=generator).double() for rows in (4, 3))
+    A = A / math.sqrt(8)
     mixture = GaussianMixture(means, torch.full((4, 8), 0.3))
     y = A @ means[1] + 0.5 * torch.randn(3, generator=generator)
     return tilted(mixture, A.T @ y / 0.25, A.T @ A / 0.25)
@@ -208,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown methods {', '.join(unknown)}; methods: {', '.join(METHODS)}")
     options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "exact.json"
+    kept: dict[str, dict[str, list[float]] | None] = json.loads(file.read_text()) if file.is_file() else {}
     results: dict[str, dict[str, dict[int, dict[str, list[float]]]]] = {}
     cells = [(case, method) for case in names for method in options.methods]
     made = {name: CASES[name]() for name in names}
@@ -216,9 +220,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         flow_map = case.mixture.flow_map(steps=6)
         found = results.setdefault(case_name, {}).setdefault(method_name, {})
         for budget in budgets:
-            method = within_budget(METHODS[method_name](), case, flow_map, budget)
-            if method is not None:
-                found[budget] = measure(case, method, flow_map, seeds)
+            key = f"{case_name}/{budget}/{method_name}/{seeds}"
+            if key not in kept:
+                method = within_budget(METHODS[method_name](), case, flow_map, budget)
+                kept[key] = None if method is None else measure(case, method, flow_map, seeds)
+                file.write_text(json.dumps(kept))
+            if cell := kept[key]:
+                found[budget] = cell
         if not found:
             del results[case_name][method_name]
     for name, found in results.items():
@@ -226,14 +234,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = {m: [(c["cost"][0], *interval(c["distance"])) for _, c in sorted(cells.items())] for m, cells in found.items()}
         path, title = options.out / f"{name}.png", f"{name}: sliced W2 (W1 on the line)"
         cost_plot(lines, path, title, "distance to the exact target", lower_is_better=True)
-    (options.out / "exact.json").write_text(json.dumps(results))
     line = {
         case: {
             method: {b: round(interval(cell["distance"])[0], 4) for b, cell in cells.items()} for method, cells in found.items()
         }
         for case, found in results.items()
     }
-    print(f"plots and every seed: {options.out}")
+    print(f"plots and every seed: {file}")
     print(json.dumps({"benchmark": "exact", "seeds": seeds, "distance": line}))
 
 
