@@ -1,7 +1,7 @@
 """Reward against cost on pictures: every method at equal evaluations, judged by a reward it never saw.
 
     steerfm bench frontier                    # 16 methods, four problems, four budgets: about an hour on two cores
-    steerfm bench frontier --budgets 8 32 --methods best_of_n funnel --n 16
+    steerfm bench frontier --budgets 8 32 --n 16 --methods best_of_n funnel
 
 A budget is evaluations of the network an output (a backward pass counts two); a method gets the steps and particles that it
 buys, and is left out where it cannot be that cheap. Of every output the best particle by the reward counts. Its held-out value
@@ -158,13 +158,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="*", type=int, default=[8, 32, 128, 512])
     parser.add_argument("--methods", nargs="*", default=list(CONTENDERS), help="contenders, or any preset by its name")
     parser.add_argument("--problems", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--n", type=int, default=24, help="outputs a cell")
+    parser.add_argument(
+        "--n", nargs="*", type=int, default=[24, 24, 24, 12], help="outputs a cell; one number, or one a budget"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/frontier"))
     options = parser.parse_args(argv)
     contenders = {name: method() for name, method in METHODS.items()} | CONTENDERS
     unknown = [name for name in options.methods if name not in contenders]
     if unknown:
         parser.error(f"unknown methods {', '.join(unknown)}; methods: {', '.join(contenders)}")
+    if len(options.n) not in (1, len(options.budgets)):
+        parser.error(f"{len(options.n)} numbers of outputs for {len(options.budgets)} budgets: give one, or one a budget")
+    outputs = dict(zip(options.budgets, options.n * len(options.budgets) if len(options.n) == 1 else options.n))
     flow_map = steerfm.load(options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "frontier.json"
@@ -172,10 +177,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cells: dict[tuple[str, int, str], dict[str, Any] | None] = {}
     wanted = [(p, b, m) for b in options.budgets for p in options.problems for m in options.methods]
     for name, budget, method_name in track(wanted, "methods at equal cost", transient=True):
-        key = f"{name}/{budget}/{method_name}/{options.n}"
+        key = f"{name}/{budget}/{method_name}/{outputs[budget]}"
         if key not in kept:
             method = at_budget(contenders[method_name], flow_map, PROBLEMS[name], budget)
-            kept[key] = None if method is None else measure(flow_map, PROBLEMS[name], method, options.n)
+            kept[key] = None if method is None else measure(flow_map, PROBLEMS[name], method, outputs[budget])
             file.write_text(json.dumps(kept))
         cells[name, budget, method_name] = kept[key]
     for name in options.problems:

@@ -78,7 +78,7 @@ def test_dictionaries_merge():
 def test_a_name_and_its_arguments():
     c = load(SteerConfig, None, ["reward=classifier", "reward.target=Bag", "method.particles=4", "judge=sharpness"])
     assert c.reward == {"name": "classifier", "target": "Bag"}
-    assert c.method == {"name": "feynman_kac", "particles": 4}
+    assert c.method == {"name": "funnel", "particles": 4}
     assert c.judge == {"name": "sharpness"}
     assert named(c.reward, "reward") == ("classifier", {"target": "Bag"})
 

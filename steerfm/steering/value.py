@@ -150,18 +150,19 @@ class Evaluation:
         value: (b,) V_t(x), tempered, in the wide dtype.
         tilt: (b,) strength * r of the first endpoint, untempered.
         beta: (b,) inverse temperature of the value.
-        endpoint: (b, *shape) the first endpoint; scores: of it.
+        endpoint: (b, *shape) the first endpoint.
         direction: (b, *shape) what a guidance adds to the state, before its coefficient; None without guidance.
         memory: (b,) what a correction carries along the path; None where it carries nothing.
+        scores: of the first endpoint, where that was scored.
     """
 
     value: Tensor
     tilt: Tensor
     beta: Tensor
     endpoint: Tensor | None = None
-    scores: Scores | None = None
     direction: Tensor | None = None
     memory: Tensor | None = None
+    scores: Scores | None = None
 
     def select(self, rows: Tensor) -> Evaluation:
         """The evaluations of the given particles (b',)."""
@@ -215,7 +216,7 @@ class View:
         """V and what it is made of; differentiable in ``ends`` where gradients are on."""
         found = self.weigh(ends)
         value = log_mean_exp(found.log_w, found.tempered)
-        return Evaluation(value, found.tilt[:, 0].detach(), found.beta, ends.z[:, 0].detach(), found.scores)
+        return Evaluation(value, found.tilt[:, 0].detach(), found.beta, ends.z[:, 0].detach(), scores=found.scores)
 
 
 def look(view: View) -> Evaluation:
@@ -341,7 +342,7 @@ class FreeGradient:
         moved = ((found.log_w + found.tempered).softmax(1) - found.log_w.softmax(1)).to(ends.z)
         direction = torch.einsum("bk,bk...->b...", moved, ends.z)
         value = log_mean_exp(found.log_w, found.tempered)
-        return Evaluation(value, found.tilt[:, 0], found.beta, ends.z[:, 0], found.scores, direction)
+        return Evaluation(value, found.tilt[:, 0], found.beta, ends.z[:, 0], direction, scores=found.scores)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
