@@ -130,7 +130,8 @@ class Step:
 class Transition(Protocol):
     """A move of the whole batch from time s to time t; any object with these members is one.
 
-    The step into t = 1 is always deterministic: noise added to the data would stay in them.
+    The step into t = 1 should be deterministic: noise added to the data would stay in them. One that is so for certain may say
+    ``lands = True``: a sampler then does not ask for the gradient that no step would follow.
 
     Attributes:
         endpoint: the kind of endpoint that saves a network call if a look-ahead has it already: "jump" for X_{s,1}(x),
@@ -159,7 +160,7 @@ class Jump:
     """
 
     hops: int = 1
-    endpoint = "jump"
+    endpoint, lands = "jump", True
 
     @property
     def stochastic(self) -> bool:
@@ -189,7 +190,7 @@ class Renoise:
     """
 
     gamma: float = 1.0
-    endpoint = "jump"
+    endpoint, lands = "jump", True
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
@@ -216,7 +217,7 @@ class Diffuse:
     """
 
     epsilon: float | Callable[[float], float] | None = None
-    endpoint = ""
+    endpoint, lands = "", True
 
     def __post_init__(self) -> None:
         if isinstance(self.epsilon, float | int) and not self.epsilon >= 0:
@@ -253,6 +254,7 @@ class Bridge:
 
     eta: float = 1.0
     endpoint: str = "denoised"
+    lands = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

@@ -300,7 +300,7 @@ class Steering:
         hottest = 1.0 if t >= 1 else float(tempering(t))
         ranks = selection is not None and selection.ranks  # type: ignore[union-attr]
         guided = self.guidance is not None and t < self.stop
-        if guided and t >= self.times()[-2]:  # the step into the data has no noise, so that a sampler cannot bend it
+        if guided and t >= self.times()[-2] and getattr(self.transition, "lands", False):
             guided = correction.guides(Step(x, 0.0))  # type: ignore[union-attr]
         wanted = guided or correction.samples or ranks  # type: ignore[union-attr]
         untempered = correction.looks_untempered or ranks or self._drawn()  # type: ignore[union-attr]
