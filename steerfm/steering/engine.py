@@ -277,11 +277,12 @@ class Steering:
         records[0]["resampled"] = first.resampled | records[0]["resampled"]
         records[0]["ancestors"] = first.ancestors.gather(1, records[0]["ancestors"])
         looks = [record.pop("lookaheads") for record in records if "lookaheads" in record]
-        trace = Trace(
-            t=torch.tensor(times[1:]),
-            lookaheads=torch.stack(looks) if len(looks) == len(records) else None,
-            **{name: _stack([record[name] for record in records]) for name in records[0]},
-        )
+        with torch.inference_mode(False):  # tensors that autograd takes, without another copy later
+            trace = Trace(
+                t=torch.tensor(times[1:]),
+                lookaheads=torch.stack(looks) if len(looks) == len(records) else None,
+                **{name: _stack([record[name] for record in records]) for name in records[0]},
+            )
         return Outcome(
             samples=x.view(n, k, *shape),
             rewards=rewards.view(n, k),

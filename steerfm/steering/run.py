@@ -146,7 +146,9 @@ def join(outcomes: Sequence[Outcome]) -> Outcome:
         tensors = [part for part in parts if part is not None]
         if len(tensors) < len(parts):
             return None
-        return tensors[0].clone() if len(tensors) == 1 else torch.cat(tensors, axis)
+        if len(tensors) == 1:
+            return tensors[0].clone() if tensors[0].is_inference() else tensors[0]
+        return torch.cat(tensors, axis)
 
     traces = [outcome.trace for outcome in outcomes]
     trace = {f.name: cat([getattr(trace, f.name) for trace in traces], 1) for f in fields(Trace) if f.name != "t"}

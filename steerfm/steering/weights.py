@@ -47,7 +47,8 @@ def log_mean(log_w: Tensor) -> Tensor:
 
 def effective_sample_size(log_w: Tensor) -> Tensor:
     """ESS / k = (sum w)^2 / (k sum w^2), (n, k) -> (n,) in [1/k, 1]."""
-    return torch.exp(2 * torch.logsumexp(log_w, 1) - torch.logsumexp(2 * log_w, 1)) / log_w.shape[1]
+    w = torch.exp(log_w - log_w.amax(1, keepdim=True))
+    return w.sum(1).square() / (w.square().sum(1) * log_w.shape[1])
 
 
 def log_mean_exp(log_w: Tensor, values: Tensor) -> Tensor:
