@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {}
     for name in options.rows:
         folder = options.out / "".join(c if c.isalnum() else "_" for c in name)
-        kept = folder / "row.json"
+        kept = folder / f"row-{options.steps}-{options.samples}-{options.guidance:g}-{Path(options.init).stem}.json"
         if not kept.is_file():
             kept.write_text(json.dumps(run(name, folder, start, options)))
         results[name] = json.loads(kept.read_text())

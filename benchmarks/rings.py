@@ -2,12 +2,14 @@
 
     steerfm bench rings                      # two rings, 50 and 500 steps, four seeds of 400 particles: minutes
     steerfm bench rings --quick              # 50 steps, two seeds of 200 particles
+    steerfm bench rings --strength 16 --epsilon 0.1
 
 The toys of flow map trajectory tilting (2511.22688): eight modes on a circle of radius 4. `half`, r = -x^2 1[x < 0], without
-resampling; `cycloid`, r = -((rho - 4 (1 + .08 cos 12 phi)) / .2)^2 / 2, with resampling below ESS .9. The source leaves the
-modes' spread open: .3 here, and epsilon_t = 1 - t. Both look-aheads get FMTT's drift (half of the gradient through the
-look-ahead) and the weight beta' r(z); the library refuses that weight for a denoiser, so the check is left out here. Prints
-errors against exact samples (MMD of the sum of Gaussian kernels of widths .5, 1 and 2; sliced W2), then one JSON line.
+resampling; `cycloid`, r = -((rho - 4 (1 + .08 cos 12 phi)) / .2)^2 / 2, with resampling below ESS .9. The source leaves open
+the modes' spread (.3 here), the reward's scale (``--strength``) and the diffusion (epsilon_t = ``--epsilon`` (1 - t)). Both
+look-aheads get FMTT's drift (half of the gradient through the look-ahead) and the weight beta' r(z); the library refuses that
+weight for a denoiser, so the check is left out here. Prints errors against exact samples (MMD of the sum of Gaussian kernels
+of widths .5, 1 and 2; sliced W2), then one JSON line.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import runpy
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from steerfm.metrics import interval, mmd, sliced_wasserstein
 from steerfm.sampling import Diffuse
 from steerfm.steering import Denoise, Jarzynski, Jump, MapGradient, Resample, Steering
 
-CASES = runpy.run_path(str(Path(__file__).with_name("exact.py")))["CASES"]
+EXACT = runpy.run_path(str(Path(__file__).with_name("exact.py")))
+CASES = EXACT["CASES"]
 RINGS = {"half": ("ring", None), "cycloid": ("cycloid", Resample("systematic", 0.9))}
 LOOKAHEADS = {"flow map": Jump(), "denoiser": Denoise()}
 KERNELS = [0.5, 1.0, 2.0]
@@ -40,13 +44,21 @@ class Unchecked(Jarzynski):
         pass
 
 
-def run(ring: str, lookahead: str, steps: int, particles: int, seeds: int, hops: int) -> dict[str, tuple[float, float]]:
+@cache
+def target(ring: str, strength: float) -> Any:
+    """The case of exact.py with ``strength`` times its reward."""
+    case = CASES[RINGS[ring][0]]()
+    return case if strength == 1 else EXACT["quadrature"](case.mixture, lambda x: strength * case.reward(x), 6.0)
+
+
+def run(
+    ring: str, lookahead: str, steps: int, particles: int, seeds: int, hops: int, strength: float = 1.0, epsilon: float = 1.0
+) -> dict[str, tuple[float, float]]:
     """Mean and interval over seeds of the errors and of what the particle method did."""
-    name, resampling = RINGS[ring]
-    case = CASES[name]()
+    case, resampling = target(ring, strength), RINGS[ring][1]
     method = Steering(
-        particles, steps, LOOKAHEADS[lookahead], MapGradient(0.5, cap=None), "linear", Diffuse(lambda t: 1 - t), Unchecked(),
-        resampling,
+        particles, steps, LOOKAHEADS[lookahead], MapGradient(0.5, cap=None), "linear", Diffuse(lambda t: epsilon * (1 - t)),
+        Unchecked(), resampling,
     )  # fmt: skip
     result = steerfm.steer(case.mixture.flow_map(steps=hops), case.reward, method, n=seeds)
     weights = result.log_weights.exp()
@@ -71,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, default=None)
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--hops", type=int, default=6, help="Runge-Kutta steps of the map over all of time")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the reward")
+    parser.add_argument("--epsilon", type=float, default=1.0, help="of the diffusion, times 1 - t")
     options = parser.parse_args(argv)
     steps = options.steps or ([50] if options.quick else [50, 500])
     particles, seeds = options.particles or (200 if options.quick else 400), options.seeds or (2 if options.quick else 4)
@@ -79,14 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for ring in RINGS:
         for count in steps:
             for lookahead in LOOKAHEADS:
-                found = run(ring, lookahead, count, particles, seeds, options.hops)
+                found = run(ring, lookahead, count, particles, seeds, options.hops, options.strength, options.epsilon)
                 rows[f"{ring}, {count} steps, {lookahead}"] = {key: round(value[0], 5) for key, value in found.items()}
                 table.add_row(ring, str(count), lookahead, *(f"{a:.4g}±{b:.2g}" for a, b in found.values()))
-        case = CASES[RINGS[ring][0]]()
+        case = target(ring, options.strength)
         right, reward = (case.target[:, 0] > 0).double().mean(), case.reward(case.target).mean()
         table.add_row(ring, "", "exact", "0", "0", f"{reward:.4g}", f"{right:.4g}", "", "")
     Console(width=140).print(table)
-    print(json.dumps({"benchmark": "rings", "particles": particles, "seeds": seeds, "rows": rows}))
+    settings = {"particles": particles, "seeds": seeds, "strength": options.strength, "epsilon": options.epsilon}
+    print(json.dumps({"benchmark": "rings", **settings, "rows": rows}))
 
 
 if __name__ == "__main__":

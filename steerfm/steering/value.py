@@ -205,6 +205,7 @@ class View:
         return self.lookahead.endpoints(self.problem.flow_map, x, self.t, self.problem.cond, self.noise)
 
     def weigh(self, ends: Endpoints) -> Weighed:
+        """Score all endpoints in one call; differentiable in ``ends`` where gradients are on."""
         b, k = ends.z.shape[:2]
         scores = self.problem.score(ends.z.flatten(0, 1), k)
         r = scores.total.view(b, k)
