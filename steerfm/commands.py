@@ -52,9 +52,10 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     module = _training_module(config, network, data)
     folder = _training_folder(config)
     t = config.trainer
+    grids = [training.SampleGrid(folder / "samples", t.sample_every)] if config.task == "flow_map" else []
     trainer = training.fit(
         module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
-        t.log_every, t.validate_every, t.sample_every, t.save_every, progress=console.is_terminal,
+        t.log_every, t.validate_every, t.save_every, console.is_terminal, grids,
     )  # fmt: skip
     if not trainer.is_global_zero:
         return
@@ -319,6 +320,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Outcome:
 # --- evaluate --------------------------------------------------------------------------------------------------------
 def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     """Distances, accuracy and consistency of a flow map at several numbers of jumps against many Euler steps."""
+    from steerfm.training import consistency_errors
+
     flow_map = _model(config.model, config.device)
     folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
     classifier, names, _ = zoo.load_classifier("fashion-classifier")
@@ -350,7 +353,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
         )
         for name, row in rows.items()
     ]  # fmt: skip
-    consistency = consistency_errors(flow_map, labels[:500])
+    consistency = consistency_errors(flow_map, 500, labels[:500])
     header = ["sampler", "Fréchet distance", "relative", "judge accuracy", "diversity", "ms per sample"]
     show = _table(*header, title=f"{config.model}: {config.n} samples; train-test distance {floor:.4f}")
     for line in table:
@@ -388,29 +391,6 @@ def _evaluate_plan(
         "seconds": seconds,
     }
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-
-
-def consistency_errors(flow_map: FlowMap, labels: Tensor, seed: int = 0) -> dict[str, float]:
-    """Root mean square per entry over random times: how far the map is from being a flow map.
-
-    semigroup: |X_{m,t}(X_{s,m}(x)) - X_{s,t}(x)|; diagonal: |d/dt X_{s,t}(x) - v(X_{s,t}(x), t)|, x on the path of the map.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    n = len(labels)
-    times = torch.rand(3, n, generator=generator).sort(0).values
-    s, m, t = (time.to(flow_map.device) for time in times)
-    cond = labels.to(flow_map.device)
-    x0 = torch.randn(n, *flow_map.shape, generator=generator).to(flow_map.device)
-    with torch.no_grad():
-        x = flow_map.jump(x0, 0.0, s, cond)
-        direct = flow_map.jump(x, s, t, cond)
-        semigroup = flow_map.jump(flow_map.jump(x, s, m, cond), m, t, cond) - direct
-        _, tangent = torch.func.jvp(lambda t: flow_map.jump(x, s, t, cond), (t,), (torch.ones_like(t),))[:2]
-        diagonal = tangent - flow_map.velocity(direct, t, cond)
-    return {
-        "semigroup error": semigroup.square().mean().sqrt().item(),
-        "diagonal error": diagonal.square().mean().sqrt().item(),
-    }
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ counted and the derived quantities are defined here, once.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -171,6 +172,9 @@ class NeuralFlowMap(FlowMap):
         network: u(x, s, t, cond), see `steerfm.networks`.
         shape: shape of one sample.
         mean, std: mean and standard deviation of all entries of the data.
+
+    Attributes:
+        origin: weights of the map that this one was fine-tuned from; None for others.
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class NeuralFlowMap(FlowMap):
     ) -> None:
         super().__init__(shape, interpolant, class_names)
         self.network, self.mean, self.std = network, float(mean), float(std)
+        self.origin: Mapping[str, Tensor] | None = None
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         s_, t_ = expand_time(s, x), expand_time(t, x)
@@ -191,6 +196,28 @@ class NeuralFlowMap(FlowMap):
         g = torch.sqrt((alpha * self.std) ** 2 + sigma**2)
         u = self.network((x - alpha * self.mean) / g, s, t, cond)
         return u + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
+
+    def with_network(self, network: nn.Module) -> NeuralFlowMap:
+        """The same map with another network; nothing is copied."""
+        other = copy.copy(self)
+        other._modules = {"network": network}
+        return other
+
+    def with_strength(self, strength: float) -> NeuralFlowMap:
+        """A fine-tuned map at another strength: weights base + strength (tuned - base), the base at 0, this map at 1.
+
+        For LoRA this is the scale of its adapters (DRaFT, 2309.17400, section 4.4).
+
+        Raises:
+            ValueError: the map was not fine-tuned, or its base cannot be found.
+        """
+        if self.origin is None:
+            raise ValueError("with_strength needs a fine-tuned map: load one that `steerfm finetune` wrote")
+        network, origin = copy.deepcopy(self.network), self.origin
+        network.load_state_dict(
+            {k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+        )
+        return self.with_network(network)
 
     # --- files: weights in safetensors, everything else in a JSON beside; nothing is ever unpickled --------------
     def save(self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True) -> Path:

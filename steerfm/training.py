@@ -5,11 +5,10 @@ Automatic optimisation, one loss, one optimiser: precision, devices and strategy
 
 from __future__ import annotations
 
-import copy
 import csv
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from steerfm.flowmap import NeuralFlowMap
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, map_condition
 from steerfm.objectives import FlowMatching, Objective
 from steerfm.results import picture_grid
 from steerfm.sampling import sample
@@ -70,7 +69,8 @@ class Trained(L.LightningModule):
         return self.average.module
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -163,9 +163,7 @@ class FlowMapTraining(Trained):
     def averaged(self) -> NeuralFlowMap:
         """The flow map with the averaged weights: the one to sample from and to ship."""
         (flow_map,) = self.flow_map
-        average = copy.copy(flow_map)
-        average._modules = {"network": self.ema.eval()}
-        return average
+        return flow_map.with_network(self.ema.eval())
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Flow-matching loss of the averaged network on held-out data, with fixed noise and times."""
@@ -217,6 +215,29 @@ def _ema(decay: float):
     return average
 
 
+# --- consistency ----------------------------------------------------------------------------------------------------
+def consistency_errors(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0) -> dict[str, float]:
+    """Root mean square per entry over random times: how far the map is from being a flow map.
+
+    semigroup: |X_{m,t}(X_{s,m}(x)) - X_{s,t}(x)|; diagonal: |d/dt X_{s,t}(x) - v(X_{s,t}(x), t)|, x on the path of the map.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.rand(3, n, generator=generator).sort(0).values
+    s, m, t = (time.to(flow_map.device) for time in times)
+    cond = map_condition(lambda c: c.to(flow_map.device), cond)
+    x0 = torch.randn(n, *flow_map.shape, generator=generator).to(flow_map.device)
+    with torch.no_grad():
+        x = flow_map.jump(x0, 0.0, s, cond)
+        direct = flow_map.jump(x, s, t, cond)
+        semigroup = flow_map.jump(flow_map.jump(x, s, m, cond), m, t, cond) - direct
+        _, tangent = torch.func.jvp(lambda t: flow_map.jump(x, s, t, cond), (t,), (torch.ones_like(t),))[:2]
+        diagonal = tangent - flow_map.velocity(direct, t, cond)
+    return {
+        "semigroup error": semigroup.square().mean().sqrt().item(),
+        "diagonal error": diagonal.square().mean().sqrt().item(),
+    }
+
+
 # --- running ---------------------------------------------------------------------------------------------------------
 class SampleGrid(L.Callback):
     """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``."""
@@ -258,14 +279,14 @@ def fit(
     clip: float = 1.0,
     log_every: int = 20,
     validate_every: int = 1000,
-    sample_every: int = 0,
     save_every: int = 200,
     progress: bool = True,
+    callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
     """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
 
     Logs to ``folder/metrics`` as csv, a numbered version for each time it was started (`history` reads them all), and to
-    tensorboard where it is installed. The remaining arguments are the Trainer's.
+    tensorboard where it is installed. ``callbacks`` come before the checkpoints; the remaining arguments are the Trainer's.
     """
     loggers: list[Any] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=1)]
     if importlib.util.find_spec("tensorboard"):
@@ -277,10 +298,7 @@ def fit(
         save_top_k=1,
         enable_version_counter=False,
     )
-    callbacks: list[L.Callback] = [checkpoints]
-    if isinstance(module, FlowMapTraining):
-        callbacks.append(SampleGrid(folder / "samples", sample_every))
-    callbacks.append(RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every))
+    watching = [*callbacks, checkpoints, RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)]
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=int(devices) if devices.isdigit() else devices,
@@ -294,7 +312,7 @@ def fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=loggers,
-        callbacks=callbacks,
+        callbacks=watching,
         enable_progress_bar=progress,
         enable_model_summary=False,
     )

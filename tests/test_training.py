@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import ResNet, UNet
 from steerfm.objectives import FlowMatching, Lagrangian, Progressive
-from steerfm.training import ClassifierTraining, FlowMapTraining, fit, history
+from steerfm.training import ClassifierTraining, FlowMapTraining, SampleGrid, fit, history
 
 STEPS = 12
 QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}
@@ -78,7 +78,7 @@ class Fragile(FlowMapTraining):
 def whole(tmp_path_factory) -> SimpleNamespace:
     """A run of 12 steps that was left alone."""
     folder, trained, data = tmp_path_factory.mktemp("whole"), module(), Pictures()
-    trainer = fit(trained, data, folder, sample_every=6, **QUICK)
+    trainer = fit(trained, data, folder, callbacks=[SampleGrid(folder / "samples", 6)], **QUICK)
     return SimpleNamespace(folder=folder, module=trained, data=data, trainer=trainer)
 
 

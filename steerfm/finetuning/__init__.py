@@ -1,0 +1,33 @@
+"""Fine-tuning: make a flow map keep a reward. A method says how; `FineTuning` is the module that Lightning trains."""
+
+from steerfm.finetuning.adjoint import Adjoint
+from steerfm.finetuning.base import FineTuning, Method, TaskData, Tasks, Terms, Update, chain, check, draw, spread
+from steerfm.finetuning.direct import AlignProp, Direct, DRaFT, DRaFTK, DRaFTLV, DRTune, ReFL
+from steerfm.finetuning.lora import LoRA
+from steerfm.finetuning.noise import HyperNoise
+from steerfm.finetuning.policy import DDPO, FlowGRPO, Policy
+from steerfm.finetuning.weighted import ORWCFM, Distil, Refit, Weighted
+
+METHODS: dict[str, type] = {
+    "direct": Direct,
+    "draft": DRaFT,
+    "draft_k": DRaFTK,
+    "draft_lv": DRaFTLV,
+    "alignprop": AlignProp,
+    "refl": ReFL,
+    "drtune": DRTune,
+    "weighted": Weighted,
+    "orw_cfm": ORWCFM,
+    "policy": Policy,
+    "flow_grpo": FlowGRPO,
+    "ddpo": DDPO,
+    "adjoint": Adjoint,
+    "noise": HyperNoise,
+}
+"""Fine-tuning methods by the name that configurations use."""
+
+__all__ = [
+    "DDPO", "METHODS", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct", "Distil", "FineTuning",
+    "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms", "Update", "Weighted",
+    "chain", "check", "draw", "spread",
+]  # fmt: skip

@@ -1,0 +1,95 @@
+"""Adjoint matching: the velocity of the tilted law, from the reward's gradient, by a regression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from steerfm.finetuning.base import Law, Terms, Update
+from steerfm.flowmap import Condition, FlowMap
+from steerfm.sampling import Bridge, Noise, time_grid
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Lean adjoint matching on the memoryless process (Domingo-Enrich et al. 2409.08861, equations 38 to 40), in discrete time.
+
+    Steps are those of DDPM, N(m(x), s^2 I) with the mean of the denoiser: memoryless, so that the optimum tilts p exactly and
+    its velocity is that of the tilted law's own path. The adjoint goes backwards through the reference only,
+
+        a_N = strength grad r(x_N),   a_k = (d m_ref / d x_k)^T a_{k+1},   loss = sum_k |m(x_k) - m_ref(x_k) - s_k^2 a_{k+1}|^2 / (2 s_k^2)
+
+    and is exact as the steps grow. What is learnt is a velocity: the jumps are distilled from it afterwards.
+
+    Args:
+        steps: of the process.
+        trained: steps fitted in an update, drawn anew each time; None for all.
+        ode: Euler steps of the law that is learnt, where it is sampled.
+    """
+
+    steps: int = 20
+    trained: int | None = 8
+    ode: int = 32
+
+    differentiates, tilts, group, law_is_map = True, True, 1, False
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or self.ode < 1 or (self.trained is not None and self.trained < 1):
+            raise ValueError("steps is at least 2, ode and trained at least 1")
+
+    def loss(self, update: Update) -> Terms:
+        move, times, problem = Bridge(1.0), time_grid(self.steps), update.problem
+        cond = problem.cond
+        states, x = [], update.normal()
+        with torch.no_grad():
+            for s, t in zip(times, times[1:]):
+                states.append(x)
+                step = move.step(update.tuned, x, s, t, cond)
+                x = step.sample(update.normal() if step.std else None)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            r = problem.score(x).total
+            (adjoint,) = torch.autograd.grad(update.strength * r.sum(), x)
+        endpoints, targets, weights = [], [], []
+        for state, s, t in zip(reversed(states), reversed(times[:-1]), reversed(times[1:])):
+            with torch.enable_grad():
+                state = state.detach().requires_grad_()
+                endpoint = update.reference.denoise(state, s, cond)
+                step = move.step(update.reference, state, s, t, cond, endpoint)
+                (before,) = torch.autograd.grad(step.mean, state, adjoint)
+            if step.std:  # the mean is linear in the endpoint: a shift of the mean by s^2 a is one of the endpoint by s^2 a / c
+                c = update.tuned.interpolant.alpha(t) - self._keep(update.tuned, s, t) * update.tuned.interpolant.alpha(s)
+                endpoints.append(endpoint.detach() + step.std**2 / c * adjoint)
+                targets.append((state.detach(), s))
+                weights.append(c**2 / (2 * step.std**2))
+            adjoint = before
+        count = len(targets) if self.trained is None else min(self.trained, len(targets))
+        chosen = torch.randperm(len(targets), generator=update.generator)[:count].tolist()
+        b = len(x)
+        xs = torch.cat([targets[i][0] for i in chosen])
+        at = torch.tensor([targets[i][1] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
+        weight = torch.tensor([weights[i] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
+        repeated = update.tasks.take(torch.arange(b).repeat(count)).problem(update.tuned, update.reward).cond
+        miss = update.tuned.denoise(xs, at, repeated) - torch.cat([endpoints[i] for i in chosen])
+        losses = weight * miss.square().flatten(1).sum(1)
+        return {"loss": losses.sum() / b * len(targets) / count / x[0].numel(), "reward": r.detach().mean()}
+
+    @staticmethod
+    def _keep(flow_map: FlowMap, s: float, t: float) -> float:
+        """The factor of x in the mean of the step: what `Bridge` keeps of the noise at eta = 1."""
+        path = flow_map.interpolant
+        rho = path.alpha(s) * path.sigma(t) / (path.alpha(t) * path.sigma(s))
+        return rho * path.sigma(t) / path.sigma(s)
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        times = time_grid(self.ode)
+
+        def law(noise: Noise, cond: Condition) -> torch.Tensor:
+            x = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))
+            for s, t in zip(times, times[1:]):
+                middle = x + (t - s) / 2 * tuned.velocity(x, s, cond)
+                x = x + (t - s) * tuned.velocity(middle, (s + t) / 2, cond)
+            return x
+
+        return law

@@ -1,0 +1,355 @@
+"""What every fine-tuning method shares: the frozen reference, the rows of a batch, the module that Lightning trains.
+
+    loss = -mean r(x_1) / scale + control * penalty          # minimised; a method says how x_1 comes about and what is penalised
+
+``scale`` is the reward's spread under the reference, so that one ``control`` (lambda) means the same for every reward: methods
+that tilt aim at q proportional to p(x) exp(r(x) / (control * scale)). Random numbers belong to a row of the global batch and to
+a step, never to a process: a continued run draws on, and two processes draw what one would.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from steerfm.cost import Cost, Ledger
+from steerfm.finetuning.lora import LoRA, LoRAOff
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, map_condition
+from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.sampling import Jump, Noise, Transition, time_grid
+from steerfm.steering.value import Problem
+from steerfm.training import Trained
+
+Law = Callable[[Noise, Condition], Tensor]
+"""How samples are drawn: noise of b rows and their condition to (b, *shape)."""
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------
+@dataclass
+class Tasks:
+    """What the model is asked for, one row each: conditions, and the labels and prompts that a reward reads.
+
+    Attributes:
+        n: number of rows; 1 where there is no condition.
+        cond: n rows, or None. labels: (n,), or None. prompts: n texts, or None.
+    """
+
+    n: int = 1
+    cond: Condition = None
+    labels: Tensor | None = None
+    prompts: Prompts = None
+
+    @classmethod
+    def of(cls, cond: Condition, prompts: Prompts = None) -> Tasks:
+        """Labels are the condition where that holds integers."""
+        is_labels = isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
+        first = cond if isinstance(cond, Tensor) or cond is None else next(iter(cond.values()))
+        n = len(first) if first is not None else len(prompts) if prompts is not None else 1
+        if prompts is not None and len(prompts) != n:
+            raise ValueError(f"{len(prompts)} prompts for {n} conditions: give one each")
+        return cls(n, cond, cond if is_labels else None, prompts)  # type: ignore[arg-type]
+
+    def take(self, rows: Tensor) -> Tasks:
+        """The given rows (b,); a row may be taken more than once."""
+        return Tasks(
+            len(rows),
+            map_condition(lambda c: c[rows.to(c.device)], self.cond),
+            None if self.labels is None else self.labels[rows.to(self.labels.device)],
+            None if self.prompts is None else [self.prompts[row] for row in rows.tolist()],
+        )
+
+    def problem(self, flow_map: FlowMap, reward: Reward) -> Problem:
+        """The reward of these rows, for samples of the map; strength 1."""
+        device = flow_map.device
+        cond = map_condition(lambda c: c.to(device), self.cond)
+        labels = None if self.labels is None else self.labels.to(device)
+        return Problem(flow_map, reward, torch.ones(self.n, device=device), cond, labels, self.prompts)
+
+
+class TaskData(L.LightningDataModule):
+    """Endless batches of rows of `Tasks`: which of them each row of the global batch is asked for.
+
+    Args:
+        n: number of tasks.
+        batch_size: rows of the global batch; consecutive ``group`` rows share a task.
+        seed: of the choice.
+    """
+
+    def __init__(self, n: int, batch_size: int, group: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1 or batch_size % group:
+            raise ValueError(f"batch_size={batch_size} must be a positive multiple of the group of {group}")
+        self.n, self.batch_size, self.group, self.seed = n, batch_size, group, seed
+
+    def train_dataloader(self) -> DataLoader:
+        start = self.trainer.global_step if self.trainer else 0
+        return DataLoader(_Rows(self, start), batch_size=None)
+
+
+class _Rows(IterableDataset):
+    def __init__(self, data: TaskData, start: int) -> None:
+        self.data, self.start = data, start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        data, step = self.data, self.start
+        while True:
+            generator = torch.Generator().manual_seed(data.seed * 1_000_003 + step)
+            start, groups = torch.randint(data.n, (1,), generator=generator), data.batch_size // data.group
+            rows = (start + torch.arange(groups)) % data.n  # as even as the batch allows
+            yield rows.repeat_interleave(data.group)
+            step += 1
+
+
+# --- one update ------------------------------------------------------------------------------------------------------
+@dataclass
+class Update:
+    """What a method sees of one update.
+
+    Attributes:
+        step, steps: of the run.
+        tuned: the map that is trained. averaged: with the averaged weights. reference: the frozen base.
+        reward: what is optimised. tasks: of these b rows. all_tasks: what rows are drawn from.
+        noise: b streams, one a row. generator: of what all rows share.
+        control: lambda. scale: spread of the reward under the reference.
+        memory: tensors that the method keeps from one update to the next; they are part of a checkpoint.
+    """
+
+    step: int
+    steps: int
+    tuned: FlowMap
+    averaged: FlowMap
+    reference: FlowMap
+    reward: Reward
+    tasks: Tasks
+    all_tasks: Tasks
+    noise: Noise
+    generator: torch.Generator
+    control: float
+    scale: float
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> Problem:
+        return self.tasks.problem(self.tuned, self.reward)
+
+    @property
+    def strength(self) -> float:
+        """Of the tilt that this control stands for."""
+        return 1 / (self.control * self.scale)
+
+    def normal(self) -> Tensor:
+        """Standard normal (b, *shape)."""
+        return self.noise.normal(self.tuned.shape, torch.empty(0, device=self.tuned.device))
+
+    def uniform(self) -> float:
+        """Uniform on [0, 1), the same for all rows and processes."""
+        return torch.rand((), generator=self.generator).item()
+
+
+Terms = dict[str, Tensor]
+"""Scalars to log; ``loss`` is the one that is minimised."""
+
+
+class Method(Protocol):
+    """A way to fine-tune; any object with these members is one.
+
+    Attributes:
+        differentiates: whether it follows the gradient of the reward.
+        tilts: whether it aims at the tilted law, so that control = 0 has no meaning.
+        group: rows of a batch that share a task.
+        law_is_map: whether the trained network is itself the flow map of what was learnt; if not, it is distilled.
+    """
+
+    differentiates: bool
+    tilts: bool
+    group: int
+    law_is_map: bool
+
+    def loss(self, update: Update) -> Terms: ...
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        """How samples of what was learnt are drawn."""
+        ...
+
+
+def chain(steps: int, transition: Transition | None = None) -> Callable[[FlowMap], Law]:
+    """The law of a map sampled in ``steps`` transitions, by default jumps."""
+    move: Transition = transition or Jump()
+    times = time_grid(steps)
+
+    def of(flow_map: FlowMap) -> Law:
+        def law(noise: Noise, cond: Condition) -> Tensor:
+            x = noise.normal(flow_map.shape, torch.empty(0, device=flow_map.device, dtype=flow_map.dtype))
+            for s, t in zip(times, times[1:]):
+                step = move.step(flow_map, x, s, t, cond)
+                x = step.sample(noise.normal(flow_map.shape, x) if step.std else None)
+            return x
+
+        return law
+
+    return of
+
+
+def draw(law: Law, tasks: Tasks, flow_map: FlowMap, seeds: list[int], k: int = 1, rows: int = 256) -> Tensor:
+    """Samples (n * k, *shape) of a law, ``k`` for each task, without a gradient and in batches of about ``rows``."""
+    size, parts = max(1, rows // k), []
+    with torch.no_grad():
+        for begin in range(0, tasks.n, size):
+            part = torch.arange(begin, min(begin + size, tasks.n))
+            cond = map_condition(lambda c: c.to(flow_map.device), tasks.take(part.repeat_interleave(k)).cond)
+            parts.append(law(Noise(seeds[begin : begin + size], k), cond))
+    return torch.cat(parts)
+
+
+def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: int = 0) -> float:
+    """Standard deviation of the reward over ``n`` samples of the map, tasks in turn.
+
+    Raises:
+        RewardError: the reward is constant there, so that there is nothing to learn.
+    """
+    rows = tasks.take(torch.arange(n) % tasks.n)
+    x = draw(chain(4)(flow_map), rows, flow_map, [seed - 1 - i for i in range(n)])
+    with torch.no_grad():
+        values = rows.problem(flow_map, reward).score(x).total
+    if not values.std() > 0:
+        raise RewardError(f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn")
+    return values.std().item()
+
+
+# --- the module ------------------------------------------------------------------------------------------------------
+class FineTuning(Trained):
+    """Fine-tunes a flow map by a method. Precision, devices and strategy are the Lightning Trainer's own arguments.
+
+    Args:
+        flow_map: the base; it is copied, never changed.
+        reward: what is optimised.
+        method: how.
+        tasks: what the model is asked for.
+        batch_size: rows of the global batch, shared out over the processes.
+        control: lambda, at least 0.
+        scale: spread of the reward; None to measure it on the base; 1 for a reward in units of its own.
+        lora: train low-rank adapters only; the base with them switched off is then the reference, without a copy.
+        start: weights to start from, default the base's.
+        options: arguments of `Trained`.
+
+    Raises:
+        ValueError: a control that is negative, or 0 for a method that tilts; RewardError: a black box where the method needs a
+            gradient.
+    """
+
+    def __init__(
+        self,
+        flow_map: NeuralFlowMap,
+        reward: Reward,
+        method: Method,
+        tasks: Tasks | None = None,
+        batch_size: int = 64,
+        control: float = 1.0,
+        scale: float | None = None,
+        lora: LoRA | None = None,
+        start: NeuralFlowMap | None = None,
+        **options: Any,
+    ) -> None:
+        check(method, reward, control)
+        network = copy.deepcopy((start or flow_map).network).requires_grad_(True).train()
+        if lora is not None:
+            lora.inject(network, options.get("seed", 0))
+        super().__init__(network, **options)
+        tuned = flow_map.with_network(self.network)
+        reference = flow_map if lora is None or start is not None else LoRAOff(tuned)
+        self.maps = (tuned, reference)  # in a tuple: the trained network is registered once, the frozen ones never
+        self.judged = (reward,)
+        self.method, self.tasks, self.batch_size = method, tasks or Tasks(), batch_size
+        self.control, self.scale, self.lora = control, scale, lora
+        self.memory: dict[str, Tensor] = {}
+        self.spent = Cost()
+
+    @property
+    def reference(self) -> FlowMap:
+        return self.maps[1]
+
+    def averaged(self) -> NeuralFlowMap:
+        """The map with the averaged weights."""
+        return self.maps[0].with_network(self.ema.eval())
+
+    def law(self) -> Law:
+        """How samples of what was learnt are drawn, with the averaged weights."""
+        return self.method.law(self.averaged(), self.reference)
+
+    def data(self) -> TaskData:
+        """The batches that this module trains on."""
+        return TaskData(self.tasks.n, self.batch_size, self.method.group, self.seed)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        world = self.trainer.world_size
+        if self.batch_size % (world * self.method.group):
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be shared out over {world} processes in groups of {self.method.group}"
+            )
+        for part in (*self.maps, *self.judged):
+            part.to(self.device)
+        if self.scale is None:
+            self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
+
+    def update(self, rows: Tensor) -> Update:
+        """This process's share of an update."""
+        size = self.batch_size // self.trainer.world_size
+        mine = slice(self.global_rank * size, (self.global_rank + 1) * size)
+        step, tuned = self.global_step, self.maps[0]
+        reuse = getattr(self.method, "reuse", 1)
+        drawn = step // reuse * reuse  # a method that uses its samples more than once must be asked for the same again
+        first = (self.seed + 1) * 2**40 + drawn * self.batch_size
+        assert self.scale is not None
+        return Update(
+            step, self.steps, tuned, self.averaged(), self.reference, self.judged[0], self.tasks.take(rows[mine].cpu()),
+            self.tasks, Noise([first + row for row in range(mine.start, mine.stop)]),
+            torch.Generator().manual_seed((self.seed + 1) * 2**40 + step), self.control, self.scale, self.memory,
+        )  # fmt: skip
+
+    def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
+        with Ledger() as ledger:
+            terms = self.method.loss(self.update(rows))
+        self._ledger = ledger  # its backward calls are still to come
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach().float(), prog_bar=name in ("loss", "reward"))
+        return terms["loss"]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        cost = replace(self._ledger.cost, seconds=time.perf_counter() - self._started)
+        self.spent = self.spent + cost
+        self.log("train/reward_calls", float(self.spent.reward_calls))
+        self.log("train/evaluations", float(self.spent.evaluations))
+        self.log("train/seconds", self.spent.seconds)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "spent": self.spent.as_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.scale, self.memory, self.spent = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
+
+
+def check(method: Method, reward: Reward, control: float) -> None:
+    """Refuse what cannot work, before anything is run; see `FineTuning` for the errors."""
+    if not (math.isfinite(control) and control >= 0):
+        raise ValueError(f"control={control}: must be finite and at least 0 (it is lambda: larger stays nearer to the base)")
+    if control == 0 and method.tilts:
+        raise ValueError("control=0 asks for an infinite tilt: give a positive one")
+    if method.differentiates and not reward.differentiable:
+        raise RewardError(
+            f"reward {reward.name!r} is a black box and {type(method).__name__} follows its gradient: use weighted or policy"
+        )

@@ -1,0 +1,196 @@
+"""Backpropagation of the reward through a few jumps, and the published methods that are choices of its knobs.
+
+    x_{i+1} = X_{t_i, t_{i+1}}(x_i),   maximise  r(x_K) / scale - control/2 sum_i h_i |u(x_i) - u_ref(x_i)|^2
+
+Which jump is trained decides whether the reward is hacked: training the last one adds the reward's gradient to the picture, an
+adversarial change; training the first and freezing the last, with the gradient passing through it, keeps pictures on the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from steerfm.finetuning.base import Law, Terms, Update
+from steerfm.flowmap import Condition, FlowMap
+from steerfm.interpolant import expand_time
+from steerfm.sampling import Noise
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Direct reward backpropagation through one to a few jumps; the default trains the first of two and freezes the last.
+
+    Args:
+        jumps: K, from t = 0 to t = 1.
+        trained: indices of the jumps that are trained, -1 the last; None for all. The others are the reference's, and the
+            gradient passes through them.
+        truncate: the gradient goes back through the last jumps only, at most this many; [low, high] to draw their number anew
+            each update; None for all. Earlier jumps are the trained map's, without a gradient.
+        jitter: interior times are (i + jitter U(-1, 1)) / K, drawn anew each update, in [0, .5).
+        power: of the times, as in `time_grid`; below 1 they lie later.
+        mix: a: the network sees a x + (1 - a) sg(x); 1 differentiates through the path, 0 trains each jump by itself.
+        averages: of this many renoised copies of the sample, each brought back by the last jump; 0 for none.
+        ceiling: rewards above it do not count, in the reward's own units.
+        checkpoint: forget what each jump computed and compute it again on the way back: less memory, one more forward.
+    """
+
+    jumps: int = 2
+    trained: tuple[int, ...] | None = (0,)
+    truncate: int | tuple[int, int] | None = None
+    jitter: float = 0.4
+    power: float = 1.0
+    mix: float = 1.0
+    averages: int = 0
+    ceiling: float | None = None
+    checkpoint: bool = False
+
+    differentiates, tilts, group, law_is_map = True, False, 1, False
+
+    def __post_init__(self) -> None:
+        if self.jumps < 1:
+            raise ValueError(f"jumps={self.jumps}: at least one")
+        if not 0 <= self.jitter < 0.5:
+            raise ValueError(f"jitter={self.jitter}: must be in [0, 0.5), so that times stay in order")
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix={self.mix}: must be in [0, 1]")
+        if not self.power > 0:
+            raise ValueError(f"power={self.power}: must be positive")
+        if self.averages < 0:
+            raise ValueError(f"averages={self.averages}: at least 0")
+        for i in self.trained or ():
+            if not -self.jumps <= i < self.jumps:
+                raise ValueError(f"trained={list(self.trained or ())}: there is no jump {i} among {self.jumps}")
+        low, high = self._truncation()
+        if not 1 <= low <= high:
+            raise ValueError(f"truncate={self.truncate}: at least one jump, and low <= high")
+        if self.jumps - high > max(self._trained()):
+            raise ValueError(f"truncate={self.truncate} leaves no gradient for the trained jumps {sorted(self._trained())}")
+
+    def loss(self, update: Update) -> Terms:
+        tuned, reference, cond = update.tuned, update.reference, update.problem.cond
+        times, x = self.times([2 * update.uniform() - 1 for _ in range(self.jumps - 1)]), update.normal()
+        low, high = self._truncation()
+        active = self.jumps - (low + int(update.uniform() * (high - low + 1)))  # the first jump with a gradient
+        control = x.new_zeros(len(x))
+        for i, (s, t) in enumerate(pairwise(times)):
+            if i < active:
+                with torch.no_grad():
+                    x = tuned.jump(x, s, t, cond)
+            elif i not in self._trained():
+                x = self._jump(reference, x, s, t, cond)
+            else:
+                start, seen = x, torch.lerp(x.detach(), x, self.mix) if self.mix < 1 else x
+                moved = self._jump(tuned, seen, s, t, cond) - seen  # h u(x)
+                x = start + moved
+                if update.control:
+                    with torch.no_grad():
+                        moved_ref = reference.jump(start.detach(), s, t, cond) - start.detach()
+                    control = control + (moved - moved_ref).square().flatten(1).sum(1) / (2 * (t - s))
+        if self.averages:
+            return self._averaged(update, x.detach(), times[-2], control)
+        return self._terms(update, update.problem.score(x).total, control)
+
+    def _averaged(self, update: Update, x1: Tensor, s: float, control: Tensor) -> Terms:
+        """DRaFT-LV: the reward of several noisy copies of the same sample, each brought back by the last jump."""
+        n, b, path = self.averages, len(x1), update.tuned.interpolant
+        noise = torch.cat([update.normal() for _ in range(n)])
+        rows = torch.arange(b).repeat(n)
+        problem = update.tasks.take(rows).problem(update.tuned, update.reward)
+        again = path.interpolate(noise, x1[rows.to(x1.device)], expand_time(s, noise))
+        back = self._jump(update.tuned, again, s, 1.0, problem.cond)
+        return self._terms(update, problem.score(back).total, control)
+
+    def _terms(self, update: Update, r: Tensor, control: Tensor) -> Terms:
+        counted = r if self.ceiling is None else r.clamp(max=self.ceiling)
+        loss = -counted.mean() / update.scale + update.control * control.mean()
+        return {"loss": loss, "reward": r.mean(), "control_cost": control.mean()}
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        times = self.times([0.0] * (self.jumps - 1))
+        maps = [tuned if i in self._trained() or i < self.jumps - self._truncation()[0] else reference for i in range(self.jumps)]
+
+        def law(noise: Noise, cond: Condition) -> Tensor:
+            x = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))
+            for flow_map, (s, t) in zip(maps, pairwise(times)):
+                x = flow_map.jump(x, s, t, cond)
+            return x
+
+        return law
+
+    def times(self, shifts: list[float]) -> list[float]:
+        """0 = t_0 < ... < t_K = 1; ``shifts`` in [-1, 1] of the interior times."""
+        inner = [((i + 1 + self.jitter * shift) / self.jumps) ** self.power for i, shift in enumerate(shifts)]
+        return [0.0, *inner, 1.0]
+
+    def _jump(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition) -> Tensor:
+        if not self.checkpoint:
+            return flow_map.jump(x, s, t, cond)
+        moved = checkpointed(lambda x: flow_map.jump(x, s, t, cond), x, use_reentrant=False)
+        assert isinstance(moved, Tensor)
+        return moved
+
+    def _trained(self) -> set[int]:
+        return set(range(self.jumps)) if self.trained is None else {i % self.jumps for i in self.trained}
+
+    def _truncation(self) -> tuple[int, int]:
+        if self.truncate is None:
+            return self.jumps, self.jumps
+        low, high = (self.truncate, self.truncate) if isinstance(self.truncate, int) else self.truncate
+        return min(low, self.jumps), min(high, self.jumps)
+
+
+@dataclass(frozen=True)
+class DRaFT(Direct):
+    """DRaFT (Clark et al. 2309.17400, section 4): the whole chain is trained, its gradient goes through every step."""
+
+    jumps: int = 4
+    trained: tuple[int, ...] | None = None
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class DRaFTK(DRaFT):
+    """DRaFT-K (2309.17400, section 4.1): the gradient goes through the last K steps only, ``truncate``; theirs is 1."""
+
+    truncate: int | tuple[int, int] | None = 1
+
+
+@dataclass(frozen=True)
+class DRaFTLV(DRaFTK):
+    """DRaFT-LV (2309.17400, section 4.1): DRaFT-1 with the gradient averaged over renoised copies of the sample; theirs are 2."""
+
+    averages: int = 2
+
+
+@dataclass(frozen=True)
+class AlignProp(DRaFT):
+    """AlignProp (Prabhudesai et al. 2310.03739, section 4): truncated backpropagation, the number of steps drawn at random."""
+
+    truncate: int | tuple[int, int] | None = (1, 4)
+
+
+@dataclass(frozen=True)
+class ReFL(Direct):
+    """ReFL (Xu et al. 2304.05977, algorithm 1): stop at a late random time, look ahead with a gradient, and train that jump.
+
+    Rewards above ``ceiling`` do not count; theirs is 2, in their reward's units.
+    """
+
+    trained: tuple[int, ...] | None = (-1,)
+    truncate: int | tuple[int, int] | None = 1
+    power: float = 0.3
+
+
+@dataclass(frozen=True)
+class DRTune(Direct):
+    """DRTune (Wu et al. 2405.00760, algorithm 1): no gradient into the network's input, so every step is supervised by itself."""
+
+    jumps: int = 4
+    trained: tuple[int, ...] | None = None
+    jitter: float = 0.0
+    mix: float = 0.0

@@ -1,0 +1,138 @@
+"""Low-rank adapters by peft: an optional way to train, for every method.
+
+The adapters are saved apart, as plain products, so that a tuned map loads without peft: W = W_base + strength * B A.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap
+
+PREFIX = "lora_"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation (Hu et al. 2106.09685) of linear and convolutional layers.
+
+    Args:
+        rank: of the adapters.
+        alpha: their scale is alpha / rank; default 2 rank.
+        layers: ends of the names of the layers to adapt, such as ["conv1", "conv2"]; None for all but the embeddings.
+    """
+
+    rank: int = 4
+    alpha: float | None = None
+    layers: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank}: at least 1")
+
+    def targets(self, network: nn.Module) -> list[str]:
+        """Names of the layers that are adapted.
+
+        Raises:
+            ValueError: a name that no layer has.
+        """
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
+        if self.layers is None:
+            return names
+        ends = [f".{name}".rsplit(".", 1)[-1] for name in names]
+        for layer in self.layers:
+            if not any(name == layer or name.endswith(f".{layer}") for name in names):
+                near = difflib.get_close_matches(layer, {*names, *ends}, n=1, cutoff=0.4)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"lora.layers: no layer {layer!r}{hint}; layers: {', '.join(names)}")
+        return [name for name in names if any(name == layer or name.endswith(f".{layer}") for layer in self.layers)]
+
+    def inject(self, network: nn.Module, seed: int = 0) -> None:
+        """Put adapters into a network, in place; only they are trained, and nothing changes until they are."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ValueError("lora needs peft: pip install 'steerfm[lora]'") from None
+        targets = self.targets(network)
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets), network)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(PREFIX in name)
+            if f"{PREFIX}A" in name:  # peft draws from the global generator
+                bound = parameter[0].numel() ** -0.5
+                parameter.data.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+
+
+class LoRAOff(FlowMap):
+    """The map of an adapted network with its adapters switched off: the base, without a second copy of its weights."""
+
+    def __init__(self, flow_map: NeuralFlowMap) -> None:
+        super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
+        self.flow_map = (flow_map,)  # in a tuple: not registered twice
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        with switched_off(self.flow_map[0].network):
+            return self.flow_map[0].average_velocity(x, s, t, cond)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.flow_map[0].decode(z)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return self.flow_map[0].encode(pictures)
+
+    @property
+    def device(self) -> torch.device:
+        return self.flow_map[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.flow_map[0].dtype
+
+
+def adapted(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The adapted layers, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
+@contextmanager
+def switched_off(network: nn.Module) -> Iterator[None]:
+    """Adapters off. Unlike peft's own switch this leaves requires_grad alone, so gradients may pass through."""
+    layers: list = [layer for _, layer in adapted(network)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged(network: nn.Module) -> nn.Module:
+    """A copy of an adapted network as a plain one, its adapters added to its weights."""
+    network = copy.deepcopy(network)
+    for name, layer in adapted(network):
+        layer.merge()  # type: ignore[operator]
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+    return network
+
+
+def adapters(network: nn.Module) -> dict[str, Tensor]:
+    """The factors of the adapters: <layer>.down and <layer>.up, with the scale in ``up``."""
+    found = {}
+    for name, layer in adapted(network):
+        (key,) = layer.lora_A.keys()  # type: ignore[operator, union-attr]
+        found[f"{name}.down"] = layer.lora_A[key].weight.detach()  # type: ignore[index, union-attr]
+        found[f"{name}.up"] = layer.lora_B[key].weight.detach() * layer.scaling[key]  # type: ignore[index, operator, union-attr]
+    return found

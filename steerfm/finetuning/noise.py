@@ -1,0 +1,58 @@
+"""A noise-space adapter: the generator stays as it is, only what it starts from changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerfm.finetuning.base import Law, Terms, Update
+from steerfm.flowmap import Condition, FlowMap
+from steerfm.sampling import Noise, time_grid
+
+
+@dataclass(frozen=True)
+class HyperNoise:
+    """HyperNoise (Eyring et al. 2508.09968, equation 9): x_0 + f(x_0) through the frozen map, held by |f|^2 / 2.
+
+    f is how far the trained network's velocity at t = 0 has moved from the base's, so it starts at zero and knows pictures. The
+    penalty drops the log-determinant of the exact divergence between noises, so it over-tilts: take a larger control.
+
+    Args:
+        jumps: of the frozen map.
+    """
+
+    jumps: int = 1
+
+    differentiates, tilts, group, law_is_map = True, False, 1, False
+
+    def __post_init__(self) -> None:
+        if self.jumps < 1:
+            raise ValueError(f"jumps={self.jumps}: at least one")
+
+    def loss(self, update: Update) -> Terms:
+        x0, cond = update.normal(), update.problem.cond
+        shift = self.shift(update.tuned, update.reference, x0, cond)
+        r = update.problem.score(self._generate(update.reference, x0 + shift, cond)).total
+        control = shift.square().flatten(1).sum(1).mean() / 2
+        return {"loss": -r.mean() / update.scale + update.control * control, "reward": r.mean(), "control_cost": control}
+
+    def shift(self, tuned: FlowMap, reference: FlowMap, x0: Tensor, cond: Condition) -> Tensor:
+        """f(x_0), shape of x_0."""
+        with torch.no_grad():
+            base = reference.velocity(x0, 0.0, cond)
+        return tuned.velocity(x0, 0.0, cond) - base
+
+    def _generate(self, reference: FlowMap, x: Tensor, cond: Condition) -> Tensor:
+        times = time_grid(self.jumps)
+        for s, t in zip(times, times[1:]):
+            x = reference.jump(x, s, t, cond)
+        return x
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        def law(noise: Noise, cond: Condition) -> Tensor:
+            x0 = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))
+            return self._generate(reference, x0 + self.shift(tuned, reference, x0, cond), cond)
+
+        return law

@@ -1,0 +1,122 @@
+"""Policy gradients for any reward: the transitions of a sampler are Gaussian, so their log-probabilities are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerfm.finetuning.base import Law, Terms, Update, chain
+from steerfm.flowmap import FlowMap
+from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, time_grid
+
+
+@dataclass(frozen=True)
+class Policy:
+    """GRPO on a few stochastic transitions of the flow map (Flow-Map GRPO, 2607.00535).
+
+        -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + control * KL(kernel | reference's kernel),   rho = pi(x'|x) / pi_old(x'|x)
+
+    A is the reward, less its mean over the samples of the same task, over their standard deviation. `Renoise` keeps the
+    marginals of an exact map in any number of steps, so four are enough. The last, deterministic step has no probability and is
+    not trained by itself.
+
+    Args:
+        steps: transitions from noise to data; all but the last are trained.
+        transition: the sampler; any stochastic one, or its name.
+        group: samples of a task that are compared with each other.
+        clip: eps.
+        reuse: updates from the same samples; at 1 the ratio is always 1.
+        within: divide by the standard deviation within the group (GRPO), or over the batch.
+    """
+
+    steps: int = 4
+    transition: Transition | str = Renoise(1.0)
+    group: int = 16
+    clip: float = 0.2
+    reuse: int = 2
+    within: bool = True
+
+    differentiates, tilts, law_is_map = False, False, False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.transition, str):
+            if self.transition not in TRANSITIONS:
+                raise ValueError(f"transition={self.transition!r}: one of {', '.join(TRANSITIONS)}")
+            object.__setattr__(self, "transition", TRANSITIONS[self.transition]())
+        if not self._move.stochastic:
+            raise ValueError("policy gradients need a stochastic transition: renoise, diffuse or bridge")
+        if self.steps < 2 or self.group < 2 or self.reuse < 1 or not self.clip > 0:
+            raise ValueError("steps and group are at least 2, reuse at least 1, clip is positive")
+
+    @property
+    def _move(self) -> Transition:
+        assert not isinstance(self.transition, str)
+        return self.transition
+
+    def loss(self, update: Update) -> Terms:
+        if update.step % self.reuse == 0:
+            update.memory |= self._rollout(update)
+        states, old, advantage = (update.memory[name].to(update.tuned.device) for name in ("states", "log_p", "advantage"))
+        cond, times = update.problem.cond, time_grid(self.steps)
+        gain, divergence = states.new_zeros(()), states.new_zeros(())
+        ratios: list[Tensor] = []
+        for i, (s, t) in enumerate(zip(times[:-1], times[1:-1])):
+            step = self._move.step(update.tuned, states[i], s, t, cond)
+            with torch.no_grad():
+                reference = self._move.step(update.reference, states[i], s, t, cond).mean
+            ratio = (step.log_prob(states[i + 1]) - old[i]).exp().float()
+            clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+            gain = gain + torch.minimum(ratio * advantage, clipped * advantage).mean()
+            moved = (step.mean - reference).square().flatten(1).sum(1)
+            divergence = divergence + moved.mean() / (2 * step.std**2)
+            ratios.append(ratio.detach())
+        off = (torch.stack(ratios) - 1).abs()
+        return {
+            "loss": -gain + update.control * divergence,
+            "reward": update.memory["reward"].to(gain),
+            "control_cost": divergence,
+            "clipped": (off > self.clip).float().mean(),
+            "ratio": off.max(),
+        }
+
+    @torch.no_grad()
+    def _rollout(self, update: Update) -> dict[str, Tensor]:
+        """States before each transition and after the last stochastic one, their log-probabilities, and advantages."""
+        problem, times = update.problem, time_grid(self.steps)
+        x = update.normal()
+        states, log_p = [x], []
+        for s, t in zip(times, times[1:]):
+            step = self._move.step(update.tuned, x, s, t, problem.cond)
+            x = step.sample(update.normal() if step.std else None)
+            if step.std:
+                log_p.append(step.log_prob(x))
+                states.append(x)
+        r = problem.score(x).total
+        groups = r.view(-1, self.group)
+        centred = groups - groups.mean(1, keepdim=True)
+        spread = groups.std(1, keepdim=True) if self.within else groups.std()
+        advantage = (centred / (spread + 1e-6)).flatten()
+        return {"states": torch.stack(states), "log_p": torch.stack(log_p), "advantage": advantage, "reward": r.mean()}
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        return chain(self.steps, self._move)(tuned)
+
+
+@dataclass(frozen=True)
+class FlowGRPO(Policy):
+    """Flow-GRPO (Liu et al. 2505.05470): the same on the stochastic Euler steps of the velocity; 10 to train."""
+
+    steps: int = 10
+    transition: Transition | str = Diffuse()
+
+
+@dataclass(frozen=True)
+class DDPO(Policy):
+    """DDPO (Black et al. 2305.13301, section 4.3): DDPM's ancestral steps, advantages over the batch, a narrow clip."""
+
+    steps: int = 20
+    transition: Transition | str = Bridge(1.0)
+    clip: float = 1e-2
+    within: bool = False

@@ -1,0 +1,206 @@
+"""Reward-weighted refitting for any reward, and the distillation that turns what a method learnt into one flow map.
+
+Both fit a flow map to samples: flow matching for the velocity, trajectories of the map's own velocity for its jumps. So every
+pair of times (s, t) learns of the new law, not only those that a method visits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerfm.finetuning.base import Law, Terms, Update, chain, draw
+from steerfm.flowmap import Condition, FlowMap, map_condition
+from steerfm.objectives import FlowMatching, Trajectory, Triangle
+from steerfm.steering.weights import effective_sample_size, normalise
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Fits a flow map to samples x_1: flow matching on most rows, `Trajectory` on the rest.
+
+    Args:
+        trajectory: share of the rows that fit jumps, in [0, 1]; the others fit the velocity.
+        anchor: alpha: adds alpha |v - v_ref|^2 on the rows that fit the velocity.
+        ode: steps of the trajectories.
+    """
+
+    trajectory: float = 0.5
+    anchor: float = 0.0
+    ode: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trajectory <= 1:
+            raise ValueError(f"trajectory={self.trajectory}: a share in [0, 1]")
+
+    def loss(self, update: Update, x1: Tensor, cond: Condition, teacher: FlowMap | None = None) -> Terms:
+        """x1 (b, *shape) in model space."""
+        jumps = round(self.trajectory * len(x1))
+        velocity = slice(jumps, None)
+        generator = torch.Generator().manual_seed(update.noise.seeds[0])  # a stream of this process
+        terms: Terms = {}
+        total = x1.new_zeros(())
+        if jumps:
+            objective = Trajectory(Triangle(terminal=0.3, full=0.2), steps=self.ode, teacher=teacher)
+            losses = objective(update.tuned, x1[:jumps], map_condition(lambda c: c[:jumps], cond), generator)
+            terms["jumps"], total = losses.mean(), total + losses.sum() / len(x1)
+        if jumps < len(x1):
+            rest = map_condition(lambda c: c[velocity], cond)
+            objective = Anchored(update.reference, self.anchor) if self.anchor else FlowMatching()
+            losses = objective(update.tuned, x1[velocity], rest, generator)
+            terms["velocity"], total = losses.mean(), total + losses.sum() / len(x1)
+        return {"loss": total, **terms}
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """Flow matching plus alpha |v - v_ref|^2: a bound on the Wasserstein distance from the reference (2502.06061, section 4.3)."""
+
+    reference: FlowMap
+    alpha: float
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        state = generator.get_state()
+        fit = FlowMatching()(flow_map, x1, cond, generator)
+        generator.set_state(state)  # the same noise and times again
+        t = FlowMatching().times(len(x1), generator).to(x1)
+        x0 = torch.randn(x1.shape, generator=generator).to(x1)
+        x = flow_map.interpolant.interpolate(x0, x1, t.view(-1, *[1] * (x1.ndim - 1)))
+        with torch.no_grad():
+            reference = self.reference.velocity(x, t, cond)
+        return fit + self.alpha * (flow_map.velocity(x, t, cond) - reference).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Rounds of reward-weighted refitting, for any reward: sample, weigh by exp(increment * r), fit, again from what was fitted.
+
+    The increments add up to the strength 1 / (control * scale); a round takes less where the weights would degenerate. As
+    rounds, samples and updates grow, this samples q proportional to p(x) exp(strength r(x)). Weights are normalised within a task.
+
+    Args:
+        rounds: over which the updates are shared out.
+        samples: drawn anew each round, in all.
+        ess: least effective sample size of a round's weights, as a share of the samples, in (0, 1].
+        jumps: that a sample takes.
+        refit: how samples are fitted.
+        online: every round tilts by the whole strength again, as online methods do: without an anchor it collapses.
+    """
+
+    rounds: int = 4
+    samples: int = 2048
+    ess: float = 0.5
+    jumps: int = 4
+    refit: Refit = Refit()
+    online: bool = False
+
+    differentiates, tilts, group, law_is_map = False, True, 1, True
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.samples, self.jumps) < 1:
+            raise ValueError("rounds, samples and jumps are at least 1")
+        if not 0 < self.ess <= 1:
+            raise ValueError(f"ess={self.ess}: a share in (0, 1]")
+        if isinstance(self.refit, dict):
+            object.__setattr__(self, "refit", Refit(**self.refit))
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        return chain(self.jumps)(tuned)
+
+    def loss(self, update: Update) -> Terms:
+        number = min(self.rounds - 1, update.step * self.rounds // update.steps)
+        if int(update.memory.get("round", torch.tensor(-1))) != number:
+            self._sample(update, number)
+        log_w, pool = update.memory["log_w"], update.memory["pool"]
+        tasks, k = log_w.shape
+        own = torch.Generator().manual_seed(update.noise.seeds[0])
+        which = torch.randint(tasks, (len(update.noise.seeds),), generator=own)
+        rows = torch.multinomial(log_w.exp()[which], 1, generator=own).squeeze(1)
+        device = update.tuned.device
+        cond = map_condition(lambda c: c.to(device), update.all_tasks.take(which).cond)
+        terms = self.refit.loss(update, pool[which * k + rows].to(device), cond)
+        keep = ("reward", "strength", "ess")
+        return terms | {name: update.memory[name].to(device) for name in keep}
+
+    def _sample(self, update: Update, number: int) -> None:
+        """A round's samples and their weights."""
+        tasks, memory = update.all_tasks, update.memory
+        k = max(2, self.samples // tasks.n)
+        seeds = [update.noise.seeds[0] // 2**40 * 2**40 + 2**39 + number * tasks.n + i for i in range(tasks.n)]
+        x1 = draw(self.law(update.averaged, update.reference), tasks, update.averaged, seeds, k)
+        rows = torch.arange(tasks.n).repeat_interleave(k)
+        parts = zip(x1.split(256), rows.split(256))
+        with torch.no_grad():
+            scores = [tasks.take(some).problem(update.tuned, update.reward).score(x).total for x, some in parts]
+        r = torch.cat(scores).double().cpu().view(tasks.n, k)
+        done = 0.0 if self.online or not number else float(memory["strength"])
+        wanted = update.strength * (1 if self.online else (number + 1) / self.rounds) - done
+        step = largest_step(r, wanted, self.ess)
+        log_w = normalise(step * r)
+        values = {"strength": done + step, "ess": effective_sample_size(log_w).mean().item(), "reward": r.mean().item()}
+        memory |= {name: torch.tensor(value) for name, value in values.items()}
+        memory |= {"round": torch.tensor(number), "log_w": log_w, "pool": x1.cpu()}
+
+
+def largest_step(r: Tensor, wanted: float, ess: float) -> float:
+    """The largest share of ``wanted`` for which exp(step r), r (n, k), keeps a mean effective sample size of ``ess``."""
+    low, high = 0.0, 1.0
+    if effective_sample_size(wanted * r).mean() >= ess:
+        return wanted
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if effective_sample_size(middle * wanted * r).mean() >= ess else (low, middle)
+    return low * wanted
+
+
+@dataclass(frozen=True)
+class ORWCFM(Weighted):
+    """ORW-CFM-W2 (Fan et al. 2502.06061, algorithm 1): online reward weighting, held by a Wasserstein bound (alpha = 1)."""
+
+    rounds: int = 20
+    refit: Refit = Refit(anchor=1.0)
+    ess: float = 0.05
+    online: bool = True
+    tilts = False  # where it settles depends on alpha
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Fits a plain flow map to the law that a method learnt, on its samples.
+
+    Args:
+        source: the law.
+        samples: in a pool; drawn anew ``pools`` times.
+        pools: over which the updates are shared out.
+        refit: how samples are fitted.
+        teacher: a map whose velocity is frozen and followed by all rows, in place of a fit to samples.
+    """
+
+    source: Law
+    samples: int = 1024
+    pools: int = 4
+    refit: Refit = Refit()
+    teacher: FlowMap | None = None
+
+    differentiates, tilts, group, law_is_map = False, False, 1, True
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        return chain(4)(tuned)
+
+    def loss(self, update: Update) -> Terms:
+        cond = update.problem.cond
+        if self.teacher is not None:
+            blank = torch.empty(len(update.noise.seeds), *update.tuned.shape, device=update.tuned.device)
+            return Refit(1.0, ode=16).loss(update, blank, cond, self.teacher)
+        tasks, memory, number = update.all_tasks, update.memory, update.step * self.pools // update.steps
+        k = max(1, self.samples // tasks.n)
+        if int(memory.get("round", torch.tensor(-1))) != number:
+            seeds = [update.noise.seeds[0] // 2**40 * 2**40 + 2**39 + number * tasks.n + i for i in range(tasks.n)]
+            x1 = draw(self.source, tasks, update.reference, seeds, k)
+            memory |= {"round": torch.tensor(number), "pool": x1.cpu()}
+        own = torch.Generator().manual_seed(update.noise.seeds[0])
+        which, rows = (torch.randint(m, (len(update.noise.seeds),), generator=own) for m in (tasks.n, k))
+        cond = map_condition(lambda c: c.to(update.tuned.device), tasks.take(which).cond)
+        return self.refit.loss(update, memory["pool"][which * k + rows].to(update.tuned.device), cond)
