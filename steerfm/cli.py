@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 
 from steerfm import __version__
 from steerfm import config as configs
@@ -20,6 +22,10 @@ EXAMPLES = {
   steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
   steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
+    "finetune": """examples:
+  steerfm finetune reward=classifier reward.target=Bag                   four minutes on two cores
+  steerfm finetune --config weighted reward=compressibility label=Dress  a black box
+  steerfm finetune --config direct label=all control=0.3 lora.rank=4""",
     "evaluate": """examples:
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
   steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32""",
@@ -32,6 +38,7 @@ HELP = {
     "train": "train a flow map or a classifier from a recipe",
     "sample": "draw unsteered samples",
     "steer": "steer samples towards a reward",
+    "finetune": "make a flow map keep a reward",
     "evaluate": "measure a flow map: distances, accuracy, consistency",
     "models": "list the shipped models",
     "rewards": "list the installed rewards, or explain one",
@@ -42,6 +49,7 @@ SCHEMAS = {
     "train": configs.TrainConfig,
     "sample": configs.SampleConfig,
     "steer": configs.SteerConfig,
+    "finetune": configs.FinetuneConfig,
     "evaluate": configs.EvaluateConfig,
 }
 
@@ -80,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     options, extra = parser().parse_known_args(argv)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists hide what a run says
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics)(\.|$)")
     try:
         if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
             config = configs.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
@@ -114,6 +124,10 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
             commands.list_methods(options.name, options.markdown)
         case "bench":
             commands.bench(options.name, options.arguments)
+        case "finetune":
+            from steerfm.commands_finetune import finetune
+
+            finetune(config, command)  # type: ignore[arg-type]
         case name:
             {
                 "train": commands.train,

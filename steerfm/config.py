@@ -154,6 +154,86 @@ class EvaluateConfig:
     out: str | None = None
 
 
+@dataclass
+class TuneOptimizerConfig(OptimizerConfig):
+    """As for training, with a fine-tuning's defaults."""
+
+    lr: float = 3e-4
+    steps: int = 200
+    warmup: int = 10
+    ema: float = 0.95
+
+
+@dataclass
+class TuneTrainerConfig:
+    """Lightning's own keys, and how often to log and to save (in steps)."""
+
+    accelerator: str = "auto"
+    devices: str = "auto"
+    strategy: str = "auto"
+    precision: str = "32-true"
+    log_every: int = 5
+    save_every: int = 20
+
+
+@dataclass
+class LoraConfig:
+    """rank: of low-rank adapters, 0 to train all weights; alpha: their scale times the rank, default 2 rank; layers: ends of the
+    names of the layers to adapt, default all convolutions and linear ones."""
+
+    rank: int = 0
+    alpha: float | None = None
+    layers: list[str] | None = None
+
+
+@dataclass
+class DistilConfig:
+    """How what was learnt becomes one flow map: updates, their rate, samples in a pool, pools; trajectory: share of the rows that
+    fit jumps."""
+
+    steps: int = 300
+    lr: float = 5e-4
+    ema: float = 0.98
+    batch_size: int = 64
+    samples: int = 1024
+    pools: int = 2
+    trajectory: float = 0.5
+
+
+@dataclass
+class WatchConfig:
+    """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a model
+    must keep; patience: judgements without a better one before the run stops, 0 for never."""
+
+    every: int = 20
+    n: int = 64
+    seeds: int = 0
+    floor: float = 0.9
+    patience: int = 5
+
+
+@dataclass
+class FinetuneConfig:
+    """model: zoo name or path; reward, judge, prompt: as for steer; method: a name of `finetuning.METHODS`; label: a class, a list
+    of them, all, or null for no class; control: lambda, the pull towards the base, in spreads of the reward."""
+
+    model: str = "fashion"
+    reward: Any = field(default_factory=lambda: {"name": "classifier"})
+    method: Any = field(default_factory=lambda: {"name": "direct"})
+    judge: Any = "auto"
+    label: Any = None
+    prompt: str | None = None
+    control: float = 1.0
+    batch_size: int = 32
+    seed: int = 0
+    out: str | None = None
+    optimizer: TuneOptimizerConfig = field(default_factory=TuneOptimizerConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    trainer: TuneTrainerConfig = field(default_factory=TuneTrainerConfig)
+
+
 NAMED = {"reward", "method", "judge"}
 """Keys that take a name and its arguments: ``reward=classifier reward.target=Bag``."""
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 FASHION_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -73,6 +76,34 @@ class FashionMnist(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         batches = BatchSampler(SequentialSampler(self.test[1]), 500, drop_last=False)
         return DataLoader(TensorBatches(*self.test), sampler=batches, batch_size=None)
+
+
+class MixtureData(L.LightningDataModule):
+    """Endless fresh samples of a Gaussian mixture, for toy maps of vectors: batches (x (b, d) float32, labels of zeros).
+
+    Args:
+        mixture: anything with ``sample(n, generator)``, such as `GaussianMixture`.
+        batch_size: rows.
+        seed: of the samples.
+    """
+
+    def __init__(self, mixture: Any, batch_size: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        self.mixture, self.batch_size, self.seed = mixture, batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(_Fresh(self, self.trainer.global_step if self.trainer else 0), batch_size=None)
+
+
+class _Fresh(IterableDataset):
+    def __init__(self, data: MixtureData, start: int) -> None:
+        self.data, self.start = data, start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in count(self.start):
+            generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + step)
+            x = self.data.mixture.sample(self.data.batch_size, generator)
+            yield x.float(), torch.zeros(len(x), dtype=torch.long)
 
 
 DATA: dict[str, type[FashionMnist]] = {"fashion": FashionMnist}

@@ -220,7 +220,9 @@ class NeuralFlowMap(FlowMap):
         return self.with_network(network)
 
     # --- files: weights in safetensors, everything else in a JSON beside; nothing is ever unpickled --------------
-    def save(self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True) -> Path:
+    def save(
+        self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True, origin: str = ""
+    ) -> Path:
         """Write ``path``.safetensors and ``path``.json.
 
         Args:
@@ -228,6 +230,7 @@ class NeuralFlowMap(FlowMap):
             architecture: what `build_network` takes, so that `load` can rebuild the network.
             card: model card: data, recipe, command, metrics, licence.
             half: store the weights as float16.
+            origin: the model that this one was fine-tuned from, for `with_strength`.
         """
         path = weights_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +243,7 @@ class NeuralFlowMap(FlowMap):
             "class_names": list(self.class_names),
             "mean": self.mean,
             "std": self.std,
+            **({"base": origin} if origin else {}),
         }
         save_weights(self.network, path, head | {"card": dict(card)}, half)
         return path

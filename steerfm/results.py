@@ -252,6 +252,36 @@ def cost_plot(
     return _save(fig, path)
 
 
+def frontier_plot(
+    points: Mapping[str, tuple[float, float]],
+    paths: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    xlabel: str,
+    ylabel: str,
+) -> Path:
+    """Draw what is gained against what is given up: named points, and the way that runs took there.
+
+    Args:
+        points: name -> (x, y), numbered in the picture and named in its legend.
+        paths: name -> (x, y) in order, drawn as lines with an open circle at their start.
+        path: of the png.
+    """
+    fig = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
+    ax = fig.add_subplot()
+    _style(ax, "reward against divergence")
+    for color, (name, line) in zip((SOFT, TEAL, BLUE, ORANGE, *(f"C{i}" for i in range(10))), paths.items()):
+        x, y = zip(*line)
+        ax.plot(x, y, color=color, linewidth=1.2, marker=".", markersize=4, label=name, zorder=1)
+        ax.plot(x[:1], y[:1], color=color, marker="o", markersize=7, markerfacecolor="white", zorder=1)
+    for i, (name, (x, y)) in enumerate(points.items()):
+        ax.plot([x], [y], linestyle="none", marker="o", markersize=7, color=f"C{i % 10}", label=f"{i + 1} {name}", zorder=3)
+        ax.annotate(str(i + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
+    ax.set_xlabel(xlabel, fontsize=9, color=INK)
+    ax.set_ylabel(ylabel, fontsize=9, color=INK)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _save(fig, path)
+
+
 def _cells(pictures: Tensor, size: int) -> np.ndarray:
     """Pictures (rows, columns, c, h, w) in [0, 1] as (rows, columns, h', w', 3) uint8, about ``size`` pixels wide."""
     if pictures.ndim != 5 or pictures.shape[2] not in (1, 3) or not pictures.numel():

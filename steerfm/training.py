@@ -286,7 +286,7 @@ def fit(
     """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
 
     Logs to ``folder/metrics`` as csv, a numbered version for each time it was started (`history` reads them all), and to
-    tensorboard where it is installed. ``callbacks`` come before the checkpoints; the remaining arguments are the Trainer's.
+    tensorboard where it is installed. ``callbacks`` come before the checkpoints; ``validate_every`` 0 is never; the remaining arguments are the Trainer's.
     """
     loggers: list[Any] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=1)]
     if importlib.util.find_spec("tensorboard"):
@@ -308,7 +308,7 @@ def fit(
         max_epochs=-1,
         gradient_clip_val=clip,
         log_every_n_steps=log_every,
-        val_check_interval=validate_every,
+        val_check_interval=validate_every or None,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=loggers,
@@ -319,7 +319,8 @@ def fit(
     last = folder / "checkpoints" / "last.ckpt"
     trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     trainer.save_checkpoint(last)
-    trainer.validate(module, data, verbose=False)
+    if validate_every:
+        trainer.validate(module, data, verbose=False)
     return trainer
 
 

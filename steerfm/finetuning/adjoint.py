@@ -8,6 +8,7 @@ import torch
 
 from steerfm.finetuning.base import Law, Terms, Update
 from steerfm.flowmap import Condition, FlowMap
+from steerfm.interpolant import Interpolant
 from steerfm.sampling import Bridge, Noise, time_grid
 
 
@@ -18,9 +19,9 @@ class Adjoint:
     Steps are those of DDPM, N(m(x), s^2 I) with the mean of the denoiser: memoryless, so that the optimum tilts p exactly and
     its velocity is that of the tilted law's own path. The adjoint goes backwards through the reference only,
 
-        a_N = strength grad r(x_N),   a_k = (d m_ref / d x_k)^T a_{k+1},   loss = sum_k |m(x_k) - m_ref(x_k) - s_k^2 a_{k+1}|^2 / (2 s_k^2)
+        a_N = strength grad r(x_N),   a_k = (d m_ref / d x_k)^T a_{k+1},   loss = sum_k w_k |D(x_k) - D_ref(x_k) - sigma^2/alpha a_k|^2
 
-    and is exact as the steps grow. What is learnt is a velocity: the jumps are distilled from it afterwards.
+    where w_k makes the divergence of two steps of |D - D_ref|^2, and is exact as the steps grow. What is learnt is a velocity: the jumps are distilled from it afterwards.
 
     Args:
         steps: of the process.
@@ -51,36 +52,36 @@ class Adjoint:
             x = x.detach().requires_grad_()
             r = problem.score(x).total
             (adjoint,) = torch.autograd.grad(update.strength * r.sum(), x)
-        endpoints, targets, weights = [], [], []
+        states_at, endpoints, weights = [], [], []
+        path = update.tuned.interpolant
         for state, s, t in zip(reversed(states), reversed(times[:-1]), reversed(times[1:])):
             with torch.enable_grad():
                 state = state.detach().requires_grad_()
                 endpoint = update.reference.denoise(state, s, cond)
                 step = move.step(update.reference, state, s, t, cond, endpoint)
                 (before,) = torch.autograd.grad(step.mean, state, adjoint)
-            if step.std:  # the mean is linear in the endpoint: a shift of the mean by s^2 a is one of the endpoint by s^2 a / c
-                c = update.tuned.interpolant.alpha(t) - self._keep(update.tuned, s, t) * update.tuned.interpolant.alpha(s)
-                endpoints.append(endpoint.detach() + step.std**2 / c * adjoint)
-                targets.append((state.detach(), s))
-                weights.append(c**2 / (2 * step.std**2))
+            if step.std:  # Tweedie: a slope a of the value at s moves the denoiser by sigma^2/alpha a; at s = 0 that of t is taken
+                at, slope = (s, before) if s > 0 else (t, adjoint)
+                states_at.append((state.detach(), s))
+                endpoints.append(endpoint.detach() + path.sigma(at) ** 2 / path.alpha(at) * slope)
+                weights.append(self._share(path, s, t) ** 2 / (2 * step.std**2))
             adjoint = before
-        count = len(targets) if self.trained is None else min(self.trained, len(targets))
-        chosen = torch.randperm(len(targets), generator=update.generator)[:count].tolist()
+        count = len(states_at) if self.trained is None else min(self.trained, len(states_at))
+        chosen = torch.randperm(len(states_at), generator=update.generator)[:count].tolist()
         b = len(x)
-        xs = torch.cat([targets[i][0] for i in chosen])
-        at = torch.tensor([targets[i][1] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
+        xs = torch.cat([states_at[i][0] for i in chosen])
+        at = torch.tensor([states_at[i][1] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
         weight = torch.tensor([weights[i] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
         repeated = update.tasks.take(torch.arange(b).repeat(count)).problem(update.tuned, update.reward).cond
         miss = update.tuned.denoise(xs, at, repeated) - torch.cat([endpoints[i] for i in chosen])
         losses = weight * miss.square().flatten(1).sum(1)
-        return {"loss": losses.sum() / b * len(targets) / count / x[0].numel(), "reward": r.detach().mean()}
+        return {"loss": losses.sum() / b * len(states_at) / count / x[0].numel(), "reward": r.detach().mean()}
 
     @staticmethod
-    def _keep(flow_map: FlowMap, s: float, t: float) -> float:
-        """The factor of x in the mean of the step: what `Bridge` keeps of the noise at eta = 1."""
-        path = flow_map.interpolant
+    def _share(path: Interpolant, s: float, t: float) -> float:
+        """The factor of the endpoint in the mean of the step from s to t."""
         rho = path.alpha(s) * path.sigma(t) / (path.alpha(t) * path.sigma(s))
-        return rho * path.sigma(t) / path.sigma(s)
+        return path.alpha(t) - rho * path.sigma(t) / path.sigma(s) * path.alpha(s)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         times = time_grid(self.ode)

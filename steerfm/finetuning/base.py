@@ -148,7 +148,8 @@ class Update:
 
     def normal(self) -> Tensor:
         """Standard normal (b, *shape)."""
-        return self.noise.normal(self.tuned.shape, torch.empty(0, device=self.tuned.device))
+        like = torch.empty(0, device=self.tuned.device, dtype=self.tuned.dtype)
+        return self.noise.normal(self.tuned.shape, like)
 
     def uniform(self) -> float:
         """Uniform on [0, 1), the same for all rows and processes."""
@@ -327,9 +328,12 @@ class FineTuning(Trained):
     def on_train_batch_start(self, *_: Any) -> None:
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
         cost = replace(self._ledger.cost, seconds=time.perf_counter() - self._started)
-        self.spent = self.spent + cost
+        self.spent = self.spent + cost  # here, since a callback that saves a checkpoint runs before later hooks
+
+    def on_train_batch_end(self, *_: Any) -> None:
         self.log("train/reward_calls", float(self.spent.reward_calls))
         self.log("train/evaluations", float(self.spent.evaluations))
         self.log("train/seconds", self.spent.seconds)

@@ -1,6 +1,8 @@
 """Backpropagation of the reward through a few jumps, and the published methods that are choices of its knobs.
 
-    x_{i+1} = X_{t_i, t_{i+1}}(x_i),   maximise  r(x_K) / scale - control/2 sum_i h_i |u(x_i) - u_ref(x_i)|^2
+    x_{i+1} = X_{t_i, t_{i+1}}(x_i),   maximise  r(x_K) / scale - control/2 sum_i h_i mean |u(x_i) - u_ref(x_i)|^2
+
+(the mean is over entries, so that one control serves every size of picture; it bounds a transport distance, not a divergence).
 
 Which jump is trained decides whether the reward is hacked: training the last one adds the reward's gradient to the picture, an
 adversarial change; training the first and freezing the last, with the gradient passing through it, keeps pictures on the data.
@@ -90,7 +92,7 @@ class Direct:
                 if update.control:
                     with torch.no_grad():
                         moved_ref = reference.jump(start.detach(), s, t, cond) - start.detach()
-                    control = control + (moved - moved_ref).square().flatten(1).sum(1) / (2 * (t - s))
+                    control = control + (moved - moved_ref).square().flatten(1).mean(1) / (2 * (t - s))
         if self.averages:
             return self._averaged(update, x.detach(), times[-2], control)
         return self._terms(update, update.problem.score(x).total, control)

@@ -14,7 +14,7 @@ from steerfm.sampling import Noise, time_grid
 
 @dataclass(frozen=True)
 class HyperNoise:
-    """HyperNoise (Eyring et al. 2508.09968, equation 9): x_0 + f(x_0) through the frozen map, held by |f|^2 / 2.
+    """HyperNoise (Eyring et al. 2508.09968, equation 9): x_0 + f(x_0) through the frozen map, held by mean f^2 / 2.
 
     f is how far the trained network's velocity at t = 0 has moved from the base's, so it starts at zero and knows pictures. The
     penalty drops the log-determinant of the exact divergence between noises, so it over-tilts: take a larger control.
@@ -35,7 +35,7 @@ class HyperNoise:
         x0, cond = update.normal(), update.problem.cond
         shift = self.shift(update.tuned, update.reference, x0, cond)
         r = update.problem.score(self._generate(update.reference, x0 + shift, cond)).total
-        control = shift.square().flatten(1).sum(1).mean() / 2
+        control = shift.square().mean() / 2
         return {"loss": -r.mean() / update.scale + update.control * control, "reward": r.mean(), "control_cost": control}
 
     def shift(self, tuned: FlowMap, reference: FlowMap, x0: Tensor, cond: Condition) -> Tensor:

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,46 @@ def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
     Raises:
         ValueError, FileNotFoundError: unknown, missing, corrupt or not a flow map; nothing is ever unpickled.
     """
-    flow_map = name if isinstance(name, FlowMap) else NeuralFlowMap.load(find(name))
+    if isinstance(name, FlowMap):
+        return name.to(device)
+    path = find(name)
+    file = path.with_suffix(".json")
+    try:
+        head = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        head = {}  # the error is that of reading the model
+    if isinstance(head, dict) and head.get("kind") == "adapter":
+        flow_map = with_adapters(load(head["base"]), read_weights(path, "adapter")[1], path)
+    else:
+        flow_map = NeuralFlowMap.load(path)
+        if isinstance(head, dict) and "base" in head:
+            with suppress(FileNotFoundError, ValueError):  # it is only needed for another strength
+                flow_map.origin = read_weights(find(head["base"]), "flow_map")[1]
     return flow_map.to(device)
+
+
+def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> NeuralFlowMap:
+    """A map with low-rank adapters added to its weights, W + up down, and the base kept for `NeuralFlowMap.with_strength`.
+
+    Args:
+        base: the map that was adapted.
+        factors: <layer>.up (out, r, ...) and <layer>.down (r, in, ...).
+        path: of the file, for errors.
+
+    Raises:
+        ValueError: the adapters are not of this base.
+    """
+    assert isinstance(base, NeuralFlowMap)
+    network = copy.deepcopy(base.network)
+    weights = network.state_dict()
+    for name in (key.removesuffix(".up") for key in factors if key.endswith(".up")):
+        up, down, weight = factors[f"{name}.up"], factors.get(f"{name}.down"), weights.get(f"{name}.weight")
+        if weight is None or down is None or up.flatten(1).shape[0] != weight.shape[0] or down[0].numel() != weight[0].numel():
+            raise ValueError(f"{path} holds adapters of another architecture: layer {name} does not fit the base")
+        weight += (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    tuned = base.with_network(network)
+    tuned.origin = base.network.state_dict()
+    return tuned
 
 
 def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple[int, ...]]:

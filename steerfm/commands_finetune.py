@@ -1,0 +1,237 @@
+"""`steerfm finetune`: from a typed configuration to a tuned map, a run folder and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from steerfm import config as configs
+from steerfm import results, training, zoo
+from steerfm.commands import _commit, _slug, _stem, _table, build_judge, build_reward, console
+from steerfm.config import ConfigError, did_you_mean, named
+from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Method, Refit, Tasks, chain, check
+from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
+from steerfm.finetuning.lora import adapters, merged
+from steerfm.flowmap import NeuralFlowMap, read_weights
+from steerfm.rewards import Reward, RewardError
+from steerfm.training import consistency_errors
+
+JUMPS = (1, 2, 4, 8)
+
+
+def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
+    """Fine-tune a flow map towards a reward; the same command continues a killed run."""
+    base = zoo.load(config.model)
+    if not isinstance(base, NeuralFlowMap):
+        raise ConfigError(f"model={config.model} cannot be fine-tuned: it has no network")
+    reward, judge, method = build_reward(config.reward), build_judge(config), build_method(config.method)
+    check(method, reward, config.control)
+    lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
+    if lora is not None:
+        lora.targets(base.network)
+    default = f"runs/finetune/{_stem(config.model)}-{_slug(config.method)}-{_slug(config.reward)}"
+    folder = results.RunFolder(config.out or default, configs.dump(config))
+    if folder.load_result() is not None:
+        console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
+        return
+    panel = build_panel(base, reward, judge, config)
+    base_reading = panel.measure(chain(4)(base))
+    tasks = make_tasks(base, config.label, config.prompt)
+    options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
+    module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
+    monitor = run(module, panel, base_reading, folder.path / "tune", config, config.watch.patience)
+    if not module.trainer.is_global_zero:
+        return
+    learnt = panel.measure(module.law())
+    monitors = {"tune": monitor}
+    if method.law_is_map:
+        tuned = module
+    else:
+        tuned = distilled(module, lora, reward, config)
+        monitors["distil"] = run(tuned, panel, base_reading, folder.path / "distil", config, patience=0)
+    finish(config, command, folder, panel, base_reading, learnt, module, tuned, monitors)
+
+
+def run(
+    module: FineTuning, panel: Panel, base: Reading, folder: Path, config: configs.FinetuneConfig, patience: int
+) -> Monitor:
+    """One training: continue or start it, then put the best weights back."""
+    w, t = config.watch, config.trainer
+    every = w.every if patience else max(1, module.steps // 4)
+    monitor = Monitor(panel, base, folder, every, w.floor, patience)
+    try:
+        training.fit(
+            module, module.data(), folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
+            t.log_every, 0, t.save_every, console.is_terminal, [monitor],
+        )  # fmt: skip
+    except RewardError as error:
+        kept = folder / "checkpoints" / "last.ckpt"
+        where = f"the run up to there is kept in {kept}; the same command goes on from it" if kept.is_file() else "nothing was run"
+        raise RewardError(f"step {module.global_step + 1}: {error}; {where}") from error
+    monitor.restore(module)
+    if monitor.reason:
+        console.print(monitor.reason)
+    return monitor
+
+
+def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: configs.FinetuneConfig) -> FineTuning:
+    """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
+    d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
+    assert isinstance(base, NeuralFlowMap)
+    learns_velocity = module.method.tilts
+    teacher = module.averaged() if learns_velocity else None
+    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), teacher)
+    options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "ema": d.ema, "seed": config.seed}
+    start = module.averaged() if learns_velocity and lora is None else None
+    return FineTuning(base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start, **options)
+
+
+def finish(
+    config: configs.FinetuneConfig, command: str, folder: results.RunFolder, panel: Panel, base_reading: Reading,
+    learnt: Reading, module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
+) -> None:  # fmt: skip
+    """Export the map, judge it at several numbers of jumps, and write the report."""
+    base, averaged = panel.base, tuned.averaged()
+    plain = averaged if tuned.lora is None else averaged.with_network(merged(averaged.network))
+    plain.network.requires_grad_(False)
+    readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": base_reading}
+    for jumps in (1, 4):
+        readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
+    if tuned is not module:
+        readings["as learnt"] = learnt
+    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(plain)) for jumps in JUMPS}
+    cond = panel.tasks.cond
+    consistency = {
+        name: consistency_errors(flow_map, panel.tasks.n, cond)["semigroup error"]
+        for name, flow_map in (("base", base), ("tuned", plain))
+    }
+    moved = control_cost(plain, base, panel.tasks)
+    model = folder.path / f"{_stem(config.model)}-tuned.safetensors"
+    head, _ = read_weights(zoo.find(config.model), "flow_map")
+    tuned_reading = readings["tuned, 4 jumps"]
+    card = {
+        "data": f"own samples of {config.model}", "recipe": configs.plain(config), "command": command, "commit": _commit(),
+        "metrics": tuned_reading.numbers(), "licence": head.get("card", {}).get("licence", ""),
+    }  # fmt: skip
+    plain.save(model, head["network"], card, origin=config.model)
+    if tuned.lora is not None:
+        save_adapter(tuned, folder.path / "adapter", config.model)
+    table = [
+        (name, *(round(value, 4) for value in reading.numbers().values())) for name, reading in readings.items()
+    ]
+    header = ["", "reward", "held out", "diversity", "support", "distance"]
+    summary = {
+        "command": command,
+        "stopped": monitors["tune"].reason or "ran to its last step",
+        "kept_step": monitors["tune"].best_step,
+        "readings": {name: reading.numbers() for name, reading in readings.items()},
+        "semigroup_error": consistency,
+        "control_cost": moved,
+        "cost": {"tune": module.spent.as_dict(), "distil": tuned.spent.as_dict() if tuned is not module else None},
+        "scale": module.scale,
+        "trained_parameters": sum(p.numel() for p in tuned.network.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in tuned.network.parameters()),
+    }
+    for name, monitor in monitors.items():
+        for row in monitor.rows:
+            folder.log(stage=name, **row)
+    pictures = draw_pictures(folder.path, readings, monitors)
+    facts = {
+        "command": command,
+        "the run": summary["stopped"],
+        "semigroup error": f"{consistency['tuned']:.4f} (base {consistency['base']:.4f})",
+        "control cost": moved,
+        "reward calls": module.spent.reward_calls,
+        "network evaluations": module.spent.evaluations + (tuned.spent.evaluations if tuned is not module else 0),
+        "seconds": module.spent.seconds + (tuned.spent.seconds if tuned is not module else 0.0),
+    }
+    judged = f"; held out: {panel.judge.name}" if panel.judge else "; no held-out reward"
+    title = f"{config.model} fine-tuned for {panel.reward.name} by {_slug(config.method)}{judged}"
+    results.report(folder, title, facts, [("on the same seeds", header, table)], pictures)
+    folder.save_result(summary)
+    show = _table(*header, title=title)
+    for row in table:
+        show.add_row(*map(str, row))
+    console.print(show)
+    console.print(", ".join(f"{key} {results._format(value)}" for key, value in facts.items() if key != "command"))
+    console.print(f"the tuned map: steerfm sample model={model}; report.html and numbers in {folder.path}")
+
+
+def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str, Monitor]) -> list[tuple[str, Path]]:
+    """The frontier, the curves, samples before and after, and samples over training."""
+    drawn = []
+    paths = {
+        name: [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()
+    }
+    points = {name: (reading.distance, reading.held_out) for name, reading in readings.items()}
+    frontier = results.frontier_plot(points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward")
+    drawn.append(("held-out reward against distance: up is better, left is nearer to the base", frontier))
+    if readings["base, 4 jumps"].pictures.ndim == 4:
+        shown = {name: readings[name].pictures[:10] for name in readings}
+        grid = results.picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
+        drawn.append(("the same seeds and tasks in every row", grid))
+        rows = sorted((folder / "tune" / "samples").glob("*.png"))
+        drawn += [(f"tuning, {path.stem.lstrip('0') or '0'} steps", path) for path in rows[:: max(1, len(rows) // 6)]]
+    for name, monitor in monitors.items():
+        rows = monitor.rows
+        columns = {key: ([r["step"] for r in rows], [r[key] for r in rows]) for key in rows[0] if key not in ("step", "kept")}
+        columns |= training.history(folder / name)
+        path = results.curves_plot(columns, folder / f"curves-{name}.png")
+        drawn.append((f"{name}: everything that was logged", path))
+    return drawn
+
+
+def save_adapter(module: FineTuning, path: Path, model: str) -> None:
+    """The adapters by themselves; `steerfm.load` puts them onto their base."""
+    import json
+
+    path = path.with_suffix(".safetensors")
+    tensors = {name: value.half().cpu().contiguous() for name, value in adapters(module.ema).items()}
+    save_file(tensors, path)
+    path.with_suffix(".json").write_text(json.dumps({"kind": "adapter", "base": model}, indent=2) + "\n")
+
+
+def build_method(value: Any) -> Method:
+    """A fine-tuning method from a configuration: a name, or a name with arguments."""
+    name, arguments = named(value, "method")
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(METHODS)}")
+    return configs.build(METHODS[name], arguments, "method")
+
+
+def make_tasks(base: NeuralFlowMap, label: Any, prompt: str | None, n: int | None = None) -> Tasks:
+    """What the model is asked for: one class, several, all of them, or none; ``n`` rows of it, in turn."""
+    if label is None:
+        tasks = Tasks.of(None, None if prompt is None else [prompt])
+    else:
+        labels: Sequence[Any] = range(len(base.class_names)) if label == "all" else configs.sequence(label)
+        tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), None if prompt is None else [prompt] * len(labels))
+    return tasks if n is None else tasks.take(torch.arange(n) % tasks.n)
+
+
+def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: configs.FinetuneConfig) -> Panel:
+    """Judges of this model: features and classes of the classifier of its pictures, where one ships."""
+    tasks = make_tasks(base, config.label, config.prompt, config.watch.n)
+    support = make_tasks(base, "all" if base.class_names else None, config.prompt, max(300, 50 * len(base.class_names)))
+    features, classes = (lambda pictures: pictures.flatten(1)), None
+    if base.shape == (1, 28, 28):
+        network, _, _ = zoo.load_classifier("fashion-classifier")
+        features, classes = network.features, lambda pictures: network(pictures).argmax(1)  # type: ignore[assignment]
+    return Panel(base, reward, judge, tasks, support, features, classes, config.watch.seeds)
+
+
+def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:
+    """The optimiser's part of a module's arguments."""
+    return {
+        "lr": o.lr, "betas": (o.beta1, o.beta2), "weight_decay": o.weight_decay, "steps": o.steps, "warmup": o.warmup,
+        "decay": o.decay, "ema": o.ema,
+    }  # fmt: skip
+
+
+def _jumps(n: int) -> str:
+    return "1 jump" if n == 1 else f"{n} jumps"

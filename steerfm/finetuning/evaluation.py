@@ -1,0 +1,232 @@
+"""How a fine-tuning run is watched: the same seeds and tasks for every model, a held-out reward, and a guard against hacking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
+from steerfm.flowmap import FlowMap, map_condition
+from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity, precision
+from steerfm.results import picture_grid
+from steerfm.rewards import Reward
+
+Features = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Reading:
+    """What a law was found to be, on the panel.
+
+    Attributes:
+        reward, held_out: means; held_out is the reward's where there is no judge.
+        diversity: mean distance of two samples of the same class, relative to the base's in that class.
+        support: share of the samples that lie among the base's, of any class (precision, k = 5).
+        distance: Fréchet distance of the features to the base's samples of the same classes in the same shares.
+        pictures: the samples, decoded.
+    """
+
+    reward: float
+    held_out: float
+    diversity: float
+    support: float
+    distance: float
+    pictures: Tensor
+
+    def numbers(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, float)}
+
+
+@dataclass
+class Panel:
+    """Judges laws on fixed seeds and tasks.
+
+    Attributes:
+        base: the map before tuning.
+        reward: what is optimised. judge: what is not; None for none.
+        tasks: of the n samples, one each.
+        support: tasks of the samples of the base that others are compared with, of every class that it knows.
+        features: pictures or vectors to (n, d). classes: to (n,) class indices, or None for one class.
+        seeds: of the samples; those of the comparison are others.
+    """
+
+    base: FlowMap
+    reward: Reward
+    judge: Reward | None
+    tasks: Tasks
+    support: Tasks
+    features: Features
+    classes: Features | None = None
+    seeds: int = 0
+    jumps: int = 4
+    _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def measure(self, law: Law, k: int = 1) -> Reading:
+        """Judge a law; with k > 1 the best of k samples by the reward, of each task and seed."""
+        x = draw(law, self.tasks, self.base, [self.seeds + i for i in range(self.tasks.n)], k)
+        with torch.no_grad():
+            r = self._score(self.reward, x, k)
+            if k > 1:
+                best = r.view(-1, k).argmax(1)
+                rows = torch.arange(self.tasks.n, device=x.device) * k + best
+                x, r = x[rows], r[rows]
+            held = r if self.judge is None else self._score(self.judge, x)
+            pictures = self.base.decode(x)
+            f, c = self._look(pictures)
+        known, classes = self._reference()
+        return Reading(
+            r.mean().item(), held.mean().item(), self._diversity(f, c), precision(f, known),
+            self._distance(f, c, known, classes), pictures.cpu(),
+        )  # fmt: skip
+
+    def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:
+        tasks = self.tasks.take(torch.arange(self.tasks.n).repeat_interleave(k))
+        parts = zip(x.split(256), torch.arange(len(x)).split(256))
+        return torch.cat([tasks.take(rows).problem(self.base, reward).score(part).total for part, rows in parts])
+
+    def _look(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        f = torch.cat([self.features(part).flatten(1) for part in pictures.split(256)])
+        if self.classes is None:
+            return f, torch.zeros(len(f), dtype=torch.long)
+        return f, torch.cat([self.classes(part) for part in pictures.split(256)]).cpu()
+
+    def _reference(self) -> tuple[Tensor, Tensor]:
+        """Features and classes of the base's samples."""
+        if self._known is None:
+            seeds = [self.seeds + 10**6 + i for i in range(self.support.n)]
+            with torch.no_grad():
+                x = draw(chain(self.jumps)(self.base), self.support, self.base, seeds)
+                self._known = self._look(self.base.decode(x))
+        return self._known
+
+    def _diversity(self, f: Tensor, c: Tensor) -> float:
+        """Over all pairs of the same class; NaN where there is none."""
+        known, classes = self._reference()
+        found = expected = 0.0
+        for label in c.unique():
+            mine, theirs = f[c == label], known[classes == label]
+            if len(mine) >= 2 and len(theirs) >= 2:
+                pairs = len(mine) * (len(mine) - 1)
+                found, expected = found + pairs * pairwise_diversity(mine), expected + pairs * pairwise_diversity(theirs)
+        return found / expected if expected else float("nan")
+
+    @staticmethod
+    def _distance(f: Tensor, c: Tensor, known: Tensor, classes: Tensor) -> float:
+        present = [label for label in c.unique() if (classes == label).sum() >= 4]
+        if not present:
+            return float("inf")
+        least = min(int((classes == label).sum()) * len(c) / int((c == label).sum()) for label in present)
+        parts = []  # as many of each class as keeps the shares of the tuned samples
+        for label in present:
+            share = int((c == label).sum()) / len(c)
+            parts.append(known[classes == label][: max(2, round(share * least))])
+        return frechet_distance(*feature_statistics(f), *feature_statistics(torch.cat(parts)))
+
+
+def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0, jumps: int = 4) -> float:
+    """Mean over samples of sum_i h_i |u(x_i) - u_base(x_i)|^2 / 2 along the tuned map's jumps, mean over entries."""
+    cond = map_condition(lambda c: c.to(tuned.device), tasks.cond)
+    total = 0.0
+    with torch.no_grad():
+        x = draw(lambda noise, _: noise.normal(tuned.shape, torch.empty(0)), tasks, tuned, [seeds + i for i in range(tasks.n)])
+        x = x.to(tuned.device)
+        for i in range(jumps):
+            s, t = i / jumps, (i + 1) / jumps
+            after = tuned.jump(x, s, t, cond)
+            total += ((after - base.jump(x, s, t, cond)).square().mean() / (2 * (t - s))).item()
+            x = after
+    return total
+
+
+class Monitor(L.Callback):
+    """Judges the averaged map every ``every`` steps, keeps the best that is neither narrower nor off the data, and stops.
+
+    A model may be kept while its diversity and support are at least ``floor`` times those of the base (1 where the base, without a
+    class, is more diverse in a class than the samples that are asked for it). The run stops after
+    ``patience`` judgements in a row that brought no better one. Files: ``samples/<step>.png``, ``averaged/<step>.safetensors``.
+
+    Args:
+        panel: what judges.
+        base: the panel's reading of the base.
+        folder: of the run; None to write nothing.
+        every: steps.
+        floor: see above. patience: see above; 0 never stops and keeps the last model.
+    """
+
+    def __init__(
+        self, panel: Panel, base: Reading, folder: Path | None, every: int = 20, floor: float = 0.9, patience: int = 5
+    ) -> None:
+        self.panel, self.base, self.folder, self.every, self.floor, self.patience = panel, base, folder, every, floor, patience
+        self.rows: list[dict[str, float]] = []
+        self.best_step, self.best_weights, self.reason = -1, {}, ""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if self.reason:  # a run that was stopped and started again
+            trainer.should_stop = True
+        elif not self.rows:
+            self._judge(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: object) -> None:
+        step = trainer.global_step
+        if (step % self.every == 0 or step >= module.steps) and (not self.rows or self.rows[-1]["step"] < step):
+            self._judge(trainer, module)
+
+    def _judge(self, trainer: L.Trainer, module: FineTuning) -> None:
+        step = trainer.global_step
+        reading = self.panel.measure(module.law())
+        numbers = reading.numbers()
+        module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
+        spent = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
+        spent["evaluations"] = float(module.spent.evaluations)
+        kept = not self._off(numbers)
+        self.rows.append({"step": float(step), **numbers, **spent, "kept": float(kept)})
+        best = next((row["held_out"] for row in self.rows if row["step"] == self.best_step), None)
+        if not self.patience or (kept and (best is None or numbers["held_out"] > best)):
+            self.best_step = step
+            self.best_weights = {name: value.detach().cpu().clone() for name, value in module.ema.state_dict().items()}
+        waited = sum(row["step"] > self.best_step for row in self.rows)
+        if self.patience and waited >= self.patience and step < module.steps:
+            last = [row for row in self.rows if row["step"] > self.best_step]
+            off = self._off(last[-1])
+            fell = ", ".join(f"{name} fell to {last[-1][name]:.2f}" for name in off)
+            self.reason = f"stopped at step {step}: {fell or 'the held-out reward no longer rose'}; kept step {self.best_step}"
+            trainer.should_stop = True
+        if self.folder is not None and trainer.is_global_zero:
+            self._write(step, reading, module)
+
+    def _off(self, numbers: dict[str, float]) -> list[str]:
+        """What is too low; what cannot be told, for want of samples, is not."""
+        least = {"diversity": min(1.0, self.base.diversity), "support": self.base.support}
+        return [name for name, value in least.items() if numbers[name] < self.floor * value]
+
+    def _write(self, step: int, reading: Reading, module: FineTuning) -> None:
+        assert self.folder is not None
+        (self.folder / "averaged").mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().half().cpu().contiguous() for name, value in module.ema.state_dict().items()}
+        save_file(weights, self.folder / "averaged" / f"{step:06d}.safetensors")
+        if reading.pictures.ndim == 4:
+            picture_grid(reading.pictures[None, :10], self.folder / "samples" / f"{step:06d}.png", [f"step {step}"])
+
+    def restore(self, module: FineTuning) -> None:
+        """Put the best averaged weights back."""
+        if self.best_weights:
+            module.ema.load_state_dict(self.best_weights)
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        """The state before the step that failed is what a later start goes on from."""
+        if self.folder is not None and trainer.global_step:
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "best_step": self.best_step, "best_weights": self.best_weights, "reason": self.reason}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows, self.best_step = state["rows"], state["best_step"]
+        self.best_weights, self.reason = state["best_weights"], state["reason"]
