@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         x = draw(module.law(), Tasks(), flow_map, [10_000 + seed], n)
         found.setdefault(row, {}).setdefault(f"{control:g}", []).append(describe(x, mixture))
     known = {"base": [describe(draw(chain(2)(flow_map), Tasks(), flow_map, [10_000 + i], n), mixture) for i in range(4)]}
-    table = Table("trained", *(f"control {c:g}: {what}" for c in options.controls for what in ("reward", "on the data", "modes")))
+    table = Table(
+        "trained", *(f"control {c:g}: {what}" for c in options.controls for what in ("reward", "on the data", "modes"))
+    )
     table.add_row("base", *(f"{interval([k[i] for k in known['base']])[0]:.2f}" for _ in options.controls for i in range(3)))
     exact = {}
     for control in options.controls:

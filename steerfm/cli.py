@@ -88,7 +88,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     options, extra = parser().parse_known_args(argv)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists hide what a run says
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics)(\.|$)")
     try:
         if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
@@ -127,15 +126,25 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
         case "finetune":
             from steerfm.commands_finetune import finetune
 
+            _quiet()
             finetune(config, command)  # type: ignore[arg-type]
+        case "train":
+            _quiet()
+            commands.train(config, command)  # type: ignore[arg-type]
         case name:
             {
-                "train": commands.train,
                 "sample": commands.sample,
                 "steer": commands.run_steer_command,
                 "evaluate": commands.evaluate,
             }[name](config, command)  # type: ignore[operator]
     return 0
+
+
+def _quiet() -> None:
+    """Lightning's tips and lists of devices hide what a run has to say."""
+    import lightning.pytorch  # noqa: F401  sets its own level
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _indent(text: str) -> str:

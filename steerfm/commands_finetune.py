@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,7 +72,9 @@ def run(
         )  # fmt: skip
     except RewardError as error:
         kept = folder / "checkpoints" / "last.ckpt"
-        where = f"the run up to there is kept in {kept}; the same command goes on from it" if kept.is_file() else "nothing was run"
+        where = (
+            f"the run up to there is kept in {kept}; the same command goes on from it" if kept.is_file() else "nothing was run"
+        )
         raise RewardError(f"step {module.global_step + 1}: {error}; {where}") from error
     monitor.restore(module)
     if monitor.reason:
@@ -121,9 +124,7 @@ def finish(
     plain.save(model, head["network"], card, origin=config.model)
     if tuned.lora is not None:
         save_adapter(tuned, folder.path / "adapter", config.model)
-    table = [
-        (name, *(round(value, 4) for value in reading.numbers().values())) for name, reading in readings.items()
-    ]
+    table = [(name, *(round(value, 4) for value in reading.numbers().values())) for name, reading in readings.items()]
     header = ["", "reward", "held out", "diversity", "support", "distance"]
     summary = {
         "command": command,
@@ -154,6 +155,8 @@ def finish(
     title = f"{config.model} fine-tuned for {panel.reward.name} by {_slug(config.method)}{judged}"
     results.report(folder, title, facts, [("on the same seeds", header, table)], pictures)
     folder.save_result(summary)
+    for name in monitors:  # the averaged weights of every judgement stay
+        shutil.rmtree(folder.path / name / "checkpoints", ignore_errors=True)
     show = _table(*header, title=title)
     for row in table:
         show.add_row(*map(str, row))
@@ -165,11 +168,11 @@ def finish(
 def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str, Monitor]) -> list[tuple[str, Path]]:
     """The frontier, the curves, samples before and after, and samples over training."""
     drawn = []
-    paths = {
-        name: [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()
-    }
+    paths = {name: [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()}
     points = {name: (reading.distance, reading.held_out) for name, reading in readings.items()}
-    frontier = results.frontier_plot(points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward")
+    frontier = results.frontier_plot(
+        points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward"
+    )
     drawn.append(("held-out reward against distance: up is better, left is nearer to the base", frontier))
     if readings["base, 4 jumps"].pictures.ndim == 4:
         shown = {name: readings[name].pictures[:10] for name in readings}
@@ -180,7 +183,9 @@ def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str
     for name, monitor in monitors.items():
         rows = monitor.rows
         columns = {key: ([r["step"] for r in rows], [r[key] for r in rows]) for key in rows[0] if key not in ("step", "kept")}
-        columns |= training.history(folder / name)
+        logged = {key: pair for key, pair in training.history(folder / name).items() if key.startswith("train/")}
+        columns |= {key: pair for key, pair in logged.items() if key.removeprefix("train/") not in rows[0]}
+        columns |= {"train/reward": logged["train/reward"]} if "train/reward" in logged else {}
         path = results.curves_plot(columns, folder / f"curves-{name}.png")
         drawn.append((f"{name}: everything that was logged", path))
     return drawn
@@ -210,7 +215,9 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: str | None, n: int | Non
         tasks = Tasks.of(None, None if prompt is None else [prompt])
     else:
         labels: Sequence[Any] = range(len(base.class_names)) if label == "all" else configs.sequence(label)
-        tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), None if prompt is None else [prompt] * len(labels))
+        tasks = Tasks.of(
+            base.condition([str(item) for item in labels], len(labels)), None if prompt is None else [prompt] * len(labels)
+        )
     return tasks if n is None else tasks.take(torch.arange(n) % tasks.n)
 
 

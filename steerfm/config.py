@@ -191,7 +191,7 @@ class DistilConfig:
     """How what was learnt becomes one flow map: updates, their rate, samples in a pool, pools; trajectory: share of the rows that
     fit jumps."""
 
-    steps: int = 300
+    steps: int = 200
     lr: float = 5e-4
     ema: float = 0.98
     batch_size: int = 64
@@ -223,7 +223,7 @@ class FinetuneConfig:
     judge: Any = "auto"
     label: Any = None
     prompt: str | None = None
-    control: float = 1.0
+    control: float = 3.0
     batch_size: int = 32
     seed: int = 0
     out: str | None = None

@@ -215,7 +215,10 @@ class NeuralFlowMap(FlowMap):
             raise ValueError("with_strength needs a fine-tuned map: load one that `steerfm finetune` wrote")
         network, origin = copy.deepcopy(self.network), self.origin
         network.load_state_dict(
-            {k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v for k, v in network.state_dict().items()}
+            {
+                k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v
+                for k, v in network.state_dict().items()
+            }
         )
         return self.with_network(network)
 

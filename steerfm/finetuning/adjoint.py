@@ -60,7 +60,9 @@ class Adjoint:
                 endpoint = update.reference.denoise(state, s, cond)
                 step = move.step(update.reference, state, s, t, cond, endpoint)
                 (before,) = torch.autograd.grad(step.mean, state, adjoint)
-            if step.std:  # Tweedie: a slope a of the value at s moves the denoiser by sigma^2/alpha a; at s = 0 that of t is taken
+            if (
+                step.std
+            ):  # Tweedie: a slope a of the value at s moves the denoiser by sigma^2/alpha a; at s = 0 that of t is taken
                 at, slope = (s, before) if s > 0 else (t, adjoint)
                 states_at.append((state.detach(), s))
                 endpoints.append(endpoint.detach() + path.sigma(at) ** 2 / path.alpha(at) * slope)

@@ -114,7 +114,9 @@ class Direct:
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         times = self.times([0.0] * (self.jumps - 1))
-        maps = [tuned if i in self._trained() or i < self.jumps - self._truncation()[0] else reference for i in range(self.jumps)]
+        maps = [
+            tuned if i in self._trained() or i < self.jumps - self._truncation()[0] else reference for i in range(self.jumps)
+        ]
 
         def law(noise: Noise, cond: Condition) -> Tensor:
             x = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))

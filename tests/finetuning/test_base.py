@@ -149,7 +149,9 @@ def test_labels_reach_the_reward_and_the_map(tmp_path):
         return linear(images) * (1 - 2 * labels)
 
     flow_map = small_map(classes=2)
-    m = module(Direct(), reward=reward, tasks=Tasks.of(flow_map.condition(["a", "b"], 2)), flow_map=flow_map, steps=40, control=0.1)
+    m = module(
+        Direct(), reward=reward, tasks=Tasks.of(flow_map.condition(["a", "b"], 2)), flow_map=flow_map, steps=40, control=0.1
+    )
     fit(m, m.data(), tmp_path, **QUICK)
     assert {tuple(labels.tolist()) for labels in seen if len(labels) == 8} <= {(0, 1) * 4, (1, 0) * 4}
     a, b = draw(m.law(), m.tasks, m.reference, [1, 2], 500).split(500)
@@ -194,7 +196,9 @@ def test_without_control_it_collapses_and_the_guard_keeps_a_model_from_before(tm
     monitor.restore(m)
     kept = judge.measure(m.law())
     assert kept.support >= 0.9 * base.support and kept.diversity >= 0.9 * min(1, base.diversity)
-    assert kept.reward == pytest.approx(next(row["reward"] for row in monitor.rows if row["step"] == monitor.best_step), abs=1e-5)
+    assert kept.reward == pytest.approx(
+        next(row["reward"] for row in monitor.rows if row["step"] == monitor.best_step), abs=1e-5
+    )
     assert len(list((tmp_path / "averaged").glob("*.safetensors"))) == len(monitor.rows)
 
 

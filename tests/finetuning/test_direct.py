@@ -51,11 +51,15 @@ def test_the_default_trains_the_first_jump_and_passes_the_gradient_through_the_f
     found = gradient(method, up)
     x1 = up.reference.jump(up.tuned.jump(x0, 0.0, 0.5), 0.5, 1.0)
     expected = torch.autograd.grad(-linear(x1).mean(), list(up.tuned.parameters()), allow_unused=True)
-    flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(up.tuned.parameters(), expected)])
+    flat = torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(up.tuned.parameters(), expected)]
+    )
     assert torch.allclose(found, flat, atol=1e-5)  # noise is drawn in float32
 
 
-@pytest.mark.parametrize("method", [Direct(), DRaFT(), DRaFTK(), DRaFTLV(), AlignProp(), ReFL(), DRTune()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [Direct(), DRaFT(), DRaFTK(), DRaFTLV(), AlignProp(), ReFL(), DRTune()], ids=lambda m: type(m).__name__
+)
 def test_every_preset_has_a_gradient_and_counts_its_calls(flow_map, method):
     up = update(flow_map, control=0.5)
     with Ledger() as ledger:
@@ -72,7 +76,9 @@ def test_the_whole_chain_is_what_autograd_says(flow_map):
     for s, t in zip((0, 1 / 3, 2 / 3), (1 / 3, 2 / 3, 1.0)):
         x = up.tuned.jump(x, s, t)
     expected = torch.autograd.grad(-linear(x).mean(), list(up.tuned.parameters()), allow_unused=True)
-    flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(up.tuned.parameters(), expected)])
+    flat = torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(up.tuned.parameters(), expected)]
+    )
     assert torch.allclose(found, flat, atol=1e-5)
 
 
@@ -110,7 +116,15 @@ def test_more_noise_averages_have_less_variance(flow_map):
             up.noise = Noise([1000 + seed])
             method = DRaFTLV(averages=n)
             loss = method._averaged(up, x, 0.75, x.new_zeros(1))["loss"]
-            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(up.tuned.parameters()), allow_unused=True) if g is not None]))
+            found.append(
+                torch.cat(
+                    [
+                        g.flatten()
+                        for g in torch.autograd.grad(loss, list(up.tuned.parameters()), allow_unused=True)
+                        if g is not None
+                    ]
+                )
+            )
         return torch.stack(found).var(0).sum().item()
 
     assert 2.5 < spread(1) / spread(4) < 6.4  # 4 expected

@@ -91,7 +91,9 @@ def test_its_gradient_is_the_score_function_estimate(random_map):
     x0, x1 = up.memory["states"]
     step = method.transition.step(flow_map, x0, 0.0, 0.5, None)
     expected = -(up.memory["advantage"] * step.log_prob(x1)).mean()
-    for found, by_hand in zip(*(torch.autograd.grad(v, list(flow_map.parameters()), retain_graph=True) for v in (loss, expected))):
+    for found, by_hand in zip(
+        *(torch.autograd.grad(v, list(flow_map.parameters()), retain_graph=True) for v in (loss, expected))
+    ):
         assert torch.allclose(found, by_hand, atol=1e-6)
     groups = up.memory["advantage"].view(2, 4)
     assert torch.allclose(groups.mean(1), torch.zeros(2), atol=1e-6) and torch.allclose(groups.std(1), torch.ones(2), atol=1e-3)

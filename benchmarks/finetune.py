@@ -1,0 +1,138 @@
+"""The reward-divergence frontier of every fine-tuning method, beside best-of-n and steering of the base.
+
+    steerfm bench finetune                                   # the class Bag from no class: 5 methods, 4 controls each
+    steerfm bench finetune --task compressible --methods weighted policy
+    steerfm bench finetune --methods direct & steerfm bench finetune --methods weighted     # share the work, then run it again
+
+Every cell is a run of `steerfm finetune` in a folder of its own, which is continued if it was killed and kept when it is finished.
+Prints a table, writes `<task>.png` and `<task>.json`, then prints one JSON line. An hour or two on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import steerfm
+from steerfm import cli
+from steerfm import config as configs
+from steerfm.commands import build_judge, build_reward
+from steerfm.commands_finetune import build_panel
+from steerfm.finetuning import chain
+from steerfm.results import frontier_plot
+
+TASKS: dict[str, list[str]] = {
+    "bag": ["reward=classifier", "reward.target=Bag"],
+    "classes": ["reward=classifier", "label=all"],
+    "compressible": ["reward=compressibility", "label=Shirt", "judge={name: judge, target: Shirt}"],
+    "bright": [
+        "reward=[{name: classifier, target: Dress}, {name: brightness, weight: 10}]",
+        "judge={name: judge, target: Dress}",
+    ],
+}
+METHODS: dict[str, tuple[list[str], list[float]]] = {
+    "direct": ([], [1, 3, 10, 30]),
+    "weighted": ([], [0.1, 0.2, 0.4, 1]),
+    "policy": ([], [0.01, 0.03, 0.1, 0.3]),
+    "adjoint": ([], [0.1, 0.2, 0.4, 1]),
+    "noise": ([], [3, 10, 30, 100]),
+}
+
+
+def run(method: str, control: float, task: str, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
+    """One cell: the result.json of its run."""
+    out = folder / task / f"{method}-{control:g}"
+    if not (out / "result.json").is_file():
+        arguments = [
+            "finetune",
+            "--config",
+            method,
+            *TASKS[task],
+            *METHODS[method][0],
+            f"control={control}",
+            f"out={out}",
+            *extra,
+        ]
+        if cli.main(arguments):
+            raise SystemExit(f"{method} at control {control} failed")
+    return json.loads((out / "result.json").read_text())
+
+
+def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The base, its best of n, and the default steering, on the same seeds; kept once measured."""
+    file = folder / task / "base.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    config = configs.load(configs.FinetuneConfig, None, [*TASKS[task], *extra], kind="finetune")
+    base = steerfm.load(config.model)
+    reward = build_reward(config.reward)
+    panel = build_panel(base, reward, build_judge(config), config)  # type: ignore[arg-type]
+    found = {f"base, {jumps} jumps": panel.measure(chain(jumps)(base)).numbers() | {"cost": jumps} for jumps in (1, 4)}
+    for k in (4, 16, 64):
+        found[f"best of {k}, 1 jump"] = panel.measure(chain(1)(base), k).numbers() | {"cost": k}
+    found["best of 16, 4 jumps"] = panel.measure(chain(4)(base), 16).numbers() | {"cost": 64}
+
+    def funnel(noise, cond):
+        method = steerfm.Funnel.within(64)
+        n = len(noise.seeds)
+        return steerfm.steer(base, reward, method, n=n, seeds=noise.seeds, strength=10.0, cond=cond).best()
+
+    found["steered (funnel)"] = panel.measure(funnel).numbers() | {"cost": 64}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="steerfm bench finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", default="bag", choices=list(TASKS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--controls", nargs="*", type=float, help="in place of each method's own")
+    parser.add_argument("--extra", nargs="*", default=[], help="further keys of steerfm finetune, such as optimizer.steps=50")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/finetune"))
+    options = parser.parse_args(argv)
+    base = steered(options.task, options.out, options.extra)
+    columns = ("held_out", "reward", "diversity", "support", "distance")
+    table = Table(
+        "model", "calls", *columns, "control cost", "semigroup", "reward calls", "evaluations", "s",
+        title=f"{options.task}: held out is the judge's; calls: network evaluations a sample",
+    )  # fmt: skip
+    for name, row in base.items():
+        table.add_row(name, f"{row['cost']:g}", *(f"{row[column]:.3f}" for column in columns))
+    points = {name: (row["distance"], row["held_out"]) for name, row in base.items()}
+    lines, rows = {}, {}
+    for method in options.methods:
+        for control in options.controls or METHODS[method][1]:
+            cell = run(method, control, options.task, options.out, options.extra)
+            learnt = {"as learnt": cell["readings"]["as learnt"]} if "as learnt" in cell["readings"] else {}
+            shown = {**learnt, "1 jump": cell["readings"]["tuned, 1 jump"], "4 jumps": cell["readings"]["tuned, 4 jumps"]}
+            cost = cell["cost"]["tune"]
+            for what, reading in shown.items():
+                rows[f"{method} {control:g}, {what}"] = reading
+                facts = ("", "", "", "", "")
+                if what == "4 jumps":
+                    semigroup = cell["semigroup_error"]["tuned"] / cell["semigroup_error"]["base"]
+                    facts = (f"{cell['control_cost']:.3f}", f"{semigroup:.2f}x", f"{cost['reward_calls']:,}",
+                             f"{cost['forwards'] + 2 * cost['backwards']:,}", f"{cost['seconds']:.0f}")  # fmt: skip
+                calls = {"1 jump": "1", "4 jumps": "4"}.get(what, "")
+                table.add_row(f"{method} {control:g}, {what}", calls, *(f"{reading[c]:.3f}" for c in columns), *facts)
+            lines.setdefault(method, []).append((shown["4 jumps"]["distance"], shown["4 jumps"]["held_out"]))
+    Console(width=170).print(table)
+    picture = options.out / f"{options.task}.png"
+    frontier_plot(points, lines, picture, "Fréchet distance to the base's samples of the same classes", "held-out reward")
+    numbers = {"benchmark": "finetune", "task": options.task, "base": base, "tuned": rows}
+    (options.out / f"{options.task}.json").write_text(json.dumps(numbers, indent=1))
+    print(f"frontier: {picture}")
+    print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    main()
