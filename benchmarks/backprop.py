@@ -1,9 +1,9 @@
-"""What a reward-gradient update costs: jumps of a flow map against Euler steps of the same network, with and without checkpoints.
+"""What a reward-gradient update costs: jumps of a flow map against Euler steps of the same network.
 
     steerfm bench backprop                    # five minutes on two cores
 
-Times alternate between the variants in one process and are given as a ratio to one jump; memory is the peak that an update adds to
-the process, each measured in a process of its own. Prints a table, then one JSON line.
+Times alternate between the variants in one process; memory is the peak that an update adds to a process of its own. Both are
+given beside those of one jump, with and without checkpoints. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Updates:
     def __call__(self) -> float:
         started = time.perf_counter()
         tuned, reference = self.module.maps
+        tasks = Tasks().take(torch.zeros(self.batch).long())
         update = Update(
-            self.step, 100, tuned, tuned, reference, self.module.judged[0], Tasks().take(torch.zeros(self.batch).long()), Tasks(),
-            Noise(range(self.batch)), torch.Generator().manual_seed(self.step), self.module.control, 1.0,
+            self.step, 100, tuned, tuned, reference, self.module.judged[0], tasks, Tasks(), Noise(range(self.batch)),
+            torch.Generator().manual_seed(self.step), self.module.control, 1.0,
         )  # fmt: skip
         loss = self.module.method.loss(update)["loss"]
         self.optimizer.zero_grad()

@@ -2,10 +2,10 @@
 
     steerfm bench finetune                                   # the class Bag from no class: 5 methods, 4 controls each
     steerfm bench finetune --task compressible --methods weighted policy
-    steerfm bench finetune --methods direct & steerfm bench finetune --methods weighted     # share the work, then run it again
+    steerfm bench finetune --methods direct & steerfm bench finetune --methods weighted   # share the work, then run all
 
-Every cell is a run of `steerfm finetune` in a folder of its own, which is continued if it was killed and kept when it is finished.
-Prints a table, writes `<task>.png` and `<task>.json`, then prints one JSON line. An hour or two on two cores.
+Every cell is a run of `steerfm finetune` in a folder of its own: continued if it was killed, kept when it is finished. Prints a
+table, writes `<task>.png` and `<task>.json`, then prints one JSON line. An hour or two on two cores.
 """
 
 from __future__ import annotations
@@ -49,17 +49,8 @@ def run(method: str, control: float, task: str, folder: Path, extra: Sequence[st
     """One cell: the result.json of its run."""
     out = folder / task / f"{method}-{control:g}"
     if not (out / "result.json").is_file():
-        arguments = [
-            "finetune",
-            "--config",
-            method,
-            *TASKS[task],
-            *METHODS[method][0],
-            f"control={control}",
-            f"out={out}",
-            *extra,
-        ]
-        if cli.main(arguments):
+        keys = [*TASKS[task], *METHODS[method][0], f"control={control}", f"out={out}", *extra]
+        if cli.main(["finetune", "--config", method, *keys]):
             raise SystemExit(f"{method} at control {control} failed")
     return json.loads((out / "result.json").read_text())
 

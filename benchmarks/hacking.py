@@ -4,8 +4,8 @@
     steerfm bench hacking --seeds 1 --steps 100
 
 Reward r = x / 1.42 (standard deviation 1 on the ring). For each choice of trained jumps: the mean reward, the share of samples
-within three standard deviations of a mode, and the effective number of modes, beside the exact tilt p exp(r / control). Prints a
-table, then one JSON line. The base map is trained first (half a minute) and kept.
+within three standard deviations of a mode, and the effective number of modes, beside the exact tilt p exp(r / control). The
+base map is trained first (half a minute) and kept. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations

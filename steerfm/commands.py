@@ -198,7 +198,7 @@ def build_method(value: Any) -> Method:
     return configs.build(METHODS[name], arguments, "method")
 
 
-def build_judge(config: configs.SteerConfig) -> Reward | None:
+def build_judge(config: configs.SteerConfig | configs.FinetuneConfig) -> Reward | None:
     """The held-out reward: what ``judge`` says, or by default the judge of the class that is asked for, if any."""
     if config.judge != "auto":
         return None if config.judge is None else build_reward(config.judge)
@@ -456,6 +456,8 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
     """The steering methods, or one of them with its four parts and defaults; ``markdown`` is the table of docs/methods.md."""
     import inspect
 
+    from steerfm import finetuning
+
     if markdown:
         print(methods_markdown())
         return
@@ -464,13 +466,21 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         for key, method in METHODS.items():
             table.add_row(key, method_samples(method), method_gradient(method()), method_title(method))
         console.print(table)
-        console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64", markup=False)
+        console.print(
+            "explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n", markup=False
+        )
+        table = _table("fine-tuning", "gradient", "what")
+        for key, method in finetuning.METHODS.items():
+            table.add_row(key, "reward" if method.differentiates else "none", method_title(method))
+        console.print(table)
+        console.print("use one: steerfm finetune --config NAME", markup=False)
         return
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(METHODS)}")
-    method = METHODS[name]()
-    console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(METHODS[name])})\n", markup=True)
-    console.print(inspect.getdoc(METHODS[name]) or "", markup=False)
+    known = METHODS | finetuning.METHODS
+    if name not in known:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, known)}; methods: {', '.join(known)}")
+    method = known[name]()
+    console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(known[name])})\n", markup=True)
+    console.print(inspect.getdoc(known[name]) or "", markup=False)
     console.print("\narguments and defaults:")
     for key in fields(method):  # type: ignore[arg-type]
         console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}", markup=False)
@@ -489,7 +499,7 @@ def methods_markdown() -> str:
 
 def method_title(method: type) -> str:
     """The first words of a method's docstring."""
-    return re.split(r"[:(]", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
+    return re.split(r"[:(;]|\. ", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
 
 
 def method_samples(method: type) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +226,11 @@ def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, confi
     """Judges of this model: features and classes of the classifier of its pictures, where one ships."""
     tasks = make_tasks(base, config.label, config.prompt, config.watch.n)
     support = make_tasks(base, "all" if base.class_names else None, config.prompt, max(300, 50 * len(base.class_names)))
-    features, classes = (lambda pictures: pictures.flatten(1)), None
-    if base.shape == (1, 28, 28):
-        network, _, _ = zoo.load_classifier("fashion-classifier")
-        features, classes = network.features, lambda pictures: network(pictures).argmax(1)  # type: ignore[assignment]
-    return Panel(base, reward, judge, tasks, support, features, classes, config.watch.seeds)
+    if base.shape != (1, 28, 28):
+        return Panel(base, reward, judge, tasks, support, partial(torch.flatten, start_dim=1), None, config.watch.seeds)
+    network: Any = zoo.load_classifier("fashion-classifier")[0].to(base.device)
+    classes = lambda pictures: network(pictures).argmax(1)  # noqa: E731
+    return Panel(base, reward, judge, tasks, support, network.features, classes, config.watch.seeds)
 
 
 def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:

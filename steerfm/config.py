@@ -178,8 +178,8 @@ class TuneTrainerConfig:
 
 @dataclass
 class LoraConfig:
-    """rank: of low-rank adapters, 0 to train all weights; alpha: their scale times the rank, default 2 rank; layers: ends of the
-    names of the layers to adapt, default all convolutions and linear ones."""
+    """rank: of low-rank adapters, 0 to train all weights; alpha: their scale times the rank, default 2 rank; layers: ends of
+    the names of the layers to adapt, default all convolutions and linear ones."""
 
     rank: int = 0
     alpha: float | None = None
@@ -188,8 +188,8 @@ class LoraConfig:
 
 @dataclass
 class DistilConfig:
-    """How what was learnt becomes one flow map: updates, their rate, samples in a pool, pools; trajectory: share of the rows that
-    fit jumps."""
+    """How what was learnt becomes one flow map: updates, their rate and EMA, samples in a pool, pools; trajectory: share of the
+    rows that fit jumps. steps=0 leaves the network as it was tuned."""
 
     steps: int = 200
     lr: float = 5e-4
@@ -202,8 +202,8 @@ class DistilConfig:
 
 @dataclass
 class WatchConfig:
-    """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a model
-    must keep; patience: judgements without a better one before the run stops, 0 for never."""
+    """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a
+    model must keep; patience: judgements without a better one before the run stops, 0 for never."""
 
     every: int = 20
     n: int = 64
@@ -214,8 +214,8 @@ class WatchConfig:
 
 @dataclass
 class FinetuneConfig:
-    """model: zoo name or path; reward, judge, prompt: as for steer; method: a name of `finetuning.METHODS`; label: a class, a list
-    of them, all, or null for no class; control: lambda, the pull towards the base, in spreads of the reward."""
+    """model: zoo name or path; reward, judge, prompt: as for steer; method: a name of `finetuning.METHODS`; label: a class, a
+    list of them, all, or null for no class; control: lambda, the pull towards the base, in spreads of the reward."""
 
     model: str = "fashion"
     reward: Any = field(default_factory=lambda: {"name": "classifier"})

@@ -286,7 +286,8 @@ def fit(
     """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
 
     Logs to ``folder/metrics`` as csv, a numbered version for each time it was started (`history` reads them all), and to
-    tensorboard where it is installed. ``callbacks`` come before the checkpoints; ``validate_every`` 0 is never; the remaining arguments are the Trainer's.
+    tensorboard where it is installed. ``callbacks`` come before the checkpoints; ``validate_every`` 0 is never; the remaining
+    arguments are the Trainer's.
     """
     loggers: list[Any] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=1)]
     if importlib.util.find_spec("tensorboard"):

@@ -27,7 +27,7 @@ METHODS: dict[str, type] = {
 """Fine-tuning methods by the name that configurations use."""
 
 __all__ = [
-    "DDPO", "METHODS", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct", "Distil", "FineTuning",
-    "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms", "Update", "Weighted",
-    "chain", "check", "draw", "spread",
+    "DDPO", "METHODS", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct", "Distil",
+    "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms",
+    "Update", "Weighted", "chain", "check", "draw", "spread",
 ]  # fmt: skip

@@ -19,9 +19,11 @@ class Adjoint:
     Steps are those of DDPM, N(m(x), s^2 I) with the mean of the denoiser: memoryless, so that the optimum tilts p exactly and
     its velocity is that of the tilted law's own path. The adjoint goes backwards through the reference only,
 
-        a_N = strength grad r(x_N),   a_k = (d m_ref / d x_k)^T a_{k+1},   loss = sum_k w_k |D(x_k) - D_ref(x_k) - sigma^2/alpha a_k|^2
+        a_N = strength grad r(x_N),   a_k = (d m_ref / d x_k)^T a_{k+1}
+        loss = sum_k w_k |D(x_k) - D_ref(x_k) - sigma_k^2 / alpha_k a_k|^2
 
-    where w_k makes the divergence of two steps of |D - D_ref|^2, and is exact as the steps grow. What is learnt is a velocity: the jumps are distilled from it afterwards.
+    where w_k |D - D_ref|^2 is the divergence of a step from the reference's, and is exact as the steps grow. What is learnt is
+    a velocity: the jumps are distilled from it afterwards.
 
     Args:
         steps: of the process.
@@ -54,15 +56,13 @@ class Adjoint:
             (adjoint,) = torch.autograd.grad(update.strength * r.sum(), x)
         states_at, endpoints, weights = [], [], []
         path = update.tuned.interpolant
-        for state, s, t in zip(reversed(states), reversed(times[:-1]), reversed(times[1:])):
+        for before_step, s, t in zip(reversed(states), reversed(times[:-1]), reversed(times[1:])):
             with torch.enable_grad():
-                state = state.detach().requires_grad_()
+                state = before_step.detach().requires_grad_()
                 endpoint = update.reference.denoise(state, s, cond)
                 step = move.step(update.reference, state, s, t, cond, endpoint)
                 (before,) = torch.autograd.grad(step.mean, state, adjoint)
-            if (
-                step.std
-            ):  # Tweedie: a slope a of the value at s moves the denoiser by sigma^2/alpha a; at s = 0 that of t is taken
+            if step.std:  # Tweedie: a slope a of the value moves the denoiser by sigma^2/alpha a; at s = 0 that of t is taken
                 at, slope = (s, before) if s > 0 else (t, adjoint)
                 states_at.append((state.detach(), s))
                 endpoints.append(endpoint.detach() + path.sigma(at) ** 2 / path.alpha(at) * slope)

@@ -1,6 +1,6 @@
 """What every fine-tuning method shares: the frozen reference, the rows of a batch, the module that Lightning trains.
 
-    loss = -mean r(x_1) / scale + control * penalty          # minimised; a method says how x_1 comes about and what is penalised
+    loss = -mean r(x_1) / scale + control * penalty      # a method says how x_1 comes about and what is penalised
 
 ``scale`` is the reward's spread under the reference, so that one ``control`` (lambda) means the same for every reward: methods
 that tilt aim at q proportional to p(x) exp(r(x) / (control * scale)). Random numbers belong to a row of the global batch and to
@@ -64,7 +64,7 @@ class Tasks:
             len(rows),
             map_condition(lambda c: c[rows.to(c.device)], self.cond),
             None if self.labels is None else self.labels[rows.to(self.labels.device)],
-            None if self.prompts is None else [self.prompts[row] for row in rows.tolist()],
+            None if self.prompts is None else [str(self.prompts[row]) for row in rows.tolist()],
         )
 
     def problem(self, flow_map: FlowMap, reward: Reward) -> Problem:

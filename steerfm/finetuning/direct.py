@@ -166,7 +166,7 @@ class DRaFTK(DRaFT):
 
 @dataclass(frozen=True)
 class DRaFTLV(DRaFTK):
-    """DRaFT-LV (2309.17400, section 4.1): DRaFT-1 with the gradient averaged over renoised copies of the sample; theirs are 2."""
+    """DRaFT-LV (2309.17400, section 4.1): DRaFT-1, its gradient averaged over renoised copies of the sample; theirs are 2."""
 
     averages: int = 2
 
@@ -192,7 +192,7 @@ class ReFL(Direct):
 
 @dataclass(frozen=True)
 class DRTune(Direct):
-    """DRTune (Wu et al. 2405.00760, algorithm 1): no gradient into the network's input, so every step is supervised by itself."""
+    """DRTune (Wu et al. 2405.00760, algorithm 1): no gradient into the network's input; every step is supervised by itself."""
 
     jumps: int = 4
     trained: tuple[int, ...] | None = None

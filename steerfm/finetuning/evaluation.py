@@ -1,4 +1,4 @@
-"""How a fine-tuning run is watched: the same seeds and tasks for every model, a held-out reward, and a guard against hacking."""
+"""How a fine-tuning run is watched: the same seeds and tasks for every model, a held-out reward, a guard against hacking."""
 
 from __future__ import annotations
 
@@ -148,9 +148,9 @@ def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0, ju
 class Monitor(L.Callback):
     """Judges the averaged map every ``every`` steps, keeps the best that is neither narrower nor off the data, and stops.
 
-    A model may be kept while its diversity and support are at least ``floor`` times those of the base (1 where the base, without a
-    class, is more diverse in a class than the samples that are asked for it). The run stops after
-    ``patience`` judgements in a row that brought no better one. Files: ``samples/<step>.png``, ``averaged/<step>.safetensors``.
+    A model may be kept while its diversity and support are at least ``floor`` times those of the base (1 where the base,
+    without a class, is more diverse in a class than the samples that are asked for it). The run stops after ``patience``
+    judgements in a row that brought no better one. Files: ``samples/<step>.png``, ``averaged/<step>.safetensors``.
 
     Args:
         panel: what judges.

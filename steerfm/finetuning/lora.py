@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class LoRAOff(FlowMap):
         return self.flow_map[0].dtype
 
 
-def adapted(network: nn.Module) -> list[tuple[str, nn.Module]]:
+def adapted(network: nn.Module) -> list[tuple[str, Any]]:
     """The adapted layers, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -122,9 +123,9 @@ def merged(network: nn.Module) -> nn.Module:
     """A copy of an adapted network as a plain one, its adapters added to its weights."""
     network = copy.deepcopy(network)
     for name, layer in adapted(network):
-        layer.merge()  # type: ignore[operator]
+        layer.merge()
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())
     return network
 
 
@@ -132,7 +133,7 @@ def adapters(network: nn.Module) -> dict[str, Tensor]:
     """The factors of the adapters: <layer>.down and <layer>.up, with the scale in ``up``."""
     found = {}
     for name, layer in adapted(network):
-        (key,) = layer.lora_A.keys()  # type: ignore[operator, union-attr]
-        found[f"{name}.down"] = layer.lora_A[key].weight.detach()  # type: ignore[index, union-attr]
-        found[f"{name}.up"] = layer.lora_B[key].weight.detach() * layer.scaling[key]  # type: ignore[index, operator, union-attr]
+        (key,) = layer.lora_A.keys()
+        found[f"{name}.down"] = layer.lora_A[key].weight.detach()
+        found[f"{name}.up"] = layer.lora_B[key].weight.detach() * layer.scaling[key]
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, 
 class Policy:
     """GRPO on a few stochastic transitions of the flow map (Flow-Map GRPO, 2607.00535).
 
-        -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + control * KL(kernel | reference's kernel),   rho = pi(x'|x) / pi_old(x'|x)
+        -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + control * KL(pi | pi_ref),      rho = pi(x'|x) / pi_old(x'|x)
 
     A is the reward, less its mean over the samples of the same task, over their standard deviation. `Renoise` keeps the
     marginals of an exact map in any number of steps, so four are enough. The last, deterministic step has no probability and is
@@ -32,7 +32,7 @@ class Policy:
     """
 
     steps: int = 4
-    transition: Transition | str = Renoise(1.0)
+    transition: Transition | str = field(default_factory=Renoise)
     group: int = 16
     clip: float = 0.2
     reuse: int = 2
@@ -109,7 +109,7 @@ class FlowGRPO(Policy):
     """Flow-GRPO (Liu et al. 2505.05470): the same on the stochastic Euler steps of the velocity; 10 to train."""
 
     steps: int = 10
-    transition: Transition | str = Diffuse()
+    transition: Transition | str = field(default_factory=Diffuse)
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,6 @@ class DDPO(Policy):
     """DDPO (Black et al. 2305.13301, section 4.3): DDPM's ancestral steps, advantages over the batch, a narrow clip."""
 
     steps: int = 20
-    transition: Transition | str = Bridge(1.0)
+    transition: Transition | str = field(default_factory=Bridge)
     clip: float = 1e-2
     within: bool = False

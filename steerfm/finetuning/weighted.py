@@ -56,7 +56,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Anchored:
-    """Flow matching plus alpha |v - v_ref|^2: a bound on the Wasserstein distance from the reference (2502.06061, section 4.3)."""
+    """Flow matching plus alpha |v - v_ref|^2: a bound on the Wasserstein distance from the reference (2502.06061)."""
 
     reference: FlowMap
     alpha: float
@@ -75,10 +75,10 @@ class Anchored:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Rounds of reward-weighted refitting, for any reward: sample, weigh by exp(increment * r), fit, again from what was fitted.
+    """Rounds of reward-weighted refitting, for any reward: sample, weigh by exp(increment * r), fit; again, from the fit.
 
     The increments add up to the strength 1 / (control * scale); a round takes less where the weights would degenerate. As
-    rounds, samples and updates grow, this samples q proportional to p(x) exp(strength r(x)). Weights are normalised within a task.
+    rounds, samples and updates grow, this samples q proportional to p(x) exp(strength r(x)). Weights are those within a task.
 
     Args:
         rounds: over which the updates are shared out.

@@ -131,7 +131,7 @@ def test_two_processes_do_what_one_does(name, tmp_path):
     for devices in (1, 2):
         out, script = tmp_path / f"{devices}.pt", tmp_path / f"run{devices}.py"
         script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), name=name, devices=devices, out=str(out)))
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
         assert out.is_file(), done.stderr[-2000:]
         found.append(torch.load(out))
     (losses, one), (again, two) = found
