@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from steerfm import config as configs
 from steerfm import results, training, zoo
@@ -179,8 +179,11 @@ def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str
         shown = {name: readings[name].pictures[:10] for name in readings}
         grid = results.picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
         drawn.append(("the same seeds and tasks in every row", grid))
-        rows = sorted((folder / "tune" / "samples").glob("*.png"))
-        drawn += [(f"tuning, {path.stem.lstrip('0') or '0'} steps", path) for path in rows[:: max(1, len(rows) // 6)]]
+        files = sorted((folder / "tune" / "samples").glob("*.safetensors"))
+        some = files[:: -(-len(files) // 8)]
+        shown = {f"step {int(file.stem)}": load_file(file)["pictures"].float() for file in some}
+        path = results.picture_grid(torch.stack(list(shown.values())), folder / "training.png", list(shown))
+        drawn.append(("over tuning, the same seeds and tasks", path))
     for name, monitor in monitors.items():
         rows = monitor.rows
         columns = {key: ([r["step"] for r in rows], [r[key] for r in rows]) for key in rows[0] if key not in ("step", "kept")}
@@ -228,7 +231,7 @@ def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, confi
     support = make_tasks(base, "all" if base.class_names else None, config.prompt, max(300, 50 * len(base.class_names)))
     if base.shape != (1, 28, 28):
         return Panel(base, reward, judge, tasks, support, partial(torch.flatten, start_dim=1), None, config.watch.seeds)
-    network: Any = zoo.load_classifier("fashion-classifier")[0].to(base.device)
+    network: Any = zoo.load_classifier("fashion-classifier")[0]
     classes = lambda pictures: network(pictures).argmax(1)  # noqa: E731
     return Panel(base, reward, judge, tasks, support, network.features, classes, config.watch.seeds)
 

@@ -297,10 +297,14 @@ class FineTuning(Trained):
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be shared out over {world} processes in groups of {self.method.group}"
             )
-        for part in (*self.maps, *self.judged):
-            part.to(self.device)
+        self.place(self.device)
         if self.scale is None:
             self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
+
+    def place(self, device: torch.device | str) -> None:
+        """Move the frozen parts, which Lightning does not know of."""
+        for part in (*self.maps, *self.judged):
+            part.to(device)
 
     def update(self, rows: Tensor) -> Update:
         """This process's share of an update."""

@@ -68,6 +68,12 @@ class Panel:
     jumps: int = 4
     _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
+    def place(self, device: torch.device | str) -> None:
+        """Move the base and the rewards; features are computed on the CPU."""
+        for part in (self.base, self.reward, self.judge):
+            if part is not None:
+                part.to(device)
+
     def measure(self, law: Law, k: int = 1) -> Reading:
         """Judge a law; with k > 1 the best of k samples by the reward, of each task and seed."""
         x = draw(law, self.tasks, self.base, [self.seeds + i for i in range(self.tasks.n)], k)
@@ -92,10 +98,11 @@ class Panel:
         return torch.cat([tasks.take(rows).problem(self.base, reward).score(part).total for part, rows in parts])
 
     def _look(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        pictures = pictures.cpu().float()
         f = torch.cat([self.features(part).flatten(1) for part in pictures.split(256)])
         if self.classes is None:
             return f, torch.zeros(len(f), dtype=torch.long)
-        return f, torch.cat([self.classes(part) for part in pictures.split(256)]).cpu()
+        return f, torch.cat([self.classes(part) for part in pictures.split(256)])
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """Features and classes of the base's samples."""
@@ -168,6 +175,8 @@ class Monitor(L.Callback):
         self.best_step, self.best_weights, self.reason = -1, {}, ""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        module.place(module.device)
+        self.panel.place(module.device)
         if self.reason:  # a run that was stopped and started again
             trainer.should_stop = True
         elif not self.rows:
@@ -213,9 +222,13 @@ class Monitor(L.Callback):
         save_file(weights, self.folder / "averaged" / f"{step:06d}.safetensors")
         if reading.pictures.ndim == 4:
             picture_grid(reading.pictures[None, :10], self.folder / "samples" / f"{step:06d}.png", [f"step {step}"])
+            some = {"pictures": reading.pictures[:10].half().contiguous()}
+            save_file(some, self.folder / "samples" / f"{step:06d}.safetensors")
 
     def restore(self, module: FineTuning) -> None:
-        """Put the best averaged weights back."""
+        """Put the best averaged weights back; everything moves to where Lightning leaves the module."""
+        module.place(module.device)
+        self.panel.place(module.device)
         if self.best_weights:
             module.ema.load_state_dict(self.best_weights)
 

@@ -1,0 +1,97 @@
+"""`weighted` and `adjoint` reach the exact tilt of a 2-D mixture with a small trained map."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning as L
+import pytest
+import torch
+
+from steerfm import GaussianMixture
+from steerfm.data import MixtureData
+from steerfm.finetuning import Adjoint, Distil, FineTuning, Tasks, Weighted, chain, draw
+from steerfm.flowmap import NeuralFlowMap
+from steerfm.metrics import sliced_wasserstein
+from steerfm.networks import Mlp
+from steerfm.objectives import Trajectory, Triangle
+from steerfm.rewards import as_reward
+from steerfm.training import FlowMapTraining
+
+N, SEEDS = 3000, 4
+MIXTURE = GaussianMixture([[-1.5, 0.0], [1.0, 1.2], [0.8, -1.0]], [[0.15, 0.3], [0.2, 0.1], [0.1, 0.2]], [0.5, 0.25, 0.25])
+SLOPE = torch.tensor([0.9, 0.5], dtype=torch.float64)
+TARGET, _ = MIXTURE.tilt(linear=SLOPE)
+
+
+def reward(x):
+    return x @ SLOPE.to(x)
+
+
+def train(module, data, steps: int) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    L.Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, gradient_clip_val=1.0,
+    ).fit(module, data)  # fmt: skip
+
+
+def distance(law, exact: GaussianMixture, flow_map) -> float:
+    """Mean over seeds of the sliced W2 distance of two samples."""
+    found = []
+    for seed in range(SEEDS):
+        x = draw(law, Tasks(), flow_map, [1000 + seed], N)
+        found.append(sliced_wasserstein(x, exact.sample(N, torch.Generator().manual_seed(seed)).float()))
+    return sum(found) / SEEDS
+
+
+def floor(exact: GaussianMixture) -> float:
+    """That of two exact samples."""
+    draws = [[exact.sample(N, torch.Generator().manual_seed(100 * k + seed)) for k in (1, 2)] for seed in range(SEEDS)]
+    return sum(sliced_wasserstein(a, b) for a, b in draws) / SEEDS
+
+
+@pytest.fixture(scope="module")
+def base() -> NeuralFlowMap:
+    torch.manual_seed(0)
+    steps, std = 1500, MIXTURE.sample(4000, torch.Generator().manual_seed(0)).std().item()
+    flow_map = NeuralFlowMap(Mlp(2, width=64, depth=3), (2,), std=std)
+    objective = {Trajectory(Triangle(terminal=0.3, full=0.2)): 0.4}
+    module = FlowMapTraining(flow_map, objective, start=0.2, steps=steps, lr=3e-3, warmup=50, decay=0.6, ema=0.995)
+    train(module, MixtureData(MIXTURE, 256), steps)
+    averaged = module.averaged()
+    averaged.network.requires_grad_(False)
+    return averaged
+
+
+def tuned(base, method, steps: int, **options) -> FineTuning:
+    options = {"batch_size": 256, "control": 1.0, "scale": 1.0, "lr": 2e-3, "decay": 0.6, "ema": 0.99} | options
+    module = FineTuning(base, as_reward(reward), method, steps=steps, **options)
+    train(module, module.data(), steps)
+    return module
+
+
+@pytest.fixture(scope="module")
+def allowed(base) -> float:
+    """1.5 times what two exact samples are apart, and the base's own error."""
+    return 1.5 * floor(TARGET) + distance(chain(4)(base), MIXTURE, base)
+
+
+def test_the_untuned_base_is_far_from_the_target(base, allowed):
+    assert distance(chain(4)(base), TARGET, base) > 5 * allowed
+
+
+def test_weighted_refitting_reaches_the_tilt(base, allowed):
+    module = tuned(base, Weighted(rounds=3, samples=6000), steps=600)
+    assert float(module.memory["strength"]) == pytest.approx(1.0)
+    for jumps in (1, 2, 4):
+        assert distance(chain(jumps)(module.averaged()), TARGET, base) < allowed, jumps
+
+
+def test_adjoint_matching_reaches_the_tilt_and_keeps_the_map(base, allowed):
+    module = tuned(base, Adjoint(steps=20, trained=6), steps=250, batch_size=128)
+    assert distance(module.law(), TARGET, base) < allowed
+    teacher = module.averaged()
+    kept = tuned(base, Distil(module.law(), teacher=teacher), steps=300, start=teacher)
+    for jumps in (1, 2, 4):
+        assert distance(chain(jumps)(kept.averaged()), TARGET, base) < allowed, jumps
