@@ -38,7 +38,7 @@ TASKS: dict[str, list[str]] = {
 }
 METHODS: dict[str, tuple[list[str], list[float]]] = {
     "direct": ([], [1, 3, 10, 30]),
-    "weighted": ([], [0.1, 0.2, 0.4, 1]),
+    "weighted": ([], [0.2, 0.4, 0.8, 1.6]),
     "policy": ([], [0.01, 0.03, 0.1, 0.3]),
     "adjoint": ([], [0.1, 0.2, 0.4, 1]),
     "noise": ([], [3, 10, 30, 100]),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
 from steerfm.flowmap import Condition, FlowMap, map_condition
 from steerfm.objectives import FlowMatching, Trajectory, Triangle
@@ -51,6 +52,8 @@ class Refit:
             objective = Anchored(update.reference, self.anchor) if self.anchor else FlowMatching()
             losses = objective(update.tuned, x1[velocity], rest, generator)
             terms["velocity"], total = losses.mean(), total + losses.sum() / len(x1)
+        count("forwards", len(x1))  # of the fits, which ask the network and not the map
+        count_backward("backwards", len(x1), total)
         return {"loss": total, **terms}
 
 
