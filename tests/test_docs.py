@@ -1,8 +1,9 @@
 """The generated parts of the documentation are those of the code."""
 
+import re
 from pathlib import Path
 
-from steerfm import cli
+from steerfm import cli, finetuning
 from steerfm.steering import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -13,6 +14,22 @@ def test_the_table_of_methods_is_current(capsys):
     assert cli.main(["methods", "--markdown"]) == 0
     table = capsys.readouterr().out.strip()
     assert table in (DOCS / "methods.md").read_text(), "paste the output of `steerfm methods --markdown` into docs/methods.md"
+
+
+def test_the_snippets_of_fine_tuning_run(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "finetuning.md").read_text(), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "finetuning.md", "exec"), {})
+    assert "NeuralFlowMap 8" in capsys.readouterr().out
+
+
+def test_every_fine_tuning_method_has_a_recipe_and_is_explained(capsys):
+    for name in finetuning.METHODS:
+        assert cli.main(["finetune", "--config", name, "--show"]) == 0
+        assert f"name: {name}" in capsys.readouterr().out
+        assert cli.main(["methods", name]) == 0
+        assert "arguments and defaults" in capsys.readouterr().out
 
 
 def test_methods_are_listed_and_explained(capsys):

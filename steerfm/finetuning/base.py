@@ -81,14 +81,15 @@ class TaskData(L.LightningDataModule):
     Args:
         n: number of tasks.
         batch_size: rows of the global batch; consecutive ``group`` rows share a task.
+        reuse: updates in a row that are asked for the same.
         seed: of the choice.
     """
 
-    def __init__(self, n: int, batch_size: int, group: int = 1, seed: int = 0) -> None:
+    def __init__(self, n: int, batch_size: int, group: int = 1, reuse: int = 1, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1 or batch_size % group:
             raise ValueError(f"batch_size={batch_size} must be a positive multiple of the group of {group}")
-        self.n, self.batch_size, self.group, self.seed = n, batch_size, group, seed
+        self.n, self.batch_size, self.group, self.reuse, self.seed = n, batch_size, group, reuse, seed
 
     def train_dataloader(self) -> DataLoader:
         start = self.trainer.global_step if self.trainer else 0
@@ -102,7 +103,7 @@ class _Rows(IterableDataset):
     def __iter__(self) -> Iterator[Tensor]:
         data, step = self.data, self.start
         while True:
-            generator = torch.Generator().manual_seed(data.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(data.seed * 1_000_003 + step // data.reuse)
             start, groups = torch.randint(data.n, (1,), generator=generator), data.batch_size // data.group
             rows = (start + torch.arange(groups)) % data.n  # as even as the batch allows
             yield rows.repeat_interleave(data.group)
@@ -168,6 +169,8 @@ class Method(Protocol):
         tilts: whether it aims at the tilted law, so that control = 0 has no meaning.
         group: rows of a batch that share a task.
         law_is_map: whether the trained network is itself the flow map of what was learnt; if not, it is distilled.
+
+    One that uses its samples for several updates also has ``reuse``, their number: these get the same tasks and noise.
     """
 
     differentiates: bool
@@ -288,7 +291,7 @@ class FineTuning(Trained):
 
     def data(self) -> TaskData:
         """The batches that this module trains on."""
-        return TaskData(self.tasks.n, self.batch_size, self.method.group, self.seed)
+        return TaskData(self.tasks.n, self.batch_size, self.method.group, _reuse(self.method), self.seed)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -311,8 +314,8 @@ class FineTuning(Trained):
         size = self.batch_size // self.trainer.world_size
         mine = slice(self.global_rank * size, (self.global_rank + 1) * size)
         step, tuned = self.global_step, self.maps[0]
-        reuse = getattr(self.method, "reuse", 1)
-        drawn = step // reuse * reuse  # a method that uses its samples more than once must be asked for the same again
+        reuse = _reuse(self.method)
+        drawn = step // reuse * reuse
         first = (self.seed + 1) * 2**40 + drawn * self.batch_size
         assert self.scale is not None
         return Update(
@@ -349,6 +352,10 @@ class FineTuning(Trained):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.scale, self.memory, self.spent = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
+
+
+def _reuse(method: Method) -> int:
+    return getattr(method, "reuse", 1)
 
 
 def check(method: Method, reward: Reward, control: float) -> None:

@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerfm.finetuning import METHODS, Direct, FineTuning, HyperNoise, Policy, Tasks, Weighted, chain, check, draw, spread
+from steerfm.finetuning import (
+    METHODS,
+    Direct,
+    FineTuning,
+    HyperNoise,
+    Policy,
+    TaskData,
+    Tasks,
+    Weighted,
+    chain,
+    check,
+    draw,
+    spread,
+)
 from steerfm.finetuning.evaluation import Monitor, Panel, control_cost
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import Mlp
@@ -168,6 +181,13 @@ def test_weights_are_within_a_task(tmp_path):
     fit(m, m.data(), tmp_path, **QUICK)
     assert m.memory["log_w"].shape == (2, 200)
     assert torch.allclose(m.memory["log_w"].logsumexp(1).exp(), torch.ones(2, dtype=torch.float64))
+
+
+def test_updates_that_share_samples_are_asked_for_the_same():
+    batches = [rows.tolist() for rows, _ in zip(TaskData(5, 8, group=4, reuse=2).train_dataloader(), range(20))]
+    assert all(one == two for one, two in zip(batches[::2], batches[1::2]))
+    assert len({tuple(rows) for rows in batches}) > 3
+    assert all(rows[:4] == [rows[0]] * 4 and rows[4:] == [(rows[0] + 1) % 5] * 4 for rows in batches)
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
