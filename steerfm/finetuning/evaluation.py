@@ -212,8 +212,10 @@ class Monitor(L.Callback):
 
     def _off(self, numbers: dict[str, float]) -> list[str]:
         """What is too low; what cannot be told, for want of samples, is not."""
-        least = {"diversity": min(1.0, self.base.diversity), "support": self.base.support}
-        return [name for name, value in least.items() if numbers[name] < self.floor * value]
+        n, share = self.panel.tasks.n, self.base.support
+        least = {"diversity": self.floor * min(1.0, self.base.diversity), "support": self.floor * share}
+        least["support"] -= (share * (1 - share) / n) ** 0.5  # it is a share of n samples: a standard error
+        return [name for name, value in least.items() if numbers[name] < value]
 
     def _write(self, step: int, reading: Reading, module: FineTuning) -> None:
         assert self.folder is not None

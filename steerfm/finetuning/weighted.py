@@ -118,7 +118,7 @@ class Weighted:
             self._sample(update, number)
         log_w, pool = update.memory["log_w"], update.memory["pool"]
         tasks, k = log_w.shape
-        own = torch.Generator().manual_seed(update.noise.seeds[0])
+        own = torch.Generator().manual_seed(update.noise.other().seeds[0])
         which = torch.randint(tasks, (len(update.noise.seeds),), generator=own)
         rows = torch.multinomial(log_w.exp()[which], 1, generator=own).squeeze(1)
         device = update.tuned.device
@@ -203,7 +203,7 @@ class Distil:
             seeds = [update.noise.seeds[0] // 2**40 * 2**40 + 2**39 + number * tasks.n + i for i in range(tasks.n)]
             x1 = draw(self.source, tasks, update.reference, seeds, k)
             memory |= {"round": torch.tensor(number), "pool": x1.cpu()}
-        own = torch.Generator().manual_seed(update.noise.seeds[0])
+        own = torch.Generator().manual_seed(update.noise.other().seeds[0])
         which, rows = (torch.randint(m, (len(update.noise.seeds),), generator=own) for m in (tasks.n, k))
         cond = map_condition(lambda c: c.to(update.tuned.device), tasks.take(which).cond)
         return self.refit.loss(update, memory["pool"][which * k + rows].to(update.tuned.device), cond)
