@@ -163,6 +163,10 @@ def finish(
         show.add_row(*map(str, row))
     console.print(show)
     console.print(", ".join(f"{key} {results._format(value)}" for key, value in facts.items() if key != "command"))
+    if consistency["tuned"] > 1.5 * consistency["base"]:
+        console.print(
+            "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
+        )
     console.print(f"the tuned map: steerfm sample model={model}; report.html and numbers in {folder.path}")
 
 

@@ -17,6 +17,7 @@ from steerfm.flowmap import FlowMap, map_condition
 from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity, precision
 from steerfm.results import picture_grid
 from steerfm.rewards import Reward
+from steerfm.training import consistency_errors
 
 Features = Callable[[Tensor], Tensor]
 
@@ -191,6 +192,8 @@ class Monitor(L.Callback):
         step = trainer.global_step
         reading = self.panel.measure(module.law())
         numbers = reading.numbers()
+        tasks = self.panel.tasks
+        numbers["semigroup"] = consistency_errors(module.averaged(), tasks.n, tasks.cond)["semigroup error"]
         module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
         spent = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
         spent["evaluations"] = float(module.spent.evaluations)
