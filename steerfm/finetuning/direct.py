@@ -38,7 +38,8 @@ class Direct:
         mix: a: the network sees a x + (1 - a) sg(x); 1 differentiates through the path, 0 trains each jump by itself.
         averages: of this many renoised copies of the sample, each brought back by the last jump; 0 for none.
         ceiling: rewards above it do not count, in the reward's own units.
-        checkpoint: forget what each jump computed and compute it again on the way back: less memory, one more forward.
+        checkpoint: forget what a trained jump computed and compute it again on the way back, as frozen jumps always are: less
+            memory, one more forward.
     """
 
     jumps: int = 2
@@ -84,7 +85,7 @@ class Direct:
                 with torch.no_grad():
                     x = tuned.jump(x, s, t, cond)
             elif i not in self._trained():
-                x = self._jump(reference, x, s, t, cond)
+                x = self._jump(reference, x, s, t, cond, again=True)
             else:
                 start, seen = x, torch.lerp(x.detach(), x, self.mix) if self.mix < 1 else x
                 moved = self._jump(tuned, seen, s, t, cond) - seen  # h u(x)
@@ -131,8 +132,8 @@ class Direct:
         inner = [((i + 1 + self.jitter * shift) / self.jumps) ** self.power for i, shift in enumerate(shifts)]
         return [0.0, *inner, 1.0]
 
-    def _jump(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition) -> Tensor:
-        if not self.checkpoint:
+    def _jump(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, again: bool = False) -> Tensor:
+        if not (again or self.checkpoint):
             return flow_map.jump(x, s, t, cond)
         moved = checkpointed(lambda x: flow_map.jump(x, s, t, cond), x, use_reentrant=False)
         assert isinstance(moved, Tensor)
