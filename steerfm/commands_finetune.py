@@ -51,7 +51,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
         return
     learnt = panel.measure(module.law())
     monitors = {"tune": monitor}
-    if method.law_is_map:
+    if method.law_is_map or not config.distil.steps:
         tuned = module
     else:
         tuned = distilled(module, lora, reward, config)
@@ -87,12 +87,14 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
     """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
     d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
     assert isinstance(base, NeuralFlowMap)
-    learns_velocity = module.method.tilts
+    learns_velocity = module.method.tilts  # of the methods that are distilled, the one that tilts
     teacher = module.averaged() if learns_velocity else None
     method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), teacher)
-    options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "ema": d.ema, "seed": config.seed}
+    options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
     start = module.averaged() if learns_velocity and lora is None else None
-    return FineTuning(base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start, **options)
+    return FineTuning(
+        base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start, seed=config.seed, **options
+    )
 
 
 def finish(
@@ -106,7 +108,7 @@ def finish(
     readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": base_reading}
     for jumps in (1, 4):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
-    if tuned is not module:
+    if not module.method.law_is_map:
         readings["as learnt"] = learnt
     readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(plain)) for jumps in JUMPS}
     cond = panel.tasks.cond

@@ -188,12 +188,13 @@ class LoraConfig:
 
 @dataclass
 class DistilConfig:
-    """How what was learnt becomes one flow map: updates, their rate and EMA, samples in a pool, pools; trajectory: share of the
-    rows that fit jumps. steps=0 leaves the network as it was tuned."""
+    """How what was learnt becomes one flow map: updates, their rate, its decay and EMA, samples in a pool, pools; trajectory:
+    share of the rows that fit jumps. steps=0 leaves the network as it was tuned."""
 
     steps: int = 200
     lr: float = 5e-4
-    ema: float = 0.98
+    decay: float = 0.7
+    ema: float = 0.99
     batch_size: int = 64
     samples: int = 1024
     pools: int = 2
