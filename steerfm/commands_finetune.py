@@ -87,11 +87,10 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
     """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
     d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
     assert isinstance(base, NeuralFlowMap)
-    learns_velocity = module.method.tilts  # of the methods that are distilled, the one that tilts
-    teacher = module.averaged() if learns_velocity else None
-    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), teacher)
+    learnt = module.averaged() if module.method.law_is_velocity else None
+    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), learnt)
     options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
-    start = module.averaged() if learns_velocity and lora is None else None
+    start = learnt if lora is None else None
     return FineTuning(
         base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start, seed=config.seed, **options
     )

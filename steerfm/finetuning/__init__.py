@@ -5,7 +5,7 @@ from steerfm.finetuning.base import FineTuning, Method, TaskData, Tasks, Terms, 
 from steerfm.finetuning.direct import AlignProp, Direct, DRaFT, DRaFTK, DRaFTLV, DRTune, ReFL
 from steerfm.finetuning.lora import LoRA
 from steerfm.finetuning.noise import HyperNoise
-from steerfm.finetuning.policy import DDPO, FlowGRPO, Policy
+from steerfm.finetuning.policy import DDPO, NFT, FlowGRPO, Policy
 from steerfm.finetuning.weighted import ORWCFM, Distil, Refit, Weighted
 
 METHODS: dict[str, type] = {
@@ -21,13 +21,14 @@ METHODS: dict[str, type] = {
     "policy": Policy,
     "flow_grpo": FlowGRPO,
     "ddpo": DDPO,
+    "nft": NFT,
     "adjoint": Adjoint,
     "noise": HyperNoise,
 }
 """Fine-tuning methods by the name that configurations use."""
 
 __all__ = [
-    "DDPO", "METHODS", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct", "Distil",
+    "DDPO", "METHODS", "NFT", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct", "Distil",
     "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms",
     "Update", "Weighted", "chain", "check", "draw", "spread",
 ]  # fmt: skip

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from steerfm.finetuning.base import Law, Terms, Update
-from steerfm.flowmap import Condition, FlowMap
+from steerfm.finetuning.base import Law, Terms, Update, ode
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant
-from steerfm.sampling import Bridge, Noise, time_grid
+from steerfm.sampling import Bridge, time_grid
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Adjoint:
     Args:
         steps: of the process.
         trained: steps fitted in an update, drawn anew each time; None for all.
-        ode: Euler steps of the law that is learnt, where it is sampled.
+        ode: steps of the law that is learnt, where it is sampled.
     """
 
     steps: int = 20
     trained: int | None = 8
     ode: int = 32
 
-    differentiates, tilts, group, law_is_map = True, True, 1, False
+    differentiates, tilts, group, law_is_map, law_is_velocity = True, True, 1, False, True
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.ode < 1 or (self.trained is not None and self.trained < 1):
@@ -86,13 +86,4 @@ class Adjoint:
         return path.alpha(t) - rho * path.sigma(t) / path.sigma(s) * path.alpha(s)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
-        times = time_grid(self.ode)
-
-        def law(noise: Noise, cond: Condition) -> torch.Tensor:
-            x = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))
-            for s, t in zip(times, times[1:]):
-                middle = x + (t - s) / 2 * tuned.velocity(x, s, cond)
-                x = x + (t - s) * tuned.velocity(middle, (s + t) / 2, cond)
-            return x
-
-        return law
+        return ode(tuned, self.ode)

@@ -169,6 +169,7 @@ class Method(Protocol):
         tilts: whether it aims at the tilted law, so that control = 0 has no meaning.
         group: rows of a batch that share a task.
         law_is_map: whether the trained network is itself the flow map of what was learnt; if not, it is distilled.
+        law_is_velocity: whether its velocity is that of what was learnt, so that only its jumps have to be distilled.
 
     One that uses its samples for several updates also has ``reuse``, their number: these get the same tasks and noise.
     """
@@ -177,6 +178,7 @@ class Method(Protocol):
     tilts: bool
     group: int
     law_is_map: bool
+    law_is_velocity: bool
 
     def loss(self, update: Update) -> Terms: ...
 
@@ -201,6 +203,20 @@ def chain(steps: int, transition: Transition | None = None) -> Callable[[FlowMap
         return law
 
     return of
+
+
+def ode(flow_map: FlowMap, steps: int) -> Law:
+    """The law of a map's velocity: its ODE by the midpoint rule, two calls a step."""
+    times = time_grid(steps)
+
+    def law(noise: Noise, cond: Condition) -> Tensor:
+        x = noise.normal(flow_map.shape, torch.empty(0, device=flow_map.device, dtype=flow_map.dtype))
+        for s, t in zip(times, times[1:]):
+            middle = x + (t - s) / 2 * flow_map.velocity(x, s, cond)
+            x = x + (t - s) * flow_map.velocity(middle, (s + t) / 2, cond)
+        return x
+
+    return law
 
 
 def draw(law: Law, tasks: Tasks, flow_map: FlowMap, seeds: list[int], k: int = 1, rows: int = 256) -> Tensor:

@@ -52,7 +52,7 @@ class Direct:
     ceiling: float | None = None
     checkpoint: bool = False
 
-    differentiates, tilts, group, law_is_map = True, False, 1, False
+    differentiates, tilts, group, law_is_map, law_is_velocity = True, False, 1, False, False
 
     def __post_init__(self) -> None:
         if self.jumps < 1:

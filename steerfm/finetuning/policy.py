@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steerfm.finetuning.base import Law, Terms, Update, chain
+from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
-from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, time_grid
+from steerfm.interpolant import expand_time
+from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Noise, Renoise, Transition, time_grid
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Policy:
     reuse: int = 2
     within: bool = True
 
-    differentiates, tilts, law_is_map = False, False, False
+    differentiates, tilts, law_is_map, law_is_velocity = False, False, False, False
 
     def __post_init__(self) -> None:
         if isinstance(self.transition, str):
@@ -94,14 +95,18 @@ class Policy:
                 log_p.append(step.log_prob(x))
                 states.append(x)
         r = problem.score(x).total
-        groups = r.view(-1, self.group)
-        centred = groups - groups.mean(1, keepdim=True)
-        spread = groups.std(1, keepdim=True) if self.within else groups.std()
-        advantage = (centred / (spread + 1e-6)).flatten()
+        advantage = advantages(r, self.group, self.within)
         return {"states": torch.stack(states), "log_p": torch.stack(log_p), "advantage": advantage, "reward": r.mean()}
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return chain(self.steps, self._move)(tuned)
+
+
+def advantages(r: Tensor, group: int, within: bool = True) -> Tensor:
+    """Rewards (b,) less their group's mean, over the standard deviation within the group or of all."""
+    groups = r.view(-1, group)
+    spread = groups.std(1, keepdim=True) if within else groups.std()
+    return ((groups - groups.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
 
 
 @dataclass(frozen=True)
@@ -120,3 +125,67 @@ class DDPO(Policy):
     transition: Transition | str = field(default_factory=Bridge)
     clip: float = 1e-2
     within: bool = False
+
+
+@dataclass(frozen=True)
+class NFT:
+    """DiffusionNFT (Zheng et al. 2509.16117, algorithm 1): a regression on the forward process, for any reward.
+
+        o |v_+ - v|^2 + (1 - o) |v_- - v|^2 + control |v_theta - v_ref|^2,    v_+- = v_old +- beta (v_theta - v_old)
+
+    v is the conditional velocity at a sample of the averaged map, o in [0, 1] how good that sample is among those of its task:
+    1/2 + clip(A / range)/2. Good samples attract, bad ones repel. A velocity is learnt; the jumps are distilled from it.
+
+    Args:
+        ode: steps of the ODE that samples are drawn by, two calls each.
+        group: samples of a task that are compared with each other.
+        reuse: updates from the same samples, each with other noise and times.
+        beta: how far the two velocities lie apart, above 0.
+        range: advantage, in standard deviations, from which a sample is wholly good or bad.
+    """
+
+    ode: int = 6
+    group: int = 16
+    reuse: int = 4
+    beta: float = 1.0
+    range: float = 2.0
+
+    differentiates, tilts, law_is_map, law_is_velocity = False, False, False, True
+
+    def __post_init__(self) -> None:
+        if min(self.ode, self.reuse) < 1 or self.group < 2 or not (self.beta > 0 and self.range > 0):
+            raise ValueError("ode and reuse are at least 1, group at least 2, beta and range positive")
+
+    def loss(self, update: Update) -> Terms:
+        memory, problem, path = update.memory, update.problem, update.tuned.interpolant
+        if update.step % self.reuse == 0:
+            with torch.no_grad():
+                x1 = ode(update.averaged, self.ode)(update.noise, problem.cond)
+                r = problem.score(x1).total
+            good = (advantages(r, self.group) / self.range).clamp(-1, 1) / 2 + 0.5
+            memory |= {"x1": x1, "good": good, "reward": r.mean()}
+        x1, good = (memory[name].to(update.tuned.device) for name in ("x1", "good"))
+        t, x0 = self.draws(update)
+        t_ = expand_time(t, x1)
+        x, v = path.interpolate(x0, x1, t_), path.conditional_velocity(x0, x1, t_)
+        found = update.tuned.velocity(x, t, problem.cond)
+        with torch.no_grad():
+            old = update.averaged.velocity(x, t, problem.cond)
+            reference = update.reference.velocity(x, t, problem.cond)
+        step = self.beta * (found - old)
+        fit = good * _mean_square(old + step - v) + (1 - good) * _mean_square(old - step - v)
+        control = _mean_square(found - reference).mean()
+        return {"loss": fit.mean() / self.beta + update.control * control, "reward": memory["reward"], "control_cost": control}
+
+    def draws(self, update: Update) -> tuple[Tensor, Tensor]:
+        """Times (b,), uniform, and noise (b, *shape) of this update, other than those that the samples came from."""
+        noise = Noise([seed + (1 + update.step % self.reuse) * 2**39 for seed in update.noise.seeds])
+        x0 = noise.normal(update.tuned.shape, torch.empty(0, device=update.tuned.device, dtype=update.tuned.dtype))
+        return noise.uniform(1, x0.device).squeeze(1).to(x0), x0
+
+    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
+        return ode(tuned, 4 * self.ode)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.square().flatten(1).mean(1)

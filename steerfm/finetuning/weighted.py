@@ -99,7 +99,7 @@ class Weighted:
     refit: Refit = Refit()
     online: bool = False
 
-    differentiates, tilts, group, law_is_map = False, True, 1, True
+    differentiates, tilts, group, law_is_map, law_is_velocity = False, True, 1, True, True
 
     def __post_init__(self) -> None:
         if min(self.rounds, self.samples, self.jumps) < 1:
@@ -187,7 +187,7 @@ class Distil:
     refit: Refit = Refit()
     teacher: FlowMap | None = None
 
-    differentiates, tilts, group, law_is_map = False, False, 1, True
+    differentiates, tilts, group, law_is_map, law_is_velocity = False, False, 1, True, True
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return chain(4)(tuned)

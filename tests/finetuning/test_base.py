@@ -37,6 +37,7 @@ SMALL = {
     "policy": {"group": 4, "reuse": 3},
     "adjoint": {"steps": 5},
     "noise": {},
+    "nft": {"group": 4, "reuse": 3},
 }
 
 
@@ -137,7 +138,7 @@ if trainer.is_global_zero:
 """
 
 
-@pytest.mark.parametrize("name", ["direct", "policy", "noise"])
+@pytest.mark.parametrize("name", ["direct", "policy", "noise", "nft"])
 def test_two_processes_do_what_one_does(name, tmp_path):
     """The same global batch: the same losses and weights, to rounding."""
     found = []
