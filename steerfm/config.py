@@ -206,11 +206,11 @@ class WatchConfig:
     """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a
     model must keep; patience: judgements without a better one before the run stops, 0 for never."""
 
-    every: int = 20
+    every: int = 10
     n: int = 64
     seeds: int = 0
     floor: float = 0.9
-    patience: int = 5
+    patience: int = 8
 
 
 @dataclass
