@@ -47,8 +47,6 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
     module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
     monitor = run(module, panel, base_reading, folder.path / "tune", config, config.watch.patience)
-    if not module.trainer.is_global_zero:
-        return
     learnt = panel.measure(module.law())
     monitors = {"tune": monitor}
     if method.law_is_map or not config.distil.steps:
@@ -56,7 +54,8 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     else:
         tuned = distilled(module, lora, reward, config)
         monitors["distil"] = run(tuned, panel, base_reading, folder.path / "distil", config, patience=0)
-    finish(config, command, folder, panel, base_reading, learnt, module, tuned, monitors)
+    if module.trainer.is_global_zero:
+        finish(config, command, folder, panel, base_reading, learnt, module, tuned, monitors)
 
 
 def run(

@@ -353,7 +353,9 @@ class FineTuning(Trained):
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
-        cost = replace(self._ledger.cost, seconds=time.perf_counter() - self._started)
+        counts = self._ledger.cost.as_dict() | {"seconds": 0, "peak_bytes": 0}
+        total = Cost(**{name: int(count) * self.trainer.world_size for name, count in counts.items()})
+        cost = replace(total, seconds=time.perf_counter() - self._started, peak_bytes=self._ledger.cost.peak_bytes)
         self.spent = self.spent + cost  # here, since a callback that saves a checkpoint runs before later hooks
 
     def on_train_batch_end(self, *_: Any) -> None:

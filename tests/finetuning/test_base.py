@@ -134,6 +134,7 @@ def run(devices):
 
 trainer, losses, weights = run({devices})
 if trainer.is_global_zero:
+    assert trainer.lightning_module.spent.reward_calls == 8 * 6 // t.SMALL[{name!r}].get("reuse", 1)
     torch.save((losses, weights), {out!r})
 """
 
