@@ -10,8 +10,9 @@ from torch import Tensor
 
 from steerfm import GaussianMixture
 from steerfm.finetuning import DDPO, METHODS, NFT, Adjoint, FlowGRPO, Policy, Tasks, Update, Weighted
-from steerfm.finetuning.weighted import largest_step
+from steerfm.finetuning.weighted import Anchored, largest_step
 from steerfm.flowmap import Wrapped
+from steerfm.objectives import FlowMatching
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering.weights import effective_sample_size
@@ -156,6 +157,17 @@ def test_increments_add_up_to_the_strength(random_map):
         method.loss(update(flow_map, flow_map, control=2.0, memory=memory, step=step))
     assert float(memory["strength"]) == pytest.approx(0.5)
     assert int(memory["round"]) == 4
+
+
+def test_the_anchor_is_what_the_velocity_has_moved(random_map):
+    """Zero at the reference; elsewhere alpha |v - v_ref|^2 at the same noise and times as the fit."""
+    flow_map, x1 = random_map(dim=2), torch.randn(256, 2, dtype=torch.float64)
+    plain = FlowMatching()(flow_map, x1, None, torch.Generator().manual_seed(3))
+    at_home = Anchored(flow_map, 5.0)(flow_map, x1, None, torch.Generator().manual_seed(3))
+    assert torch.equal(plain, at_home)
+    shift = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    moved = Anchored(Shifted(flow_map, shift), 2.0)(flow_map, x1, None, torch.Generator().manual_seed(3))
+    assert torch.allclose(moved - plain, torch.full((256,), 2.0 * 0.25 / 2, dtype=torch.float64))
 
 
 def test_every_method_is_explained():
