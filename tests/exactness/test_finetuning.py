@@ -10,7 +10,7 @@ import torch
 
 from steerfm import GaussianMixture
 from steerfm.data import MixtureData
-from steerfm.finetuning import Adjoint, Distil, FineTuning, Tasks, Weighted, chain, draw
+from steerfm.finetuning import Adjoint, Distil, FineTuning, Refit, Tasks, Weighted, chain, draw
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import sliced_wasserstein
 from steerfm.networks import Mlp
@@ -82,7 +82,7 @@ def test_the_untuned_base_is_far_from_the_target(base, allowed):
 
 
 def test_weighted_refitting_reaches_the_tilt(base, allowed):
-    module = tuned(base, Weighted(rounds=3, samples=6000), steps=600)
+    module = tuned(base, Weighted(rounds=2, samples=12_000, refit=Refit(0.3, ode=4)), steps=800, decay=0.5)
     assert float(module.memory["strength"]) == pytest.approx(1.0)
     for jumps in (1, 2, 4):
         assert distance(chain(jumps)(module.averaged()), TARGET, base) < allowed, jumps
