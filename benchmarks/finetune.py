@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     for name, row in base.items():
         table.add_row(name, f"{row['cost']:g}", *(f"{row[column]:.3f}" for column in columns))
-    points = {name: (row["distance"], row["held_out"]) for name, row in base.items()}
+    points = {name: (row["diversity"], row["held_out"]) for name, row in base.items()}
     lines, rows = {}, {}
     for method in options.methods:
         for control in options.controls or METHODS[method][1]:
@@ -115,10 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                              f"{cost['forwards'] + 2 * cost['backwards']:,}", f"{cost['seconds']:.0f}")  # fmt: skip
                 calls = {"1 jump": "1", "4 jumps": "4"}.get(what, "")
                 table.add_row(f"{method} {control:g}, {what}", calls, *(f"{reading[c]:.3f}" for c in columns), *facts)
-            lines.setdefault(method, []).append((shown["4 jumps"]["distance"], shown["4 jumps"]["held_out"]))
+            lines.setdefault(method, []).append((shown["4 jumps"]["diversity"], shown["4 jumps"]["held_out"]))
     Console(width=170).print(table)
     picture = options.out / f"{options.task}.png"
-    frontier_plot(points, lines, picture, "Fréchet distance to the base's samples of the same classes", "held-out reward")
+    frontier_plot(points, lines, picture, "diversity within classes, relative to the base", "held-out reward")
     numbers = {"benchmark": "finetune", "task": options.task, "base": base, "tuned": rows}
     (options.out / f"{options.task}.json").write_text(json.dumps(numbers, indent=1))
     print(f"frontier: {picture}")

@@ -353,7 +353,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
         )
         for name, row in rows.items()
     ]  # fmt: skip
-    consistency = consistency_errors(flow_map, 500, labels[:500])
+    consistency = consistency_errors(flow_map, min(500, config.n), labels[:500])
     header = ["sampler", "Fréchet distance", "relative", "judge accuracy", "diversity", "ms per sample"]
     show = _table(*header, title=f"{config.model}: {config.n} samples; train-test distance {floor:.4f}")
     for line in table:

@@ -269,7 +269,7 @@ def frontier_plot(
     fig = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
     ax = fig.add_subplot()
     _style(ax, "reward against divergence")
-    for color, (name, line) in zip((SOFT, TEAL, BLUE, ORANGE, *(f"C{i}" for i in range(10))), paths.items()):
+    for color, (name, line) in zip((SOFT, TEAL, BLUE, ORANGE, *(f"C{i}" for i in range(4, 10))), paths.items()):
         x, y = zip(*line)
         ax.plot(x, y, color=color, linewidth=1.2, marker=".", markersize=4, label=name, zorder=1)
         ax.plot(x[:1], y[:1], color=color, marker="o", markersize=7, markerfacecolor="white", zorder=1)
