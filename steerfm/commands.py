@@ -86,13 +86,9 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
     from steerfm import training
     from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
-    o, opt = config.objective, config.optimizer
-    schedule = {
-        "lr": opt.lr, "betas": (opt.beta1, opt.beta2), "weight_decay": opt.weight_decay, "steps": opt.steps,
-        "warmup": opt.warmup, "decay": opt.decay, "ema": opt.ema, "seed": config.seed,
-    }  # fmt: skip
+    o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     if config.task == "classifier":
-        return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **schedule)
+        return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options)
     if config.task != "flow_map":
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier")
     shares = o.shares or {"lagrangian": 0.25}
@@ -121,7 +117,15 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
         }
     null = len(data.class_names)
     diagonal = FlowMatching(guidance=o.guidance, null_label=null)
-    return training.FlowMapTraining(flow_map, objectives, diagonal, start=o.start, null_label=null, drop=o.drop, **schedule)
+    return training.FlowMapTraining(flow_map, objectives, diagonal, start=o.start, null_label=null, drop=o.drop, **options)
+
+
+def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:
+    """The optimiser's part of the arguments of `training.Trained`."""
+    return {
+        "lr": o.lr, "betas": (o.beta1, o.beta2), "weight_decay": o.weight_decay, "steps": o.steps, "warmup": o.warmup,
+        "decay": o.decay, "ema": o.ema,
+    }  # fmt: skip
 
 
 def _training_folder(config: configs.TrainConfig) -> Path:
@@ -190,12 +194,21 @@ def build_reward(value: Any) -> Reward:
     return rewards.reward(name, **arguments)
 
 
-def build_method(value: Any) -> Method:
-    """A preset from a configuration: a name, or a name with arguments."""
+def build_method(value: Any, methods: Mapping[str, type] = METHODS) -> Any:
+    """A method from a configuration: a name of ``methods``, or a name with arguments."""
     name, arguments = named(value, "method")
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(METHODS)}")
-    return configs.build(METHODS[name], arguments, "method")
+    return configs.build(known_method(name, methods), arguments, "method")
+
+
+def known_method(name: str, methods: Mapping[str, type]) -> type:
+    """The method of a name.
+
+    Raises:
+        ConfigError: there is none; with the nearest.
+    """
+    if name not in methods:
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, methods)}; methods: {', '.join(methods)}")
+    return methods[name]
 
 
 def build_judge(config: configs.SteerConfig | configs.FinetuneConfig) -> Reward | None:
@@ -475,12 +488,10 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         console.print(table)
         console.print("use one: steerfm finetune --config NAME", markup=False)
         return
-    known = METHODS | finetuning.METHODS
-    if name not in known:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, known)}; methods: {', '.join(known)}")
-    method = known[name]()
-    console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(known[name])})\n", markup=True)
-    console.print(inspect.getdoc(known[name]) or "", markup=False)
+    kind = known_method(name, METHODS | finetuning.METHODS)
+    method = kind()
+    console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(kind)})\n", markup=True)
+    console.print(inspect.getdoc(kind) or "", markup=False)
     console.print("\narguments and defaults:")
     for key in fields(method):  # type: ignore[arg-type]
         console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}", markup=False)

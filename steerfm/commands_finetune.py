@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from steerfm import config as configs
 from steerfm import results, training, zoo
-from steerfm.commands import _commit, _slug, _stem, _table, build_judge, build_reward, console
-from steerfm.config import ConfigError, did_you_mean, named
-from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Method, Refit, Tasks, chain, check
+from steerfm.commands import _commit, _slug, _stem, _table, build_judge, build_method, build_reward, console, schedule
+from steerfm.config import ConfigError
+from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
-from steerfm.flowmap import NeuralFlowMap, read_weights
+from steerfm.flowmap import NeuralFlowMap, read_weights, write_weights
 from steerfm.rewards import Reward, RewardError
-from steerfm.training import consistency_errors
+from steerfm.training import semigroup_error
 
 JUMPS = (1, 2, 4, 8)
 
@@ -31,7 +31,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     base = zoo.load(config.model)
     if not isinstance(base, NeuralFlowMap):
         raise ConfigError(f"model={config.model} cannot be fine-tuned: it has no network")
-    reward, judge, method = build_reward(config.reward), build_judge(config), build_method(config.method)
+    reward, judge, method = build_reward(config.reward), build_judge(config), build_method(config.method, METHODS)
     check(method, reward, config.control)
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
@@ -47,7 +47,6 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
     module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
     monitor = run(module, panel, base_reading, folder.path / "tune", config, config.watch.patience)
-    learnt = panel.measure(module.law())
     monitors = {"tune": monitor}
     if method.law_is_map or not config.distil.steps:
         tuned = module
@@ -55,7 +54,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
         tuned = distilled(module, lora, reward, config)
         monitors["distil"] = run(tuned, panel, base_reading, folder.path / "distil", config, patience=0)
     if module.trainer.is_global_zero:
-        finish(config, command, folder, panel, base_reading, learnt, module, tuned, monitors)
+        finish(config, command, folder, panel, base_reading, module, tuned, monitors)
 
 
 def run(
@@ -97,7 +96,7 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
 
 def finish(
     config: configs.FinetuneConfig, command: str, folder: results.RunFolder, panel: Panel, base_reading: Reading,
-    learnt: Reading, module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
+    module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
     base, averaged = panel.base, tuned.averaged()
@@ -107,12 +106,11 @@ def finish(
     for jumps in (1, 4):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
-        readings["as learnt"] = learnt
+        readings["as learnt"] = panel.measure(module.law())
     readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(plain)) for jumps in JUMPS}
     cond = panel.tasks.cond
     consistency = {
-        name: consistency_errors(flow_map, panel.tasks.n, cond)["semigroup error"]
-        for name, flow_map in (("base", base), ("tuned", plain))
+        name: semigroup_error(flow_map, panel.tasks.n, cond) for name, flow_map in (("base", base), ("tuned", plain))
     }
     moved = control_cost(plain, base, panel.tasks)
     model = folder.path / f"{_stem(config.model)}-tuned.safetensors"
@@ -201,20 +199,7 @@ def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str
 
 def save_adapter(module: FineTuning, path: Path, model: str) -> None:
     """The adapters by themselves; `steerfm.load` puts them onto their base."""
-    import json
-
-    path = path.with_suffix(".safetensors")
-    tensors = {name: value.half().cpu().contiguous() for name, value in adapters(module.ema).items()}
-    save_file(tensors, path)
-    path.with_suffix(".json").write_text(json.dumps({"kind": "adapter", "base": model}, indent=2) + "\n")
-
-
-def build_method(value: Any) -> Method:
-    """A fine-tuning method from a configuration: a name, or a name with arguments."""
-    name, arguments = named(value, "method")
-    if name not in METHODS:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; methods: {', '.join(METHODS)}")
-    return configs.build(METHODS[name], arguments, "method")
+    write_weights(adapters(module.ema), path, {"kind": "adapter", "base": model})
 
 
 def make_tasks(base: NeuralFlowMap, label: Any, prompt: str | None, n: int | None = None) -> Tasks:
@@ -238,14 +223,6 @@ def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, confi
     network: Any = zoo.load_classifier("fashion-classifier")[0]
     classes = lambda pictures: network(pictures).argmax(1)  # noqa: E731
     return Panel(base, reward, judge, tasks, support, network.features, classes, config.watch.seeds)
-
-
-def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:
-    """The optimiser's part of a module's arguments."""
-    return {
-        "lr": o.lr, "betas": (o.beta1, o.beta2), "weight_decay": o.weight_decay, "steps": o.steps, "warmup": o.warmup,
-        "decay": o.decay, "ema": o.ema,
-    }  # fmt: skip
 
 
 def _jumps(n: int) -> str:

@@ -72,17 +72,23 @@ class OptimizerConfig:
 
 
 @dataclass
-class TrainerConfig:
-    """Lightning's own keys, and how often to log, validate, draw samples and save (in steps)."""
+class LightningConfig:
+    """Lightning's own keys, and how often to log and to save (in steps)."""
 
     accelerator: str = "auto"
     devices: str = "auto"
     strategy: str = "auto"
     precision: str = "32-true"
     log_every: int = 20
+    save_every: int = 200
+
+
+@dataclass
+class TrainerConfig(LightningConfig):
+    """For training, also how often to validate and to draw samples (in steps)."""
+
     validate_every: int = 1000
     sample_every: int = 1000
-    save_every: int = 200
 
 
 @dataclass
@@ -165,13 +171,9 @@ class TuneOptimizerConfig(OptimizerConfig):
 
 
 @dataclass
-class TuneTrainerConfig:
-    """Lightning's own keys, and how often to log and to save (in steps)."""
+class TuneTrainerConfig(LightningConfig):
+    """As for training, with a fine-tuning's defaults."""
 
-    accelerator: str = "auto"
-    devices: str = "auto"
-    strategy: str = "auto"
-    precision: str = "32-true"
     log_every: int = 5
     save_every: int = 20
 

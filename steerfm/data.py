@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,25 @@ class MixtureData(L.LightningDataModule):
         self.mixture, self.batch_size, self.seed = mixture, batch_size, seed
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(_Fresh(self, self.trainer.global_step if self.trainer else 0), batch_size=None)
+        return endless(self, self.batch)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of an update."""
+        x = self.mixture.sample(self.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        return x.float(), torch.zeros(len(x), dtype=torch.long)
 
 
-class _Fresh(IterableDataset):
-    def __init__(self, data: MixtureData, start: int) -> None:
-        self.data, self.start = data, start
+def endless(data: L.LightningDataModule, batch: Callable[[int], Any]) -> DataLoader:
+    """Batches made from the number of their update, from the one that the trainer has come to: a continued run goes on."""
+    return DataLoader(_Endless(batch, data.trainer.global_step if data.trainer else 0), batch_size=None)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in count(self.start):
-            generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + step)
-            x = self.data.mixture.sample(self.data.batch_size, generator)
-            yield x.float(), torch.zeros(len(x), dtype=torch.long)
+
+class _Endless(IterableDataset):
+    def __init__(self, batch: Callable[[int], Any], start: int) -> None:
+        self.batch, self.start = batch, start
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, count(self.start))
 
 
 DATA: dict[str, type[FashionMnist]] = {"fashion": FashionMnist}

@@ -38,6 +38,11 @@ def map_condition(function: Callable[[Tensor], Tensor], cond: Condition) -> Cond
     return {name: function(value) for name, value in cond.items()}
 
 
+def move_condition(cond: Condition, device: torch.device | str) -> Condition:
+    """The condition on another device."""
+    return map_condition(lambda c: c.to(device), cond)
+
+
 def take_rows(cond: Condition, rows: slice | Tensor) -> Condition:
     """The given rows of a condition."""
     return map_condition(lambda c: c[rows], cond)
@@ -174,7 +179,7 @@ class NeuralFlowMap(FlowMap):
         mean, std: mean and standard deviation of all entries of the data.
 
     Attributes:
-        origin: weights of the map that this one was fine-tuned from; None for others.
+        origin: reads the weights of the map that this one was fine-tuned from; None for others.
     """
 
     def __init__(
@@ -188,7 +193,7 @@ class NeuralFlowMap(FlowMap):
     ) -> None:
         super().__init__(shape, interpolant, class_names)
         self.network, self.mean, self.std = network, float(mean), float(std)
-        self.origin: Mapping[str, Tensor] | None = None
+        self.origin: Callable[[], Mapping[str, Tensor]] | None = None
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         s_, t_ = expand_time(s, x), expand_time(t, x)
@@ -209,11 +214,11 @@ class NeuralFlowMap(FlowMap):
         For LoRA this is the scale of its adapters (DRaFT, 2309.17400, section 4.4).
 
         Raises:
-            ValueError: the map was not fine-tuned, or its base cannot be found.
+            ValueError, FileNotFoundError: the map was not fine-tuned, or its base cannot be found.
         """
         if self.origin is None:
             raise ValueError("with_strength needs a fine-tuned map: load one that `steerfm finetune` wrote")
-        network, origin = copy.deepcopy(self.network), self.origin
+        network, origin = copy.deepcopy(self.network), self.origin()
         network.load_state_dict(
             {
                 k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v
@@ -374,8 +379,13 @@ def weights_file(path: str | Path) -> Path:
 
 def save_weights(network: nn.Module, path: str | Path, head: Mapping[str, Any], half: bool = True) -> None:
     """Write a network's tensors to ``path`` (safetensors) and ``head`` to the JSON beside it."""
+    write_weights(network.state_dict(), path, head, half)
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: str | Path, head: Mapping[str, Any], half: bool = True) -> None:
+    """Write tensors to ``path`` (safetensors), as float16 by default, and ``head`` to the JSON beside it."""
     path = weights_file(path)
-    weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     if half:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     temporary = path.with_suffix(".tmp")

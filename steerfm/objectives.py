@@ -85,6 +85,13 @@ class FlowMatching:
             raise ValueError(f"guidance={self.guidance} needs a null_label: the velocity without a class")
 
     def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        x, t, target = self.regression(flow_map, x1, cond, generator)
+        return mean_square(flow_map.average_velocity(x, t, t, cond) - target)
+
+    def regression(
+        self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What u is fitted to: states I_t (b, *shape), times (b,) and targets (b, *shape)."""
         t = self.times(len(x1), generator).to(x1)
         x0 = _noise(x1, generator)
         t_ = expand_time(t, x1)
@@ -96,7 +103,7 @@ class FlowMatching:
             with torch.no_grad():
                 guided = torch.lerp(flow_map.average_velocity(x, t, t, null), target, self.guidance)
             target = torch.where(expand_time(cond != null, x).bool(), guided, target)
-        return _mean_square(flow_map.average_velocity(x, t, t, cond) - target)
+        return x, t, target
 
 
 # --- off the diagonal ------------------------------------------------------------------------------------------------
@@ -115,7 +122,7 @@ class Lagrangian:
         gap = expand_time(t - s, x1)
         with torch.no_grad():
             v = flow_map.average_velocity(x_s + gap * u, t, t, cond)
-        return _mean_square(u + gap * du - v)
+        return mean_square(u + gap * du - v)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Progressive:
             first = flow_map.average_velocity(x_s, s, m, cond)
             second = flow_map.average_velocity(x_s + expand_time(m - s, x1) * first, m, t, cond)
             target = torch.lerp(second, first, expand_time(g, x1))
-        return _mean_square(flow_map.average_velocity(x_s, s, t, cond) - target)
+        return mean_square(flow_map.average_velocity(x_s, s, t, cond) - target)
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ class Trajectory:
         s, t, x_s, x_t = times[first], times[last], path[first, of], path[last, of]
         gap = expand_time(t - s, x1)
         target = torch.where(gap > 0, (x_t - x_s) / gap.where(gap > 0, 1.0), velocity[first, of])
-        return _mean_square(flow_map.average_velocity(x_s, s, t, take_rows(cond_start, of)) - target)
+        return mean_square(flow_map.average_velocity(x_s, s, t, take_rows(cond_start, of)) - target)
 
     @staticmethod
     def _integrate(teacher: FlowMap, x: Tensor, times: Sequence[float], cond: Condition) -> tuple[Tensor, Tensor]:
@@ -253,8 +260,9 @@ def _eulerian_residual(flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, cond:
     u = flow_map.average_velocity(x, s, t, cond)
     with torch.no_grad():
         _, du = torch.func.jvp(lambda x, s: flow_map.average_velocity(x, s, t, cond), (x, s), (v, torch.ones_like(s)))[:2]
-    return _mean_square(u - (v + expand_time(t - s, x) * du))
+    return mean_square(u - (v + expand_time(t - s, x) * du))
 
 
-def _mean_square(residual: Tensor) -> Tensor:
+def mean_square(residual: Tensor) -> Tensor:
+    """Mean over entries of the squares, (b, *shape) -> (b,)."""
     return residual.square().flatten(1).mean(1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steerfm.flowmap import Condition, FlowMap, map_condition, take_rows
+from steerfm.interpolant import Interpolant
 
 
 # --- time grids ------------------------------------------------------------------------------------------------------
@@ -69,6 +70,10 @@ class Noise:
             if self.k > 1:
                 torch.randn((self.k - 1, *shape), generator=generator, out=rows[1:])
         return out.flatten(0, 1).to(like)
+
+    def start(self, flow_map: FlowMap) -> Tensor:
+        """Standard normal states (n * k, *shape) of a map, in its dtype and on its device: x_0."""
+        return self.normal(flow_map.shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
 
     def uniform(self, columns: int, device: torch.device) -> Tensor:
         """Uniform on [0, 1), (n, columns), for selection."""
@@ -274,11 +279,16 @@ class Bridge:
             endpoint = flow_map.denoise(x, s, cond)
         if t >= 1:
             return Step(endpoint, 0.0)
+        keep, share, std = self.coefficients(path, s, t)
+        return Step(keep * x + share * endpoint, std)
+
+    def coefficients(self, path: Interpolant, s: float, t: float) -> tuple[float, float, float]:
+        """(keep, share, std) of the step to t < 1, N(keep x + share z, std^2 I)."""
         # Given z, the path back is x_t -> x_s with this scale and std; Bayes' rule gives the kernel forward.
         rho = path.alpha(s) * path.sigma(t) / (path.alpha(t) * path.sigma(s))
         std = self.eta * path.sigma(t) * math.sqrt(1 - rho**2)
         keep = math.sqrt(path.sigma(t) ** 2 - std**2) / path.sigma(s)
-        return Step(keep * x + (path.alpha(t) - keep * path.alpha(s)) * endpoint, std)
+        return keep, path.alpha(t) - keep * path.alpha(s), std
 
 
 # --- plain sampling --------------------------------------------------------------------------------------------------
@@ -317,7 +327,7 @@ def sample(
     with torch.inference_mode():
         for begin in range(0, n, size):
             rows = slice(begin, begin + size)
-            parts.append(_sample_batch(flow_map, all_seeds[rows], times, take_rows(cond, rows), move))
+            parts.append(walk(flow_map, Noise(all_seeds[rows]), times, take_rows(cond, rows), move))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).clone()
 
 
@@ -338,12 +348,9 @@ def as_condition(flow_map: FlowMap, cond: Condition | str | int | Sequence[str |
     return map_condition(check, cond)
 
 
-def _sample_batch(
-    flow_map: FlowMap, seeds: Sequence[int], times: Sequence[float], cond: Condition, transition: Transition
-) -> Tensor:
-    noise = Noise(seeds)
-    like = torch.empty(0, dtype=flow_map.dtype, device=flow_map.device)
-    x = noise.normal(flow_map.shape, like)
+def walk(flow_map: FlowMap, noise: Noise, times: Sequence[float], cond: Condition, transition: Transition) -> Tensor:
+    """One chain of transitions for every row of the noise, (n * k, *shape), from x_0 to the last of the times."""
+    x = noise.start(flow_map)
     for s, t in zip(times, times[1:]):
         step = transition.step(flow_map, x, s, t, cond)
         x = step.sample(noise.normal(flow_map.shape, x) if step.std else None)

@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, map_condition
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition
 from steerfm.objectives import FlowMatching, Objective
 from steerfm.results import picture_grid
 from steerfm.sampling import sample
@@ -216,26 +217,56 @@ def _ema(decay: float):
 
 
 # --- consistency ----------------------------------------------------------------------------------------------------
-def consistency_errors(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0) -> dict[str, float]:
-    """Root mean square per entry over random times: how far the map is from being a flow map.
+@dataclass
+class _Points:
+    """Random triples of times s <= m <= t, states x at s on the paths of a map, and where one jump to t takes them."""
 
-    semigroup: |X_{m,t}(X_{s,m}(x)) - X_{s,t}(x)|; diagonal: |d/dt X_{s,t}(x) - v(X_{s,t}(x), t)|, x on the path of the map.
-    """
+    s: Tensor
+    m: Tensor
+    t: Tensor
+    x: Tensor
+    direct: Tensor
+    cond: Condition
+
+
+def _points(flow_map: FlowMap, n: int, cond: Condition, seed: int) -> _Points:
     generator = torch.Generator().manual_seed(seed)
     times = torch.rand(3, n, generator=generator).sort(0).values
     s, m, t = (time.to(flow_map.device) for time in times)
-    cond = map_condition(lambda c: c.to(flow_map.device), cond)
+    cond = move_condition(cond, flow_map.device)
     x0 = torch.randn(n, *flow_map.shape, generator=generator).to(flow_map.device)
+    x = flow_map.jump(x0, 0.0, s, cond)
+    return _Points(s, m, t, x, flow_map.jump(x, s, t, cond), cond)
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _semigroup(flow_map: FlowMap, p: _Points) -> float:
+    return _root_mean_square(flow_map.jump(flow_map.jump(p.x, p.s, p.m, p.cond), p.m, p.t, p.cond) - p.direct)
+
+
+def semigroup_error(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0) -> float:
+    """Root mean square per entry of X_{m,t}(X_{s,m}(x)) - X_{s,t}(x), over n random times, x on the path of the map.
+
+    Args:
+        cond: n rows, or None.
+    """
     with torch.no_grad():
-        x = flow_map.jump(x0, 0.0, s, cond)
-        direct = flow_map.jump(x, s, t, cond)
-        semigroup = flow_map.jump(flow_map.jump(x, s, m, cond), m, t, cond) - direct
-        _, tangent = torch.func.jvp(lambda t: flow_map.jump(x, s, t, cond), (t,), (torch.ones_like(t),))[:2]
-        diagonal = tangent - flow_map.velocity(direct, t, cond)
-    return {
-        "semigroup error": semigroup.square().mean().sqrt().item(),
-        "diagonal error": diagonal.square().mean().sqrt().item(),
-    }
+        return _semigroup(flow_map, _points(flow_map, n, cond, seed))
+
+
+def consistency_errors(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0) -> dict[str, float]:
+    """How far a map is from being a flow map, root mean square per entry: `semigroup_error`, and on the same points
+
+    diagonal: |d/dt X_{s,t}(x) - v(X_{s,t}(x), t)|.
+    """
+    with torch.no_grad():
+        p = _points(flow_map, n, cond, seed)
+        _, tangent = torch.func.jvp(lambda t: flow_map.jump(p.x, p.s, t, p.cond), (p.t,), (torch.ones_like(p.t),))[:2]
+        diagonal = tangent - flow_map.velocity(p.direct, p.t, p.cond)
+        return {"semigroup error": _semigroup(flow_map, p), "diagonal error": _root_mean_square(diagonal)}
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import torch
 
 from steerfm.finetuning.base import Law, Terms, Update, ode
 from steerfm.flowmap import FlowMap
-from steerfm.interpolant import Interpolant
 from steerfm.sampling import Bridge, time_grid
 
 
@@ -66,7 +65,8 @@ class Adjoint:
                 at, slope = (s, before) if s > 0 else (t, adjoint)
                 states_at.append((state.detach(), s))
                 endpoints.append(endpoint.detach() + path.sigma(at) ** 2 / path.alpha(at) * slope)
-                weights.append(self._share(path, s, t) ** 2 / (2 * step.std**2))
+                _, share, std = move.coefficients(path, s, t)
+                weights.append(share**2 / (2 * std**2))
             adjoint = before
         count = len(states_at) if self.trained is None else min(self.trained, len(states_at))
         chosen = torch.randperm(len(states_at), generator=update.generator)[:count].tolist()
@@ -78,12 +78,6 @@ class Adjoint:
         miss = update.tuned.denoise(xs, at, repeated) - torch.cat([endpoints[i] for i in chosen])
         losses = weight * miss.square().flatten(1).sum(1)
         return {"loss": losses.sum() / b * len(states_at) / count / x[0].numel(), "reward": r.detach().mean()}
-
-    @staticmethod
-    def _share(path: Interpolant, s: float, t: float) -> float:
-        """The factor of the endpoint in the mean of the step from s to t."""
-        rho = path.alpha(s) * path.sigma(t) / (path.alpha(t) * path.sigma(s))
-        return path.alpha(t) - rho * path.sigma(t) / path.sigma(s) * path.alpha(s)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, self.ode)

@@ -12,20 +12,21 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from steerfm.cost import Cost, Ledger
+from steerfm.data import endless
 from steerfm.finetuning.lora import LoRA, LoRAOff
-from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, map_condition
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, take_rows
 from steerfm.rewards import Prompts, Reward, RewardError
-from steerfm.sampling import Jump, Noise, Transition, time_grid
+from steerfm.sampling import Jump, Noise, Transition, time_grid, walk
 from steerfm.steering.value import Problem
 from steerfm.training import Trained
 
@@ -62,15 +63,15 @@ class Tasks:
         """The given rows (b,); a row may be taken more than once."""
         return Tasks(
             len(rows),
-            map_condition(lambda c: c[rows.to(c.device)], self.cond),
-            None if self.labels is None else self.labels[rows.to(self.labels.device)],
+            take_rows(self.cond, rows),
+            None if self.labels is None else self.labels[rows],
             None if self.prompts is None else [str(self.prompts[row]) for row in rows.tolist()],
         )
 
     def problem(self, flow_map: FlowMap, reward: Reward) -> Problem:
         """The reward of these rows, for samples of the map; strength 1."""
         device = flow_map.device
-        cond = map_condition(lambda c: c.to(device), self.cond)
+        cond = move_condition(self.cond, device)
         labels = None if self.labels is None else self.labels.to(device)
         return Problem(flow_map, reward, torch.ones(self.n, device=device), cond, labels, self.prompts)
 
@@ -92,22 +93,14 @@ class TaskData(L.LightningDataModule):
         self.n, self.batch_size, self.group, self.reuse, self.seed = n, batch_size, group, reuse, seed
 
     def train_dataloader(self) -> DataLoader:
-        start = self.trainer.global_step if self.trainer else 0
-        return DataLoader(_Rows(self, start), batch_size=None)
+        return endless(self, self.rows)
 
-
-class _Rows(IterableDataset):
-    def __init__(self, data: TaskData, start: int) -> None:
-        self.data, self.start = data, start
-
-    def __iter__(self) -> Iterator[Tensor]:
-        data, step = self.data, self.start
-        while True:
-            generator = torch.Generator().manual_seed(data.seed * 1_000_003 + step // data.reuse)
-            start, groups = torch.randint(data.n, (1,), generator=generator), data.batch_size // data.group
-            rows = (start + torch.arange(groups)) % data.n  # as even as the batch allows
-            yield rows.repeat_interleave(data.group)
-            step += 1
+    def rows(self, step: int) -> Tensor:
+        """Tasks (batch_size,) of an update."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // self.reuse)
+        start, groups = torch.randint(self.n, (1,), generator=generator), self.batch_size // self.group
+        rows = (start + torch.arange(groups)) % self.n  # as even as the batch allows
+        return rows.repeat_interleave(self.group)
 
 
 # --- one update ------------------------------------------------------------------------------------------------------
@@ -149,8 +142,7 @@ class Update:
 
     def normal(self) -> Tensor:
         """Standard normal (b, *shape)."""
-        like = torch.empty(0, device=self.tuned.device, dtype=self.tuned.dtype)
-        return self.noise.normal(self.tuned.shape, like)
+        return self.noise.start(self.tuned)
 
     def uniform(self) -> float:
         """Uniform on [0, 1), the same for all rows and processes."""
@@ -192,17 +184,7 @@ def chain(steps: int, transition: Transition | None = None) -> Callable[[FlowMap
     move: Transition = transition or Jump()
     times = time_grid(steps)
 
-    def of(flow_map: FlowMap) -> Law:
-        def law(noise: Noise, cond: Condition) -> Tensor:
-            x = noise.normal(flow_map.shape, torch.empty(0, device=flow_map.device, dtype=flow_map.dtype))
-            for s, t in zip(times, times[1:]):
-                step = move.step(flow_map, x, s, t, cond)
-                x = step.sample(noise.normal(flow_map.shape, x) if step.std else None)
-            return x
-
-        return law
-
-    return of
+    return lambda flow_map: lambda noise, cond: walk(flow_map, noise, times, cond, move)
 
 
 def ode(flow_map: FlowMap, steps: int) -> Law:
@@ -210,7 +192,7 @@ def ode(flow_map: FlowMap, steps: int) -> Law:
     times = time_grid(steps)
 
     def law(noise: Noise, cond: Condition) -> Tensor:
-        x = noise.normal(flow_map.shape, torch.empty(0, device=flow_map.device, dtype=flow_map.dtype))
+        x = noise.start(flow_map)
         for s, t in zip(times, times[1:]):
             middle = x + (t - s) / 2 * flow_map.velocity(x, s, cond)
             x = x + (t - s) * flow_map.velocity(middle, (s + t) / 2, cond)
@@ -225,7 +207,7 @@ def draw(law: Law, tasks: Tasks, flow_map: FlowMap, seeds: list[int], k: int = 1
     with torch.no_grad():
         for begin in range(0, tasks.n, size):
             part = torch.arange(begin, min(begin + size, tasks.n))
-            cond = map_condition(lambda c: c.to(flow_map.device), tasks.take(part.repeat_interleave(k)).cond)
+            cond = move_condition(tasks.take(part.repeat_interleave(k)).cond, flow_map.device)
             parts.append(law(Noise(seeds[begin : begin + size], k), cond))
     return torch.cat(parts)
 

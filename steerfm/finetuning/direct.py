@@ -120,7 +120,7 @@ class Direct:
         ]
 
         def law(noise: Noise, cond: Condition) -> Tensor:
-            x = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))
+            x = noise.start(tuned)
             for flow_map, (s, t) in zip(maps, pairwise(times)):
                 x = flow_map.jump(x, s, t, cond)
             return x

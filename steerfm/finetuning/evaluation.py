@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
-from steerfm.flowmap import FlowMap, map_condition
+from steerfm.flowmap import FlowMap, move_condition
 from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity, precision
 from steerfm.results import picture_grid
 from steerfm.rewards import Reward
-from steerfm.training import consistency_errors
+from steerfm.sampling import Noise
+from steerfm.training import semigroup_error
 
 Features = Callable[[Tensor], Tensor]
 
@@ -140,11 +141,10 @@ class Panel:
 
 def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0, jumps: int = 4) -> float:
     """Mean over samples of sum_i h_i |u(x_i) - u_base(x_i)|^2 / 2 along the tuned map's jumps, mean over entries."""
-    cond = map_condition(lambda c: c.to(tuned.device), tasks.cond)
+    cond = move_condition(tasks.cond, tuned.device)
     total = 0.0
     with torch.no_grad():
-        x = draw(lambda noise, _: noise.normal(tuned.shape, torch.empty(0)), tasks, tuned, [seeds + i for i in range(tasks.n)])
-        x = x.to(tuned.device)
+        x = Noise([seeds + i for i in range(tasks.n)]).start(tuned)
         for i in range(jumps):
             s, t = i / jumps, (i + 1) / jumps
             after = tuned.jump(x, s, t, cond)
@@ -193,7 +193,7 @@ class Monitor(L.Callback):
         reading = self.panel.measure(module.law())
         numbers = reading.numbers()
         tasks = self.panel.tasks
-        numbers["semigroup"] = consistency_errors(module.averaged(), tasks.n, tasks.cond)["semigroup error"]
+        numbers["semigroup"] = semigroup_error(module.averaged(), tasks.n, tasks.cond)
         module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
         spent = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
         spent["evaluations"] = float(module.spent.evaluations)

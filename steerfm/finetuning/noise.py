@@ -52,7 +52,7 @@ class HyperNoise:
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         def law(noise: Noise, cond: Condition) -> Tensor:
-            x0 = noise.normal(tuned.shape, torch.empty(0, device=tuned.device, dtype=tuned.dtype))
+            x0 = noise.start(tuned)
             return self._generate(reference, x0 + self.shift(tuned, reference, x0, cond), cond)
 
         return law

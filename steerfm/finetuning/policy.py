@@ -10,6 +10,7 @@ from torch import Tensor
 from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
+from steerfm.objectives import mean_square
 from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Noise, Renoise, Transition, time_grid
 
 
@@ -173,19 +174,15 @@ class NFT:
             old = update.averaged.velocity(x, t, problem.cond)
             reference = update.reference.velocity(x, t, problem.cond)
         step = self.beta * (found - old)
-        fit = good * _mean_square(old + step - v) + (1 - good) * _mean_square(old - step - v)
-        control = _mean_square(found - reference).mean()
+        fit = good * mean_square(old + step - v) + (1 - good) * mean_square(old - step - v)
+        control = mean_square(found - reference).mean()
         return {"loss": fit.mean() / self.beta + update.control * control, "reward": memory["reward"], "control_cost": control}
 
     def draws(self, update: Update) -> tuple[Tensor, Tensor]:
         """Times (b,), uniform, and noise (b, *shape) of this update, other than those that the samples came from."""
         noise = Noise([seed + (1 + update.step % self.reuse) * 2**39 for seed in update.noise.seeds])
-        x0 = noise.normal(update.tuned.shape, torch.empty(0, device=update.tuned.device, dtype=update.tuned.dtype))
+        x0 = noise.start(update.tuned)
         return noise.uniform(1, x0.device).squeeze(1).to(x0), x0
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, 4 * self.ode)
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    return x.square().flatten(1).mean(1)

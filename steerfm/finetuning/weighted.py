@@ -13,9 +13,9 @@ from torch import Tensor
 
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
-from steerfm.flowmap import Condition, FlowMap, map_condition
-from steerfm.objectives import FlowMatching, Trajectory, Triangle
-from steerfm.steering.weights import effective_sample_size, normalise
+from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
+from steerfm.objectives import FlowMatching, Trajectory, Triangle, mean_square
+from steerfm.steering.weights import effective_sample_size, largest, normalise
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,16 @@ class Refit:
     def loss(self, update: Update, x1: Tensor, cond: Condition, teacher: FlowMap | None = None) -> Terms:
         """x1 (b, *shape) in model space."""
         jumps = round(self.trajectory * len(x1))
-        velocity = slice(jumps, None)
         generator = torch.Generator().manual_seed(update.noise.seeds[0])  # a stream of this process
         terms: Terms = {}
         total = x1.new_zeros(())
         if jumps:
             objective = Trajectory(Triangle(terminal=0.3, full=0.2), steps=self.ode, teacher=teacher)
-            losses = objective(update.tuned, x1[:jumps], map_condition(lambda c: c[:jumps], cond), generator)
+            losses = objective(update.tuned, x1[:jumps], take_rows(cond, slice(jumps)), generator)
             terms["jumps"], total = losses.mean(), total + losses.sum() / len(x1)
         if jumps < len(x1):
-            rest = map_condition(lambda c: c[velocity], cond)
             objective = Anchored(update.reference, self.anchor) if self.anchor else FlowMatching()
-            losses = objective(update.tuned, x1[velocity], rest, generator)
+            losses = objective(update.tuned, x1[jumps:], take_rows(cond, slice(jumps, None)), generator)
             terms["velocity"], total = losses.mean(), total + losses.sum() / len(x1)
         count("forwards", len(x1))  # of the fits, which ask the network and not the map
         count_backward("backwards", len(x1), total)
@@ -65,15 +63,11 @@ class Anchored:
     alpha: float
 
     def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
-        state = generator.get_state()
-        fit = FlowMatching()(flow_map, x1, cond, generator)
-        generator.set_state(state)  # the same noise and times again
-        t = FlowMatching().times(len(x1), generator).to(x1)
-        x0 = torch.randn(x1.shape, generator=generator).to(x1)
-        x = flow_map.interpolant.interpolate(x0, x1, t.view(-1, *[1] * (x1.ndim - 1)))
+        x, t, target = FlowMatching().regression(flow_map, x1, cond, generator)
+        u = flow_map.average_velocity(x, t, t, cond)
         with torch.no_grad():
             reference = self.reference.velocity(x, t, cond)
-        return fit + self.alpha * (flow_map.velocity(x, t, cond) - reference).square().flatten(1).mean(1)
+        return mean_square(u - target) + self.alpha * mean_square(u - reference)
 
 
 @dataclass(frozen=True)
@@ -116,23 +110,19 @@ class Weighted:
         number = min(self.rounds - 1, update.step * self.rounds // update.steps)
         if int(update.memory.get("round", torch.tensor(-1))) != number:
             self._sample(update, number)
-        log_w, pool = update.memory["log_w"], update.memory["pool"]
+        log_w = update.memory["log_w"]
         tasks, k = log_w.shape
         own = torch.Generator().manual_seed(update.noise.other().seeds[0])
         which = torch.randint(tasks, (len(update.noise.seeds),), generator=own)
         rows = torch.multinomial(log_w.exp()[which], 1, generator=own).squeeze(1)
-        device = update.tuned.device
-        cond = map_condition(lambda c: c.to(device), update.all_tasks.take(which).cond)
-        terms = self.refit.loss(update, pool[which * k + rows].to(device), cond)
-        keep = ("reward", "strength", "ess")
-        return terms | {name: update.memory[name].to(device) for name in keep}
+        terms = self.refit.loss(update, *_rows(update, which, which * k + rows))
+        return terms | {name: update.memory[name].to(update.tuned.device) for name in ("reward", "strength", "ess")}
 
     def _sample(self, update: Update, number: int) -> None:
         """A round's samples and their weights."""
         tasks, memory = update.all_tasks, update.memory
         k = max(2, self.samples // tasks.n)
-        seeds = [update.noise.seeds[0] // 2**40 * 2**40 + 2**39 + number * tasks.n + i for i in range(tasks.n)]
-        x1 = draw(self.law(update.averaged, update.reference), tasks, update.averaged, seeds, k)
+        x1 = _pool(update, self.law(update.averaged, update.reference), number, k)
         rows = torch.arange(tasks.n).repeat_interleave(k)
         parts = zip(x1.split(256), rows.split(256))
         with torch.no_grad():
@@ -149,13 +139,8 @@ class Weighted:
 
 def largest_step(r: Tensor, wanted: float, ess: float) -> float:
     """The largest share of ``wanted`` for which exp(step r), r (n, k), keeps a mean effective sample size of ``ess``."""
-    low, high = 0.0, 1.0
-    if effective_sample_size(wanted * r).mean() >= ess:
-        return wanted
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if effective_sample_size(middle * wanted * r).mean() >= ess else (low, middle)
-    return low * wanted
+    share = largest(lambda step: effective_sample_size(step * wanted * r).mean() >= ess, r.new_zeros(()), r.new_ones(()), 50)
+    return share.item() * wanted
 
 
 @dataclass(frozen=True)
@@ -193,17 +178,26 @@ class Distil:
         return chain(4)(tuned)
 
     def loss(self, update: Update) -> Terms:
-        cond = update.problem.cond
         if self.teacher is not None:
             blank = torch.empty(len(update.noise.seeds), *update.tuned.shape, device=update.tuned.device)
-            return Refit(1.0, ode=16).loss(update, blank, cond, self.teacher)
+            return Refit(1.0, ode=16).loss(update, blank, update.problem.cond, self.teacher)
         tasks, memory, number = update.all_tasks, update.memory, update.step * self.pools // update.steps
         k = max(1, self.samples // tasks.n)
         if int(memory.get("round", torch.tensor(-1))) != number:
-            seeds = [update.noise.seeds[0] // 2**40 * 2**40 + 2**39 + number * tasks.n + i for i in range(tasks.n)]
-            x1 = draw(self.source, tasks, update.reference, seeds, k)
-            memory |= {"round": torch.tensor(number), "pool": x1.cpu()}
+            memory |= {"round": torch.tensor(number), "pool": _pool(update, self.source, number, k).cpu()}
         own = torch.Generator().manual_seed(update.noise.other().seeds[0])
         which, rows = (torch.randint(m, (len(update.noise.seeds),), generator=own) for m in (tasks.n, k))
-        cond = map_condition(lambda c: c.to(update.tuned.device), tasks.take(which).cond)
-        return self.refit.loss(update, memory["pool"][which * k + rows].to(update.tuned.device), cond)
+        return self.refit.loss(update, *_rows(update, which, which * k + rows))
+
+
+def _pool(update: Update, law: Law, number: int, k: int) -> Tensor:
+    """Samples (n * k, *shape) of a round, ``k`` for each of the n tasks: the same in every process, from noise of their own."""
+    tasks, origin = update.all_tasks, update.noise.seeds[0] // 2**40 * 2**40 + 2**39
+    seeds = [origin + number * tasks.n + i for i in range(tasks.n)]
+    return draw(law, tasks, update.reference, seeds, k)
+
+
+def _rows(update: Update, which: Tensor, rows: Tensor) -> tuple[Tensor, Condition]:
+    """The given rows of the pool, and the conditions of their tasks, where the network is."""
+    device = update.tuned.device
+    return update.memory["pool"][rows].to(device), move_condition(update.all_tasks.take(which).cond, device)

@@ -37,6 +37,7 @@ from steerfm.steering.weights import (
     Selected,
     Selection,
     effective_sample_size,
+    largest,
     log_mean,
     log_mean_exp,
     normalise,
@@ -345,13 +346,7 @@ def adapt(ends: Endpoints, tilt: Tensor, move: Move, log_w: Tensor, correction: 
         return effective_sample_size(log_w + (fixed + value).view(n, k)) >= floor
 
     low = move.before.beta.view(n, k)[:, 0]
-    high = torch.ones_like(low)
-    low = torch.where(enough(high), high, low)
-    for _ in range(30):
-        middle = (low + high) / 2
-        fits = enough(middle)
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    return low.repeat_interleave(k)
+    return largest(enough, low, torch.ones_like(low)).repeat_interleave(k)
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -51,6 +51,16 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return w.sum(1).square() / (w.square().sum(1) * log_w.shape[1])
 
 
+def largest(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, halvings: int = 30) -> Tensor:
+    """The largest value from ``low``, where it holds, to ``high`` at which it still holds, entry by entry, by bisection."""
+    low = torch.where(holds(high), high, low)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        fits = holds(middle)
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return low
+
+
 def log_mean_exp(log_w: Tensor, values: Tensor) -> Tensor:
     """log of the weighted mean of exp(values) over the last axis: (b, k) -> (b,)."""
     if values.shape[-1] == 1:

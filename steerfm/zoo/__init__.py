@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,7 @@ def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
     else:
         flow_map = NeuralFlowMap.load(path)
         if isinstance(head, dict) and "base" in head:
-            with suppress(FileNotFoundError, ValueError):  # it is only needed for another strength
-                flow_map.origin = read_weights(find(head["base"]), "flow_map")[1]
+            flow_map.origin = lambda: read_weights(find(head["base"]), "flow_map")[1]  # only another strength needs them
     return flow_map.to(device)
 
 
@@ -91,7 +89,7 @@ def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> Neur
             raise ValueError(f"{path} holds adapters of another architecture: layer {name} does not fit the base")
         weight += (up.flatten(1) @ down.flatten(1)).view_as(weight)
     tuned = base.with_network(network)
-    tuned.origin = base.network.state_dict()
+    tuned.origin = base.network.state_dict
     return tuned
 
 
