@@ -172,7 +172,9 @@ class Method(Protocol):
     law_is_map: bool
     law_is_velocity: bool
 
-    def loss(self, update: Update) -> Terms: ...
+    def loss(self, update: Update) -> Terms:
+        """Scalars of one update of b rows: ``loss`` is minimised, all are logged. A broken reward raises `RewardError`."""
+        ...
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         """How samples of what was learnt are drawn."""

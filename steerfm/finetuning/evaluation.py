@@ -43,6 +43,7 @@ class Reading:
     pictures: Tensor
 
     def numbers(self) -> dict[str, float]:
+        """All but the pictures, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, float)}
 
 
