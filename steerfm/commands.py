@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steerfm import config as configs
-from steerfm import results, rewards, zoo
+from steerfm import encoders, results, rewards, zoo
 from steerfm.config import ConfigError, did_you_mean, named
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap, build_network, load_into, read_weights, save_weights
@@ -38,7 +39,8 @@ console = Console(highlight=False)
 
 # --- train -----------------------------------------------------------------------------------------------------------
 def train(config: configs.TrainConfig, command: str = "") -> None:
-    """Train a flow map or a classifier; the same command continues a killed run, with more steps if asked."""
+    """Train a flow map, a classifier or an image-text model; the same command continues a killed run, with more steps if
+    asked."""
     from steerfm import training
     from steerfm.data import DATA
 
@@ -47,12 +49,11 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     data = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
     data.setup()
     torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
-    architecture = {**config.network, "classes": len(data.class_names)}
-    network = build_network(architecture).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    module = _training_module(config, network, data)
+    module, architecture = _training_module(config, data)
+    module.network.to(memory_format=torch.channels_last)
     folder = _training_folder(config)
     t = config.trainer
-    grids = [training.SampleGrid(folder / "samples", t.sample_every)] if config.task == "flow_map" else []
+    grids = [training.SampleGrid(folder / "samples", t.sample_every, data.asked)] if config.task == "flow_map" else []
     trainer = training.fit(
         module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
         t.log_every, t.validate_every, t.save_every, console.is_terminal, grids,
@@ -68,7 +69,10 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         "metrics": {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()},
     }
     weights = folder / f"{config.name}.safetensors"
-    if config.task == "classifier":
+    if config.task == "contrastive":
+        weights = encoders.save_open_clip(module.ema, folder / config.name, architecture, _preprocess_cfg(architecture))
+        (folder / f"{config.name}.json").write_text(json.dumps({"kind": "open_clip", "card": card}, indent=2) + "\n")
+    elif config.task == "classifier":
         head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
         save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
         some = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))[: len(data.test[0])]
@@ -81,16 +85,29 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     console.print(f"trained {config.name}: {weights} and its .json, curves in {folder / 'curves.png'}")
 
 
-def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> Any:
-    """The LightningModule of a task, from its configuration."""
+def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
+    """The LightningModule of a task and the architecture of its network, from its configuration."""
     from steerfm import training
     from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
+    if config.task == "contrastive":
+        architecture = {key: value for key, value in config.network.items() if key != "name"}
+        network, prepare = encoders.build(architecture), encoders.preprocessing(_preprocess_cfg(architecture))
+        tokenizer = encoders.tokenizer(architecture)
+        return training.ContrastiveTraining(
+            network, tokenizer, prepare, slow=("visual.trunk",), noise=o.noise, **options
+        ), architecture  # fmt: skip
+    if config.task not in ("classifier", "flow_map"):
+        raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
+    text = None
+    architecture = {**config.network, "classes": len(data.class_names)}
+    if config.text is not None:
+        text = encoders.TextEncoder.of(config.text)
+        architecture = {**config.network, "text": text.width}
+    network = build_network(architecture)
     if config.task == "classifier":
-        return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options)
-    if config.task != "flow_map":
-        raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier")
+        return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options), architecture
     shares = o.shares or {"lagrangian": 0.25}
     for name in shares:
         if name not in OFF_DIAGONAL:
@@ -104,7 +121,7 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
         load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
     pixels = data.train[0].float() / 127.5 - 1
     flow_map = NeuralFlowMap(
-        network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item()
+        network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
     )
     pairs = Triangle(o.terminal, o.full, o.gap)
     objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
@@ -115,9 +132,17 @@ def _training_module(config: configs.TrainConfig, network: Any, data: Any) -> An
             replace(objective, teacher=zoo.load(o.teacher)) if isinstance(objective, Trajectory) else objective: share
             for objective, share in objectives.items()
         }
-    null = len(data.class_names)
-    diagonal = FlowMatching(guidance=o.guidance, null_label=null)
-    return training.FlowMapTraining(flow_map, objectives, diagonal, start=o.start, null_label=null, drop=o.drop, **options)
+    diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
+    module = training.FlowMapTraining(
+        flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
+    )  # fmt: skip
+    return module, architecture
+
+
+def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's ``preprocess_cfg`` of a model that is trained here: EfficientNet-Lite's normalisation."""
+    size = architecture["vision_cfg"]["image_size"]
+    return {"size": [size, size], "mean": [127 / 255] * 3, "std": [128 / 255] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:

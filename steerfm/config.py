@@ -93,12 +93,14 @@ class TrainerConfig(LightningConfig):
 
 @dataclass
 class TrainConfig:
-    """task: flow_map or classifier; network: {name: a key of `networks.NETWORKS`, ...its arguments}; init: a checkpoint
-    (zoo name or path) to start from; out: run folder, default runs/train/<name>."""
+    """task: flow_map, classifier or contrastive; network: {name: a key of `networks.NETWORKS`, ...its arguments}, or for
+    contrastive open_clip's model_cfg; text: encoder of the captions that a flow map is conditioned on, an open_clip model or
+    minilm; init: a checkpoint (zoo name or path) to start from; out: run folder, default runs/train/<name>."""
 
     task: str = "flow_map"
     name: str = "fashion"
     network: dict[str, Any] = field(default_factory=lambda: {"name": "unet"})
+    text: str | None = None
     init: str | None = None
     seed: int = 0
     out: str | None = None

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
+from steerfm import emoji
+
 FASHION_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -57,6 +59,7 @@ class FashionMnist(L.LightningDataModule):
     """
 
     class_names = FASHION_CLASSES
+    asked = FASHION_CLASSES
     shape = (1, 28, 28)
     licence = "MIT (Zalando SE)"
 
@@ -100,6 +103,58 @@ class MixtureData(L.LightningDataModule):
         return x.float(), torch.zeros(len(x), dtype=torch.long)
 
 
+class EmojiData(L.LightningDataModule):
+    """Emoji in three styles with captions (`steerfm.emoji`): batches (pictures in [0, 1], captions, concepts (b,)).
+
+    An epoch holds each concept once per style, in a random skin tone and with a random caption. Validation is the held-out
+    concepts, each style once, with their plain captions.
+
+    Args:
+        batch_size: rows per training batch.
+        root: folder of the prepared data, see `emoji.data_folder`.
+        augment: pixels of random shift.
+        seed: of the batches.
+    """
+
+    class_names = ()
+    asked = ("red heart", "grinning face", "dog face", "pizza", "airplane", "cactus", "blue book", "soccer ball", "house", "woman scientist")
+    shape = (3, 32, 32)
+    licence = emoji.LICENCE
+
+    def __init__(self, batch_size: int = 64, root: str | None = None, augment: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.root, self.augment, self.seed = batch_size, root, augment, seed
+
+    def setup(self, stage: str | None = None) -> None:
+        self.emoji = emoji.load(self.root, self.shape[-1])
+        self.groups, self.held_out = self.emoji.groups(False), self.emoji.groups(True)
+        self.train = self.emoji.pictures[torch.cat(self.groups)], None
+
+    def train_dataloader(self) -> DataLoader:
+        return endless(self, self.batch)
+
+    def batch(self, step: int) -> tuple[Tensor, list[str], Tensor]:
+        """The batch of an update."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        epoch, place = divmod(step * self.batch_size, len(self.groups) // self.batch_size * self.batch_size)
+        order = torch.randperm(len(self.groups), generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
+        chosen = [self.groups[g] for g in order[place : place + self.batch_size].tolist()]
+        picks = torch.rand(len(chosen), generator=generator).tolist()
+        rows = torch.stack([group[int(pick * len(group))] for group, pick in zip(chosen, picks)])
+        pictures = self.emoji.pictures[rows].float() / 255
+        if self.augment:
+            pictures = _shift(pictures, self.augment, generator)
+        return pictures, self.emoji.captions(rows, generator), self.emoji.concept[rows]
+
+    def val_dataloader(self) -> DataLoader:
+        rows = torch.stack([group[0] for group in self.held_out])  # no skin tone
+        parts = rows[self.emoji.style[rows].argsort(stable=True)].split(self.batch_size)
+        whole = [
+            (self.emoji.pictures[r].float() / 255, [self.emoji.caption(int(i)) for i in r], self.emoji.concept[r]) for r in parts
+        ]
+        return DataLoader(whole, batch_size=None)  # type: ignore[arg-type]
+
+
 def endless(data: L.LightningDataModule, batch: Callable[[int], Any]) -> DataLoader:
     """Batches made from the number of their update, from the one that the trainer has come to: a continued run goes on."""
     return DataLoader(_Endless(batch, data.trainer.global_step if data.trainer else 0), batch_size=None)
@@ -113,7 +168,7 @@ class _Endless(IterableDataset):
         return map(self.batch, count(self.start))
 
 
-DATA: dict[str, type[FashionMnist]] = {"fashion": FashionMnist}
+DATA: dict[str, type[FashionMnist] | type[EmojiData]] = {"fashion": FashionMnist, "emoji": EmojiData}
 """Data sets by the name that configurations use."""
 
 
@@ -152,6 +207,15 @@ def _read_idx(path: Path) -> Tensor:
     axes = raw[3]
     sizes = np.frombuffer(raw, ">u4", count=axes, offset=4)
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(sizes.astype(int)).copy())
+
+
+def _shift(pictures: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Shift each picture by up to ``pixels`` in both directions, repeating its border."""
+    b, _, h, w = pictures.shape
+    padded = F.pad(pictures, (pixels,) * 4, mode="replicate")
+    dx, dy = torch.randint(0, 2 * pixels + 1, (2, b), generator=generator)
+    rows, columns = dy[:, None] + torch.arange(h), dx[:, None] + torch.arange(w)
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _shift_and_mirror(pictures: Tensor, pixels: int, generator: torch.Generator) -> Tensor:

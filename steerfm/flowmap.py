@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steerfm.cost import count, count_backward
+from steerfm.encoders import TextEncoder
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
 from steerfm.networks import NETWORKS
 
@@ -51,6 +52,42 @@ def take_rows(cond: Condition, rows: slice | Tensor) -> Condition:
 def repeat_rows(cond: Condition, k: int) -> Condition:
     """Every row ``k`` times, one after the other: one row per output to one per particle."""
     return map_condition(lambda c: c.repeat_interleave(k, 0), cond)
+
+
+def expand_rows(null: Condition, b: int, device: torch.device | str) -> Condition:
+    """A condition of one row as ``b`` equal rows; nothing is copied."""
+    return map_condition(lambda c: c.to(device).expand(b, *c.shape[1:]), null)
+
+
+def join_conditions(first: Condition, second: Condition) -> Condition:
+    """The rows of both, one after the other.
+
+    Raises:
+        ValueError: of different forms.
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and first.keys() == second.keys():
+        return {name: torch.cat([first[name], second[name]]) for name in first}
+    raise ValueError("cond and the null condition must both be tensors, or both dictionaries with the same keys")
+
+
+def replace_rows(cond: Condition, rows: Tensor, null: Condition) -> Condition:
+    """The condition with the rows of a mask (b,) replaced by the null condition of one row."""
+    if cond is None or null is None:
+        return cond
+    n = len(rows)
+    index = torch.arange(n, device=rows.device).masked_fill(rows, n)
+    null = expand_rows(null, 1, rows.device)
+    return take_rows(join_conditions(cond, null), index)
+
+
+def is_null(cond: Condition, null: Condition) -> Tensor:
+    """Mask (b,) of the rows that equal the null condition of one row."""
+    if isinstance(cond, Tensor) and isinstance(null, Tensor):
+        return (cond == null.to(cond.device)).view(len(cond), -1).all(1)
+    assert isinstance(cond, Mapping) and isinstance(null, Mapping)
+    return torch.stack([is_null(cond[name], null[name]) for name in cond]).all(0)
 
 
 class FlowMap(nn.Module):
@@ -119,7 +156,7 @@ class FlowMap(nn.Module):
         return pictures * 2 - 1 if len(self.shape) == 3 else pictures
 
     # --- conditions ----------------------------------------------------------------------------------------------
-    def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Tensor | None:
+    def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Condition:
         """Labels by name or index to a condition (n,); a single label is repeated. None stays None.
 
         Raises:
@@ -131,6 +168,11 @@ class FlowMap(nn.Module):
         if len(items) != n:
             raise ValueError(f"{len(items)} labels for n={n} outputs: give one label, or one per output")
         return torch.tensor([label_index(item, self.class_names) for item in items], device=self.device)
+
+    @property
+    def null(self) -> Condition:
+        """The condition of one row that stands for none: the label after the last class; None without classes."""
+        return torch.tensor([len(self.class_names)]) if self.class_names else None
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +219,7 @@ class NeuralFlowMap(FlowMap):
         network: u(x, s, t, cond), see `steerfm.networks`.
         shape: shape of one sample.
         mean, std: mean and standard deviation of all entries of the data.
+        text: encoder of prompts, for a network that is conditioned on {"text": (b, d)}; None for labels or no condition.
 
     Attributes:
         origin: reads the weights of the map that this one was fine-tuned from; None for others.
@@ -190,9 +233,10 @@ class NeuralFlowMap(FlowMap):
         class_names: Sequence[str] = (),
         mean: float = 0.0,
         std: float = 1.0,
+        text: TextEncoder | None = None,
     ) -> None:
         super().__init__(shape, interpolant, class_names)
-        self.network, self.mean, self.std = network, float(mean), float(std)
+        self.network, self.mean, self.std, self.text = network, float(mean), float(std), text
         self.origin: Callable[[], Mapping[str, Tensor]] | None = None
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -201,6 +245,19 @@ class NeuralFlowMap(FlowMap):
         g = torch.sqrt((alpha * self.std) ** 2 + sigma**2)
         u = self.network((x - alpha * self.mean) / g, s, t, cond)
         return u + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
+
+    def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Condition:
+        """As `FlowMap.condition`; for a map of texts, prompts to {"text": (n, d)}, the empty prompt to the null condition."""
+        if self.text is None or labels is None:
+            return super().condition(labels, n)
+        prompts = [str(labels)] * n if isinstance(labels, str | int) else [str(label) for label in labels]
+        if len(prompts) != n:
+            raise ValueError(f"{len(prompts)} prompts for n={n} outputs: give one prompt, or one per output")
+        return {"text": self.text(prompts).to(self.device)}
+
+    @property
+    def null(self) -> Condition:
+        return super().null if self.text is None else {"text": torch.zeros(1, self.text.width)}
 
     def with_network(self, network: nn.Module) -> NeuralFlowMap:
         """The same map with another network; nothing is copied."""
@@ -251,6 +308,7 @@ class NeuralFlowMap(FlowMap):
             "class_names": list(self.class_names),
             "mean": self.mean,
             "std": self.std,
+            **({"text": {"encoder": self.text.model, "width": self.text.width}} if self.text else {}),
             **({"base": origin} if origin else {}),
         }
         save_weights(self.network, path, head | {"card": dict(card)}, half)
@@ -266,7 +324,8 @@ class NeuralFlowMap(FlowMap):
         head, weights = read_weights(path, kind="flow_map")
         try:
             network, interpolant = build_network(head["network"]), INTERPOLANTS[head["interpolant"]]()
-            flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"])
+            text = TextEncoder(head["text"]["encoder"], head["text"]["width"]) if "text" in head else None
+            flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"], text)
         except KeyError as error:
             raise ValueError(f"corrupt checkpoint {path}: missing or unknown {error} in its .json") from None
         load_into(network, weights, path)
@@ -285,6 +344,13 @@ class Wrapped(FlowMap):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.flow_map.decode(z)
+
+    def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Condition:
+        return self.flow_map.condition(labels, n)
+
+    @property
+    def null(self) -> Condition:
+        return self.flow_map.null
 
     def encode(self, pictures: Tensor) -> Tensor:
         return self.flow_map.encode(pictures)
@@ -322,31 +388,23 @@ class Guided(Wrapped):
     Args:
         flow_map: a map trained with a null condition.
         scale: 1 is the conditional map, above 1 is stronger; finite.
-        null: the null condition of one row: a label tensor of shape (1,), or a dictionary of such rows; default: the
-            label after the last class.
+        null: the null condition of one row: a label tensor of shape (1,), or a dictionary of such rows; default the map's.
     """
 
     def __init__(self, flow_map: FlowMap, scale: float, null: Condition = None) -> None:
         super().__init__(flow_map)
         if not math.isfinite(scale):
             raise ValueError(f"guidance={scale}: must be finite")
-        if null is None and not flow_map.class_names:
+        null = flow_map.null if null is None else null
+        if null is None:
             raise ValueError("guidance needs a null condition: pass null=, or a map with class_names")
-        self.scale = float(scale)
-        self.null = torch.tensor([len(flow_map.class_names)]) if null is None else null
+        self.scale, self.without = float(scale), null
         self.evaluations = 2 * flow_map.evaluations
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         if cond is None:
             raise ValueError("guidance needs a condition: pass cond=, or use the map without guidance")
-        b = x.shape[0]
-        null = map_condition(lambda c: c.to(x.device).expand(b, *c.shape[1:]), self.null)
-        if isinstance(cond, Tensor) and isinstance(null, Tensor):
-            both: Condition = torch.cat([null, cond])
-        elif isinstance(cond, Mapping) and isinstance(null, Mapping):
-            both = {name: torch.cat([null[name], cond[name]]) for name in cond}
-        else:
-            raise ValueError("cond and the null condition must both be tensors or both be dictionaries")
+        both = join_conditions(expand_rows(self.without, x.shape[0], x.device), cond)
         start = torch.cat([s, s])
         end = start if t is s else torch.cat([t, t])
         u = self.flow_map.average_velocity(torch.cat([x, x]), start, end, both)

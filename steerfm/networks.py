@@ -8,7 +8,7 @@ of time), since a fast embedding makes d u/d t, which self-distillation differen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,40 @@ from torch.nn import functional as F
 
 
 class ConditionEmbedding(nn.Module):
-    """Embeds (s, t) and a class label to one vector per row.
+    """Embeds (s, t) and a class label or a text to one vector per row.
 
     Args:
         width: size of the embedding.
-        classes: number of classes; label ``classes`` is the null class. 0 means unconditional.
+        classes: number of classes; label ``classes`` is the null class. 0 means no labels.
+        text: size of a text's embedding; zeros are the null text. 0 means no texts.
         frequencies: sines and cosines per time, spaced up to ``max_frequency`` radians per unit of time.
     """
 
-    def __init__(self, width: int, classes: int = 0, frequencies: int = 8, max_frequency: float = 6.0) -> None:
+    def __init__(
+        self, width: int, classes: int = 0, text: int = 0, frequencies: int = 8, max_frequency: float = 6.0
+    ) -> None:
         super().__init__()
+        if classes and text:
+            raise ValueError("a network is conditioned on classes or on text, not on both")
         self.classes = classes
         self.omega: Tensor
         self.register_buffer("omega", torch.linspace(0.5, max_frequency, frequencies), persistent=False)
         self.time = nn.Sequential(nn.Linear(4 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.text = nn.Sequential(nn.Linear(text, width), nn.SiLU(), nn.Linear(width, width)) if text else None
 
-    def forward(self, s: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        """s, t: (b,); cond: labels (b,) int64 or None for the null class. Returns (b, width)."""
+    def forward(self, s: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None) -> Tensor:
+        """s, t: (b,); cond: labels (b,) int64, {"text": (b, text)}, or None for the null condition. Returns (b, width)."""
         times = torch.stack([s, t - s], -1)  # (b, 2)
         phase = (times.unsqueeze(-1) * self.omega).flatten(1)
         h = self.time(torch.cat([times, phase.sin(), phase.cos()], -1))
+        if self.text is not None:
+            if isinstance(cond, Tensor) or (cond is not None and "text" not in cond):
+                raise ValueError('this network reads texts: pass prompts, or cond={"text": embeddings}')
+            weight = self.text[0].weight
+            return h + self.text(weight.new_zeros(1, weight.shape[1]) if cond is None else cond["text"].to(weight.dtype))
+        if isinstance(cond, Mapping):
+            raise ValueError("this network reads no texts: pass labels, or cond=None")
         if self.label is not None:
             if cond is None:
                 return h + self.label.weight[-1]
@@ -81,7 +94,8 @@ class UNet(nn.Module):
         widths: channels at each resolution, halving the side from one to the next.
         blocks: residual blocks per resolution, on the way down and again on the way up.
         patch: side of the folded blocks; the picture's side must be divisible by ``patch * 2**(len(widths) - 1)``.
-        classes: number of classes (0: unconditional).
+        classes: number of classes (0: none).
+        text: size of a text's embedding (0: none).
         attention: self-attention at the coarsest resolution.
     """
 
@@ -93,11 +107,12 @@ class UNet(nn.Module):
         patch: int = 2,
         classes: int = 0,
         attention: bool = True,
+        text: int = 0,
     ) -> None:
         super().__init__()
         self.patch, self.factor = patch, patch * 2 ** (len(widths) - 1)
         embedding = 4 * widths[0]
-        self.condition = ConditionEmbedding(embedding, classes)
+        self.condition = ConditionEmbedding(embedding, classes, text)
         self.inputs = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
@@ -116,8 +131,8 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(8, widths[0])
         self.outputs = _zeroed(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x: (b, channels, h, w); s, t: (b,); cond: labels (b,) or None. Returns (b, channels, h, w)."""
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
+        """x: (b, channels, h, w); s, t: (b,); cond: see `ConditionEmbedding`. Returns (b, channels, h, w)."""
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"picture sides {tuple(x.shape[-2:])} must be divisible by {self.factor}")
         emb = F.silu(self.condition(s, t, cond))

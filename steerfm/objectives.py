@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, take_rows
+from steerfm.flowmap import Condition, FlowMap, expand_rows, is_null, take_rows
 from steerfm.interpolant import expand_time
 
 Times = Callable[[int, torch.Generator], Tensor]
@@ -73,16 +73,16 @@ class FlowMatching:
     Args:
         times: time sampling.
         guidance: w; 1 is plain flow matching.
-        null_label: the label that stands for no class; needed for guidance.
+        null: the condition of one row that stands for none; needed for guidance.
     """
 
     times: Times = field(default_factory=LogitNormal)
     guidance: float = 1.0
-    null_label: int | None = None
+    null: Condition = None
 
     def __post_init__(self) -> None:
-        if self.guidance != 1 and self.null_label is None:
-            raise ValueError(f"guidance={self.guidance} needs a null_label: the velocity without a class")
+        if self.guidance != 1 and self.null is None:
+            raise ValueError(f"guidance={self.guidance} needs a null condition: the velocity without a class")
 
     def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
         x, t, target = self.regression(flow_map, x1, cond, generator)
@@ -98,11 +98,10 @@ class FlowMatching:
         target = flow_map.interpolant.conditional_velocity(x0, x1, t_)
         x = flow_map.interpolant.interpolate(x0, x1, t_)
         if self.guidance != 1:
-            assert isinstance(cond, Tensor) and self.null_label is not None
-            null = torch.full_like(cond, self.null_label)
+            null = expand_rows(self.null, len(x), x.device)
             with torch.no_grad():
                 guided = torch.lerp(flow_map.average_velocity(x, t, t, null), target, self.guidance)
-            target = torch.where(expand_time(cond != null, x).bool(), guided, target)
+            target = torch.where(expand_time(is_null(cond, self.null), x).bool(), target, guided)
         return x, t, target
 
 

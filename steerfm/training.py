@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, replace_rows, take_rows
 from steerfm.objectives import FlowMatching, Objective
 from steerfm.results import picture_grid
 from steerfm.sampling import sample
@@ -70,10 +70,13 @@ class Trained(L.LightningModule):
         return self.average.module
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is optimised, as AdamW takes it."""
+        return [{"params": [p for p in self.network.parameters() if p.requires_grad]}]
 
     def _rate(self, step: int) -> float:
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
@@ -116,7 +119,8 @@ class FlowMapTraining(Trained):
         off_diagonal: objectives with their shares of the batch, e.g. {Lagrangian(): 0.25}; the rest is flow matching.
         diagonal: the flow-matching objective.
         start: share of the steps with flow matching only.
-        null_label: label that replaces a class with probability ``drop``, for classifier-free guidance; None for none.
+        null: condition of one row that replaces another with probability ``drop``, for classifier-free guidance; None for a
+            map without conditions.
         options: arguments of `Trained`.
     """
 
@@ -126,7 +130,7 @@ class FlowMapTraining(Trained):
         off_diagonal: Mapping[Objective, float],
         diagonal: Objective | None = None,
         start: float = 0.1,
-        null_label: int | None = None,
+        null: Condition = None,
         drop: float = 0.1,
         **options: Any,
     ) -> None:
@@ -135,17 +139,20 @@ class FlowMapTraining(Trained):
             raise ValueError(f"shares of the off-diagonal objectives sum to {sum(off_diagonal.values())}, above 1")
         self.flow_map = [flow_map]  # in a list: the network is registered once, as self.network
         self.off_diagonal, self.diagonal = dict(off_diagonal), diagonal or FlowMatching()
-        self.start, self.null_label, self.drop = start, null_label, drop
+        self.start, self.null, self.drop = start, null, drop
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        pictures, labels = batch
+    def condition(self, batch: Sequence[Any]) -> Condition:
+        """What the rows of a batch, (pictures, labels or captions, ...), are asked for."""
+        if self.null is None:
+            return None
+        return batch[1] if isinstance(batch[1], Tensor) else self.flow_map[0].condition(batch[1], len(batch[1]))
+
+    def training_step(self, batch: Sequence[Any], batch_index: int) -> Tensor:
         (flow_map,) = self.flow_map
-        x1, cond = flow_map.encode(pictures), labels
-        if self.null_label is None:
-            cond = None
-        elif self.drop:
-            dropped = torch.rand(len(labels), generator=self.generator) < self.drop
-            cond = labels.masked_fill(dropped.to(labels.device), self.null_label)
+        x1, cond = flow_map.encode(batch[0]), self.condition(batch)
+        if cond is not None and self.drop:
+            dropped = torch.rand(len(x1), generator=self.generator) < self.drop
+            cond = replace_rows(cond, dropped.to(x1.device), self.null)
         parts = {} if self.global_step < self.start * self.steps else self.off_diagonal
         sizes = [round(share * len(x1)) for share in parts.values()]
         total, begin = torch.zeros((), device=x1.device), 0
@@ -155,7 +162,7 @@ class FlowMapTraining(Trained):
             rows = slice(begin, begin := begin + size)
             mixed = objective is self.diagonal and torch.is_autocast_enabled(x1.device.type)
             with torch.autocast(x1.device.type, enabled=mixed):  # off the diagonal, tangents need float32
-                losses = objective(flow_map, x1[rows], None if cond is None else cond[rows], self.generator)
+                losses = objective(flow_map, x1[rows], take_rows(cond, rows), self.generator)
             total = total + losses.float().sum() / len(x1)
             self.log(f"train/{type(objective).__name__}", losses.detach().mean())
         self.log("train/loss", total.detach(), prog_bar=True)
@@ -166,14 +173,12 @@ class FlowMapTraining(Trained):
         (flow_map,) = self.flow_map
         return flow_map.with_network(self.ema.eval())
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_index: int) -> None:
         """Flow-matching loss of the averaged network on held-out data, with fixed noise and times."""
-        pictures, labels = batch
         flow_map, generator = self.averaged(), torch.Generator().manual_seed(batch_index)
-        cond = None if self.null_label is None else labels
         even = FlowMatching(lambda n, _: (torch.arange(n) + 0.5) / n)
-        losses = even(flow_map, flow_map.encode(pictures), cond, generator)
-        self.log("val/flow_matching", losses.mean(), prog_bar=True, batch_size=len(labels), sync_dist=True)
+        losses = even(flow_map, flow_map.encode(batch[0]), self.condition(batch), generator)
+        self.log("val/flow_matching", losses.mean(), prog_bar=True, batch_size=len(batch[0]), sync_dist=True)
 
 
 class ClassifierTraining(Trained):
@@ -203,6 +208,77 @@ class ClassifierTraining(Trained):
         network = self.ema.eval()
         right = (network(pictures).argmax(1) == labels).float().mean()
         self.log("val/accuracy", right, prog_bar=True, batch_size=len(labels), sync_dist=True)
+
+
+class ContrastiveTraining(Trained):
+    """Train an image-text model (open_clip's) contrastively: CLIP's loss (Radford et al. 2103.00020, figure 3) with all
+    pictures of one concept in a batch as each other's positives, in equal shares.
+
+    Args:
+        network: with ``encode_image(x, normalize)``, ``encode_text(tokens, normalize)`` and ``logit_scale``.
+        tokenizer: texts to (n, context) int64.
+        prepare: pictures (b, c, h, w) in [0, 1] to what the network takes.
+        slow: names of the parts with pretrained weights; they learn at ``slow_rate`` times the rate.
+        noise: largest standard deviation of Gaussian noise added to the training pictures, drawn for each.
+        options: arguments of `Trained`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        prepare: Callable[[Tensor], Tensor],
+        slow: tuple[str, ...] = (),
+        slow_rate: float = 0.2,
+        noise: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, **options)
+        self.tokenizer, self.prepare, self.slow, self.slow_rate, self.noise = tokenizer, prepare, slow, slow_rate, noise
+        self._held_out: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for name, parameter in self.network.named_parameters():
+            groups[name.startswith(self.slow) if self.slow else False].append(parameter)
+        return [{"params": groups[slow], "lr": self.lr * (self.slow_rate if slow else 1.0)} for slow in groups if groups[slow]]
+
+    def training_step(self, batch: tuple[Tensor, list[str], Tensor], batch_index: int) -> Tensor:
+        pictures, captions, concepts = batch
+        if self.noise:
+            level = self.noise * torch.rand(len(pictures), 1, 1, 1, generator=self.generator)
+            noise = torch.randn(pictures.shape, generator=self.generator)
+            pictures = (pictures + (level * noise).to(pictures)).clamp(0, 1)
+        image, text = self._embed(self.network, pictures, captions)
+        logits = self.network.logit_scale.exp().clamp_max(100) * image @ text.T  # type: ignore[operator, union-attr]
+        same = (concepts[:, None] == concepts[None, :]).float()
+        target = same / same.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def _embed(self, network: Any, pictures: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenizer(captions).to(pictures.device)
+        return network.encode_image(self.prepare(pictures), normalize=True), network.encode_text(tokens, normalize=True)
+
+    def validation_step(self, batch: tuple[Tensor, list[str], Tensor], batch_index: int) -> None:
+        pictures, captions, concepts = batch
+        self._held_out.append((*self._embed(self.ema.eval(), pictures, captions), concepts))
+
+    def on_validation_epoch_end(self) -> None:
+        """Recall at 1, 5 and 10 among the held-out concepts, one style at a time, both ways."""
+        image, text, concept = (torch.cat(part) for part in zip(*self._held_out))
+        self._held_out.clear()
+        starts = (concept.diff() < 0).nonzero().flatten().add(1).tolist()
+        found: dict[str, list[float]] = {}
+        for begin, end in zip([0, *starts], [*starts, len(concept)]):
+            cosine = image[begin:end] @ text[begin:end].T
+            for way, table in {"image to text": cosine, "text to image": cosine.T}.items():
+                rank = (table > table.diagonal()[:, None]).sum(1)
+                for k in (1, 5, 10):
+                    found.setdefault(f"{way} R@{k}", []).append((rank < k).float().mean().item())
+        for name, values in found.items():
+            self.log(f"val/{name}", sum(values) / len(values), prog_bar="R@5" in name)
 
 
 def _ema(decay: float):
@@ -271,18 +347,24 @@ def consistency_errors(flow_map: FlowMap, n: int, cond: Condition = None, seed: 
 
 # --- running ---------------------------------------------------------------------------------------------------------
 class SampleGrid(L.Callback):
-    """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``."""
+    """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``.
 
-    def __init__(self, folder: Path, every: int, rows: int = 10) -> None:
-        self.folder, self.every, self.rows = folder, every, rows
+    Args:
+        asked: a class or prompt for each column; default each class, or eight columns of none.
+    """
+
+    def __init__(self, folder: Path, every: int, asked: Sequence[str | int] = ()) -> None:
+        self.folder, self.every, self.asked = folder, every, asked
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: object) -> None:
         step = trainer.global_step
         if not self.every or step % self.every or not trainer.is_global_zero:
             return
         flow_map = module.averaged()
-        cond = None if module.null_label is None else torch.arange(self.rows) % module.null_label
-        pictures = [flow_map.decode(sample(flow_map, n=self.rows, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
+        asked = self.asked or flow_map.class_names
+        n = len(asked) or 8
+        cond = flow_map.condition(asked, n) if asked and module.null is not None else None
+        pictures = [flow_map.decode(sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
         labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
         picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
 

@@ -363,7 +363,7 @@ def test_guidance_pulls_the_target_of_labelled_rows_away_from_the_null_velocity(
     x1 = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
     cond = torch.arange(64) % 4
     times = lambda n, _: (torch.arange(n) + 0.5) / n  # noqa: E731
-    losses = FlowMatching(times, w, null)(flow_map, x1, cond, torch.Generator().manual_seed(1))
+    losses = FlowMatching(times, w, torch.tensor([null]))(flow_map, x1, cond, torch.Generator().manual_seed(1))
     x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(1))
     t = ((torch.arange(64) + 0.5) / 64).unsqueeze(1)
     x, v = t * x1 + (1 - t) * x0, x1 - x0
@@ -371,7 +371,7 @@ def test_guidance_pulls_the_target_of_labelled_rows_away_from_the_null_velocity(
     assert torch.allclose(losses, (cond.unsqueeze(1) * x - target).square().mean(1), atol=1e-5)
     plain = FlowMatching(times)(flow_map, x1, cond, torch.Generator().manual_seed(1))
     assert torch.equal(losses[cond == null], plain[cond == null]) and (losses != plain)[cond != null].all()
-    with pytest.raises(ValueError, match="null_label"):
+    with pytest.raises(ValueError, match="null condition"):
         FlowMatching(guidance=1.5)
 
 

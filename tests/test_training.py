@@ -57,7 +57,7 @@ def module(kind: type = FlowMapTraining, off_diagonal=None, **options) -> FlowMa
     torch.manual_seed(0)
     flow_map = NeuralFlowMap(UNet(1, widths=(8,), classes=2, attention=False), (1, 8, 8), std=0.8)
     off_diagonal = {Lagrangian(): 0.25, Progressive(): 0.25} if off_diagonal is None else off_diagonal
-    options = {"steps": STEPS, "warmup": 4, "lr": 1e-2, "start": 0.25, "null_label": 2} | options
+    options = {"steps": STEPS, "warmup": 4, "lr": 1e-2, "start": 0.25, "null": torch.tensor([2])} | options
     return kind(flow_map, off_diagonal, **options)
 
 
@@ -344,7 +344,7 @@ def test_labels_become_the_null_class():
     _, diagonal, _ = one_step({}, n=2000, drop=0.3)
     dropped = (diagonal.calls[0][1] == 2).float().mean().item()
     assert dropped == pytest.approx(0.3, abs=4 * (0.21 / 2000) ** 0.5)
-    assert one_step({}, null_label=None)[1].calls[0][1] is None
+    assert one_step({}, null=None)[1].calls[0][1] is None
 
 
 def test_the_noise_has_a_seed(whole):

