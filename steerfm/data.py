@@ -117,7 +117,18 @@ class EmojiData(L.LightningDataModule):
     """
 
     class_names = ()
-    asked = ("red heart", "grinning face", "dog face", "pizza", "airplane", "cactus", "blue book", "soccer ball", "house", "woman scientist")
+    asked = (
+        "red heart",
+        "grinning face",
+        "dog face",
+        "pizza",
+        "airplane",
+        "cactus",
+        "blue book",
+        "soccer ball",
+        "house",
+        "woman scientist",
+    )
     shape = (3, 32, 32)
     licence = emoji.LICENCE
 
@@ -150,7 +161,8 @@ class EmojiData(L.LightningDataModule):
         rows = torch.stack([group[0] for group in self.held_out])  # no skin tone
         parts = rows[self.emoji.style[rows].argsort(stable=True)].split(self.batch_size)
         whole = [
-            (self.emoji.pictures[r].float() / 255, [self.emoji.caption(int(i)) for i in r], self.emoji.concept[r]) for r in parts
+            (self.emoji.pictures[r].float() / 255, [self.emoji.caption(int(i)) for i in r], self.emoji.concept[r])
+            for r in parts
         ]
         return DataLoader(whole, batch_size=None)  # type: ignore[arg-type]
 

@@ -34,7 +34,9 @@ PACKS = {
 }
 """Styles: package, folder of its pictures, licence of the pictures."""
 WORDS = "emojilib@4.0.3"
-LICENCE = "; ".join(f"{style}: {licence}" for style, (_, _, licence) in PACKS.items()) + "; captions: MIT (emojilib, emoji-data)"
+LICENCE = (
+    "; ".join(f"{style}: {licence}" for style, (_, _, licence) in PACKS.items()) + "; captions: MIT (emojilib, emoji-data)"
+)
 STYLES = tuple(PACKS)
 TONES = {
     "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark",
@@ -112,7 +114,9 @@ def load(root: str | Path | None = None, size: int = 32) -> Emoji:
     return Emoji(columns["pictures"], **rest, names=names, keywords=words["keywords"], held_out=held_out)
 
 
-def prepare(root: str | Path | None = None, size: int = 32, tick: Callable[[int, int], None] = lambda done, total: None) -> Emoji:
+def prepare(
+    root: str | Path | None = None, size: int = 32, tick: Callable[[int, int], None] = lambda done, total: None
+) -> Emoji:
     """Fetch the packs that are missing, and write ``emoji-<size>.safetensors`` and ``credits.json`` in `data_folder`.
 
     Args:
@@ -211,5 +215,7 @@ def _picture(raw: bytes, size: int) -> Tensor:
     picture = Image.open(io.BytesIO(raw)).convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     white.alpha_composite(picture)
-    shrunk = white.convert("RGB").resize((size, size), Image.Resampling.BOX if picture.width % size == 0 else Image.Resampling.LANCZOS)
+    shrunk = white.convert("RGB").resize(
+        (size, size), Image.Resampling.BOX if picture.width % size == 0 else Image.Resampling.LANCZOS
+    )
     return torch.from_numpy(np.asarray(shrunk).copy()).permute(2, 0, 1)

@@ -183,24 +183,28 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
     """
     import open_clip as oc
 
-    folder = next((f for f in (FOLDER / model, Path(model.removeprefix("local-dir:"))) if (f / "open_clip_config.json").is_file()), None)
+    folder = next(
+        (f for f in (FOLDER / model, Path(model.removeprefix("local-dir:"))) if (f / "open_clip_config.json").is_file()), None
+    )
     with _quiet():
         if folder is not None:
             if not any(folder.glob("open_clip_*model.*")) and not any(folder.glob("open_clip_model.*")):
-                raise FileNotFoundError(f"{folder} has no weights: put open_clip_model.safetensors beside open_clip_config.json")
+                raise FileNotFoundError(
+                    f"{folder} has no weights: put open_clip_model.safetensors beside open_clip_config.json"
+                )
             source = f"local-dir:{folder}"
             net = oc.create_model(source, device=str(device))
-            return OpenClip(net, oc.get_tokenizer(source), preprocessing(net.visual.preprocess_cfg), model)
+            return OpenClip(net, oc.get_tokenizer(source), preprocessing(_told(net)), model)
         _check_architecture(oc, model, pretrained)
         try:
             net = oc.create_model(model, pretrained=pretrained, device=str(device))
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise FileNotFoundError(
-                f"cannot load the weights {pretrained!r} of {model} ({type(error).__name__}: {reason}): where there is no network, "
-                f"get open_clip_model.safetensors of that tag elsewhere and pass its path, pretrained=path/to/open_clip_model.safetensors"
+                f"cannot load the weights {pretrained!r} of {model} ({type(error).__name__}: {reason}): where there is no "
+                "network, get that tag's open_clip_model.safetensors elsewhere, and pass its path as pretrained="
             ) from None
-        return OpenClip(net, oc.get_tokenizer(model), preprocessing(net.visual.preprocess_cfg), f"{model}/{pretrained}")
+        return OpenClip(net, oc.get_tokenizer(model), preprocessing(_told(net)), f"{model}/{pretrained}")
 
 
 def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
@@ -217,13 +221,17 @@ def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
         raise ValueError(f"unknown open_clip model {model!r}; nearest: {near(model, known)}; shipped: {', '.join(shipped)}")
     if not pretrained:
         tags = oc.list_pretrained_tags_by_model(model)
-        raise ValueError(f"open_clip model {model!r} needs weights: pretrained=TAG or a file; tags: {', '.join(tags) or 'none'}")
+        raise ValueError(
+            f"open_clip model {model!r} needs weights: pretrained=TAG or a file; tags: {', '.join(tags) or 'none'}"
+        )
     looks_like_file = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained
     if looks_like_file and not Path(pretrained).is_file():
         raise FileNotFoundError(f"no file {pretrained}: put the weights of {model} there, or name a tag of open_clip")
     tags = oc.list_pretrained_tags_by_model(model)
     if not looks_like_file and pretrained not in tags:
-        raise ValueError(f"open_clip model {model!r} has no tag {pretrained!r}; nearest: {near(pretrained, tags)}; or pass a file")
+        raise ValueError(
+            f"open_clip model {model!r} has no tag {pretrained!r}; nearest: {near(pretrained, tags)}; or pass a file"
+        )
 
 
 class _quiet:
@@ -235,6 +243,10 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         logging.disable(self.before)
+
+
+def _told(net: Any) -> Mapping[str, Any]:
+    return net.visual.preprocess_cfg
 
 
 def build(model_cfg: Mapping[str, Any]) -> nn.Module:
@@ -250,7 +262,8 @@ def build(model_cfg: Mapping[str, Any]) -> nn.Module:
     import open_clip as oc
 
     with _quiet():
-        net = oc.CLIP(**{k: dict(v) if isinstance(v, Mapping) else v for k, v in model_cfg.items()})
+        arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in model_cfg.items()}
+        net = oc.CLIP(**arguments)
     name = model_cfg["vision_cfg"].get("timm_model_name", "")
     if name.startswith("tf_efficientnet_lite"):
         carried = efficientnet_lite(int(name[-1])).state_dict()
@@ -314,3 +327,36 @@ def efficientnet_lite(variant: int) -> nn.Module:
     theirs = [key for key in carried if not key.endswith("num_batches_tracked")]
     net.load_state_dict(own | {a: carried[b] for a, b in zip(ours, theirs, strict=True)})
     return net.eval().requires_grad_(False)
+
+
+class ImageTextHead(nn.Module):
+    """An image-text scorer on frozen towers: EfficientNet-Lite0 features through a trained head into the space of MiniLM.
+
+    Only the head is trained and stored; both towers come from packages. Its interface is that of an open_clip model.
+
+    Args:
+        size: side that pictures are resized to.
+        hidden: width of the head.
+    """
+
+    def __init__(self, size: int = 128, hidden: int = 512) -> None:
+        super().__init__()
+        trunk, text = efficientnet_lite(0), MiniLM()
+        trunk.reset_classifier(0)  # type: ignore[operator]
+        self.towers = [trunk, text]  # in a list: no weights of ours
+        self.preprocessing = Preprocessing((size, size), [127 / 255] * 3, [128 / 255] * 3)
+        self.num_features = 1280
+        self.head = nn.Sequential(nn.Linear(1280, hidden), nn.GELU(), nn.Dropout(0.3), nn.Linear(hidden, 384))
+        self.logit_scale = nn.Parameter(torch.tensor(14.0).log())
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, 1 or 3, h, w) in [0, 1] to the trunk's pooled features (b, 1280); differentiable."""
+        return self.towers[0].to(pictures.device)(self.preprocessing(pictures.float()))
+
+    def encode_image(self, pictures: Tensor, normalize: bool = True) -> Tensor:
+        """Pictures (b, 1 or 3, h, w) in [0, 1] to embeddings (b, 384) of length 1; differentiable."""
+        return F.normalize(self.head(self.features(pictures)), dim=-1)
+
+    def encode_text(self, prompts: Sequence[str], normalize: bool = True) -> Tensor:
+        """Prompts to embeddings (n, 384) of length 1."""
+        return self.towers[1].encode_text(prompts).to(self.logit_scale.device)  # type: ignore[operator]

@@ -25,9 +25,7 @@ class ConditionEmbedding(nn.Module):
         frequencies: sines and cosines per time, spaced up to ``max_frequency`` radians per unit of time.
     """
 
-    def __init__(
-        self, width: int, classes: int = 0, text: int = 0, frequencies: int = 8, max_frequency: float = 6.0
-    ) -> None:
+    def __init__(self, width: int, classes: int = 0, text: int = 0, frequencies: int = 8, max_frequency: float = 6.0) -> None:
         super().__init__()
         if classes and text:
             raise ValueError("a network is conditioned on classes or on text, not on both")
@@ -36,6 +34,7 @@ class ConditionEmbedding(nn.Module):
         self.register_buffer("omega", torch.linspace(0.5, max_frequency, frequencies), persistent=False)
         self.time = nn.Sequential(nn.Linear(4 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.text_width = text
         self.text = nn.Sequential(nn.Linear(text, width), nn.SiLU(), nn.Linear(width, width)) if text else None
 
     def forward(self, s: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None) -> Tensor:
@@ -46,8 +45,8 @@ class ConditionEmbedding(nn.Module):
         if self.text is not None:
             if isinstance(cond, Tensor) or (cond is not None and "text" not in cond):
                 raise ValueError('this network reads texts: pass prompts, or cond={"text": embeddings}')
-            weight = self.text[0].weight
-            return h + self.text(weight.new_zeros(1, weight.shape[1]) if cond is None else cond["text"].to(weight.dtype))
+            rows = h.new_zeros(1, self.text_width) if cond is None else cond["text"].to(h.dtype)
+            return h + self.text(rows)
         if isinstance(cond, Mapping):
             raise ValueError("this network reads no texts: pass labels, or cond=None")
         if self.label is not None:

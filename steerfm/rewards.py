@@ -54,6 +54,8 @@ class Reward(nn.Module):
         differentiable: whether gradients reach the pictures; a black box says False.
         needs: of {"labels", "prompts"}, what `score` cannot work without.
         batch_size: pictures per call of `score`; None for all at once.
+        groupwise: whether a value depends on the other pictures of a group (the particles of an output): `score` then sees all
+            pictures at once and takes ``groups`` (b,), the number of each one's group, or None for one group.
         truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
 
     Facts that depend on the arguments are set on the instance. A reward stays in evaluation mode, whatever is trained.
@@ -65,6 +67,7 @@ class Reward(nn.Module):
     differentiable: bool = True
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
+    groupwise: ClassVar[bool] = False
     truth: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
@@ -95,18 +98,21 @@ class Reward(nn.Module):
         """
         return self.evaluate(images, prompts, labels).total
 
-    def evaluate(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Scores:
-        """As calling the reward, with the raw value of every component beside the total."""
+    def evaluate(
+        self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
+    ) -> Scores:
+        """As calling the reward, with the raw value of every component beside the total; groups: see ``groupwise``."""
         self._check_input(images, prompts, labels)
         count("reward_calls", len(images))
         images = images.to(torch.promote_types(images.dtype, torch.float32))  # half precision is too coarse for sums
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            scores = self._scores(images, prompts, labels)
+            scores = self._scores(images, prompts, labels, groups)
         count_backward("reward_backwards", len(images), scores.total)
         return scores
 
-    def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None) -> Scores:
-        size = self.batch_size or max(1, len(images))
+    def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
+        size = max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
+        context = {"groups": groups} if self.groupwise else {}
         parts = []
         for begin in range(0, len(images), size):
             rows = slice(begin, begin + size)
@@ -114,6 +120,7 @@ class Reward(nn.Module):
                 images[rows],
                 prompts=None if prompts is None else prompts[rows],
                 labels=None if labels is None else labels[rows],
+                **context,
             )
             parts.append(self._check_output(part, images[rows], begin))
         total = torch.cat(parts) if parts else torch.zeros(0, device=images.device)
@@ -194,10 +201,10 @@ class WeightedSum(Reward):
     def terms(self) -> list[tuple[float, Reward]]:
         return list(zip(self.weights, self.rewards))  # type: ignore[arg-type]
 
-    def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None) -> Scores:
+    def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
         total, components = torch.zeros(len(images), device=images.device), {}
         for weight, reward in self.terms:
-            scores = reward._scores(images, prompts, labels)
+            scores = reward._scores(images, prompts, labels, groups)
             total = total + weight * scores.total
             for name, value in scores.components.items():
                 number = 2

@@ -216,7 +216,7 @@ class ContrastiveTraining(Trained):
 
     Args:
         network: with ``encode_image(x, normalize)``, ``encode_text(tokens, normalize)`` and ``logit_scale``.
-        tokenizer: texts to (n, context) int64.
+        tokenizer: captions to what ``encode_text`` takes.
         prepare: pictures (b, c, h, w) in [0, 1] to what the network takes.
         slow: names of the parts with pretrained weights; they learn at ``slow_rate`` times the rate.
         noise: largest standard deviation of Gaussian noise added to the training pictures, drawn for each.
@@ -226,7 +226,7 @@ class ContrastiveTraining(Trained):
     def __init__(
         self,
         network: nn.Module,
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Callable[[list[str]], Any],
         prepare: Callable[[Tensor], Tensor],
         slow: tuple[str, ...] = (),
         slow_rate: float = 0.2,
@@ -258,7 +258,8 @@ class ContrastiveTraining(Trained):
         return loss
 
     def _embed(self, network: Any, pictures: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        tokens = self.tokenizer(captions).to(pictures.device)
+        tokens = self.tokenizer(captions)
+        tokens = tokens.to(pictures.device) if isinstance(tokens, Tensor) else tokens
         return network.encode_image(self.prepare(pictures), normalize=True), network.encode_text(tokens, normalize=True)
 
     def validation_step(self, batch: tuple[Tensor, list[str], Tensor], batch_index: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -83,8 +83,8 @@ def steer(
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
         strength: of the tilt, finite; one number, or one per output.
-        cond: one row per output, or a class name or index for all.
-        prompts, labels: for rewards that read them; labels default to ``cond`` where that holds class labels.
+        cond: one row per output, or a class name, index or prompt for all or for each.
+        prompts, labels: for rewards that read them; default what ``cond`` asks for, in words or by labels.
         batch_size: outputs at a time; the result does not depend on it.
         micro_batch: rows per network call; the result does not depend on it. Default: all, but 256 pictures on a CPU, whose
             caches do not hold more (4,096 rows at once take 1.5 times as long).
@@ -111,6 +111,8 @@ def steer(
     tilt = tilt.expand(n)
     if labels is None and isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
         labels = rows
+    if prompts is None and isinstance(flow_map.null, Mapping) and isinstance(cond, str | list | tuple):
+        prompts = cond  # type: ignore[assignment]  # a map of texts is asked in words, and a reward may read them
     texts = [prompts] * n if isinstance(prompts, str) else prompts
     if texts is not None and len(texts) != n:
         raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
@@ -134,6 +136,7 @@ def steer(
                 repeat_rows(take_rows(rows, part), k),
                 None if labels is None else labels[part].repeat_interleave(k),
                 None if texts is None else [text for text in texts[part] for _ in range(k)],
+                torch.arange(part.stop - part.start, device=flow_map.device).repeat_interleave(k),
             )
 
             def tick(done: int, steps: int, index: int = index) -> None:

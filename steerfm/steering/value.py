@@ -101,6 +101,7 @@ class Problem:
         flow_map, reward: as given.
         strength: (b,) strength of the tilt per particle.
         cond: condition per particle; labels (b,) and prompts for rewards that read them.
+        groups: (b,) the output of each particle, for rewards that compare the particles of one.
     """
 
     flow_map: FlowMap
@@ -109,12 +110,14 @@ class Problem:
     cond: Condition = None
     labels: Tensor | None = None
     prompts: Prompts = None
+    groups: Tensor | None = None
 
     def score(self, z: Tensor, k: int = 1) -> Scores:
         """Scores of b * k endpoints in model space, ``k`` for each particle."""
         labels = None if self.labels is None else self.labels.repeat_interleave(k)
         prompts = None if self.prompts is None else [prompt for prompt in self.prompts for _ in range(k)]
-        return self.reward.evaluate(self.flow_map.decode(z), prompts, labels)
+        groups = None if self.groups is None else self.groups.repeat_interleave(k)
+        return self.reward.evaluate(self.flow_map.decode(z), prompts, labels, groups)
 
     def has_gradient(self) -> bool:
         """Whether the reward has a gradient, tried on one picture: a plain function does not say it of itself."""
@@ -138,6 +141,7 @@ class Problem:
             cond=take_rows(self.cond, rows),
             labels=None if self.labels is None else self.labels[rows],
             prompts=None if self.prompts is None else [self.prompts[row] for row in rows.tolist()],
+            groups=None if self.groups is None else self.groups[rows],
         )
 
 

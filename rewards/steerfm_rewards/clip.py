@@ -1,0 +1,262 @@
+"""Rewards that compare a picture with words: any open_clip model, and heads on top of one.
+
+The picture goes to the model as a tensor, with a gradient, through the same resizing, cropping and normalisation as open_clip's
+own transform of PIL pictures. Weights are loaded on the first call, once a process and model, on the device of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steerfm import encoders
+from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm_rewards.checks import check_pictures
+
+
+@lru_cache(maxsize=4)
+def _loaded(model: str, pretrained: str | None) -> encoders.OpenClip:
+    return encoders.open_clip(model, pretrained)
+
+
+@lru_cache(maxsize=4096)
+def _text(model: str, pretrained: str | None, prompt: str) -> Tensor:
+    """One prompt's embedding (d,) on the CPU: particles of an output share it, steps too."""
+    return _loaded(model, pretrained).encode_text([prompt])[0].cpu()
+
+
+class _ClipReward(Reward):
+    """What the rewards of this file share: the model, loaded late, and embeddings of words and pictures."""
+
+    def __init__(self, model: str, pretrained: str | None) -> None:
+        super().__init__()
+        self.model, self.pretrained = str(model), pretrained
+
+    def offload(self) -> None:
+        """Move the model to the CPU, to free an accelerator between calls; the next call moves it back."""
+        self.clip("cpu")
+
+    def clip(self, device: torch.device | str) -> encoders.OpenClip:
+        """The model, on a device; shared by all rewards of this process that name it."""
+        try:
+            clip = _loaded(self.model, self.pretrained)
+        except (ValueError, FileNotFoundError) as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from None
+        if next(clip.parameters()).device != torch.device(device):
+            clip.to(device)
+        return clip
+
+    def image(self, images: Tensor) -> Tensor:
+        """Embeddings (b, d) of length 1."""
+        check_pictures(self.name, images)
+        clip = self.clip(images.device)
+        try:
+            return clip.encode_image(images)
+        except ValueError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from None
+
+    def text(self, prompts: Sequence[str], like: Tensor) -> Tensor:
+        """Embeddings (n, d) of length 1; each prompt is encoded once a process."""
+        self.clip(like.device)
+        return torch.stack([_text(self.model, self.pretrained, prompt) for prompt in prompts]).to(like)
+
+
+class Clip(_ClipReward):
+    """Likeness of a picture and its prompt: their cosine in an open_clip model, times a temperature.
+
+        temperature (cos(image, prompt) - weight cos(image, negative))
+
+    Unit: cosine times temperature; with temperature=1 and no negative prompt from -1 to 1. Gradient: yes, through the
+    preprocessing. Pictures: 1 or 3 channels, any size. (Radford et al. 2103.00020.)
+
+    Args:
+        prompt: for all pictures; None for the prompt that each was asked for.
+        negative: prompt to keep away from. weight: of the negative prompt.
+        temperature: factor of the cosines; None for the model's own (100 in OpenAI's).
+        model: a shipped name, a folder that open_clip wrote, or an architecture of open_clip such as ViT-B-32.
+        pretrained: with an architecture, its tag (fetched once) or a file of weights.
+
+    >>> steerfm.reward("clip", prompt="a red heart")
+    >>> steerfm.reward("clip", model="ViT-B-32", pretrained="laion2b_s34b_b79k")
+    """
+
+    name, unit, range = "clip", "cosine x temperature", (-float("inf"), float("inf"))
+
+    def __init__(
+        self,
+        prompt: str | None = None,
+        negative: str | None = None,
+        weight: float = 1.0,
+        temperature: float | None = 1.0,
+        model: str = "emoji-clip",
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__(model, pretrained)
+        self.prompt, self.negative, self.weight, self.temperature = prompt, negative, float(weight), temperature
+        if prompt is None:
+            self.needs = frozenset({"prompts"})
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
+        image = self.image(images)
+        asked = list(prompts or ()) if self.prompt is None else [self.prompt]
+        cosine = (image * self.text(asked, image)).sum(1)
+        if self.negative is not None:
+            cosine = cosine - self.weight * (image * self.text([self.negative], image)).sum(1)
+        return cosine * (self.clip(images.device).scale if self.temperature is None else self.temperature)
+
+
+class ClipDirection(_ClipReward):
+    """Change of a picture along the difference of two prompts: cos(image - start image, to - from).
+
+    Unit: cosine, from -1 to 1. Gradient: yes. (StyleGAN-NADA, Gal et al. 2108.00946, equation 2.) Without a start picture the
+    direction is taken from the origin: cos(image, to - from).
+
+    Args:
+        to, source: the two prompts: from ``source`` to ``to``.
+        start: picture (c, h, w) in [0, 1] that the change is measured from.
+        model, pretrained: as for `Clip`.
+
+    >>> steerfm.reward("clip_direction", source="a face", to="a smiling face")
+    """
+
+    name, unit, range = "clip_direction", "cosine", (-1.0, 1.0)
+
+    def __init__(
+        self, to: str, source: str, start: Tensor | None = None, model: str = "emoji-clip", pretrained: str | None = None
+    ) -> None:
+        super().__init__(model, pretrained)
+        if to == source:
+            raise RewardError("reward 'clip_direction' has two equal prompts: to= and source= must differ")
+        self.to_, self.source, self.start = to, source, start
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, 1 or 3, h, w) -> (b,)."""
+        image = self.image(images)
+        to, source = self.text([self.to_, self.source], image)
+        if self.start is not None:
+            with torch.no_grad():
+                image = image - self.image(self.start.to(images).unsqueeze(0))
+        return F.cosine_similarity(image, (to - source).unsqueeze(0), dim=1, eps=1e-6)
+
+
+class Aesthetic(_ClipReward):
+    """A head on the embeddings of an open_clip model, as LAION's aesthetic predictors: a linear layer, or an MLP of them.
+
+    Unit: the head's own (LAION's: 1 to 10). Gradient: yes.
+
+    Args:
+        head: file of weights (.safetensors, .pt or .pth): matrices in the order they are applied, each with its bias.
+        model, pretrained: the open_clip model that the head was trained on (LAION's: ViT-L-14, openai).
+
+    >>> steerfm.reward("aesthetic", head="sac+logos+ava1-l14-linearMSE.pth", model="ViT-L-14", pretrained="openai")
+    """
+
+    name, unit, range = "aesthetic", "score of the head", (-float("inf"), float("inf"))
+
+    def __init__(self, head: str | Path, model: str = "emoji-clip", pretrained: str | None = None) -> None:
+        super().__init__(model, pretrained)
+        self.head = _linear_layers(Path(head))
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, 1 or 3, h, w) -> (b,)."""
+        image = self.image(images)
+        width = self.head[0].in_features
+        if image.shape[1] != width:
+            raise RewardError(
+                f"reward 'aesthetic' has a head for embeddings of {width} numbers, {self.model} makes {image.shape[1]}: "
+                "name the model that the head was trained on, model= and pretrained="
+            )
+        return self.head.to(image.device)(image.to(self.head[0].weight.dtype)).squeeze(1)
+
+
+def _linear_layers(path: Path) -> nn.Sequential:
+    """The matrices and biases of a file as one network; LAION's MLPs have nothing between their layers but dropout."""
+    if not path.is_file():
+        raise RewardError(f"reward 'aesthetic': no file {path}: put the weights of the head there")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights: dict[str, Any] = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        matrices = [(name, w.float()) for name, w in weights.items() if name.endswith("weight") and w.ndim == 2]
+        layers = []
+        for name, matrix in matrices:
+            bias = weights.get(f"{name.removesuffix('weight')}bias")
+            layer = nn.Linear(matrix.shape[1], matrix.shape[0])
+            layer.load_state_dict({"weight": matrix, "bias": torch.zeros(len(matrix)) if bias is None else bias.float()})
+            layers.append(layer)
+        fits = all(a.out_features == b.in_features for a, b in zip(layers, layers[1:]))
+    except Exception as error:
+        raise RewardError(f"reward 'aesthetic' cannot read {path}: {type(error).__name__}: {error}") from None
+    if not layers or not fits or layers[-1].out_features != 1:
+        raise RewardError(f"reward 'aesthetic': {path} is not a chain of linear layers that ends in one number")
+    return nn.Sequential(*layers).requires_grad_(False)
+
+
+class PickScore(Reward):
+    """A preference model in the layout of transformers' CLIPModel, such as PickScore: scale cos(image, prompt).
+
+    Unit: logits; differences of two pictures are log-odds of the preference. Gradient: yes. (Kirstain et al. 2305.01569.)
+
+    Args:
+        model: folder with config.json, weights and tokenizer, as ``save_pretrained`` writes it. Nothing is fetched.
+        prompt: for all pictures; None for the prompt that each was asked for.
+
+    >>> steerfm.reward("pickscore", model="models/PickScore_v1")
+    """
+
+    name, unit, range = "pickscore", "logits", (-float("inf"), float("inf"))
+
+    def __init__(self, model: str | Path, prompt: str | None = None) -> None:
+        super().__init__()
+        self.folder, self.prompt = Path(model), prompt
+        if not (self.folder / "config.json").is_file():
+            raise RewardError(
+                f"reward 'pickscore': no config.json in {self.folder}: put a folder of transformers' CLIPModel there"
+            )
+        if prompt is None:
+            self.needs = frozenset({"prompts"})
+        self.parts: list[Any] = []  # (model, tokenizer, preprocessing), loaded late; in a list: no weights of ours
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, 1 or 3, h, w) -> (b,)."""
+        check_pictures(self.name, images)
+        if not self.parts:
+            self.parts.append(_transformers_clip(self.folder))
+        model, tokenizer, prepare = self.parts[0]
+        model.to(images.device)
+        asked = [self.prompt] if self.prompt is not None else list(prompts or ())
+        tokens = tokenizer(asked, padding=True, truncation=True, return_tensors="pt").to(images.device)
+        with torch.no_grad():
+            text = _features(model.get_text_features(**tokens))
+        image = _features(model.get_image_features(pixel_values=prepare(images.float())))
+        return model.logit_scale.exp() * F.cosine_similarity(image, text, dim=1)
+
+
+def _features(out: Any) -> Tensor:
+    """transformers 5 returns an output object where 4 returned the tensor."""
+    return out if isinstance(out, Tensor) else out.pooler_output
+
+
+def _transformers_clip(folder: Path) -> tuple[Any, Any, encoders.Preprocessing]:
+    try:
+        from transformers import AutoTokenizer, CLIPModel
+    except ImportError:
+        raise RewardError("reward 'pickscore' needs a package: pip install transformers") from None
+    try:
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RewardError(f"reward 'pickscore' cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
+    size = model.config.vision_config.image_size
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+    return model, tokenizer, encoders.Preprocessing((size, size), mean, std)

