@@ -16,9 +16,11 @@ EXAMPLES = {
   steerfm train --config fashion optimizer.steps=40000   longer; the same command continues a killed run""",
     "sample": """examples:
   steerfm sample model=fashion label=Bag n=16 steps=4
-  steerfm sample model=fashion label="Ankle boot" guidance=1.5 out=runs/boots""",
+  steerfm sample model=fashion label="Ankle boot" guidance=1.5 out=runs/boots
+  steerfm sample model=emoji prompt="['red heart', 'pizza']" n=8""",
     "steer": """examples:
   steerfm steer reward=classifier reward.target=Bag
+  steerfm steer --config emoji prompt="a red heart"
   steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
   steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
@@ -26,6 +28,10 @@ EXAMPLES = {
   steerfm finetune reward=classifier reward.target=Bag                   three to five minutes on two cores
   steerfm finetune --config weighted reward=compressibility label=Dress  a black box
   steerfm finetune --config direct label=all control=0.3 lora.rank=4""",
+    "data": """examples:
+  steerfm data emoji             fetch four npm packages, prepare 9,516 captioned pictures of 32 x 32
+  steerfm data emoji --size 64
+  steerfm data fashion           where Fashion-MNIST is read from""",
     "evaluate": """examples:
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
   steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32""",
@@ -39,6 +45,7 @@ HELP = {
     "sample": "draw unsteered samples",
     "steer": "steer samples towards a reward",
     "finetune": "make a flow map keep a reward",
+    "data": "prepare and check training data",
     "evaluate": "measure a flow map: distances, accuracy, consistency",
     "models": "list the shipped models",
     "rewards": "list the installed rewards, or explain one",
@@ -78,6 +85,10 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("name", nargs="?", help="the one to explain")
             if name == "methods":
                 sub.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
+        elif name == "data":
+            sub.add_argument("name", help="emoji or fashion")
+            sub.add_argument("--size", type=int, default=32, help="side of the emoji, 8 to 64")
+            sub.add_argument("--root", help="folder of the data; default $STEERFM_DATA or ~/.cache/steerfm")
         elif name == "bench":
             sub.add_argument("name", nargs="?", help="the benchmark to run")
             sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its options; --help lists them")
@@ -103,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
         if options.traceback:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -121,6 +132,8 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
             commands.list_rewards(options.name)
         case "methods":
             commands.list_methods(options.name, options.markdown)
+        case "data":
+            commands.prepare_data(options.name, options.size, options.root)
         case "bench":
             commands.bench(options.name, options.arguments)
         case "finetune":
@@ -131,12 +144,12 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
         case "train":
             _quiet()
             commands.train(config, command)  # type: ignore[arg-type]
+        case "evaluate":
+            from steerfm.commands_evaluate import evaluate
+
+            evaluate(config, command)  # type: ignore[arg-type]
         case name:
-            {
-                "sample": commands.sample,
-                "steer": commands.run_steer_command,
-                "evaluate": commands.evaluate,
-            }[name](config, command)  # type: ignore[operator]
+            {"sample": commands.sample, "steer": commands.run_steer_command}[name](config, command)  # type: ignore[operator]
     return 0
 
 

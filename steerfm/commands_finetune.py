@@ -13,8 +13,19 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import config as configs
-from steerfm import results, training, zoo
-from steerfm.commands import _commit, _slug, _stem, _table, build_judge, build_method, build_reward, console, schedule
+from steerfm import encoders, results, training, zoo
+from steerfm.commands import (
+    _commit,
+    _slug,
+    _stem,
+    _table,
+    build_judge,
+    build_method,
+    build_reward,
+    console,
+    read_prompts,
+    schedule,
+)  # fmt: skip
 from steerfm.config import ConfigError
 from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
@@ -202,15 +213,20 @@ def save_adapter(module: FineTuning, path: Path, model: str) -> None:
     write_weights(adapters(module.ema), path, {"kind": "adapter", "base": model})
 
 
-def make_tasks(base: NeuralFlowMap, label: Any, prompt: str | None, n: int | None = None) -> Tasks:
-    """What the model is asked for: one class, several, all of them, or none; ``n`` rows of it, in turn."""
-    if label is None:
-        tasks = Tasks.of(None, None if prompt is None else [prompt])
+def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:
+    """What the model is asked for: one class, several, all of them, or none; or prompts; ``n`` rows of it, in turn."""
+    texts = read_prompts(prompt)
+    if base.text is not None:
+        if label is not None:
+            raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
+        tasks = Tasks.of(base.condition(texts, len(texts)), texts) if texts else Tasks.of(None)
+    elif len(texts) > 1:
+        raise ConfigError(f"{len(texts)} prompts for a model that reads none: give one, for the reward")
+    elif label is None:
+        tasks = Tasks.of(None, texts or None)
     else:
         labels: Sequence[Any] = range(len(base.class_names)) if label == "all" else configs.sequence(label)
-        tasks = Tasks.of(
-            base.condition([str(item) for item in labels], len(labels)), None if prompt is None else [prompt] * len(labels)
-        )
+        tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), texts * len(labels) or None)
     return tasks if n is None else tasks.take(torch.arange(n) % tasks.n)
 
 
@@ -218,6 +234,9 @@ def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, confi
     """Judges of this model: features and classes of the classifier of its pictures, where one ships."""
     tasks = make_tasks(base, config.label, config.prompt, config.watch.n)
     support = make_tasks(base, "all" if base.class_names else None, config.prompt, max(300, 50 * len(base.class_names)))
+    if base.text is not None and base.shape[0] == 3:
+        clip = encoders.open_clip(base.text.model if base.text.model != "minilm" else "emoji-clip")
+        return Panel(base, reward, judge, tasks, support, clip.encode_image, None, config.watch.seeds)
     if base.shape != (1, 28, 28):
         return Panel(base, reward, judge, tasks, support, partial(torch.flatten, start_dim=1), None, config.watch.seeds)
     network: Any = zoo.load_classifier("fashion-classifier")[0]

@@ -152,9 +152,11 @@ class SteerConfig:
 
 @dataclass
 class EvaluateConfig:
-    """model: zoo name or path; n: samples; steps: numbers of jumps; euler: steps of the reference ODE solution."""
+    """model: zoo name or path; prompt: for models that read words: prompts or a file of them, default the captions of the
+    training data; n: samples; steps: numbers of jumps; euler: steps of the reference ODE solution."""
 
     model: str = "fashion"
+    prompt: Any = None
     n: int = 10_000
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     euler: int = 128
@@ -229,7 +231,7 @@ class FinetuneConfig:
     method: Any = field(default_factory=lambda: {"name": "direct"})
     judge: Any = "auto"
     label: Any = None
-    prompt: str | None = None
+    prompt: Any = None
     control: float = 3.0
     batch_size: int = 32
     seed: int = 0

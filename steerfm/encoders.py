@@ -53,7 +53,8 @@ class Preprocessing:
             new = (round(h * ratio), round(w * ratio))
         if new != (h, w):
             mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
-            x = F.interpolate(x, new, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+            for side in ((h, new[1]), new):  # PIL resizes rows, clips, and then columns
+                x = F.interpolate(x, side, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
         dh, dw = self.size[0] - new[0], self.size[1] - new[1]
         if dh or dw:  # negative padding crops to the centre
             top, left = _half(dh), _half(dw)
@@ -104,8 +105,9 @@ class OpenClip(nn.Module):
     def encode_image(self, pictures: Tensor) -> Tensor:
         """Pictures (b, c, h, w) in [0, 1] to embeddings (b, d) of length 1; differentiable."""
         weight = next(self.model.parameters())
-        x = self.preprocessing(pictures.float())
-        return F.normalize(self.model.encode_image(x.to(weight.dtype)).float(), dim=-1)  # type: ignore[operator]
+        x = self.preprocessing(pictures).to(weight.dtype)
+        embedding = self.model.encode_image(x)  # type: ignore[operator]
+        return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
 
 class TextEncoder:
@@ -351,7 +353,7 @@ class ImageTextHead(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures (b, 1 or 3, h, w) in [0, 1] to the trunk's pooled features (b, 1280); differentiable."""
-        return self.towers[0].to(pictures.device)(self.preprocessing(pictures.float()))
+        return self.towers[0](self.preprocessing(pictures).to(self.logit_scale.dtype))
 
     def encode_image(self, pictures: Tensor, normalize: bool = True) -> Tensor:
         """Pictures (b, 1 or 3, h, w) in [0, 1] to embeddings (b, 384) of length 1; differentiable."""
@@ -360,3 +362,8 @@ class ImageTextHead(nn.Module):
     def encode_text(self, prompts: Sequence[str], normalize: bool = True) -> Tensor:
         """Prompts to embeddings (n, 384) of length 1."""
         return self.towers[1].encode_text(prompts).to(self.logit_scale.device)  # type: ignore[operator]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ImageTextHead:
+        for tower in self.towers:  # they follow to devices and precisions, though they are no weights of ours
+            tower._apply(fn, recurse)
+        return super()._apply(fn, recurse)

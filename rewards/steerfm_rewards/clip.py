@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steerfm import encoders
-from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.rewards import Prompts, RewardError
 from steerfm_rewards.checks import check_pictures
+from steerfm_rewards.late import LateReward
 
 
 @lru_cache(maxsize=4)
@@ -31,31 +32,20 @@ def _text(model: str, pretrained: str | None, prompt: str) -> Tensor:
     return _loaded(model, pretrained).encode_text([prompt])[0].cpu()
 
 
-class _ClipReward(Reward):
-    """What the rewards of this file share: the model, loaded late, and embeddings of words and pictures."""
+class _ClipReward(LateReward):
+    """What the rewards of this file share: the open_clip model, and embeddings of words and pictures."""
 
     def __init__(self, model: str, pretrained: str | None) -> None:
         super().__init__()
         self.model, self.pretrained = str(model), pretrained
 
-    def offload(self) -> None:
-        """Move the model to the CPU, to free an accelerator between calls; the next call moves it back."""
-        self.clip("cpu")
-
-    def clip(self, device: torch.device | str) -> encoders.OpenClip:
-        """The model, on a device; shared by all rewards of this process that name it."""
-        try:
-            clip = _loaded(self.model, self.pretrained)
-        except (ValueError, FileNotFoundError) as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from None
-        if next(clip.parameters()).device != torch.device(device):
-            clip.to(device)
-        return clip
+    def load(self) -> encoders.OpenClip:
+        return _loaded(self.model, self.pretrained)
 
     def image(self, images: Tensor) -> Tensor:
         """Embeddings (b, d) of length 1."""
         check_pictures(self.name, images)
-        clip = self.clip(images.device)
+        clip = self.network(images.device)
         try:
             return clip.encode_image(images)
         except ValueError as error:
@@ -63,7 +53,7 @@ class _ClipReward(Reward):
 
     def text(self, prompts: Sequence[str], like: Tensor) -> Tensor:
         """Embeddings (n, d) of length 1; each prompt is encoded once a process."""
-        self.clip(like.device)
+        self.network(like.device)
         return torch.stack([_text(self.model, self.pretrained, prompt) for prompt in prompts]).to(like)
 
 
@@ -109,7 +99,7 @@ class Clip(_ClipReward):
         cosine = (image * self.text(asked, image)).sum(1)
         if self.negative is not None:
             cosine = cosine - self.weight * (image * self.text([self.negative], image)).sum(1)
-        return cosine * (self.clip(images.device).scale if self.temperature is None else self.temperature)
+        return cosine * (self.network(images.device).scale if self.temperature is None else self.temperature)
 
 
 class ClipDirection(_ClipReward):
@@ -142,7 +132,8 @@ class ClipDirection(_ClipReward):
         to, source = self.text([self.to_, self.source], image)
         if self.start is not None:
             with torch.no_grad():
-                image = image - self.image(self.start.to(images).unsqueeze(0))
+                start = self.image(self.start.to(images).unsqueeze(0))
+            image = image - start
         return F.cosine_similarity(image, (to - source).unsqueeze(0), dim=1, eps=1e-6)
 
 
@@ -152,7 +143,7 @@ class Aesthetic(_ClipReward):
     Unit: the head's own (LAION's: 1 to 10). Gradient: yes.
 
     Args:
-        head: file of weights (.safetensors, .pt or .pth): matrices in the order they are applied, each with its bias.
+        head: file of weights (.safetensors, .pt or .pth): matrices in the order of their names, each with its bias.
         model, pretrained: the open_clip model that the head was trained on (LAION's: ViT-L-14, openai).
 
     >>> steerfm.reward("aesthetic", head="sac+logos+ava1-l14-linearMSE.pth", model="ViT-L-14", pretrained="openai")
@@ -187,7 +178,8 @@ def _linear_layers(path: Path) -> nn.Sequential:
             weights: dict[str, Any] = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        matrices = [(name, w.float()) for name, w in weights.items() if name.endswith("weight") and w.ndim == 2]
+        names = sorted(weights, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
+        matrices = [(name, weights[name].float()) for name in names if name.endswith("weight") and weights[name].ndim == 2]
         layers = []
         for name, matrix in matrices:
             bias = weights.get(f"{name.removesuffix('weight')}bias")
@@ -202,7 +194,7 @@ def _linear_layers(path: Path) -> nn.Sequential:
     return nn.Sequential(*layers).requires_grad_(False)
 
 
-class PickScore(Reward):
+class PickScore(LateReward):
     """A preference model in the layout of transformers' CLIPModel, such as PickScore: scale cos(image, prompt).
 
     Unit: logits; differences of two pictures are log-odds of the preference. Gradient: yes. (Kirstain et al. 2305.01569.)
@@ -225,20 +217,20 @@ class PickScore(Reward):
             )
         if prompt is None:
             self.needs = frozenset({"prompts"})
-        self.parts: list[Any] = []  # (model, tokenizer, preprocessing), loaded late; in a list: no weights of ours
+
+    def load(self) -> nn.Module:
+        return _transformers_clip(self.folder)
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) -> (b,)."""
         check_pictures(self.name, images)
-        if not self.parts:
-            self.parts.append(_transformers_clip(self.folder))
-        model, tokenizer, prepare = self.parts[0]
-        model.to(images.device)
+        clip = self.network(images.device)
+        model, weight = clip.model, next(clip.parameters())
         asked = [self.prompt] if self.prompt is not None else list(prompts or ())
-        tokens = tokenizer(asked, padding=True, truncation=True, return_tensors="pt").to(images.device)
+        tokens = clip.tokenizer(asked, padding=True, truncation=True, return_tensors="pt").to(images.device)
         with torch.no_grad():
             text = _features(model.get_text_features(**tokens))
-        image = _features(model.get_image_features(pixel_values=prepare(images.float())))
+        image = _features(model.get_image_features(pixel_values=clip.preprocessing(images).to(weight.dtype)))
         return model.logit_scale.exp() * F.cosine_similarity(image, text, dim=1)
 
 
@@ -247,16 +239,17 @@ def _features(out: Any) -> Tensor:
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
-def _transformers_clip(folder: Path) -> tuple[Any, Any, encoders.Preprocessing]:
+@lru_cache(maxsize=2)
+def _transformers_clip(folder: Path) -> nn.Module:
     try:
         from transformers import AutoTokenizer, CLIPModel
     except ImportError:
-        raise RewardError("reward 'pickscore' needs a package: pip install transformers") from None
+        raise ImportError("it needs a package: pip install transformers") from None
     try:
-        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise RewardError(f"reward 'pickscore' cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
+        raise FileNotFoundError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
     size = model.config.vision_config.image_size
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
-    return model, tokenizer, encoders.Preprocessing((size, size), mean, std)
+    return encoders.OpenClip(model, tokenizer, encoders.Preprocessing((size, size), mean, std), str(folder))

@@ -6,13 +6,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerfm import encoders
 from steerfm.flowmap import load_into, read_weights
-from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.rewards import Prompts, RewardError
 from steerfm.zoo import find
 from steerfm_rewards.checks import check_pictures
+from steerfm_rewards.late import LateReward
 
 
 @lru_cache(maxsize=1)
@@ -20,7 +21,7 @@ def _imagenet() -> Any:
     return encoders.efficientnet_lite(0)
 
 
-class ImageNet(Reward):
+class ImageNet(LateReward):
     """Log-probability of one of the 1,000 ImageNet classes, by EfficientNet-Lite0 (Tan & Le 1905.11946).
 
     Unit: nats, up to 0. Gradient: yes. Pictures: 1 or 3 channels, any size; made for photographs. Weights: the package
@@ -43,12 +44,15 @@ class ImageNet(Reward):
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) -> (b,)."""
         check_pictures(self.name, images)
+        network = self.network(images.device)
         try:
-            network = _imagenet().to(images.device)
             x = self.preprocessing(images)
-        except (ImportError, ValueError) as error:
+        except ValueError as error:
             raise RewardError(f"reward 'imagenet': {error}") from None
         return network(x.to(next(network.parameters()).dtype)).log_softmax(1)[:, self.target]
+
+    def load(self) -> nn.Module:
+        return _imagenet()
 
 
 def _class(target: str | int) -> int:
@@ -79,7 +83,7 @@ def _prompt(model: str, prompt: str) -> Tensor:
     return _judge(model).encode_text([prompt])[0].cpu()
 
 
-class EmojiJudge(Reward):
+class EmojiJudge(LateReward):
     """Likeness of a picture and its prompt, by towers that share no weights with `Clip`: EfficientNet-Lite0 and MiniLM.
 
     Only for judging what another reward has optimised. Unit: cosine, from -1 to 1. Gradient: yes. Weights: the packages
@@ -100,13 +104,15 @@ class EmojiJudge(Reward):
         if prompt is None:
             self.needs = frozenset({"prompts"})
 
+    def load(self) -> nn.Module:
+        return _judge(self.model)
+
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
         check_pictures(self.name, images)
         asked = list(prompts or ()) if self.prompt is None else [self.prompt]
         try:
-            image = _judge(self.model).to(images.device).encode_image(images)
-            text = torch.stack([_prompt(self.model, prompt) for prompt in asked]).to(image)
-        except (ImportError, ValueError) as error:
+            image = self.network(images.device).encode_image(images)
+        except ValueError as error:
             raise RewardError(f"reward 'emoji_judge': {error}") from None
-        return (image * text).sum(1)
+        return (image * torch.stack([_prompt(self.model, prompt) for prompt in asked]).to(image)).sum(1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reward_helpers import clip_folder, head_file, server_of
 from torch import Tensor
 
 from steerfm.cost import Ledger
@@ -17,7 +20,11 @@ from steerfm.flowmap import build_network, save_weights
 from steerfm.rewards import Reward, RewardError, available, reward
 
 SHAPE = (1, 28, 28)
-FIRST_PARTY = {"brightness", "classifier", "compressibility", "judge", "sharpness", "symmetry", "target_image"}
+FIRST_PARTY = {
+    "aesthetic", "brightness", "classifier", "clip", "clip_direction", "compressibility", "diversity", "emoji_judge",
+    "ensemble",
+    "image_quality", "imagenet", "judge", "normalised", "ocr", "pickscore", "remote", "sharpness", "symmetry", "target_image",
+}  # fmt: skip
 
 
 def pictures(b: int = 6, shape: tuple[int, ...] = SHAPE, seed: int = 0) -> Tensor:
@@ -30,6 +37,20 @@ ARGUMENTS: dict[str, list[dict]] = {
     "classifier": [{"target": "Bag"}, {"target": 3}, {}],
     "judge": [{"target": "bag"}, {}],
     "compressibility": [{}, {"quality": 30}],
+    "aesthetic": [{"head": head_file()}],
+    "clip": [{"prompt": "red heart"}, {}, {"prompt": "red heart", "negative": "dog face", "temperature": None}],
+    "clip_direction": [
+        {"source": "dog face", "to": "cat face"},
+        {"source": "dog face", "to": "cat face", "start": TARGET},
+    ],
+    "diversity": [{}, {"features": "emoji-clip"}],
+    "emoji_judge": [{"prompt": "red heart"}, {}],
+    "ensemble": [{"members": [{"name": "classifier", "target": "Bag"}, {"name": "judge", "target": "Bag"}, "sharpness"]}],
+    "imagenet": [{"target": "wombat", "size": 64}],
+    "normalised": [{"reward": {"name": "judge", "target": 2}, "mean": -3.0, "std": 0.5}],
+    "ocr": [{"text": "hello"}],
+    "pickscore": [{"model": clip_folder(), "prompt": "red heart"}, {"model": clip_folder()}],
+    "remote": [{"url": server_of("brightness")}],
     "target_image": [
         {"target": TARGET, "noise": 0.3},
         {"target": TARGET, "operator": "inpaint"},
@@ -42,13 +63,17 @@ CONTEXT = {"prompts": [f"picture {i}" for i in range(6)], "labels": torch.arange
 
 
 def describe(name: str, arguments: dict) -> str:
-    return "-".join([name, *(f"{key}={value}" for key, value in arguments.items() if not isinstance(value, Tensor))])
+    told = (f"{key}={value}" for key, value in arguments.items() if isinstance(value, str | int | None))
+    return "-".join([name, *(text for text in told if "http" not in text and "/" not in text)])
 
 
 @pytest.fixture(params=CASES, ids=[describe(*case) for case in CASES])
-def plugin(request) -> Reward:
+def plugin(request) -> Iterator[Reward]:
     name, arguments = request.param
-    return reward(name, **arguments)
+    made = reward(name, **arguments)
+    yield made
+    for network in networks(made):
+        network.float()
 
 
 def test_the_first_party_rewards_are_installed():
@@ -73,7 +98,22 @@ def test_values_are_finite_float32_in_range_one_per_picture(plugin):
     torch.testing.assert_close(plugin(images, **CONTEXT), value, rtol=0, atol=0)  # no randomness
 
 
+def networks(plugin: Reward) -> list[torch.nn.Module]:
+    """Those that the reward shares with others of this process."""
+    parts = [late for part in plugin.modules() for late in (part, getattr(part, "encoder", None))]
+    return [part.load() for part in parts if hasattr(part, "load")]
+
+
+def double(plugin: Reward) -> Reward:
+    """The reward in float64, with the networks that it shares."""
+    for network in networks(plugin):
+        network.double()
+    return copy.deepcopy(plugin).double()
+
+
 def test_every_picture_is_scored_by_itself(plugin):
+    if plugin.groupwise:
+        pytest.skip("it compares pictures")
     images, prompts, labels = pictures(), *CONTEXT.values()
     singles = [plugin(images[i : i + 1], prompts=prompts[i : i + 1], labels=labels[i : i + 1]) for i in range(6)]
     torch.testing.assert_close(plugin(images, **CONTEXT), torch.cat(singles), rtol=1e-4, atol=1e-5)
@@ -96,10 +136,13 @@ def test_gradients_are_those_of_finite_differences_and_black_boxes_have_none(plu
     (gradient,) = torch.autograd.grad(value.sum(), images)
     assert bool(torch.isfinite(gradient).all()) and bool((gradient.flatten(1).norm(dim=1) > 0).all())
     direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    exact, step = copy.deepcopy(plugin).double(), 1e-5  # in float32 the differences would be rounding
+    exact = double(plugin)  # in float32 the differences would be rounding
+    step, rtol = (1e-3, 3e-2) if plugin.name.split()[0] in ("ensemble", "normalised") else (1e-7, 3e-3)  # members: float32
     ends = [exact.score(images.detach().double() + sign * step * direction, **CONTEXT) for sign in (1, -1)]
-    slope = (ends[0] - ends[1]) / (2 * step)
-    torch.testing.assert_close((gradient * direction).flatten(1).sum(1), slope, rtol=2e-3, atol=1e-4)
+    slope, along = (ends[0] - ends[1]) / (2 * step), (gradient * direction).flatten(1).sum(1)
+    if plugin.groupwise:
+        slope, along = slope.sum(), along.sum()
+    torch.testing.assert_close(along, slope, rtol=rtol, atol=1e-4)
 
 
 def test_gradients_are_finite_on_constant_pictures(plugin):
@@ -120,6 +163,43 @@ def test_half_precision_pictures_are_taken(plugin):
     torch.testing.assert_close(plugin(images, **CONTEXT), plugin(images.float(), **CONTEXT), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_under_autocast_are_near(plugin, dtype):
+    images = pictures().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        value = plugin(images, **CONTEXT)
+        (gradient,) = torch.autograd.grad(value.sum(), images) if plugin.differentiable else (torch.zeros(1),)
+    whole = plugin(images, **CONTEXT)
+    assert value.dtype == torch.float32 and bool(torch.isfinite(gradient).all())
+    assert float((value - whole).abs().max()) < 0.25 * max(1.0, float(whole.abs().max()))
+
+
+def test_pictures_that_are_not_numbers_are_refused(plugin):
+    images = pictures()
+    images[2, 0, 3, 3] = float("nan")
+    with pytest.raises(RewardError, match=r"takes images in \[0, 1\]"):
+        plugin(images, **CONTEXT)
+
+
+def test_nothing_is_kept_from_call_to_call(plugin):
+    """No graph and no tensor outlives a call: as many tensors are alive after ten calls as after two."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for calls in (2, 8):
+        for _ in range(calls):
+            images = pictures(2).requires_grad_()
+            value = plugin(images, prompts=CONTEXT["prompts"][:2], labels=CONTEXT["labels"][:2])
+            if plugin.differentiable:
+                value.sum().backward()
+            del images, value
+        counts.append(alive())
+    assert counts[1] <= counts[0]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 def test_values_do_not_depend_on_the_device(plugin):
     value = plugin(pictures().cuda(), prompts=CONTEXT["prompts"], labels=CONTEXT["labels"].cuda())
@@ -129,9 +209,11 @@ def test_values_do_not_depend_on_the_device(plugin):
 
 @pytest.mark.parametrize("name", sorted(FIRST_PARTY))
 def test_vectors_are_refused(name):
-    arguments = {"target_image": {"target": TARGET}}.get(name, {})
+    if name in ("remote", "ensemble", "normalised"):
+        pytest.skip("it passes on what it is given")
+    arguments = ARGUMENTS.get(name, [{}])[0]
     with pytest.raises(RewardError, match=f"'{name}' takes pictures"):
-        reward(name, **arguments)(torch.rand(2, 3), labels=torch.zeros(2))
+        reward(name, **arguments)(torch.rand(2, 3), **{key: value[:2] for key, value in CONTEXT.items()})
 
 
 # --- brightness, symmetry, sharpness ---------------------------------------------------------------------------------
