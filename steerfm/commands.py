@@ -425,9 +425,10 @@ def list_models() -> None:
     table = _table("model", "kind", "network", "parameters", "data", "metrics")
     for name, head in zoo.models().items():
         card = head.get("card", {})
-        size = (zoo.FOLDER / f"{name}.safetensors").stat().st_size
+        files = [zoo.FOLDER / f"{name}.safetensors", zoo.FOLDER / name / "open_clip_model.safetensors"]
+        size = sum(file.stat().st_size for file in files if file.is_file())
         metrics = ", ".join(f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train"))
-        network = head.get("network", {}).get("name", "")
+        network = head.get("network", {}).get("name", head["kind"])
         table.add_row(name, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""), metrics)
     console.print(table)
 

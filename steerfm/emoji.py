@@ -140,7 +140,8 @@ def prepare(
     for entry in entries:
         character = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
         known = words.get(character) or words.get(character.replace("\ufe0f", "")) or [entry["short_name"]]
-        names.append(known[0].replace("_", " "))
+        name = known[0].replace("_", " ").strip()
+        names.append(name if name not in ("keycap", *names) else entry["short_name"].replace("_", " ").replace("-", " "))
         keywords.append([w.replace("_", " ") for w in known[1:] if any(c.isalpha() for c in w) and ":" not in w])
     columns: dict[str, list[int]] = {"concept": [], "style": [], "tone": []}
     pictures = []

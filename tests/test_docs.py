@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from steerfm import cli, finetuning
+from steerfm.rewards import available
 from steerfm.steering import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -22,6 +23,19 @@ def test_the_snippets_of_fine_tuning_run(capsys):
     for snippet in snippets:
         exec(compile(snippet, "finetuning.md", "exec"), {})
     assert "NeuralFlowMap 8" in capsys.readouterr().out
+
+
+def test_the_snippets_of_rewards_run(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "rewards.md").read_text(), re.DOTALL)
+    assert len(snippets) == 2 and all(len(snippet.splitlines()) <= 22 for snippet in snippets)
+    for snippet in snippets:
+        exec(compile(snippet, "rewards.md", "exec"), {})
+    assert "clip + 2 red True frozenset()" in capsys.readouterr().out
+
+
+def test_every_reward_is_in_the_table_of_rewards():
+    text = (DOCS / "rewards.md").read_text()
+    assert [name for name in available() if f"| `{name}` |" not in text] == [], "paste the table of `steerfm bench rewards`"
 
 
 def test_every_fine_tuning_method_has_a_recipe_and_is_explained(capsys):
