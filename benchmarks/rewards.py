@@ -3,7 +3,7 @@
     steerfm bench rewards                     # 64 pictures of 32 x 32, one thread, as a markdown table
     steerfm bench rewards --size 64 --n 16
 
-Median of five calls after a first one; with a gradient, the call and the backward pass together. Rewards whose packages or files
+Median of five calls after a first one; with a gradient, call and backward pass together. Rewards whose packages or files
 are missing are listed with what they need. Then prints one JSON line.
 """
 

@@ -95,10 +95,10 @@ class MixtureData(L.LightningDataModule):
         self.mixture, self.batch_size, self.seed = mixture, batch_size, seed
 
     def train_dataloader(self) -> DataLoader:
-        return endless(self, self.batch)
+        return endless(self, self.batch, shared=False)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of an update."""
+        """The batch of a number."""
         x = self.mixture.sample(self.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
         return x.float(), torch.zeros(len(x), dtype=torch.long)
 
@@ -142,10 +142,10 @@ class EmojiData(L.LightningDataModule):
         self.train = self.emoji.pictures[torch.cat(self.groups)], None
 
     def train_dataloader(self) -> DataLoader:
-        return endless(self, self.batch)
+        return endless(self, self.batch, shared=False)
 
     def batch(self, step: int) -> tuple[Tensor, list[str], Tensor]:
-        """The batch of an update."""
+        """The batch of a number: of an update, or of an update and a rank."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         epoch, place = divmod(step * self.batch_size, len(self.groups) // self.batch_size * self.batch_size)
         order = torch.randperm(len(self.groups), generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
@@ -167,17 +167,24 @@ class EmojiData(L.LightningDataModule):
         return DataLoader(whole, batch_size=None)  # type: ignore[arg-type]
 
 
-def endless(data: L.LightningDataModule, batch: Callable[[int], Any]) -> DataLoader:
-    """Batches made from the number of their update, from the one that the trainer has come to: a continued run goes on."""
-    return DataLoader(_Endless(batch, data.trainer.global_step if data.trainer else 0), batch_size=None)
+def endless(data: L.LightningDataModule, batch: Callable[[int], Any], shared: bool = True) -> DataLoader:
+    """Batches made from the number of their update, from the one that the trainer has come to: a continued run goes on.
+
+    Args:
+        shared: the same for all ranks; otherwise every rank has numbers of its own.
+    """
+    step, ranks, rank = (
+        (data.trainer.global_step, data.trainer.world_size, data.trainer.global_rank) if data.trainer else (0, 1, 0)
+    )
+    return DataLoader(_Endless(batch, step, 1) if shared else _Endless(batch, step * ranks + rank, ranks), batch_size=None)
 
 
 class _Endless(IterableDataset):
-    def __init__(self, batch: Callable[[int], Any], start: int) -> None:
-        self.batch, self.start = batch, start
+    def __init__(self, batch: Callable[[int], Any], start: int, stride: int) -> None:
+        self.batch, self.start, self.stride = batch, start, stride
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.batch, count(self.start))
+        return map(self.batch, count(self.start, self.stride))
 
 
 DATA: dict[str, type[FashionMnist] | type[EmojiData]] = {"fashion": FashionMnist, "emoji": EmojiData}

@@ -146,10 +146,11 @@ class TextEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(n, d) float32 on the CPU, entries of unit mean square; zeros for the empty prompt: the null condition."""
-        if self._encoder is None:
-            self._encoder = MiniLM() if self.model == "minilm" else open_clip(self.model)
-        rows = self._encoder.encode_text(prompts) * self.width**0.5
-        return rows * torch.tensor([[float(bool(prompt.strip()))] for prompt in prompts])
+        with torch.inference_mode(False):  # rows are kept, for runs with a gradient too
+            if self._encoder is None:
+                self._encoder = MiniLM() if self.model == "minilm" else open_clip(self.model)
+            rows = self._encoder.encode_text(prompts) * self.width**0.5
+            return rows * torch.tensor([[float(bool(prompt.strip()))] for prompt in prompts])
 
 
 class MiniLM(nn.Module):

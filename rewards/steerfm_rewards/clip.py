@@ -29,7 +29,8 @@ def _loaded(model: str, pretrained: str | None) -> encoders.OpenClip:
 @lru_cache(maxsize=4096)
 def _text(model: str, pretrained: str | None, prompt: str) -> Tensor:
     """One prompt's embedding (d,) on the CPU: particles of an output share it, steps too."""
-    return _loaded(model, pretrained).encode_text([prompt])[0].cpu()
+    with torch.inference_mode(False):
+        return _loaded(model, pretrained).encode_text([prompt])[0].cpu()
 
 
 class _ClipReward(LateReward):

@@ -27,12 +27,13 @@ class LateReward(Reward):
         Raises:
             RewardError: it cannot be had.
         """
-        try:
-            network = self.load()
-        except (ImportError, ValueError, FileNotFoundError) as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from None
-        if next(network.parameters()).device != torch.device(device):
-            network.to(device)
+        with torch.inference_mode(False):  # the first call may be of a run without gradients, the next one of a run with them
+            try:
+                network = self.load()
+            except (ImportError, ValueError, FileNotFoundError) as error:
+                raise RewardError(f"reward {self.name!r}: {error}") from None
+            if next(network.parameters()).device != torch.device(device):
+                network.to(device)
         return network
 
     def offload(self) -> None:

@@ -80,7 +80,8 @@ def _judge(model: str) -> encoders.ImageTextHead:
 
 @lru_cache(maxsize=4096)
 def _prompt(model: str, prompt: str) -> Tensor:
-    return _judge(model).encode_text([prompt])[0].cpu()
+    with torch.inference_mode(False):
+        return _judge(model).encode_text([prompt])[0].cpu()
 
 
 class EmojiJudge(LateReward):
