@@ -29,7 +29,8 @@ from steerfm.results import picture_grid
 
 SEEN = (
     "blue heart", "grinning face", "dog face", "pizza", "airplane", "tulip", "blue book", "soccer ball", "house", "sunflower",
-    "spouting whale", "rocket", "birthday cake", "banana", "snowman", "guitar", "umbrella", "alien", "green apple", "fire engine",
+    "spouting whale", "rocket", "birthday cake", "banana", "snowman", "guitar", "umbrella", "alien", "green apple",
+    "fire engine",
 )  # fmt: skip
 METHODS = {
     "best_of_n": lambda budget: steering.BestOfN(steps=1, particles=budget),

@@ -170,9 +170,9 @@ class EvaluateConfig:
 class TuneOptimizerConfig(OptimizerConfig):
     """As for training, with a fine-tuning's defaults."""
 
-    lr: float = 3e-4
-    steps: int = 200
-    warmup: int = 10
+    lr: float = 1e-3
+    steps: int = 120
+    warmup: int = 5
     ema: float = 0.95
 
 
@@ -214,7 +214,7 @@ class WatchConfig:
     """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a
     model must keep; patience: judgements without a better one before the run stops, 0 for never."""
 
-    every: int = 10
+    every: int = 5
     n: int = 64
     seeds: int = 0
     floor: float = 0.9
@@ -233,7 +233,7 @@ class FinetuneConfig:
     label: Any = None
     prompt: Any = None
     control: float = 3.0
-    batch_size: int = 32
+    batch_size: int = 8
     seed: int = 0
     out: str | None = None
     optimizer: TuneOptimizerConfig = field(default_factory=TuneOptimizerConfig)

@@ -88,7 +88,7 @@ class Panel:
                 x, r = x[rows], r[rows]
             held = r if self.judge is None else self._score(self.judge, x)
             pictures = self.base.decode(x)
-            f, c = self._look(pictures)
+            f, c = self._look(pictures, self.tasks)
         known, classes = self._reference()
         return Reading(
             r.mean().item(), held.mean().item(), self._diversity(f, c), precision(f, known),
@@ -100,12 +100,16 @@ class Panel:
         parts = zip(x.split(256), torch.arange(len(x)).split(256))
         return torch.cat([tasks.take(rows).problem(self.base, reward).score(part).total for part, rows in parts])
 
-    def _look(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def _look(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
+        """Features and classes; without a classifier a class is what was asked for, in words, or everything."""
         pictures = pictures.cpu().float()
         f = torch.cat([self.features(part).flatten(1) for part in pictures.split(256)])
-        if self.classes is None:
+        if self.classes is not None:
+            return f, torch.cat([self.classes(part) for part in pictures.split(256)])
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.support.prompts or ()))}
+        if tasks.prompts is None or not numbers:
             return f, torch.zeros(len(f), dtype=torch.long)
-        return f, torch.cat([self.classes(part) for part in pictures.split(256)])
+        return f, torch.tensor([numbers[prompt] for prompt in tasks.prompts])
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """Features and classes of the base's samples."""
@@ -113,7 +117,7 @@ class Panel:
             seeds = [self.seeds + 10**6 + i for i in range(self.support.n)]
             with torch.no_grad():
                 x = draw(chain(self.jumps)(self.base), self.support, self.base, seeds)
-                self._known = self._look(self.base.decode(x))
+                self._known = self._look(self.base.decode(x), self.support)
         return self._known
 
     def _diversity(self, f: Tensor, c: Tensor) -> float:
