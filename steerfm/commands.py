@@ -134,8 +134,10 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
     if o.teacher:
         if "trajectory" not in shares:
             raise ConfigError("objective.teacher is only used by the objective trajectory: give it a share")
+        teacher = zoo.load(o.teacher)
+        teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
         objectives = {
-            replace(objective, teacher=zoo.load(o.teacher)) if isinstance(objective, Trajectory) else objective: share
+            replace(objective, teacher=teacher) if isinstance(objective, Trajectory) else objective: share
             for objective, share in objectives.items()
         }
     diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
