@@ -17,10 +17,10 @@ EXAMPLES = {
     "sample": """examples:
   steerfm sample model=fashion label=Bag n=16 steps=4
   steerfm sample model=fashion label="Ankle boot" guidance=1.5 out=runs/boots
-  steerfm sample model=emoji prompt="['red heart', 'pizza']" n=8""",
+  steerfm sample model=runs/train/mine/mine.safetensors prompt=prompts.txt n=8""",
     "steer": """examples:
   steerfm steer reward=classifier reward.target=Bag
-  steerfm steer --config emoji prompt="a red heart"
+  steerfm steer label=Bag reward=clip prompt="a black handbag"
   steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
   steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",

@@ -155,7 +155,8 @@ def _contrastive(config: configs.TrainConfig, options: dict[str, Any]) -> tuple[
     options = options | {"noise": config.objective.noise}
     if config.network.get("name") == "image_text_head":
         network = encoders.ImageTextHead(**architecture)
-        return training.ContrastiveTraining(network, lambda texts: texts, lambda pictures: pictures, **options), architecture
+        features = encoders.Remembered(network.features)
+        return training.ContrastiveTraining(network, lambda texts: texts, features, **options), architecture
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
         raise ConfigError(
             "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"

@@ -40,8 +40,8 @@ class ObjectiveConfig:
 
     shares: e.g. {lagrangian: 0.125, progressive: 0.25}; empty means {lagrangian: 0.25}. start: share of the steps with flow
     matching only; terminal, full, gap: see `objectives.Triangle`; teacher: checkpoint whose velocity `trajectory` follows,
-    frozen (default: the map's own); drop: probability of the null class; guidance: scale of the classifier-free guidance (of the teacher's, where there is one) that
-    is trained into the map (1: none). smoothing, noise: of a classifier's labels and pictures.
+    frozen (default: the map's own); drop: probability of the null class; guidance: scale of the classifier-free guidance that
+    is trained into the map (1: none), or the teacher's. smoothing, noise: of a classifier's labels and pictures.
     """
 
     shares: dict[str, float] = field(default_factory=dict)

