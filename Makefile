@@ -19,8 +19,9 @@ lint: .venv/dev  ## style, types and layers
 bench: .venv/installed  ## overhead of steering over the bare network and reward calls
 	$(BIN)/python benchmarks/overhead.py
 
-data:  ## the training data, where the Debian package is to be had
-	apt-get update -q && apt-get install -y -q dataset-fashion-mnist
+data: .venv/installed  ## the training data: Fashion-MNIST from a Debian package, captioned emoji from npm packages
+	[ -d /usr/share/datasets/fashion-mnist ] || { apt-get update -q && apt-get install -y -q dataset-fashion-mnist; }
+	$(BIN)/steerfm data emoji
 
 clean:
 	rm -rf .venv runs

@@ -270,10 +270,10 @@ def known_method(name: str, methods: Mapping[str, type]) -> type:
 
 
 def build_judge(config: configs.SteerConfig | configs.FinetuneConfig) -> Reward | None:
-    """The held-out reward: what ``judge`` says, or by default the judge of the class that is asked for, if any."""
+    """The held-out reward: what ``judge`` says, or by default the judge of the class or the words that are asked for."""
     if config.judge != "auto":
         return None if config.judge is None else build_reward(config.judge)
-    if config.prompt is not None:
+    if config.prompt is not None and config.label is None:
         return rewards.reward("emoji_judge") if can_judge_words() else None
     if isinstance(config.reward, Mapping) and config.reward.get("name") == "classifier":
         target = config.reward.get("target")

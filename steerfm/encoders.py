@@ -389,7 +389,7 @@ class ImageTextHead(nn.Module):
         return self.towers[0](self.preprocessing(pictures).to(self.logit_scale.dtype))
 
     def encode_image(self, pictures: Tensor, normalize: bool = True) -> Tensor:
-        """Pictures (b, 1 or 3, h, w) in [0, 1], or their features (b, 1280), to embeddings (b, 384) of length 1; differentiable."""
+        """Pictures (b, 1 or 3, h, w) in [0, 1], or their features (b, 1280), to embeddings (b, 384); differentiable."""
         return F.normalize(self.head(self.features(pictures) if pictures.ndim == 4 else pictures), dim=-1)
 
     def encode_text(self, prompts: Sequence[str], normalize: bool = True) -> Tensor:

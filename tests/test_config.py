@@ -196,7 +196,12 @@ def test_every_shipped_recipe_parses(kind, path):
         from steerfm.flowmap import build_network
         from steerfm.objectives import OFF_DIAGONAL
 
-        build_network({**c.network, "classes": 10})
+        if c.task == "contrastive":
+            from steerfm.commands import _training_module
+
+            assert _training_module(c, data=None)[0].network.logit_scale.requires_grad
+        else:
+            build_network({**c.network, "classes": 10} if c.text is None else {**c.network, "text": 256})
         assert c.objective.shares.keys() <= OFF_DIAGONAL.keys()
         assert sum(c.objective.shares.values()) <= 1
         assert c.name == path.stem
