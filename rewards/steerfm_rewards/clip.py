@@ -165,7 +165,7 @@ class Aesthetic(_ClipReward):
                 f"reward 'aesthetic' has a head for embeddings of {width} numbers, {self.model} makes {image.shape[1]}: "
                 "name the model that the head was trained on, model= and pretrained="
             )
-        return self.head.to(image.device)(image.to(self.head[0].weight.dtype)).squeeze(1)
+        return self.head.to(image)(image).squeeze(1)
 
 
 def _linear_layers(path: Path) -> nn.Sequential:

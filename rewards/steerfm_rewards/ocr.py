@@ -25,8 +25,8 @@ def _reader() -> Any:
 class Ocr(Reward):
     """Likeness of the text that can be read in a picture and the text that is asked for, ignoring case and spaces.
 
-    Unit: share of matching characters, from 0 to 1 (2 x matches / lengths). Gradient: none, it is a black box of about
-    50 ms a picture. Pictures: 1 or 3 channels; letters of 16 pixels or more. Weights: the package rapidocr-onnxruntime.
+    Unit: share of matching characters, from 0 to 1 (2 x matches / lengths). Gradient: none, it is a black box of a quarter of a
+    second a picture. Pictures: 1 or 3 channels; letters of 16 pixels or more. Weights: the package rapidocr-onnxruntime.
 
     Args:
         text: to be read.

@@ -112,8 +112,9 @@ class EmojiJudge(LateReward):
         """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
         check_pictures(self.name, images)
         asked = list(prompts or ()) if self.prompt is None else [self.prompt]
+        network = self.network(images.device)
         try:
-            image = self.network(images.device).encode_image(images)
+            image = network.encode_image(images)
         except ValueError as error:
             raise RewardError(f"reward 'emoji_judge': {error}") from None
         return (image * torch.stack([_prompt(self.model, prompt) for prompt in asked]).to(image)).sum(1)
