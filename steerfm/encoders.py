@@ -9,6 +9,7 @@ Heavy packages are imported on first use.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import warnings
@@ -227,18 +228,18 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
         return OpenClip(net, oc.get_tokenizer(model), preprocessing(_told(net)), f"{model}/{pretrained}")
 
 
+def nearest(word: str, choices: Sequence[str], n: int = 3, cutoff: float = 0.3) -> str:
+    """The choices most like a word, for a message: at most n, of a likeness above cutoff (0 to 1)."""
+    return ", ".join(difflib.get_close_matches(word, choices, n, cutoff)) or "none"
+
+
 def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
-    import difflib
-
-    def near(word: str, choices: Sequence[str]) -> str:
-        return ", ".join(difflib.get_close_matches(word, choices, n=3, cutoff=0.3)) or "none"
-
     shipped = [path.parent.name for path in FOLDER.glob("*/open_clip_config.json")]
     if "/" in model or model.startswith("local-dir:"):
         raise FileNotFoundError(f"no open_clip_config.json in {model}: pass a folder that open_clip wrote, or an architecture")
     if model not in oc.list_models():
         known = [*shipped, *oc.list_models()]
-        raise ValueError(f"unknown open_clip model {model!r}; nearest: {near(model, known)}; shipped: {', '.join(shipped)}")
+        raise ValueError(f"unknown open_clip model {model!r}; nearest: {nearest(model, known)}; shipped: {', '.join(shipped)}")
     if not pretrained:
         tags = oc.list_pretrained_tags_by_model(model)
         raise ValueError(
@@ -250,7 +251,7 @@ def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
     tags = oc.list_pretrained_tags_by_model(model)
     if not looks_like_file and pretrained not in tags:
         raise ValueError(
-            f"open_clip model {model!r} has no tag {pretrained!r}; nearest: {near(pretrained, tags)}; or pass a file"
+            f"open_clip model {model!r} has no tag {pretrained!r}; nearest: {nearest(pretrained, tags)}; or pass a file"
         )
 
 
@@ -307,16 +308,19 @@ def preprocessing(told: Mapping[str, Any]) -> Preprocessing:
     )  # fmt: skip
 
 
+def stored(tensors: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
+    """Tensors as a file holds them: on the CPU, contiguous, floats as float16 where ``half``."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
+
+
 def save_open_clip(
     model: nn.Module, folder: str | Path, model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], half: bool = True
 ) -> Path:
     """Write a folder that ``open_clip.create_model("local-dir:<folder>")`` takes; returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if half:
-        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    save_file(weights, folder / "open_clip_model.safetensors")
+    save_file(stored(model.state_dict(), half), folder / "open_clip_model.safetensors")
     told = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
     (folder / "open_clip_config.json").write_text(json.dumps(told, indent=2) + "\n")
     return folder

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from steerfm.cost import count, count_backward
-from steerfm.encoders import TextEncoder
+from steerfm.encoders import TextEncoder, stored
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
 from steerfm.networks import NETWORKS
 
@@ -443,11 +443,8 @@ def save_weights(network: nn.Module, path: str | Path, head: Mapping[str, Any], 
 def write_weights(tensors: Mapping[str, Tensor], path: str | Path, head: Mapping[str, Any], half: bool = True) -> None:
     """Write tensors to ``path`` (safetensors), as float16 by default, and ``head`` to the JSON beside it."""
     path = weights_file(path)
-    weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    if half:
-        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary)
+    save_file(stored(tensors, half), temporary)
     path.with_suffix(".json").write_text(json.dumps(head, indent=2) + "\n")
     temporary.replace(path)
 

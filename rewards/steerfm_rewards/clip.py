@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from steerfm import encoders
 from steerfm.rewards import Prompts, RewardError
-from steerfm_rewards.checks import check_pictures
-from steerfm_rewards.late import LateReward
+from steerfm_rewards.late import WordsReward
 
 
 @lru_cache(maxsize=4)
@@ -26,15 +25,8 @@ def _loaded(model: str, pretrained: str | None) -> encoders.OpenClip:
     return encoders.open_clip(model, pretrained)
 
 
-@lru_cache(maxsize=4096)
-def _text(model: str, pretrained: str | None, prompt: str) -> Tensor:
-    """One prompt's embedding (d,) on the CPU: particles of an output share it, steps too."""
-    with torch.inference_mode(False):
-        return _loaded(model, pretrained).encode_text([prompt])[0].cpu()
-
-
-class _ClipReward(LateReward):
-    """What the rewards of this file share: the open_clip model, and embeddings of words and pictures."""
+class _ClipReward(WordsReward):
+    """What the rewards of this file share: the open_clip model."""
 
     def __init__(self, model: str, pretrained: str | None) -> None:
         super().__init__()
@@ -42,20 +34,6 @@ class _ClipReward(LateReward):
 
     def load(self) -> encoders.OpenClip:
         return _loaded(self.model, self.pretrained)
-
-    def image(self, images: Tensor) -> Tensor:
-        """Embeddings (b, d) of length 1."""
-        check_pictures(self.name, images)
-        clip = self.network(images.device)
-        try:
-            return clip.encode_image(images)
-        except ValueError as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from None
-
-    def text(self, prompts: Sequence[str], like: Tensor) -> Tensor:
-        """Embeddings (n, d) of length 1; each prompt is encoded once a process."""
-        self.network(like.device)
-        return torch.stack([_text(self.model, self.pretrained, prompt) for prompt in prompts]).to(like)
 
 
 class Clip(_ClipReward):
@@ -89,15 +67,13 @@ class Clip(_ClipReward):
         pretrained: str | None = None,
     ) -> None:
         super().__init__(model, pretrained)
-        self.prompt, self.negative, self.weight, self.temperature = prompt, negative, float(weight), temperature
-        if prompt is None:
-            self.needs = frozenset({"prompts"})
+        self.ask(prompt)
+        self.negative, self.weight, self.temperature = negative, float(weight), temperature
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
         image = self.image(images)
-        asked = list(prompts or ()) if self.prompt is None else [self.prompt]
-        cosine = (image * self.text(asked, image)).sum(1)
+        cosine = self.likeness(image, prompts)
         if self.negative is not None:
             cosine = cosine - self.weight * (image * self.text([self.negative], image)).sum(1)
         return cosine * (self.network(images.device).scale if self.temperature is None else self.temperature)
@@ -195,7 +171,7 @@ def _linear_layers(path: Path) -> nn.Sequential:
     return nn.Sequential(*layers).requires_grad_(False)
 
 
-class PickScore(LateReward):
+class PickScore(WordsReward):
     """A preference model in the layout of transformers' CLIPModel, such as PickScore: scale cos(image, prompt).
 
     Unit: logits; differences of two pictures are log-odds of the preference. Gradient: yes. (Kirstain et al. 2305.01569.)
@@ -211,28 +187,41 @@ class PickScore(LateReward):
 
     def __init__(self, model: str | Path, prompt: str | None = None) -> None:
         super().__init__()
-        self.folder, self.prompt = Path(model), prompt
+        self.ask(prompt)
+        self.folder = Path(model)
         if not (self.folder / "config.json").is_file():
             raise RewardError(
                 f"reward 'pickscore': no config.json in {self.folder}: put a folder of transformers' CLIPModel there"
             )
-        if prompt is None:
-            self.needs = frozenset({"prompts"})
 
     def load(self) -> nn.Module:
         return _transformers_clip(self.folder)
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) -> (b,)."""
-        check_pictures(self.name, images)
-        clip = self.network(images.device)
-        model, weight = clip.model, next(clip.parameters())
-        asked = [self.prompt] if self.prompt is not None else list(prompts or ())
-        tokens = clip.tokenizer(asked, padding=True, truncation=True, return_tensors="pt").to(images.device)
+        return self.network(images.device).model.logit_scale.exp() * self.likeness(self.image(images), prompts)
+
+
+class _TransformersClip(nn.Module):
+    """A CLIPModel of transformers with the interface of `encoders.OpenClip`; frozen."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        size = model.config.vision_config.image_size
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
+        self.preprocessing = encoders.Preprocessing((size, size), mean, std)
+        self.eval().requires_grad_(False)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        device = next(self.parameters()).device
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
         with torch.no_grad():
-            text = _features(model.get_text_features(**tokens))
-        image = _features(model.get_image_features(pixel_values=clip.preprocessing(images).to(weight.dtype)))
-        return model.logit_scale.exp() * F.cosine_similarity(image, text, dim=1)
+            return F.normalize(_features(self.model.get_text_features(**tokens)), dim=-1)
+
+    def encode_image(self, pictures: Tensor) -> Tensor:
+        pixels = self.preprocessing(pictures).to(next(self.parameters()).dtype)
+        return F.normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1)
 
 
 def _features(out: Any) -> Tensor:
@@ -251,6 +240,4 @@ def _transformers_clip(folder: Path) -> nn.Module:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
-    size = model.config.vision_config.image_size
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
-    return encoders.OpenClip(model, tokenizer, encoders.Preprocessing((size, size), mean, std), str(folder))
+    return _TransformersClip(model, tokenizer)

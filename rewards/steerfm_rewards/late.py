@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from steerfm.rewards import Reward, RewardError
+from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm_rewards.checks import check_pictures
 
 
 class LateReward(Reward):
@@ -39,3 +42,47 @@ class LateReward(Reward):
     def offload(self) -> None:
         """Move the network to the CPU, to free an accelerator between calls; the next call moves it back."""
         self.network("cpu")
+
+
+@lru_cache(maxsize=4096)
+def _embedded(network: Any, prompt: str) -> Tensor:
+    """One prompt's embedding (d,) on the CPU: the particles of an output share it, and so do steps."""
+    with torch.inference_mode(False):
+        return network.encode_text([prompt])[0].cpu()
+
+
+class WordsReward(LateReward):
+    """A reward whose network puts pictures and words into one space: ``encode_image`` and ``encode_text``, of length 1.
+
+    Attributes:
+        prompt: for all pictures; None for the prompt that each was asked for.
+    """
+
+    prompt: str | None = None
+
+    def ask(self, prompt: str | None) -> None:
+        """Set the prompt of all pictures; with None prompts are needed."""
+        self.prompt = prompt
+        self.needs = frozenset({"prompts"} if prompt is None else ())
+
+    def image(self, images: Tensor) -> Tensor:
+        """Pictures (b, 1 or 3, h, w) in [0, 1] to embeddings (b, d).
+
+        Raises:
+            RewardError: vectors, other channels, or a network that cannot be had.
+        """
+        check_pictures(self.name, images)
+        network = self.network(images.device)
+        try:
+            return network.encode_image(images)
+        except ValueError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from None
+
+    def text(self, prompts: Sequence[str], like: Tensor) -> Tensor:
+        """Embeddings (n, d), on the device and in the precision of others; each prompt is encoded once a process."""
+        network = self.network(like.device)
+        return torch.stack([_embedded(network, prompt) for prompt in prompts]).to(like)
+
+    def likeness(self, image: Tensor, prompts: Prompts) -> Tensor:
+        """Cosine (b,) of each picture's embedding and that of its prompt, or of the prompt of all."""
+        return (image * self.text(list(prompts or ()) if self.prompt is None else [self.prompt], image)).sum(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steerfm import encoders
@@ -13,7 +12,7 @@ from steerfm.flowmap import load_into, read_weights
 from steerfm.rewards import Prompts, RewardError
 from steerfm.zoo import find
 from steerfm_rewards.checks import check_pictures
-from steerfm_rewards.late import LateReward
+from steerfm_rewards.late import LateReward, WordsReward
 
 
 @lru_cache(maxsize=1)
@@ -56,8 +55,6 @@ class ImageNet(LateReward):
 
 
 def _class(target: str | int) -> int:
-    import difflib
-
     from open_clip import IMAGENET_CLASSNAMES
 
     names = [name.lower() for name in IMAGENET_CLASSNAMES]
@@ -66,7 +63,7 @@ def _class(target: str | int) -> int:
         return names.index(text)
     if text.isdigit() and int(text) < len(names):
         return int(text)
-    near = ", ".join(difflib.get_close_matches(text, names, n=5, cutoff=0.4)) or "none"
+    near = encoders.nearest(text, names, n=5, cutoff=0.4)
     raise RewardError(f"reward 'imagenet' has no class {target!r}; nearest: {near}; or an index 0..{len(names) - 1}")
 
 
@@ -78,13 +75,7 @@ def _judge(model: str) -> encoders.ImageTextHead:
     return network.eval().requires_grad_(False)
 
 
-@lru_cache(maxsize=4096)
-def _prompt(model: str, prompt: str) -> Tensor:
-    with torch.inference_mode(False):
-        return _judge(model).encode_text([prompt])[0].cpu()
-
-
-class EmojiJudge(LateReward):
+class EmojiJudge(WordsReward):
     """Likeness of a picture and its prompt, by towers that share no weights with `Clip`: EfficientNet-Lite0 and MiniLM.
 
     Only for judging what another reward has optimised. Unit: cosine, from -1 to 1. Gradient: yes. Weights: the packages
@@ -101,20 +92,12 @@ class EmojiJudge(LateReward):
 
     def __init__(self, prompt: str | None = None, model: str = "emoji-judge") -> None:
         super().__init__()
-        self.prompt, self.model = prompt, str(model)
-        if prompt is None:
-            self.needs = frozenset({"prompts"})
+        self.ask(prompt)
+        self.model = str(model)
 
     def load(self) -> nn.Module:
         return _judge(self.model)
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
-        check_pictures(self.name, images)
-        asked = list(prompts or ()) if self.prompt is None else [self.prompt]
-        network = self.network(images.device)
-        try:
-            image = network.encode_image(images)
-        except ValueError as error:
-            raise RewardError(f"reward 'emoji_judge': {error}") from None
-        return (image * torch.stack([_prompt(self.model, prompt) for prompt in asked]).to(image)).sum(1)
+        return self.likeness(self.image(images), prompts)
