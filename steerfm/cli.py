@@ -25,7 +25,7 @@ EXAMPLES = {
   steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
     "finetune": """examples:
-  steerfm finetune reward=classifier reward.target=Bag                   about five minutes on two cores
+  steerfm finetune reward=classifier reward.target=Bag                   three minutes on two idle cores
   steerfm finetune --config weighted reward=compressibility label=Dress  a black box
   steerfm finetune --config direct label=all control=0.3 lora.rank=4""",
     "data": """examples:
