@@ -46,9 +46,13 @@ class LateReward(Reward):
 
 @lru_cache(maxsize=4096)
 def _embedded(network: Any, prompt: str) -> Tensor:
-    """One prompt's embedding (d,) on the CPU: the particles of an output share it, and so do steps."""
-    with torch.inference_mode(False):
-        return network.encode_text([prompt])[0].cpu()
+    """One prompt's embedding (d,) on the CPU: the particles of an output share it, and so do steps.
+
+    In full precision and without a graph: it is kept for calls under any autocast.
+    """
+    device = next(network.parameters()).device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        return network.encode_text([prompt])[0].float().cpu()
 
 
 class WordsReward(LateReward):

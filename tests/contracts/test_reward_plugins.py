@@ -187,6 +187,16 @@ def test_values_under_autocast_are_near(plugin, dtype):
     assert float((value - whole).abs().max()) < 0.25 * max(1.0, float(whole.abs().max()))
 
 
+def test_words_first_met_under_one_autocast_are_used_under_another():
+    """Embeddings of prompts are kept for the process, in whatever precision the first call ran."""
+    words = reward("clip")
+    for kept, dtype in (("a snow man", torch.float16), ("a fresh egg", torch.bfloat16)):
+        with torch.autocast("cpu", dtype):
+            words(pictures(1), prompts=[kept])
+    fresh = torch.stack([words.network().encode_text([prompt])[0] for prompt in ("a snow man", "a fresh egg")])
+    torch.testing.assert_close(words.text(["a snow man", "a fresh egg"], fresh), fresh, rtol=0, atol=1e-6)
+
+
 def test_pictures_that_are_not_numbers_are_refused(plugin):
     images = pictures()
     images[2, 0, 3, 3] = float("nan")
