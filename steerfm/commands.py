@@ -264,6 +264,11 @@ def known_method(name: str, methods: Mapping[str, type]) -> type:
     Raises:
         ConfigError: there is none; with the nearest.
     """
+    if ":" in name and methods is METHODS:  # one's own: path.py:Class
+        found = rewards.find(name)
+        if not (isinstance(found, type) and hasattr(found, "run") and is_dataclass(found)):
+            raise ConfigError(f"method {name!r} is not a dataclass with the interface of steerfm.steering.Method")
+        return found
     if name not in methods:
         raise ConfigError(f"unknown method {name!r}{did_you_mean(name, methods)}; methods: {', '.join(methods)}")
     return methods[name]
@@ -463,23 +468,6 @@ def list_rewards(name: str | None = None) -> None:
         table.add_row(key, getattr(target, "unit", ""), f"{low:.3g} to {high:.3g}", gradient, what)
     console.print(table)
     console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name", markup=False)
-
-
-def bench(name: str | None, arguments: list[str]) -> None:
-    """List the shipped benchmarks, or run one: a script with a ``main(arguments)``."""
-    import ast
-    import runpy
-
-    scripts = {path.stem: path for path in sorted(configs.shipped("benchmarks").glob("*.py"))}
-    if name is None:
-        table = _table("benchmark", "what")
-        for key, path in scripts.items():
-            table.add_row(key, (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0])
-        console.print(table)
-        return
-    if name not in scripts:
-        raise ConfigError(f"unknown benchmark {name!r}{did_you_mean(name, scripts)}; benchmarks: {', '.join(scripts)}")
-    runpy.run_path(str(scripts[name]))["main"](arguments)
 
 
 def list_methods(name: str | None = None, markdown: bool = False) -> None:

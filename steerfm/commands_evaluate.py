@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from steerfm import config as configs
 from steerfm import emoji, encoders, results, rewards, zoo
@@ -30,7 +31,7 @@ class Examiner:
     Attributes:
         features: pictures to features (b, d). reference: mean and covariance of the data's features.
         kernel: features of data for the kernel distance, or None. floor: distance between two parts of the data.
-        cond: n rows. agreement: pictures and their row numbers to sums of what agrees, by name.
+        cond: n rows. agreement: pictures, their features and their row numbers to what agrees (b,), by name.
         names: of the rows, for pictures.
     """
 
@@ -39,7 +40,7 @@ class Examiner:
     kernel: Tensor | None
     floor: float
     cond: Condition
-    agreement: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    agreement: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
     names: list[str]
 
 
@@ -107,8 +108,8 @@ def _plan(
     flow_map: FlowMap, examiner: Examiner, batches: list[slice], steps: int, euler: bool, seed: int, tick: Callable[[int], None]
 ) -> dict[str, Tensor]:  # fmt: skip
     """Metrics of one sampler over all batches, and its first pictures."""
-    distance = FrechetDistance(examiner.features, examiner.reference)
-    kernel = None if examiner.kernel is None else KernelDistance(examiner.features, examiner.kernel)
+    distance = FrechetDistance(nn.Identity(), examiner.reference)  # features are computed once, for all of them
+    kernel = None if examiner.kernel is None else KernelDistance(nn.Identity(), examiner.kernel)
     total: dict[str, float] = {}
     seconds, features, first = 0.0, [], []
     with torch.inference_mode():
@@ -118,13 +119,14 @@ def _plan(
                 x = draw(flow_map, rows.stop - rows.start, steps, seed + rows.start, cond, Diffuse(0.0) if euler else None)
             seconds += ledger.cost.seconds
             pictures = flow_map.decode(x)
-            distance.update(pictures)
+            found = examiner.features(pictures)
+            distance.update(found)
             if kernel is not None:
-                kernel.update(pictures)
-            for name, values in examiner.agreement(pictures, torch.arange(rows.start, rows.stop)).items():
+                kernel.update(found)
+            for name, values in examiner.agreement(pictures, found, torch.arange(rows.start, rows.stop)).items():
                 total[name] = total.get(name, 0.0) + float(values.sum())
             if i < 2:
-                features.append(examiner.features(pictures))
+                features.append(found)
                 first.append(pictures[: max(0, 32 - sum(map(len, first)))].float().cpu())
             tick(i + 1)
     n = batches[-1].stop
@@ -143,32 +145,54 @@ def _by_class(flow_map: FlowMap, n: int) -> Examiner:
     labels = torch.arange(n) % len(names)  # as balanced as the test split
     floor = frechet_distance(reference["train_mean"], reference["train_cov"], reference["test_mean"], reference["test_cov"])
 
-    def agreement(pictures: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def agreement(pictures: Tensor, found: Tensor, rows: Tensor) -> dict[str, Tensor]:
         return {"accuracy": judge(pictures).argmax(1).cpu() == labels[rows]}
 
     said = [names[label] for label in labels[:32].tolist()]
     return Examiner(classifier.features, (reference["test_mean"], reference["test_cov"]), None, floor, labels, agreement, said)  # type: ignore[arg-type]
 
 
-def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
-    """Maps of captioned emoji: the data's features in the judge's trunk, likeness to the prompts, retrieval among 100.
+def words_judge(device: torch.device | str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Any]:
+    """(pictures to features, features to embeddings, texts to embeddings) of the judge of words; where its packages are not
+    installed, of the shipped open_clip model."""
+    if can_judge_words():
+        network = rewards.reward("emoji_judge").network(device)  # type: ignore[operator]
+        return network.features, network.encode_image, network.encode_text
+    network = encoders.open_clip("emoji-clip", device=device)
+    return network.encode_image, nn.Identity(), network.encode_text
 
-    Without the judge's packages everything is measured by the shipped open_clip model.
-    """
+
+def words_features(device: torch.device | str) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """Pictures to features (b, d), and those of the training data, one picture of each concept and style; None where the data
+    are not prepared. They are kept beside the data: half a minute of two cores."""
+    features = words_judge(device)[0]
+    try:
+        data = emoji.load()
+    except FileNotFoundError:
+        return features, None
+    rows = torch.stack([group[0] for group in data.groups(held_out=False)])
+    file = emoji.data_folder() / f"features-{'judge' if can_judge_words() else 'clip'}-{len(rows)}.safetensors"
+    if not file.is_file():
+        with torch.inference_mode(), _progress("features of the data", len(rows)) as tick:
+            parts = []
+            for part in rows.split(256):
+                parts.append(features((data.pictures[part].float() / 255).to(device)).cpu())
+                tick(sum(map(len, parts)), len(rows))
+        save_file({"features": torch.cat(parts).clone()}, file)
+    return features, load_file(file)["features"]
+
+
+def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
+    """Maps of captioned emoji: the data's features in the judge's trunk, likeness to the prompts, retrieval among 100."""
     data = emoji.load()
     rows = torch.stack([group[0] for group in data.groups(held_out=False)])
     prompts = read_prompts(config.prompt) or list(dict.fromkeys(data.caption(int(row)) for row in rows))
     asked = [prompts[i % len(prompts)] for i in range(config.n)]
-    clip = encoders.open_clip("emoji-clip", device=flow_map.device)
-    scorers: dict[str, Any] = {"clip": rewards.reward("clip")}
-    encode_image, encode_text, features = clip.encode_image, clip.encode_text, clip.encode_image
-    if can_judge_words():
-        scorers["judge"] = judge = rewards.reward("emoji_judge")
-        network = judge.network()  # type: ignore[operator]
-        encode_image, encode_text, features = network.encode_image, network.encode_text, network.features
+    clip = rewards.reward("clip")
+    _, embedded, encode_text = words_judge(flow_map.device)
+    features, known = words_features(flow_map.device)
+    assert known is not None
     with torch.inference_mode():
-        pictures = (data.pictures[part].float() / 255 for part in rows.split(256))
-        known = torch.cat([features(part.to(flow_map.device)).cpu() for part in pictures])
         texts = torch.cat([encode_text(prompts[i : i + 256]).cpu() for i in range(0, len(prompts), 256)])
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     halves = [feature_statistics(known[part]) for part in order.chunk(2)]
@@ -178,13 +202,14 @@ def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
     own = torch.arange(config.n) % len(prompts)
     pools = (pools + 1 + own[:, None]) % len(prompts)  # never the prompt itself
 
-    def agreement(pictures: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        image = encode_image(pictures).cpu()
+    def agreement(pictures: Tensor, found: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        image = embedded(found).cpu()
         right = (image * texts[own[rows]]).sum(1)
         wrong = torch.einsum("bd,bkd->bk", image, texts[pools[rows]])
         rank = (wrong >= right[:, None]).sum(1)
-        said = [asked[row] for row in rows.tolist()]
-        scores = {name: scorer(pictures, prompts=said).cpu() for name, scorer in scorers.items()}
+        scores = {"clip": clip(pictures, prompts=[asked[row] for row in rows.tolist()]).cpu()}
+        if can_judge_words():
+            scores["judge"] = right
         return scores | {f"R@1 of {others + 1}": rank < 1, f"R@10 of {others + 1}": rank < 10}
 
     return Examiner(

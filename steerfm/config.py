@@ -243,6 +243,30 @@ class FinetuneConfig:
     trainer: TuneTrainerConfig = field(default_factory=TuneTrainerConfig)
 
 
+@dataclass
+class BenchConfig:
+    """A sweep of models x problems x strengths x budgets x methods x seeds.
+
+    models: zoo names or paths. problems: name -> {reward, judge, label, prompt, strength} as for steer. methods: name -> a
+    preset, or {name: a preset or path.py:Class, ...its arguments}; only: the names of those to run, default all. budgets:
+    network evaluations an output. strengths: of the tilt. seeds: repetitions, at least 4; n: outputs of each (of each
+    prompt). share: 2/4 measures the second of four parts, for several processes on one folder.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["fashion"])
+    problems: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=lambda: [8, 32, 128])
+    strengths: list[float] = field(default_factory=lambda: [10.0])
+    seeds: int = 4
+    n: int = 8
+    batch_size: int = 16
+    share: str = "1/1"
+    device: str = "auto"
+    out: str | None = None
+
+
 NAMED = {"reward", "method", "judge"}
 """Keys that take a name and its arguments: ``reward=classifier reward.target=Bag``."""
 

@@ -427,6 +427,26 @@ def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
     return found["mean"], 1.96 * found["standard_error"] if len(values) > 1 else 0.0
 
 
+def bootstrap(
+    values: Tensor | Sequence[float], level: float = 0.95, repeats: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval (low, high) of the mean of values (n,), drawn again with replacement (Efron 1979).
+
+    Too narrow for few values: by about a quarter for four of them.
+
+    Raises:
+        ValueError: no values.
+    """
+    values = _float64(torch.as_tensor(values))
+    if values.numel() == 0:
+        raise ValueError("an interval of no values")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (repeats, len(values)), generator=generator)
+    means = values.cpu()[drawn].mean(1)
+    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
 # --- helpers ---------------------------------------------------------------------------------------------------------
 def _float64(x: Tensor) -> Tensor:
     """x in float64, on the CPU where the device has none."""

@@ -1,0 +1,404 @@
+"""`steerfm bench`: methods compared at equal cost over a sweep of cells, each kept as a file, and one table of all of them.
+
+The rules of a fair comparison are not left to the suite: every method gets the steps and particles that one budget of network
+evaluations buys, plain samples and best-of-n of the same map are always there, what counts is a reward that no method has
+seen, at least four seeds are drawn, and diversity, distance to the data and wall time stand beside the reward.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import json
+import platform
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import steerfm
+from steerfm import config as configs
+from steerfm import results, zoo
+from steerfm.commands import (
+    Asked,
+    _model,
+    _progress,
+    _stem,
+    _table,
+    asked,
+    build_judge,
+    build_method,
+    build_reward,
+    console,
+    want_seeds,
+)  # fmt: skip
+from steerfm.commands_evaluate import words_features
+from steerfm.config import ConfigError, did_you_mean
+from steerfm.cost import Ledger
+from steerfm.flowmap import FlowMap
+from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
+from steerfm.rewards import Reward
+from steerfm.sampling import sample as draw
+from steerfm.steering import BestOfN, Method, steer
+
+BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
+LEAST_SEEDS = 4
+
+
+def bench(name: str | None, arguments: list[str], command: str = "") -> None:
+    """List the benchmarks, or run one: a suite (a recipe or a yaml file), or a script with a ``main(arguments)``."""
+    scripts = {path.stem: path for path in sorted(configs.shipped("benchmarks").glob("*.py"))}
+    suites = configs.recipes("bench")
+    if name is None:
+        table = _table("benchmark", "what")
+        for key, path in suites.items():
+            table.add_row(key, path.read_text().split("\n")[0].lstrip("# "))
+        for key, path in scripts.items():
+            table.add_row(key, (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0])
+        console.print(table)
+    elif name in scripts:
+        runpy.run_path(str(scripts[name]))["main"](arguments)
+    elif name not in suites and not Path(name).is_file():
+        known = [*suites, *scripts]
+        raise ConfigError(f"unknown benchmark {name!r}{did_you_mean(name, known)}; benchmarks: {', '.join(known)}")
+    elif {"-h", "--help"} & set(arguments):
+        path = configs.find_recipe(name, "bench")
+        console.print(f"{configs.BenchConfig.__doc__}\n\n{path.read_text()}", markup=False)
+    else:
+        sweep(configs.load(configs.BenchConfig, name, arguments), Path(name).stem, command)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Yardstick:
+    """What diversity and distance are measured in.
+
+    Attributes:
+        features: pictures or vectors to features (b, d). reference: mean and covariance of the data's, or None.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    reference: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, flow_map: FlowMap) -> Yardstick:
+        """The judge's trunk for maps of words, the classifier for those of Fashion-MNIST, else the sample itself."""
+        if getattr(flow_map, "text", None) is not None:
+            features, known = words_features(flow_map.device)
+            return cls(features, None if known is None else feature_statistics(known))
+        if tuple(flow_map.shape) == (1, 28, 28):
+            statistics = zoo.statistics()
+            classifier = zoo.load_classifier("fashion-classifier")[0].to(flow_map.device)
+            return cls(classifier.features, (statistics["test_mean"], statistics["test_cov"]))  # type: ignore[arg-type]
+        return cls(lambda x: x.flatten(1), None)
+
+
+FACTS = ("evaluations", "forwards", "backwards", "reward_calls", "seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model and what it is asked for.
+
+    Attributes:
+        name: of the problem in its suite. config: as for `steerfm steer`. reward: what methods see. judge: what counts.
+        asked: a row an output.
+    """
+
+    name: str
+    config: configs.SteerConfig
+    flow_map: FlowMap
+    yardstick: Yardstick
+    reward: Reward
+    judge: Reward
+    asked: Asked
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {_stem(self.config.model)}, strength {self.config.strength:g}"
+
+    def evaluations(self, method: Method) -> float:
+        """Network evaluations of one output, by trying it."""
+        row = self.asked.take(slice(0, 1))
+        told = {"prompts": row.prompts, "labels": row.labels}
+        return steer(self.flow_map, self.reward, method, 1, 0, self.config.strength, row.cond, **told).cost.evaluations
+
+    def measure(self, method: Method | None, seed: int) -> dict[str, Tensor]:
+        """One cell: the best particle of each output by the reward, as the judge sees it; None draws plain samples."""
+        want, size = self.asked, self.config.batch_size
+        seeds = want_seeds(want, seed * self.config.n)
+        with Ledger() as ledger:
+            if method is None:
+                x = draw(self.flow_map, want.n, 4, seeds, want.cond, batch_size=max(size, 100))
+            else:
+                x = steer(
+                    self.flow_map, self.reward, method, want.n, seeds, self.config.strength, want.cond,
+                    prompts=want.prompts, labels=want.labels, batch_size=size,
+                ).best()  # fmt: skip
+        cost = ledger.cost
+        with torch.inference_mode():
+            pictures = self.flow_map.decode(x)
+            told = {"prompts": want.prompts, "labels": want.labels}
+            scores = {"reward": self.reward(pictures, **told), "held_out": self.judge(pictures, **told)}
+            features = self.yardstick.features(pictures)
+        facts = [cost.evaluations, cost.forwards, cost.backwards, cost.reward_calls, cost.seconds]
+        found = {name: value.float().cpu().clone() for name, value in scores.items()}
+        found |= {"features": features.half().cpu().clone(), "facts": torch.tensor(facts, dtype=torch.float64) / want.n}
+        if pictures.ndim == 4:
+            found["pictures"] = (pictures[:12].float().cpu() * 255).round().to(torch.uint8)
+        return found
+
+
+def within_budget(method: Method, evaluations: Callable[[Method], float], budget: int) -> Method | None:
+    """The method with as many steps as leave it at least its least particles, then as many particles as the rest buys; None
+    where it cannot be that cheap.
+
+    Args:
+        method: as a suite names it; its steps are the most it gets.
+        evaluations: of one output, of a method. budget: the most of them.
+    """
+    if hasattr(method, "within"):
+        return method.within(budget)  # type: ignore[attr-defined]
+    names = {field.name for field in fields(method)} if is_dataclass(method) else set()
+    if "budget" in names:
+        steps = min(method.steps, budget // 4)  # type: ignore[attr-defined]
+        return replace(method, budget=budget, steps=steps) if steps else None  # type: ignore[type-var]
+    if "particles" not in names:
+        return method if evaluations(method) <= budget else None
+    unit = int(getattr(method, "children", 1))
+    resamples = method.particles > 1 or getattr(method, "resampling", None) is not None
+    least = max(unit, 4 if resamples else 1)
+    length = "steps" if "steps" in names else "iterations" if "iterations" in names else None
+    size = min(getattr(method, length), budget) if length else 1  # a step costs at least one evaluation
+    while size >= 1:
+        trial = replace(method, **({length: size} if length else {}), particles=least)  # type: ignore[arg-type]
+        particles = int(budget * least / evaluations(trial)) // unit * unit
+        if particles >= least:
+            return replace(trial, particles=particles)  # type: ignore[type-var]
+        size = size // 2 if length else 0
+    return None
+
+
+# --- the sweep -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Column:
+    """What is measured at every seed: a problem, a budget, and a method by its name in the suite (`BASE` at budget 0)."""
+
+    problem: Problem
+    budget: int
+    method: str
+
+
+Cells = Mapping[Column, list[dict[str, Tensor]]]
+"""What was measured, seed by seed; a method that cannot be so cheap has no cells."""
+
+
+def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
+    """Measure every cell that has no file yet, then write the table, the plots and the report of all of them."""
+    methods, problems = _methods(config), _problems(config)
+    part, parts = _share(config.share)
+    path = Path(config.out or f"runs/bench/{suite}")
+    folder = results.RunFolder(path, f"suite: {suite}\n")  # one folder takes further methods, problems and budgets
+    (path / "suite.yaml").write_text(configs.dump(config))
+    columns = [
+        column
+        for problem in problems
+        for column in (
+            Column(problem, 0, BASE), *(Column(problem, budget, name) for budget in config.budgets for name in methods),
+        )
+    ]  # fmt: skip
+    cells: dict[Column, list[dict[str, Tensor]]] = {}
+    missing = 0
+    with _progress(f"bench {suite}", len(columns) * config.seeds) as tick:
+        for number, column in enumerate(columns):
+            told = methods.get(column.method)
+            found = [_cell(folder, column, told, seed) for seed in range(config.seeds)]
+            mine = [seed for seed in range(config.seeds) if (number * config.seeds + seed) % parts == part]
+            if any(found[seed] is None for seed in mine):
+                method = told and within_budget(build_method(told), column.problem.evaluations, column.budget)
+                for seed in (seed for seed in mine if found[seed] is None):
+                    found[seed] = column.problem.measure(method, seed) if method or not told else {}
+                    folder.save_tensors(_file(column, told, seed), found[seed])
+                    tick(number * config.seeds + seed + 1, len(columns) * config.seeds)
+            missing += found.count(None)
+            cells[column] = [cell for cell in found if cell]
+    if missing:
+        console.print(f"{missing} of {len(columns) * config.seeds} cells are left to other shares: {path}")
+        return
+    _write(config, suite, folder, {column: found for column, found in cells.items() if found}, command)
+
+
+def _cell(folder: results.RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:
+    try:
+        return folder.load_tensors(_file(column, method, seed))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _file(column: Column, method: Any, seed: int) -> str:
+    """A name for a cell that changes with everything that its numbers depend on, and with nothing else."""
+    told = configs.plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
+    for neutral in ("out", "device", "lookaheads", "batch_size"):
+        told.pop(neutral)
+    return f"cells/{hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:20]}"
+
+
+def _methods(config: configs.BenchConfig) -> dict[str, Any]:
+    """Name -> configuration, in order; best-of-n of the same map is always there."""
+    made: dict[str, Any] = {}
+    for name, told in config.methods.items():
+        made[name] = {"name": name} | ({"name": told} if isinstance(told, str) else dict(told or {}))
+    unknown = [name for name in config.only if name not in made]
+    if unknown:
+        raise ConfigError(f"only={unknown[0]}: no such method{did_you_mean(unknown[0], made)}; methods: {', '.join(made)}")
+    made = {name: told for name, told in made.items() if not config.only or name in config.only}
+    if not any(isinstance(build_method(told), BestOfN) for told in made.values()):
+        made = {BASELINE: {"name": BASELINE, "steps": 1}} | made
+    return made
+
+
+def _problems(config: configs.BenchConfig) -> list[Problem]:
+    """Every model with every problem and strength, checked before anything is measured."""
+    if config.seeds < LEAST_SEEDS:
+        raise ConfigError(f"seeds={config.seeds}: at least {LEAST_SEEDS} are needed to know how far to trust a difference")
+    if not config.problems or not config.budgets:
+        raise ConfigError("a suite needs problems and budgets")
+    made = []
+    for model in config.models:
+        flow_map = _model(model, config.device)
+        yardstick = Yardstick.of(flow_map)
+        for name, told in config.problems.items():
+            for strength in config.strengths:
+                here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
+                problem = configs.build(configs.SteerConfig, here | dict(told), f"problems.{name}")
+                judge = build_judge(problem)
+                if judge is None:
+                    raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
+                want = asked(flow_map, problem.label, problem.prompt, problem.n)
+                made.append(Problem(name, problem, flow_map, yardstick, build_reward(problem.reward), judge, want))
+    return made
+
+
+def _share(share: str) -> tuple[int, int]:
+    """ "2/4" -> (1, 4)."""
+    part, _, parts = share.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise ConfigError(f"share={share}: give for instance 2/4, the second of four processes")
+    return int(part) - 1, int(parts)
+
+
+# --- what the cells say ----------------------------------------------------------------------------------------------
+def summary(cells: Cells) -> list[dict[str, Any]]:
+    """One row a column: means over seeds with bootstrap intervals, differences to best-of-n and to plain samples paired by
+    seed and output, rank within the budget, and whether no row of the problem that costs no more is better (Pareto)."""
+    rows = []
+    for column, found in cells.items():
+        problem, held = column.problem, torch.stack([cell["held_out"] for cell in found])
+        low, high = bootstrap(held.mean(1))
+        features = torch.cat([cell["features"].float() for cell in found])
+        row = {
+            "model": _stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
+            "budget": column.budget, "method": column.method, "seeds": len(found), "held_out": held.mean().item(),
+            "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
+            "diversity": _diversity(features, problem.asked.names * len(found)),
+            "distance": _distance(features, problem.yardstick.reference),
+            **dict(zip(FACTS, torch.stack([cell["facts"] for cell in found]).mean(0).tolist())),
+        }  # fmt: skip
+        beside = [c for c in cells if (c.problem, c.budget) == (problem, column.budget)]
+        baseline = next((c for c in beside if c.method.startswith(BASELINE)), None)
+        for name, other in {BASELINE: baseline, "unsteered": Column(problem, 0, BASE)}.items():
+            if other in cells and other != column:
+                differences = held - torch.stack([cell["held_out"] for cell in cells[other]])
+                row[f"over_{name}"], row[f"over_{name}_half"] = interval(differences.flatten())
+        rows.append(row)
+    for row, column in zip(rows, cells):
+        of = [(r, c) for r, c in zip(rows, cells) if c.problem is column.problem]
+        row["rank"] = 1 + sum(r["held_out"] > row["held_out"] for r, c in of if c.budget == column.budget)
+        row["pareto"] = not any(r["held_out"] > row["held_out"] and r["evaluations"] <= row["evaluations"] for r, _ in of)
+    return rows
+
+
+def _diversity(features: Tensor, names: list[str]) -> float:
+    """Mean distance between outputs that were asked for the same."""
+    index: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        index.setdefault(name, []).append(row)
+    found = [pairwise_diversity(features[rows]) for rows in index.values() if len(rows) > 1]
+    return sum(found) / len(found) if found else float("nan")
+
+
+def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> float:
+    """Fréchet distance to the data: biased upwards for so few, to be compared within one suite only."""
+    return float("nan") if reference is None else frechet_distance(*feature_statistics(features), *reference)
+
+
+def _write(config: configs.BenchConfig, suite: str, folder: results.RunFolder, cells: Cells, command: str) -> None:
+    """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
+    rows = summary(cells)
+    facts = ["model", "problem", "strength", "budget", "method"]
+    with (folder.path / "cells.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*facts, "seed", "held_out", "reward", *FACTS])
+        for row, found in zip(rows, cells.values()):
+            for seed, cell in enumerate(found):
+                numbers = [cell["held_out"].mean().item(), cell["reward"].mean().item(), *cell["facts"].tolist()]
+                writer.writerow([*(row[fact] for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
+    tables, pictures = [], []
+    header = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
+    for problem in dict.fromkeys(column.problem for column in cells):
+        of = {column: row for row, column in zip(rows, cells) if column.problem is problem}
+        for budget in config.budgets:
+            shown = [row for column, row in of.items() if column.budget in (0, budget)]
+            lines = [_line(row) for row in sorted(shown, key=lambda row: -row["held_out"])]
+            short = [0, 1, 3, 5, 6, 8, 9]  # what fits a terminal; the report has all
+            table = _table(*(header[i] for i in short), title=f"{problem.title}: {budget} network evaluations an output")
+            for line in lines:
+                table.add_row(*(line[i] for i in short))
+            console.print(table)
+            tables.append((f"{problem.title}: {budget} evaluations", header, lines))
+        stem = "-".join(problem.title.replace("strength ", "").replace(",", "").split())
+        curves: dict[str, list[tuple[float, float, float]]] = {}
+        for row in of.values():
+            point = (row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2)
+            curves.setdefault(row["method"], []).append(point)
+        plot = results.cost_plot(curves, folder.path / f"{stem}.png", problem.title, "held-out reward")
+        pictures.append((problem.title, plot))
+        first = {c.method: cells[c][0] for c in of if c.budget in (0, config.budgets[-1])}
+        if all("pictures" in cell for cell in first.values()):
+            grid = torch.stack([cell["pictures"] for cell in first.values()]).float() / 255
+            captions = [[f"{value:.2f}" for value in cell["held_out"][: grid.shape[1]].tolist()] for cell in first.values()]
+            title = f"{problem.title}: outputs of seed 0 at {config.budgets[-1]} evaluations, held-out reward below"
+            file = results.picture_grid(grid, folder.path / f"{stem}-pictures.png", list(first), captions, problem.title)
+            pictures.append((title, file))
+    ranks: dict[str, list[int]] = {}
+    for row in rows:
+        ranks.setdefault(row["method"], []).append(row["rank"])
+    del ranks[BASE]
+    means = dict(sorted(((name, sum(found) / len(found)) for name, found in ranks.items()), key=lambda item: item[1]))
+    tables.append(("mean rank over problems and budgets", ["method", "rank"], [[n, f"{r:.2f}"] for n, r in means.items()]))
+    told = {
+        "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": torch.get_num_threads(),
+        "machine": platform.machine(), "torch": torch.__version__, "steerfm": steerfm.__version__,
+    }  # fmt: skip
+    (folder.path / "summary.json").write_text(json.dumps(told | {"ranks": means, "rows": rows}, indent=1))
+    page = results.report(folder, f"Benchmark {suite}", told, tables, pictures)
+    console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
+    console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    """A row of the printed tables; a star marks the Pareto frontier of its problem."""
+
+    def over(name: str) -> str:
+        return f"{row[f'over_{name}']:+.3f} ± {row[f'over_{name}_half']:.3f}" if f"over_{name}" in row else ""
+
+    return [
+        row["method"] + (" *" if row["pareto"] else ""), f"{row['held_out']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
+        over(BASELINE), over("unsteered"), f"{row['reward']:.3f}", f"{row['diversity']:.3f}", f"{row['distance']:.3f}",
+        f"{row['evaluations']:.0f}", f"{row['seconds']:.2f}",
+    ]  # fmt: skip

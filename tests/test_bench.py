@@ -1,0 +1,164 @@
+"""`steerfm bench`: equal cost, nothing lost or repeated by a kill, and the numbers of a summary by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+
+import pytest
+import torch
+
+from steerfm import cli
+from steerfm.closed_form import GaussianMixture
+from steerfm.commands import Asked
+from steerfm.commands_bench import BASE, Cells, Column, Problem, Yardstick, summary, within_budget
+from steerfm.config import SteerConfig
+from steerfm.steering import METHODS, steer
+
+OWN = '''
+from dataclasses import dataclass
+from steerfm.steering import BestOfN
+
+@dataclass(frozen=True)
+class Mine(BestOfN):
+    """Best-of-n by another name."""
+'''
+SUITE = """
+problems:
+  bag: {reward: {name: classifier, target: Bag}}
+methods:
+  best_of_n: {steps: 1}
+  feynman_kac: {steps: 2}
+budgets: [4]
+seeds: 5
+n: 1
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(SUITE)
+    return file
+
+
+def rows(folder):
+    """Cells without their times."""
+    with (folder / "cells.csv").open() as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_sweep_killed_twenty_times_loses_and_repeats_no_cell(suite, tmp_path, monkeypatch):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = ["bench", str(suite), "seeds=20", "budgets=[4]", "only=[best_of_n]"]
+    assert cli.main([*run, f"out={whole}"]) == 0
+    measure, done, chance = Problem.measure, [], random.Random(0)
+
+    def mortal(self, method, seed):
+        if kills and chance.random() < 0.6:
+            kills.pop()
+            raise KeyboardInterrupt
+        cell = measure(self, method, seed)
+        done.append((method, seed))
+        return cell
+
+    kills = [0] * 20
+    monkeypatch.setattr(Problem, "measure", mortal)
+    codes = [cli.main([*run, f"out={killed}"])]
+    while codes[-1]:
+        codes.append(cli.main([*run, f"out={killed}"]))
+    assert codes == [130] * 20 + [0]
+    assert len(done) == len(set(done)) == 40
+    assert rows(killed) == rows(whole)
+    assert (killed / "report.html").is_file() and len(list(killed.glob("*.png"))) == 2
+
+
+def test_shares_of_a_sweep_make_the_whole(suite, tmp_path, capsys):
+    run = ["bench", str(suite)]
+    assert cli.main([*run, f"out={tmp_path / 'whole'}"]) == 0
+    for share in ("1/3", "3/3"):
+        assert cli.main([*run, f"out={tmp_path / 'parts'}", f"share={share}"]) == 0
+        assert "left to other shares" in capsys.readouterr().out and not (tmp_path / "parts" / "cells.csv").exists()
+    assert cli.main([*run, f"out={tmp_path / 'parts'}", "share=2/3"]) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert cli.main(["bench", str(suite), f"out={out}"]) == 0
+    own = tmp_path / "mine.py"
+    own.write_text(OWN)
+    measured, measure = [], Problem.measure
+    monkeypatch.setattr(Problem, "measure", lambda self, *of: measured.append(of) or measure(self, *of))
+    assert cli.main(["bench", str(suite), f"out={out}", f"methods.mine={{name: '{own}:Mine', steps: 1}}"]) == 0
+    assert len(measured) == 5  # its own seeds, nothing else
+    held = {row["method"]: row for row in json.loads((out / "summary.json").read_text())["rows"]}
+    assert held["mine"]["held_out"] == held["best_of_n"]["held_out"] and held["mine"]["over_best_of_n"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("seeds=3", "at least 4"),
+        ("problems.bag.judge=null", "no held-out reward"),
+        ("problems.bag.rewards=classifier", "did you mean 'reward'"),
+        ("methods.funel={}", "did you mean 'funnel'"),
+        ("only=[feynman]", "did you mean 'feynman_kac'"),
+        ("share=4/3", "2/4"),
+        ("budget=[3]", "did you mean 'budgets'"),
+        ("budgets=[]", "needs problems and budgets"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(suite, tmp_path, capsys, wrong, said):
+    assert cli.main(["bench", str(suite), f"out={tmp_path / 'out'}", wrong]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["funnel", "best_of_n", "feynman_kac", "fmrg_e", "das", "dps", "svdd", "d_flow"])
+@pytest.mark.parametrize("budget", [8, 64])
+def test_no_method_gets_more_than_the_budget(name, budget):
+    flow_map = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], [[0.2, 0.2], [0.2, 0.2]]).flow_map(steps=2)
+
+    def reward(x):
+        return -x.square().sum(1)
+
+    method = within_budget(METHODS[name](), lambda m: steer(flow_map, reward, m).cost.evaluations, budget)
+    assert method is None or steer(flow_map, reward, method).cost.evaluations <= budget
+    assert method is not None or budget == 8
+
+
+def cell(held, evaluations):
+    return {
+        "held_out": torch.tensor(held), "reward": torch.tensor(held) + 1, "features": torch.tensor(held)[:, None],
+        "facts": torch.tensor([evaluations, evaluations, 0.0, 0.0, 0.1], dtype=torch.float64),
+    }  # fmt: skip
+
+
+def test_a_summary_by_hand():
+    want = Asked(None, None, None, ["a", "b"], 1)
+    problem = Problem("p", SteerConfig(), None, Yardstick(lambda x: x, None), None, None, want)  # type: ignore[arg-type]
+    cells: Cells = {
+        Column(problem, 0, BASE): [cell([0.0, 1.0], 4)] * 4,
+        Column(problem, 8, "best_of_n"): [cell([1.0, 2.0], 8), cell([1.0, 4.0], 8)] * 2,
+        Column(problem, 8, "better"): [cell([2.0, 4.0], 8), cell([3.0, 5.0], 8)] * 2,
+        Column(problem, 16, "better"): [cell([2.0, 4.0], 16)] * 4,
+    }
+    base, best_of_n, better, dear = summary(cells)
+    assert (base["held_out"], base["low"], base["high"], base["diversity"]) == (0.5, 0.5, 0.5, 0.0)
+    assert best_of_n["held_out"] == 2.0 and 1.5 <= best_of_n["low"] < 2.0 < best_of_n["high"] <= 2.5
+    assert "over_best_of_n" not in best_of_n and best_of_n["over_unsteered"] == 1.5
+    assert better["over_best_of_n"] == 1.5 and better["over_unsteered"] == 3.0
+    assert "over_best_of_n" not in dear and dear["over_unsteered"] == 2.5  # no best-of-n at its budget
+    assert [row["rank"] for row in (base, best_of_n, better, dear)] == [1, 2, 1, 1]
+    assert [row["pareto"] for row in (base, best_of_n, better, dear)] == [True, False, True, False]
+    # the same prompt: a is 2, 3, 2, 3 and b is 4, 5, 4, 5: four of six pairs are one apart
+    assert better["diversity"] == pytest.approx(4 / 6)
+
+
+def test_the_shipped_suites_can_be_read(capsys):
+    for name in ("quick", "fashion", "emoji"):
+        assert cli.main(["bench", name, "--help"]) == 0
+    assert cli.main(["bench"]) == 0 and "quick" in capsys.readouterr().out
+    assert cli.main(["bench", "quik"]) == 2
+    assert "did you mean 'quick'" in capsys.readouterr().err
