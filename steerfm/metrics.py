@@ -427,9 +427,7 @@ def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
     return found["mean"], 1.96 * found["standard_error"] if len(values) > 1 else 0.0
 
 
-def bootstrap(
-    values: Tensor | Sequence[float], level: float = 0.95, repeats: int = 4000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: int = 4000, seed: int = 0) -> tuple[float, float]:
     """Percentile interval (low, high) of the mean of values (n,), drawn again with replacement (Efron 1979).
 
     Too narrow for few values: by about a quarter for four of them.
