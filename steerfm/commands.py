@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steerfm import config as configs
 from steerfm import encoders, results, rewards, zoo
+from steerfm.closed_form import GaussianMixture
 from steerfm.config import ConfigError, did_you_mean, named
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import (
@@ -503,13 +504,14 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
 
 
 def methods_markdown() -> str:
-    """One row a method: what it samples and its parts."""
+    """One row a method: what it samples, network calls (and backward passes) of a step of one particle, and its parts."""
     columns = ("lookahead", "guidance", "tempering", "transition", "correction", "resampling")
-    rows = [["method", "class", "samples", "gradient of", *columns[:-1], "selection"], ["---"] * 10]
+    rows = [["method", "class", "samples", "gradient of", "calls a step", *columns[:-1], "selection"], ["---"] * 11]
     for name, method in METHODS.items():
         made = method()
         parts = [describe_part(getattr(made, column)) if hasattr(made, column) else "its own" for column in columns]
-        rows.append([f"`{name}`", f"`{method.__name__}`", method_samples(method), method_gradient(made), *parts])
+        facts = [method_samples(method), method_gradient(made), calls_a_step(made)]
+        rows.append([f"`{name}`", f"`{method.__name__}`", *facts, *parts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -522,6 +524,21 @@ def method_samples(method: type) -> str:
     """What a method's docstring says it samples: the first word after ``Samples:``."""
     found = re.search(r"Samples:\s*(\S.*?)[.;,:]", " ".join((method.__doc__ or "").split()))
     return found.group(1) if found else "as composed"
+
+
+def calls_a_step(method: Method) -> str:
+    """Network calls, and backward passes where there are any, of one more step (or iteration) of one particle, counted by the
+    ledger; for a method that spends a budget, the word."""
+    sizes = {f.name for f in fields(method)} & {"steps", "iterations", "budget"}  # type: ignore[arg-type]
+    if "budget" in sizes:
+        return "as budgeted"
+    toy = GaussianMixture([[-1.0], [1.0]], [[0.1], [0.1]]).flow_map(steps=1)
+    size = "iterations" if "iterations" in sizes else "steps"
+    few, many = (steer(toy, lambda x: x[:, 0], replace(method, **{size: n})).cost for n in (4, 8))  # type: ignore[type-var]
+    counts = ((b - a) / 4 / method.particles for a, b in ((few.forwards, many.forwards), (few.backwards, many.backwards)))
+    if few.forwards == many.forwards:  # a tree: its nodes are bought, not its depth
+        return f"{few.forwards / method.particles:g} a particle"
+    return " + ".join(f"{count:g} back" if which else f"{count:g}" for which, count in enumerate(counts) if count or not which)
 
 
 def method_gradient(method: Method) -> str:

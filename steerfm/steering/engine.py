@@ -258,7 +258,7 @@ class Steering:
                 tilt = problem.strength * rewards.to(zero.dtype)
                 move.after = Evaluation(tilt, tilt, torch.ones_like(tilt), x)
             else:
-                move.after = self._look(problem, looks_noise, x, t, zero, move, log_w)
+                move.after = self._look(problem, looks_noise, x, t, zero, move, log_w, onward=times[i + 2] > t)
             after = move.after
             log_w = log_w + correction.increment(move).view(n, k)  # type: ignore[union-attr]
             record = {
@@ -294,14 +294,23 @@ class Steering:
         )
 
     def _look(
-        self, problem: Problem, noise: Noise, x: Tensor, t: float, zero: Tensor, move: Move | None, log_w: Tensor
+        self,
+        problem: Problem,
+        noise: Noise,
+        x: Tensor,
+        t: float,
+        zero: Tensor,
+        move: Move | None,
+        log_w: Tensor,
+        onward: bool = True,
     ) -> Evaluation:
-        """The evaluation at time t, or zeros where nobody would use it; ``move`` led here, None at the start."""
+        """The evaluation at time t, or zeros where nobody would use it; ``move`` led here, None at the start, and the next
+        step is ``onward`` or back in time, where no guidance bends it."""
         lookahead, correction, selection, tempering = self.lookahead, self.correction, self.resampling, self.tempering
         assert callable(tempering) and not any(isinstance(part, str) for part in (correction, selection, lookahead))
         hottest = 1.0 if t >= 1 else float(tempering(t))
         ranks = selection is not None and selection.ranks  # type: ignore[union-attr]
-        guided = self.guidance is not None and t < self.stop
+        guided = self.guidance is not None and t < self.stop and onward
         if guided and t >= self.times()[-2] and getattr(self.transition, "lands", False):
             guided = correction.guides(Step(x, 0.0))  # type: ignore[union-attr]
         wanted = guided or correction.samples or ranks  # type: ignore[union-attr]
