@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench data clean
+.PHONY: demo test lint bench bench-check data clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed  ## install, then steer the shipped model with four methods: a table and a picture
@@ -16,8 +16,12 @@ lint: .venv/dev  ## style, types and layers
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## overhead of steering over the bare network and reward calls
-	$(BIN)/python benchmarks/overhead.py
+bench: .venv/installed  ## five methods at equal cost, then what the library adds to the bare network and reward calls
+	$(BIN)/steerfm bench quick
+	$(BIN)/steerfm bench speed
+
+bench-check: .venv/installed  ## fail where an overhead is more than 10% above the committed one
+	$(BIN)/steerfm bench speed --repeats 7 --check benchmarks/speed.json
 
 data: .venv/installed  ## the training data: Fashion-MNIST from a Debian package, captioned emoji from npm packages
 	[ -d /usr/share/datasets/fashion-mnist ] || { apt-get update -q && apt-get install -y -q dataset-fashion-mnist; }

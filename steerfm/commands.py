@@ -40,9 +40,8 @@ from steerfm.metrics import feature_statistics, restoration
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
-from steerfm.steering.engine import Outcome, Trace
+from steerfm.steering.engine import Trace
 from steerfm.steering.noise import NoiseAscent
-from steerfm.steering.run import join
 
 console = Console(highlight=False)
 
@@ -293,8 +292,13 @@ def can_judge_words() -> bool:
     return "emoji_judge" in rewards.available() and all(importlib.util.find_spec(name) for name in packages)
 
 
-def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[SteeringResult, Tensor]:
-    """Steer in batches of outputs, each kept as soon as it is done; (result, plain samples of the same seeds)."""
+SHOWN = 32
+"""Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
+
+
+def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[FlowMap, Asked]:
+    """Steer in batches of outputs, each kept as a part of the folder as soon as it is done, beside plain samples of the same
+    seeds: memory does not grow with the number of outputs."""
     flow_map = _model(config.model, config.device, config.guidance)
     if config.precision not in ("32", "bf16"):
         raise ConfigError(f"unknown precision {config.precision!r}; precisions: 32, bf16")
@@ -302,28 +306,95 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[S
     want = asked(flow_map, config.label, config.prompt, config.n)
     seeds, size = want_seeds(want, config.seeds), max(1, config.batch_size)
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
-    outcomes, cost = [], Cost()
+    finished = set(folder.parts())
     with _progress("steering", len(batches)) as tick:
         for index, rows in enumerate(batches):
-            tensors = folder.load_part(index)
-            if tensors is None:
+            if index not in finished:
                 with torch.autocast(flow_map.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     part = want.take(rows)
                     result = steer(
                         flow_map, reward, method, part.n, seeds[rows], config.strength, part.cond, prompts=part.prompts,
-                        labels=part.labels, lookaheads=config.lookaheads,
+                        labels=part.labels, lookaheads=config.lookaheads and rows.start < SHOWN,
                         progress=lambda done, steps, index=index: tick(index * steps + done, len(batches) * steps),
                     )  # fmt: skip
-                tensors = to_tensors(result) | {"cost": torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)}
-                folder.save_part(index, tensors)
+                base = draw(flow_map, part.n, getattr(method, "steps", 4), seeds[rows], part.cond, batch_size=500).cpu()
+                kept = _tensors(result, traced=rows.start < SHOWN) | {"base": base, "best": result.best().cpu()}
+                folder.save_part(index, kept)
                 means = result.rewards.mean().item(), result.rewards.max(1).values.mean().item()
                 folder.log(output=rows.stop, reward_mean=means[0], reward_best=means[1], seconds=result.cost.seconds)
-            spent = dict(zip([f.name for f in fields(Cost)], tensors.pop("cost").tolist()))
-            cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
-            outcomes.append(from_tensors(tensors))
             tick(index + 1, len(batches))
-    base = draw(flow_map, want.n, getattr(method, "steps", 4), seeds, want.cond, batch_size=500).cpu()
-    return SteeringResult(**vars(join(outcomes)), cost=cost, flow_map=flow_map.cpu()), base
+    return flow_map.cpu(), want
+
+
+@dataclass
+class Steered:
+    """What the parts of a run add up to.
+
+    Attributes:
+        values: per output or particle, all outputs: rewards, log_weights, component.*, and log_z where there is one.
+        scores, held_out, near: {"base", "steered"} to the reward (n,), the judge's, and distances to a known truth.
+        pictures: of the first outputs of the first prompts. trace: of the first outputs. cost: of all.
+    """
+
+    values: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+    near: dict[str, dict[str, Tensor]]
+    pictures: dict[str, Tensor]
+    trace: dict[str, Tensor]
+    cost: Cost
+
+
+def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, judge: Reward | None) -> Steered:
+    """Score what the parts hold, a part at a time; a reward that compares pictures sees all of them at once."""
+    values: dict[str, list[Tensor]] = {}
+    looks: dict[str, list[Tensor]] = {"base": [], "steered": []}
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    traces, cost, done = [], Cost(), 0
+    output, context = torch.arange(want.n), {"prompts": want.prompts, "labels": want.labels}
+    asked_for, drawn = output // want.each, (output % want.each < SHOWN) & (output // want.each < SHOWN)
+
+    def score(pictures: Mapping[str, Tensor], rows: slice) -> None:
+        told = {name: None if value is None else value[rows] for name, value in context.items()}
+        for name, x in pictures.items():
+            of = found.setdefault(name, {})
+            of.setdefault("reward", []).append(reward.evaluate(x, **told, groups=asked_for[rows]).total)
+            if judge:
+                of.setdefault("held out", []).append(judge(x, **told))
+            for key, value in ({} if reward.truth is None else restoration(x, reward.truth)).items():
+                of.setdefault(key, []).append(value)
+
+    with torch.inference_mode():
+        for index in folder.parts():
+            part = folder.load_part(index)
+            assert part is not None
+            spent = dict(zip([f.name for f in fields(Cost)], part.pop("cost").tolist()))
+            cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
+            pictures = {"base": flow_map.decode(part.pop("base")), "steered": flow_map.decode(part.pop("best"))}
+            rows = slice(done, done := done + len(part["rewards"]))
+            traces += [{k.removeprefix("trace."): part.pop(k) for k in list(part) if k.startswith("trace.")}]
+            part.pop("samples")
+            for name, value in part.items():
+                values.setdefault(name, []).append(value)
+            for name, x in pictures.items():
+                looks[name].append(x if reward.groupwise else x[drawn[rows]])
+            if not reward.groupwise:
+                score(pictures, rows)
+        shown = {name: torch.cat(parts) for name, parts in looks.items()}
+        if reward.groupwise:
+            score(shown, slice(0, want.n))
+            shown = {name: x[drawn] for name, x in shown.items()}
+    columns = {name: {key: torch.cat(parts) for key, parts in of.items()} for name, of in found.items()}
+    keys = [key for key in columns["base"] if key not in ("reward", "held out")]
+    return Steered(
+        {name: torch.cat(parts) for name, parts in values.items()},
+        {name: of["reward"] for name, of in columns.items()},
+        {name: of["held out"] for name, of in columns.items()} if judge else {},
+        {key: {name: of[key] for name, of in columns.items()} for key in keys},
+        shown,
+        _join_traces([trace for trace in traces if trace]),
+        cost,
+    )
 
 
 def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
@@ -335,48 +406,42 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     if folder.load_result() is not None:
         console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
         return
-    result, base = run_steer(config, folder)
-    flow_map = result.flow_map
-    want = asked(flow_map, config.label, config.prompt, config.n)
-    n, each, context = want.n, torch.arange(want.n), {"prompts": want.prompts, "labels": want.labels}
+    flow_map, want = run_steer(config, folder)
     reward = build_reward(config.reward)
-    with torch.inference_mode():
-        pictures = {"base": flow_map.decode(base), "steered": flow_map.decode(result.best())}
-        scores = {name: reward.evaluate(x, **context, groups=each // want.each).total for name, x in pictures.items()}
-        held_out = {name: judge(x, **context) for name, x in pictures.items()} if judge else {}
-        near = {} if reward.truth is None else {name: restoration(x, reward.truth) for name, x in pictures.items()}
-    restored = {key: {name: values[key].mean() for name, values in near.items()} for key in near.get("base", ())}
-    weights = result.log_weights.exp()
-    ess = 1 / (weights.square().sum(1) * weights.shape[1])
+    run = gather(folder, flow_map, want, reward, judge)
+    log_weights, weights = run.values["log_weights"], run.values["log_weights"].exp()
+    restored = {key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()}
+    components = {k.removeprefix("component."): v for k, v in run.values.items() if k.startswith("component.")}
     summary = {
         "command": command,
         "reward": reward.name,
-        "reward_base": scores["base"].mean(),
-        "reward_best": scores["steered"].mean(),
-        "reward_weighted": (weights * result.rewards).sum(1).mean(),
-        "held_out": {"name": judge.name, **{name: value.mean() for name, value in held_out.items()}} if judge else None,
-        "prompts": _by_prompt(want, scores, held_out),
+        "reward_base": run.scores["base"].mean(),
+        "reward_best": run.scores["steered"].mean(),
+        "reward_weighted": (weights * run.values["rewards"]).sum(1).mean(),
+        "held_out": {"name": judge.name, **{name: value.mean() for name, value in run.held_out.items()}} if judge else None,
+        "prompts": _by_prompt(want, run.scores, run.held_out),
         **restored,
-        "components": {name: (weights * value).sum(1).mean() for name, value in result.components.items()},
-        "log_z": None if result.log_z is None else result.log_z.mean(),
-        "ess": ess.mean(),
-        "cost": result.cost.as_dict(),
+        "components": {name: (weights * value).sum(1).mean() for name, value in components.items()},
+        "log_z": run.values["log_z"].mean() if "log_z" in run.values else None,
+        "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
+        "cost": run.cost.as_dict(),
     }
-    tensors = {"samples": result.samples, "rewards": result.rewards, "log_weights": result.log_weights, "base": base}
-    folder.save_tensors("samples", tensors)
-    drawn = [*_draw_steering(folder.path, pictures, scores, reward.name, want), _draw_trace(folder.path, result)]
-    columns = [scores, *([held_out] if judge else []), *restored.values()]
+    folder.merge_parts("samples", ("samples", "rewards", "log_weights", "base"))
+    drawn = [
+        *_draw_steering(folder.path, run.pictures, run.scores, reward.name, want), _draw_trace(folder.path, run, flow_map),
+    ]  # fmt: skip
+    columns = [run.scores, *([run.held_out] if judge else []), *restored.values()]
     rows = {"base": "base", "steered": "steered (best)"}
     table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
     header = ["", reward.name, *([f"held out: {judge.name}"] if judge else []), *restored]
-    facts = {"command": command, "cost": _cost_line(result.cost)}
+    facts = {"command": command, "cost": _cost_line(run.cost)}
     results.report(
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
         [(name, path) for name, path in drawn if path is not None],
     )  # fmt: skip
     folder.save_result(summary)  # last: its presence says that the run is finished
     folder.clear_parts()
-    show = _table(*header, title=f"{n} outputs of {result.samples.shape[1]} particles")
+    show = _table(*header, title=f"{want.n} outputs of {log_weights.shape[1]} particles")
     for row in table:
         show.add_row(*[value if isinstance(value, str) else f"{value:.4g}" for value in row])
     console.print(show)
@@ -384,22 +449,20 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
-def to_tensors(outcome: Outcome) -> dict[str, Tensor]:
-    """An outcome as a flat dictionary of tensors on the CPU, for a file."""
-    tensors = {name: getattr(outcome, name) for name in ("samples", "rewards", "log_weights", "log_z")}
-    tensors |= {f"component.{name}": value for name, value in outcome.components.items()}
-    tensors |= {f"trace.{f.name}": getattr(outcome.trace, f.name) for f in fields(Trace)}
+def _tensors(result: SteeringResult, traced: bool) -> dict[str, Tensor]:
+    """A result as a flat dictionary of tensors on the CPU, for a file."""
+    tensors = {name: getattr(result, name) for name in ("samples", "rewards", "log_weights", "log_z")}
+    tensors |= {f"component.{name}": value for name, value in result.components.items()}
+    if traced:
+        tensors |= {f"trace.{f.name}": getattr(result.trace, f.name) for f in fields(Trace)}
+    tensors["cost"] = torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)
     return {name: value.cpu() for name, value in tensors.items() if value is not None}
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> Outcome:
-    """Inverse of `to_tensors`."""
-    parts = {
-        prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        for prefix in ("component.", "trace.")
-    }
-    plain = {name: tensors.get(name) for name in ("samples", "rewards", "log_weights", "log_z")}
-    return Outcome(**plain, components=parts["component."], trace=Trace(**parts["trace."]))  # type: ignore[arg-type]
+def _join_traces(traces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Traces of consecutive outputs as one."""
+    times = {"t": traces[0].pop("t")}
+    return times | {name: torch.cat([trace[name] for trace in traces], 1) for name in traces[0]}
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------
@@ -678,14 +741,16 @@ def _draw_steering(
     if next(iter(pictures.values())).ndim != 4:
         return [(title, None)]
     drawn: list[tuple[str, Path | None]] = []
-    starts = range(0, want.n, want.each)
-    columns = min(8, want.each)
+    starts = range(0, want.n, want.each)[:SHOWN]
+    columns, per = min(8, want.each), min(SHOWN, want.each)
     for number, start in enumerate(starts):
         grids, captions, labels = [], [], []
-        for begin in range(start, start + min(want.each // columns * columns, 32), columns):
+        for begin in range(0, per // columns * columns, columns):
             for kind in ("base", "steered"):
-                grids.append(pictures[kind][begin : begin + columns].float().cpu())
-                captions.append([f"{value:.3g}" for value in scores[kind][begin : begin + columns].tolist()])
+                first = number * per + begin
+                grids.append(pictures[kind][first : first + columns].float().cpu())
+                values = scores[kind][start + begin : start + begin + columns].tolist()
+                captions.append([f"{value:.3g}" for value in values])
                 labels.append(kind)
         asked_for = f"{want.names[start]}: {name}" if want.prompts else name
         file = folder / ("grid.png" if len(starts) == 1 else f"grid-{number}.png")
@@ -707,19 +772,12 @@ def _by_prompt(want: Asked, scores: Mapping[str, Tensor], held_out: Mapping[str,
     return out
 
 
-def _draw_trace(folder: Path, result: SteeringResult) -> tuple[str, Path | None]:
+def _draw_trace(folder: Path, run: Steered, flow_map: FlowMap) -> tuple[str, Path | None]:
     """trace.png: value, effective sample size, guidance and look-ahead pictures over time."""
-    trace: dict[str, Any] = {f.name: getattr(result.trace, f.name) for f in fields(Trace)}
-    trace["rewards"] = result.rewards
-    if trace["lookaheads"] is not None and len(result.flow_map.shape) == 3:
-        steps, n = trace["lookaheads"].shape[:2]
-        looks = result.flow_map.decode(trace["lookaheads"].flatten(0, 1)).unflatten(0, (steps, n))
-        trace["lookaheads"] = looks
-    else:
-        trace["lookaheads"] = None
-    if trace["lookaheads"] is not None and len(trace["lookaheads"]) != len(trace["t"]):
-        trace["lookaheads"] = None
-    drawn = {name: value for name, value in trace.items() if value is not None}
+    drawn: dict[str, Any] = run.trace | {"rewards": run.values["rewards"]}
+    looks = drawn.pop("lookaheads", None)
+    if looks is not None and len(flow_map.shape) == 3 and len(looks) == len(drawn["t"]):
+        drawn["lookaheads"] = flow_map.decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
     return "over time", results.trace_plot(drawn, folder / "trace.png")
 
 

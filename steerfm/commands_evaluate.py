@@ -15,7 +15,7 @@ from steerfm import emoji, encoders, results, rewards, zoo
 from steerfm.commands import _model, _progress, _rows, _stem, _table, can_judge_words, console, read_prompts
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
-from steerfm.metrics import FrechetDistance, KernelDistance, feature_statistics, frechet_distance, pairwise_diversity
+from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
 from steerfm.training import consistency_errors
@@ -108,6 +108,8 @@ def _plan(
     flow_map: FlowMap, examiner: Examiner, batches: list[slice], steps: int, euler: bool, seed: int, tick: Callable[[int], None]
 ) -> dict[str, Tensor]:  # fmt: skip
     """Metrics of one sampler over all batches, and its first pictures."""
+    from steerfm.distances import FrechetDistance, KernelDistance  # seconds, which benchmarks need not wait
+
     distance = FrechetDistance(nn.Identity(), examiner.reference)  # features are computed once, for all of them
     kernel = None if examiner.kernel is None else KernelDistance(nn.Identity(), examiner.kernel)
     total: dict[str, float] = {}

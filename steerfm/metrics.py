@@ -1,22 +1,28 @@
 """Distances between samples, diversity, coverage and reward statistics.
 
 Functions take features (n, d) (or vectors), compute in float64 and return floats; `FrechetDistance` and
-`KernelDistance` accumulate over batches and ranks (`torchmetrics.Metric`). What the features are is the caller's
-choice: numbers are only comparable within one feature network and, for the Fréchet distance, within one sample size.
+`KernelDistance` (of `steerfm.distances`, found here too) accumulate over batches and ranks. What the features are is the
+caller's choice: numbers are only comparable within one feature network and, for the Fréchet distance, within one sample size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.utilities import dim_zero_cat
 
 BLOCK = 1024
 """Rows of a kernel or distance matrix that are held at once."""
+
+
+def __getattr__(name: str) -> Any:
+    """The accumulated distances, on first use: torchmetrics takes as long to import as torch and all the rest."""
+    if name in ("FrechetDistance", "KernelDistance"):
+        return getattr(import_module("steerfm.distances"), name)
+    raise AttributeError(f"module 'steerfm.metrics' has no attribute {name!r}")
 
 
 # --- Fréchet distance ------------------------------------------------------------------------------------------------
@@ -26,7 +32,7 @@ def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: fewer than two rows.
     """
-    features = _float64(features)
+    features = float64(features)
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
@@ -44,7 +50,7 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
         mean_a, mean_b: (d,).
         cov_a, cov_b: (d, d), symmetric and positive semi-definite.
     """
-    mean_a, cov_a, mean_b, cov_b = map(_float64, (mean_a, cov_a, mean_b, cov_b))
+    mean_a, cov_a, mean_b, cov_b = map(float64, (mean_a, cov_a, mean_b, cov_b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root @ cov_b @ root)
@@ -52,125 +58,7 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     return max(0.0, distance.item())
 
 
-class _FeatureMetric(Metric):
-    """What both metrics share: features in evaluation mode without gradients, and float64 states kept off mps."""
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.features = features
-
-    @torch.no_grad()
-    def _extract(self, pictures: Tensor) -> Tensor:
-        """Features (n, d) of pictures (n, ...), in float64, where the states are."""
-        if isinstance(self.features, nn.Module):
-            self.features.eval()  # a parent's .train() must not switch batch norm or dropout on
-        device = self.device if self.device.type != "mps" else torch.device("cpu")
-        return _float64(self.features(pictures)).flatten(1).to(device)
-
-    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
-        to_mps = fn(torch.zeros(1, device=self.device)).device.type == "mps"  # which has no float64
-        return super()._apply(fn, list(self._defaults) if to_mps else exclude_state)
-
-
-class FrechetDistance(_FeatureMetric):
-    """Fréchet distance of features, accumulated over batches and ranks; see `frechet_distance`.
-
-    The states are the sums of features (d,) and of their outer products (d, d), in float64: batches, ranks and their
-    order make no difference beyond rounding. Under DDP every rank needs at least one batch.
-
-    >>> metric = FrechetDistance(classifier.features, reference=(mean, cov))
-    >>> metric.update(pictures)
-    >>> metric.compute()
-
-    Args:
-        features: pictures -> features (n, d); a module is used in evaluation mode.
-        reference: mean (d,) and covariance (d, d) of real data (`feature_statistics`); None to collect them with
-            ``update(pictures, real=True)``.
-    """
-
-    def __init__(self, features: Callable[[Tensor], Tensor], reference: tuple[Tensor, Tensor] | None = None) -> None:
-        super().__init__(features)
-        self.reference = None if reference is None else tuple(_float64(part).cpu() for part in reference)
-        for side in ("fake", "real"):
-            for name in ("sum", "outer", "count"):  # scalars broadcast to the features' size at the first update
-                self.add_state(f"{side}_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, pictures: Tensor, real: bool = False) -> None:
-        """Add pictures (n, ...) to the generated samples, or to the real ones.
-
-        Raises:
-            ValueError: real pictures although reference statistics were given.
-        """
-        if real and self.reference is not None:
-            raise ValueError("reference statistics were given: build the metric without them to collect real pictures")
-        x = self._extract(pictures)
-        side = "real" if real else "fake"
-        for name, value in (("sum", x.sum(0)), ("outer", x.T @ x), ("count", len(x))):
-            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
-
-    def compute(self) -> Tensor:
-        """The distance, a float64 scalar.
-
-        Raises:
-            ValueError: fewer than two samples on either side.
-        """
-        fake = self._statistics("fake")
-        real = self._statistics("real") if self.reference is None else self.reference
-        return torch.tensor(frechet_distance(*fake, *(part.to(fake[0].device) for part in real)), dtype=torch.float64)
-
-    def _statistics(self, side: str) -> tuple[Tensor, Tensor]:
-        total, outer, count = (getattr(self, f"{side}_{name}") for name in ("sum", "outer", "count"))
-        if count < 2:
-            raise ValueError(f"a covariance needs at least 2 {side} samples, got {int(count)}")
-        mean = total / count
-        return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
-
-
 # --- kernel distances ------------------------------------------------------------------------------------------------
-class KernelDistance(_FeatureMetric):
-    """Kernel distance: unbiased MMD^2 of features under the kernel (x.y / d + 1)^3.
-
-    Binkowski et al. 1801.01401 (KID). Unbiased at any sample size, so it may be negative; uses all pairs, not subsets.
-
-    Args:
-        features: pictures -> features (n, d); a module is used in evaluation mode.
-        reference: features (m, d) of real data; None to collect them with ``update(pictures, real=True)``.
-    """
-
-    fake: list[Tensor]
-    real: list[Tensor]
-
-    def __init__(self, features: Callable[[Tensor], Tensor], reference: Tensor | None = None) -> None:
-        super().__init__(features)
-        self.reference = None if reference is None else _float64(reference).cpu()
-        self.add_state("fake", [], dist_reduce_fx="cat")
-        self.add_state("real", [], dist_reduce_fx="cat")
-
-    def update(self, pictures: Tensor, real: bool = False) -> None:
-        """Add pictures (n, ...) to the generated samples, or to the real ones.
-
-        Raises:
-            ValueError: real pictures although reference features were given.
-        """
-        if real and self.reference is not None:
-            raise ValueError("reference features were given: build the metric without them to collect real pictures")
-        (self.real if real else self.fake).append(self._extract(pictures))
-
-    def compute(self) -> Tensor:
-        """The squared distance, a float64 scalar.
-
-        Raises:
-            ValueError: fewer than two samples on either side.
-        """
-        fake = dim_zero_cat(self.fake) if len(self.fake) else torch.zeros(0, 1)
-        real = self.reference if self.reference is not None else dim_zero_cat(self.real) if len(self.real) else fake[:0]
-        return torch.tensor(_discrepancy(fake, real.to(fake.device), _cubic), dtype=torch.float64)
-
-
 def mmd(
     a: Tensor,
     b: Tensor,
@@ -194,7 +82,7 @@ def mmd(
     Raises:
         ValueError: fewer than two samples on either side.
     """
-    a, b = _float64(a), _float64(b)
+    a, b = float64(a), float64(b)
     if bandwidths is None:
         pooled = torch.cat([part[:: max(1, len(part) // 1000)][:1000] for part in (a, b)])
         median = torch.pdist(pooled).median().item() or 1.0
@@ -205,14 +93,14 @@ def mmd(
         kernels = (torch.exp(squared / (-2 * h**2)) for h in bandwidths)
         return sum(kernels, torch.zeros_like(squared)) / len(bandwidths)
 
-    return _discrepancy(a, b, gaussian, weights_a, weights_b)
+    return discrepancy(a, b, gaussian, weights_a, weights_b)
 
 
-def _cubic(x: Tensor, y: Tensor) -> Tensor:
+def cubic(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _discrepancy(
+def discrepancy(
     a: Tensor,
     b: Tensor,
     kernel: Callable[[Tensor, Tensor], Tensor],
@@ -247,7 +135,7 @@ def wasserstein_1d(
         weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
         order: p, at least 1.
     """
-    a, b = _float64(a).reshape(-1, 1), _float64(b).reshape(-1, 1)
+    a, b = float64(a).reshape(-1, 1), float64(b).reshape(-1, 1)
     cost = _transport(a, b, _weights(a, weights_a), _weights(b, weights_b), order)
     return cost.item() ** (1 / order)
 
@@ -272,7 +160,7 @@ def sliced_wasserstein(
         generator: of the directions, on the CPU; default: seeded with 0, so that calls agree.
         weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
     """
-    a, b = _float64(a), _float64(b)
+    a, b = float64(a), float64(b)
     generator = generator or torch.Generator().manual_seed(0)
     d, total = a.shape[1], 0.0
     w, v = _weights(a, weights_a), _weights(b, weights_b)
@@ -305,7 +193,7 @@ def vendi(features: Tensor) -> float:
     Args:
         features: (n, d).
     """
-    x = nn.functional.normalize(_float64(features), dim=1)
+    x = nn.functional.normalize(float64(features), dim=1)
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x  # the same eigenvalues, up to zeros
     values = torch.linalg.eigvalsh(gram / len(x)).clamp(min=0)
     return torch.special.entr(values).sum().exp().item()
@@ -320,7 +208,7 @@ def pairwise_diversity(features: Tensor) -> float:
     Raises:
         ValueError: fewer than two rows.
     """
-    x, n = _float64(features), len(features)
+    x, n = float64(features), len(features)
     if n < 2:
         raise ValueError(f"a pairwise distance needs at least 2 samples, got {n}")
     return sum(torch.cdist(x[rows], x).sum().item() for rows in _blocks(n)) / (n * (n - 1))
@@ -336,7 +224,7 @@ def coverage(features: Tensor, reference: Tensor, k: int = 5) -> float:
         reference: (m, d), real, m > k.
         k: neighbours.
     """
-    x, y = _float64(features), _float64(reference)
+    x, y = float64(features), float64(reference)
     radii = _neighbour_radii(y, k)
     return sum((torch.cdist(y[rows], x).amin(1) < radii[rows]).sum().item() for rows in _blocks(len(y))) / len(y)
 
@@ -351,7 +239,7 @@ def precision(features: Tensor, reference: Tensor, k: int = 5) -> float:
         reference: (m, d), real, m > k.
         k: neighbours.
     """
-    x, y = _float64(features), _float64(reference)
+    x, y = float64(features), float64(reference)
     radii = _neighbour_radii(y, k)
     return sum((torch.cdist(x[rows], y) <= radii).any(1).sum().item() for rows in _blocks(len(x))) / len(x)
 
@@ -379,6 +267,8 @@ def restoration(pictures: Tensor, truth: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: a truth of another shape.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     if truth.shape != pictures.shape[1:]:
         raise ValueError(f"the truth has shape {tuple(truth.shape)}, the pictures {tuple(pictures.shape[1:])}")
     pictures = pictures.detach().float()
@@ -403,7 +293,7 @@ def reward_statistics(values: Tensor) -> dict[str, float]:
     Raises:
         ValueError: no values.
     """
-    values = _float64(values)
+    values = float64(values)
     if not values.numel():
         raise ValueError("statistics need at least one value")
     means, flat = values.flatten(1).mean(1) if values.ndim > 1 else values, values.flatten()
@@ -435,7 +325,7 @@ def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: in
     Raises:
         ValueError: no values.
     """
-    values = _float64(torch.as_tensor(values))
+    values = float64(torch.as_tensor(values))
     if values.numel() == 0:
         raise ValueError("an interval of no values")
     generator = torch.Generator().manual_seed(seed)
@@ -446,7 +336,7 @@ def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: in
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
-def _float64(x: Tensor) -> Tensor:
+def float64(x: Tensor) -> Tensor:
     """x in float64, on the CPU where the device has none."""
     x = x.detach()
     return (x.cpu() if x.device.type == "mps" else x).double()
@@ -456,7 +346,7 @@ def _weights(x: Tensor, weights: Tensor | None) -> Tensor:
     """Normalised weights (n,) of the rows of x."""
     if weights is None:
         return x.new_full((len(x),), 1 / len(x))
-    weights = _float64(weights).to(x.device)
+    weights = float64(weights).to(x.device)
     if weights.shape != (len(x),) or (weights < 0).any() or not 0 < weights.sum() < torch.inf:
         raise ValueError(f"weights must be {len(x)} finite numbers, not negative and not all zero")
     return weights / weights.sum()

@@ -15,7 +15,7 @@ import math
 import mimetypes
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from string import Template
@@ -27,14 +27,16 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
-from torch import Tensor, as_tensor
+from torch import Tensor, as_tensor, uint8
 from torch.nn.functional import adaptive_avg_pool2d
 
 INK, SOFT, LINE = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, TEAL = "#2563eb", "#ea580c", "#0d9488"
 DPI = 100
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
+"""Sizes of safetensors' types."""
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -494,6 +496,32 @@ class RunFolder:
         indices = [int(end) for file in files if (end := file.stem.removeprefix(f"{prefix}-")).isdigit()]
         return sorted(index for index in indices if self.load_part(index, prefix) is not None)
 
+    def merge_parts(self, name: str, keys: Sequence[str], prefix: str = "part") -> Path:
+        """Write ``name``.safetensors: tensors of all parts, joined along their first axis, a part at a time in memory."""
+        files = [self._part(index, prefix) for index in self.parts(prefix)]
+        facts = []  # of each part, of each key: type and shape
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                facts.append({key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape()) for key in keys})
+        header: dict[str, Any] = {}
+        end = 0
+        for key in keys:
+            kind, shape = facts[0][key]
+            shape = [sum(part[key][1][0] for part in facts), *shape[1:]]
+            begin, end = end, end + math.prod(shape) * BYTES[kind]
+            header[key] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        told = json.dumps(header).encode()
+        told += b" " * (-len(told) % 8)
+
+        def content() -> Iterator[bytes]:
+            yield len(told).to_bytes(8, "little") + told
+            for key in keys:
+                for file in files:
+                    with safe_open(file, "pt") as tensors:
+                        yield tensors.get_tensor(key).view(uint8).numpy().tobytes()
+
+        return _write(self.path / f"{name}.safetensors", content())
+
     def clear_parts(self) -> None:
         """Delete all parts: the run is finished."""
         folder = self.path / "parts"
@@ -512,12 +540,12 @@ class RunFolder:
             _write(file, content[: content.rfind(b"\n") + 1])
 
 
-def _write(path: Path, content: bytes) -> Path:
+def _write(path: Path, content: bytes | Iterable[bytes]) -> Path:
     """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -166,8 +166,8 @@ def test_evaluate(capsys, tmp_path, monkeypatch):
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     command = [
-        sys.executable, "-m", "steerfm.cli", "steer", "reward=brightness", "n=64", "batch_size=4", "judge=null",
-        "method.particles=4", "method.steps=4",
+        sys.executable, "-m", "steerfm.cli", "steer", "reward=brightness", "n=24", "batch_size=2", "judge=null",
+        "method=feynman_kac", "method.particles=4", "method.steps=4",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "out=whole"], cwd=tmp_path, env=environment, check=True, capture_output=True)

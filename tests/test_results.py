@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import tracemalloc
 from html.parser import HTMLParser
 
 import matplotlib
@@ -284,3 +285,26 @@ def test_cost_plot_draws_every_method_and_names_the_best(tmp_path):
     assert Image.open(path).size == (840, 540)
     with pytest.raises(ValueError, match="no lines"):
         results.cost_plot({"none": []}, tmp_path / "x.png", "a target", "error")
+
+
+def test_parts_are_merged_without_holding_them_all(tmp_path):
+    """The file is that of all parts joined, and memory holds one part at a time."""
+    run = RunFolder(tmp_path, "n: 1\n")
+    kinds = {"x": torch.float32, "half": torch.bfloat16, "count": torch.int64, "yes": torch.bool}
+    parts = [{name: torch.randint(0, 2, (rows, 3)).to(dtype) for name, dtype in kinds.items()} for rows in (2, 1, 4)]
+    for index, part in enumerate(parts):
+        run.save_part(index, part | {"left out": torch.zeros(5)})
+    run.merge_parts("all", list(kinds))
+    merged = run.load_tensors("all")
+    assert set(merged) == set(kinds)
+    for name, value in merged.items():
+        assert value.dtype == kinds[name] and value.equal(torch.cat([part[name] for part in parts]))
+    run.clear_parts()
+    for index in range(24):
+        run.save_part(index, {"x": torch.full((1, 2**20), float(index))})
+    tracemalloc.start()
+    run.merge_parts("large", ["x"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert run.load_tensors("large")["x"][:, 0].tolist() == list(range(24))
+    assert peak < 20e6  # of 100 MB

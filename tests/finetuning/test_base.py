@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
@@ -112,47 +113,56 @@ def test_the_reward_goes_up(tmp_path):
         assert linear(x).mean() > linear(y).mean() + 0.1, name
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {folder!r})
-import test_base as t
-import lightning as L
-from steerfm.finetuning import METHODS
-
-def run(devices):
-    m = t.module(METHODS[{name!r}](**t.SMALL[{name!r}]), scale=1.0)
+def losses_and_weights(name: str, devices: int) -> tuple[list[float], torch.Tensor]:
+    """Of six updates of eight rows, on rank 0."""
+    m = module(METHODS[name](**SMALL[name]), scale=1.0)
     losses = []
+
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, module, outputs, *_):
             losses.append(module.all_gather(outputs["loss"]).mean().item())
-    trainer = L.Trainer(max_steps=6, max_epochs=-1, accelerator="cpu", devices=devices,
-                        strategy="ddp" if devices > 1 else "auto", logger=False, enable_checkpointing=False,
-                        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
-                        callbacks=[Watch()])
-    trainer.fit(m, m.data())
-    return trainer, losses, t.weights(m)
 
-trainer, losses, weights = run({devices})
-if trainer.is_global_zero:
-    assert trainer.lightning_module.spent.reward_calls == 8 * 6 // t.SMALL[{name!r}].get("reuse", 1)
-    torch.save((losses, weights), {out!r})
+    trainer = L.Trainer(
+        max_steps=6, max_epochs=-1, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+        callbacks=[Watch()],
+    )  # fmt: skip
+    trainer.fit(m, m.data())
+    if trainer.is_global_zero:
+        assert m.spent.reward_calls == 8 * 6 // SMALL[name].get("reuse", 1)
+    return losses, weights(m)
+
+
+SHARED = ["direct", "policy", "noise", "nft"]
+SCRIPT = """
+import os, sys, torch
+sys.path.insert(0, {folder!r})
+import test_base as t
+found = {{name: t.losses_and_weights(name, 2) for name in {names!r}}}
+if os.environ.get("LOCAL_RANK", "0") == "0":
+    torch.save(found, {out!r})
 """
 
 
-@pytest.mark.parametrize("name", ["direct", "policy", "noise", "nft"])
-def test_two_processes_do_what_one_does(name, tmp_path):
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """Of every method, by one pair of processes: they take longer to start than to train."""
+    folder = tmp_path_factory.mktemp("two")
+    script, out = folder / "two.py", folder / "two.pt"
+    script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), names=SHARED, out=str(out)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert out.is_file(), done.stderr[-2000:]
+    return torch.load(out)
+
+
+def test_two_processes_do_what_one_does(of_two_processes):
     """The same global batch: the same losses and weights, to rounding."""
-    found = []
-    for devices in (1, 2):
-        out, script = tmp_path / f"{devices}.pt", tmp_path / f"run{devices}.py"
-        script.write_text(SCRIPT.format(folder=str(Path(__file__).parent), name=name, devices=devices, out=str(out)))
-        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
-        assert out.is_file(), done.stderr[-2000:]
-        found.append(torch.load(out))
-    (losses, one), (again, two) = found
-    assert len(losses) == 6
-    assert losses == pytest.approx(again, rel=1e-4, abs=1e-5)
-    assert torch.allclose(one, two, atol=2e-4)
+    assert list(of_two_processes) == SHARED
+    for name, (again, two) in of_two_processes.items():
+        losses, one = losses_and_weights(name, 1)
+        assert len(losses) == 6, name
+        assert losses == pytest.approx(again, rel=1e-4, abs=1e-5), name
+        assert torch.allclose(one, two, atol=2e-4), name
 
 
 # --- conditions ------------------------------------------------------------------------------------------------------
