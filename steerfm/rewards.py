@@ -31,7 +31,18 @@ Prompts = Sequence[str] | None
 
 
 class RewardError(ValueError):
-    """A reward broke its contract; the message names the reward and the fix."""
+    """A reward broke its contract; the message names the reward and the fix.
+
+    Attributes:
+        sample: number of the picture that it broke at, where it was one.
+    """
+
+    def __init__(self, message: str, sample: int | None = None) -> None:
+        super().__init__(message)
+        self.sample = sample
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.sample is None else f" for sample {self.sample}")
 
 
 @dataclass
@@ -40,6 +51,12 @@ class Scores:
 
     total: Tensor
     components: dict[str, Tensor]
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Those of consecutive pictures as one."""
+        components = {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components}
+        return cls(torch.cat([part.total for part in parts]), components)
 
     def __getitem__(self, rows: Tensor | slice) -> Scores:
         """Of the given rows, without a graph."""
@@ -156,7 +173,7 @@ class Reward(nn.Module):
         finite = torch.isfinite(value.detach())
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
-            raise RewardError(f"reward {self.name!r} returned {value[row].item()} for sample {begin + row}")
+            raise RewardError(f"reward {self.name!r} returned {value[row].item()}", sample=begin + row)
         return value
 
     # --- composition ---------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """The steering engine, its parts, the presets, and what they refuse. Exactness has its own folder."""
 
+from __future__ import annotations
+
 import math
+import weakref
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -8,7 +11,8 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.flowmap import FlowMap
+from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.networks import Mlp
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Diffuse, Noise, Renoise, Step
 from steerfm.sampling import Jump as JumpTransition
@@ -16,7 +20,9 @@ from steerfm.steering import (
     DPS,
     FMRGE,
     FMRGJ,
+    LGDMC,
     METHODS,
+    TDS,
     BestOfN,
     Denoise,
     EndpointAscent,
@@ -810,3 +816,67 @@ def test_a_gradient_that_is_not_finite_is_refused():
 def test_a_reward_that_is_not_finite_is_refused():
     with pytest.raises(RewardError, match="returned nan"):
         steerfm.steer(MAP, lambda x: x[:, 0] * math.nan, FeynmanKac(2, 2))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+class Held:
+    """What a graph holds in place of a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class Kept:
+    """Bytes that graphs hold for their backward passes, at most, while it is entered."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+
+    def pack(self, tensor: torch.Tensor) -> Held:
+        held = Held(tensor.detach())
+        self.add(tensor.untyped_storage().nbytes())
+        weakref.finalize(held, self.add, -tensor.untyped_storage().nbytes())
+        return held
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __enter__(self) -> Kept:
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *of) -> None:
+        self.hooks.__exit__(*of)
+
+
+def wide_map() -> NeuralFlowMap:
+    torch.manual_seed(0)
+    return NeuralFlowMap(Mlp(2, width=64, depth=2).eval().requires_grad_(False), (2,))
+
+
+@pytest.mark.parametrize("method", [DPS(), FMRGJ(), LGDMC(), TDS(8)], ids=lambda method: type(method).__name__)
+def test_graphs_are_flat_in_steps_and_linear_in_the_micro_batch(method):
+    flow_map = wide_map()
+
+    def peak(steps: int, rows: int | None) -> int:
+        with Kept() as kept:
+            steerfm.steer(flow_map, reward, replace(method, steps=steps), n=64 // method.particles, micro_batch=rows)
+        return kept.peak
+
+    assert peak(16, 8) == peak(4, 8)
+    of_8, of_16, of_32, whole = (peak(4, rows) for rows in (8, 16, 32, None))  # each with the weights
+    assert 0 < of_32 - of_16 == 2 * (of_16 - of_8) and whole - of_32 == 2 * (of_32 - of_16)
+    assert of_16 - of_8 > 8 * 64 * 4  # at least one layer of eight rows
+
+
+def test_a_bad_sample_is_named_across_parts_of_a_gradient():
+    seen = iter(range(100))
+
+    def fails_at_the_third_part(x):
+        bad = next(seen) == 2  # rows 4 and 5
+        return x.sum(1) * torch.tensor([1.0, float("nan") if bad else 1.0])
+
+    with pytest.raises(RewardError, match="returned nan for sample 5"):
+        steerfm.steer(wide_map(), fails_at_the_third_part, DPS(2), n=8, micro_batch=2)

@@ -28,6 +28,7 @@ from steerfm.steering.value import (
     Problem,
     Tempering,
     View,
+    evaluate,
     look,
     needs_gradient,
 )
@@ -320,11 +321,12 @@ class Steering:
 
         def beta(ends: Endpoints, tilt: Tensor) -> Tensor:
             if move is None or not isinstance(tempering, Adaptive):
-                return torch.full_like(zero, hottest)
+                return tilt.new_full((len(tilt),), hottest)  # of these rows, which may be a part of all
             return adapt(ends, tilt, move, log_w, correction, tempering.ess)  # type: ignore[arg-type]
 
         view = View(problem, lookahead, noise, x, t, beta)  # type: ignore[arg-type]
-        found = self.guidance.evaluate(view) if guided else look(view)  # type: ignore[union-attr]
+        rows = None if isinstance(tempering, Adaptive) else getattr(problem.flow_map, "rows", None)  # adapts to all particles
+        found = evaluate(self.guidance, view, rows) if guided else look(view)  # type: ignore[arg-type]
         return correction.remember(self, None if move is None else move.before, found, view)  # type: ignore[union-attr]
 
     def _drawn(self) -> bool:

@@ -8,7 +8,7 @@ not all judged on a far look-ahead at the start; it is a function of time, or ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -168,6 +168,13 @@ class Evaluation:
     memory: Tensor | None = None
     scores: Scores | None = None
 
+    @classmethod
+    def join(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """The evaluations of consecutive particles as one."""
+        first = parts[0]
+        named = {k: torch.cat([vars(p)[k] for p in parts]) for k, value in vars(first).items() if isinstance(value, Tensor)}
+        return replace(first, **named, scores=first.scores and Scores.join([p.scores for p in parts if p.scores]))
+
     def select(self, rows: Tensor) -> Evaluation:
         """The evaluations of the given particles (b',)."""
         parts = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
@@ -227,6 +234,41 @@ class View:
 def look(view: View) -> Evaluation:
     """The evaluation without a direction."""
     return view.value(view.endpoints(view.x))
+
+
+def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
+    """`Guidance.evaluate`, at most ``rows`` particles at a time where it follows a gradient: the graph of a part is freed
+    before the next one is built. A reward that compares particles sees them all, whatever ``rows``."""
+    if rows is None or len(view.x) <= rows or not guidance.differentiates or view.problem.reward.groupwise:
+        return guidance.evaluate(view)
+    shared, index, parts = Shared(view.noise), torch.arange(len(view.x), device=view.x.device), []
+    for begin in range(0, len(view.x), rows):
+        part = slice(begin, begin + rows)
+        of = replace(view, problem=view.problem.select(index[part]), x=view.x[part], noise=shared.part(part))
+        try:
+            parts.append(guidance.evaluate(of))
+        except RewardError as error:
+            error.sample = None if error.sample is None else error.sample + begin
+            raise
+    return Evaluation.join(parts)
+
+
+class Shared(Noise):
+    """A stream of noise whose draws are made once, for all rows, and handed out in parts."""
+
+    def __init__(self, noise: Noise, drawn: list[Tensor] | None = None, rows: slice = slice(None)) -> None:
+        super().__init__(noise.seeds, noise.k)
+        self.noise, self.drawn, self.rows, self.next = noise, [] if drawn is None else drawn, rows, 0
+
+    def part(self, rows: slice) -> Shared:
+        return Shared(self.noise, self.drawn, rows)
+
+    def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """As `Noise.normal`, of these rows."""
+        if self.next == len(self.drawn):
+            self.drawn.append(self.noise.normal(shape, like))
+        self.next += 1
+        return self.drawn[self.next - 1][self.rows]
 
 
 def needs_gradient(guidance: Guidance | None) -> bool:
