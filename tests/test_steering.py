@@ -11,7 +11,7 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.flowmap import FlowMap, NeuralFlowMap, Wrapped
 from steerfm.networks import Mlp
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Diffuse, Noise, Renoise, Step
@@ -869,6 +869,26 @@ def test_graphs_are_flat_in_steps_and_linear_in_the_micro_batch(method):
     of_8, of_16, of_32, whole = (peak(4, rows) for rows in (8, 16, 32, None))  # each with the weights
     assert 0 < of_32 - of_16 == 2 * (of_16 - of_8) and whole - of_32 == 2 * (of_32 - of_16)
     assert of_16 - of_8 > 8 * 64 * 4  # at least one layer of eight rows
+
+
+@pytest.mark.parametrize("method", [BestOfN(4, 2), DPS(4, 2)], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("micro_batch", [None, 16])
+def test_fewer_rows_where_memory_is_short(method, micro_batch):
+    class Small(Wrapped):
+        """A device that holds five rows."""
+
+        def average_velocity(self, x, s, t, cond):
+            if len(x) > 5:
+                raise torch.OutOfMemoryError("no room")
+            return self.flow_map.average_velocity(x, s, t, cond)
+
+    whole = steerfm.steer(wide_map(), reward, method, n=6)
+    with pytest.warns(UserWarning, match=r"going on with micro_batch=(3|4)"):
+        small = steerfm.steer(Small(wide_map()), reward, method, n=6, batch_size=4, micro_batch=micro_batch)
+    same(whole, small)
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="micro_batch=1"):
+        Small.average_velocity = lambda *of: (_ for _ in ()).throw(torch.OutOfMemoryError("nothing fits"))
+        steerfm.steer(Small(wide_map()), reward, method, n=2)
 
 
 def test_a_bad_sample_is_named_across_parts_of_a_gradient():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def steer(
         prompts, labels: for rewards that read them; default what ``cond`` asks for, in words or by labels.
         batch_size: outputs at a time; the result does not depend on it.
         micro_batch: rows per network call; the result does not depend on it. Default: all, but 256 pictures on a CPU, whose
-            caches do not hold more (4,096 rows at once take 1.5 times as long).
+            caches do not hold more (4,096 rows at once take 1.5 times as long); where memory does not hold them, half as many.
         lookaheads: keep the first particle's look-ahead pictures in the trace.
         progress: called with (steps done, steps in all).
 
@@ -124,13 +125,12 @@ def steer(
     batches = -(-n // size)
     if micro_batch is None and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
         micro_batch = CPU_ROWS
-    network = Microbatched(flow_map, micro_batch) if micro_batch is not None else flow_map
     outcomes = []
     with Ledger() as ledger:
         for index, begin in enumerate(range(0, n, size)):
             part = slice(begin, min(begin + size, n))
             problem = Problem(
-                network,
+                flow_map,
                 reward,
                 tilt[part].repeat_interleave(k),
                 repeat_rows(take_rows(rows, part), k),
@@ -143,8 +143,28 @@ def steer(
                 if progress is not None:
                     progress(index * steps + done, batches * steps)
 
-            outcomes.append(method.run(problem, Noise(all_seeds[part], k), part.stop - part.start, lookaheads, tick))
+            def run(problem: Problem, part: slice = part, tick: Tick = tick) -> Outcome:
+                return method.run(problem, Noise(all_seeds[part], k), part.stop - part.start, lookaheads, tick)
+
+            outcome, micro_batch = _fitting(run, problem, micro_batch)
+            outcomes.append(outcome)
     return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, flow_map=flow_map)
+
+
+def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | None) -> tuple[Outcome, int | None]:
+    """The outcome, and the rows per network call that fitted in memory: half as many each time that they do not, from the start
+    of the batch, whose seeds give the same again."""
+    while True:
+        network = problem.flow_map if rows is None else Microbatched(problem.flow_map, rows)
+        try:
+            return run(replace(problem, flow_map=network)), rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows = max(1, min(rows or CPU_ROWS, len(problem.strength)) // 2)
+        warnings.warn(f"out of memory: going on with micro_batch={rows}", stacklevel=3)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def join(outcomes: Sequence[Outcome]) -> Outcome:
