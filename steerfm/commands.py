@@ -219,11 +219,11 @@ def _statistics(network: Any, splits: Mapping[str, Tensor]) -> dict[str, Tensor]
 # --- sample ----------------------------------------------------------------------------------------------------------
 def sample(config: configs.SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
-    flow_map = _model(config.model, config.device, config.guidance)
+    flow_map = _model(config.model, config.device, config.guidance, config.compile)
     folder = results.RunFolder(config.out or f"runs/sample/{_stem(config.model)}", configs.dump(config), resume=True)
     want = asked(flow_map, config.label, config.prompt, config.n)
     seeds = want_seeds(want, config.seeds)
-    with Ledger() as ledger, _progress("sampling", 1) as tick:
+    with Ledger() as ledger, _progress("sampling", 1) as tick, _autocast(flow_map, config.precision):
         x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
         pictures = flow_map.decode(x).float().cpu()
         tick(1, 1)
@@ -299,9 +299,8 @@ SHOWN = 32
 def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[FlowMap, Asked]:
     """Steer in batches of outputs, each kept as a part of the folder as soon as it is done, beside plain samples of the same
     seeds: memory does not grow with the number of outputs."""
-    flow_map = _model(config.model, config.device, config.guidance)
-    if config.precision not in ("32", "bf16"):
-        raise ConfigError(f"unknown precision {config.precision!r}; precisions: 32, bf16")
+    flow_map = _model(config.model, config.device, config.guidance, config.compile)
+    _autocast(flow_map, config.precision)
     reward, method = build_reward(config.reward), build_method(config.method)
     want = asked(flow_map, config.label, config.prompt, config.n)
     seeds, size = want_seeds(want, config.seeds), max(1, config.batch_size)
@@ -310,7 +309,7 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[F
     with _progress("steering", len(batches)) as tick:
         for index, rows in enumerate(batches):
             if index not in finished:
-                with torch.autocast(flow_map.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with _autocast(flow_map, config.precision):
                     part = want.take(rows)
                     result = steer(
                         flow_map, reward, method, part.n, seeds[rows], config.strength, part.cond, prompts=part.prompts,
@@ -625,9 +624,18 @@ def describe_part(value: Any) -> str:
 
 
 # --- shared pieces ---------------------------------------------------------------------------------------------------
-def _model(name: str, device: str, guidance: float = 1.0) -> FlowMap:
+def _model(name: str, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
     flow_map = zoo.load(name, pick_device(device))
+    if compiled and isinstance(flow_map, NeuralFlowMap):
+        flow_map = flow_map.compiled()
     return flow_map if guidance == 1 else Guided(flow_map, guidance).to(flow_map.device)
+
+
+def _autocast(flow_map: FlowMap, precision: str) -> torch.autocast:
+    """The network and the reward in this precision: 32 or bf16."""
+    if precision not in ("32", "bf16"):
+        raise ConfigError(f"unknown precision {precision!r}; precisions: 32, bf16")
+    return torch.autocast(flow_map.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def pick_device(device: str) -> str:

@@ -113,7 +113,7 @@ class TrainConfig:
 @dataclass
 class SampleConfig:
     """model: zoo name or path; label: class name or index, None for a mix of all; prompt: as for steer; n: samples (of each
-    prompt); steps: jumps; guidance: scale of classifier-free guidance (1 is off)."""
+    prompt); steps: jumps; guidance: scale of classifier-free guidance (1 is off); compile: the network, by torch.compile."""
 
     model: str = "fashion"
     label: str | None = None
@@ -124,6 +124,7 @@ class SampleConfig:
     guidance: float = 1.0
     device: str = "auto"
     precision: str = "32"
+    compile: bool = False
     out: str | None = None
 
 
@@ -131,7 +132,8 @@ class SampleConfig:
 class SteerConfig:
     """model: zoo name or path; reward: name, path.py:name or a list of weighted terms; method: a preset's name; label: class
     that the model is conditioned on; prompt: for models and rewards that read words: one, a list, or a file (.txt, .jsonl);
-    n: outputs (of each prompt); strength: of the tilt p(x) exp(strength * reward); judge: held-out reward, or null."""
+    n: outputs (of each prompt); strength: of the tilt p(x) exp(strength * reward); judge: held-out reward, or null; compile:
+    the network, by torch.compile."""
 
     model: str = "fashion"
     reward: Any = field(default_factory=lambda: {"name": "classifier"})
@@ -146,6 +148,7 @@ class SteerConfig:
     batch_size: int = 16
     device: str = "auto"
     precision: str = "32"
+    compile: bool = False
     lookaheads: bool = True
     out: str | None = None
 

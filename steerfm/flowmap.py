@@ -265,6 +265,13 @@ class NeuralFlowMap(FlowMap):
         other._modules = {"network": network}
         return other
 
+    def compiled(self) -> NeuralFlowMap:
+        """The same map with its network compiled by `torch.compile`, for any number of rows, equal to rounding.
+
+        The first calls take a minute; on a CPU it needs a C++ compiler. It pays on accelerators and in long runs.
+        """
+        return self.with_network(torch.compile(self.network, dynamic=True))  # type: ignore[arg-type]
+
     def with_strength(self, strength: float) -> NeuralFlowMap:
         """A fine-tuned map at another strength: weights base + strength (tuned - base), the base at 0, this map at 1.
 

@@ -392,3 +392,18 @@ def test_missing_files_are_named(saved, suffix):
     path.with_suffix(suffix).unlink()
     with pytest.raises(FileNotFoundError, match=f"model{suffix}"):
         NeuralFlowMap.load(path)
+
+
+def test_a_compiled_map_is_the_same_map(randomise):
+    """In value and gradient, for any number of rows."""
+    torch.manual_seed(0)
+    plain = NeuralFlowMap(randomise(Mlp(2, width=16, depth=1)).eval().requires_grad_(False), (2,), std=0.7)
+    compiled = plain.compiled()
+    for rows in (3, 8):
+        x = torch.randn(rows, 2)
+        found = []
+        for flow_map in (plain, compiled):
+            y = x.clone().requires_grad_()
+            moved = flow_map.jump(y, 0.1, 0.8)
+            found.append((moved, *torch.autograd.grad(moved.square().sum(), y)))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
