@@ -42,7 +42,7 @@ from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
-from steerfm.rewards import Reward
+from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
 from steerfm.steering import BestOfN, Method, steer
 
@@ -220,7 +220,7 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
             found = [_cell(folder, column, told, seed) for seed in range(config.seeds)]
             mine = [seed for seed in range(config.seeds) if (number * config.seeds + seed) % parts == part]
             if any(found[seed] is None for seed in mine):
-                method = told and within_budget(build_method(told), column.problem.evaluations, column.budget)
+                method = told and _affordable(build_method(told), column)
                 for seed in (seed for seed in mine if found[seed] is None):
                     found[seed] = column.problem.measure(method, seed) if method or not told else {}
                     folder.save_tensors(_file(column, told, seed), found[seed])
@@ -231,6 +231,15 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
         console.print(f"{missing} of {len(columns) * config.seeds} cells are left to other shares: {path}")
         return
     _write(config, suite, folder, {column: found for column, found in cells.items() if found}, command)
+
+
+def _affordable(method: Method, column: Column) -> Method | None:
+    """What the column's budget buys; None also for a method that follows a gradient which the reward does not have."""
+    try:
+        method.check(column.problem.reward)
+    except RewardError:
+        return None
+    return within_budget(method, column.problem.evaluations, column.budget)
 
 
 def _cell(folder: results.RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:

@@ -97,6 +97,12 @@ def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, mon
     assert held["mine"]["held_out"] == held["best_of_n"]["held_out"] and held["mine"]["over_best_of_n"] == 0
 
 
+def test_a_method_that_cannot_follow_a_black_box_is_left_out(suite, tmp_path):
+    asked = "problems={bag: {reward: {name: compressibility}, judge: {name: brightness}, label: Bag}}"
+    assert cli.main(["bench", str(suite), f"out={tmp_path / 'out'}", asked, "methods.dps={steps: 1}"]) == 0
+    assert {row["method"] for row in rows(tmp_path / "out")} == {BASE, "best_of_n", "feynman_kac"}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -157,7 +163,7 @@ def test_a_summary_by_hand():
 
 
 def test_the_shipped_suites_can_be_read(capsys):
-    for name in ("quick", "fashion", "emoji"):
+    for name in ("quick", "fashion", "emoji", "lookahead"):
         assert cli.main(["bench", name, "--help"]) == 0
     assert cli.main(["bench"]) == 0 and "quick" in capsys.readouterr().out
     assert cli.main(["bench", "quik"]) == 2

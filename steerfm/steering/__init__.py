@@ -2,7 +2,7 @@
 
 from steerfm.steering.corrections import Jarzynski, Twisted, Uncorrected
 from steerfm.steering.engine import Method, Outcome, Steering, Trace
-from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Smooth, residual
+from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Rollout, Smooth, residual
 from steerfm.steering.methods import (
     DAS,
     DPS,
@@ -47,7 +47,7 @@ __all__ = [
     "Beam", "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC",
     "EndpointAscent", "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch",
     "FeynmanKac", "FreeDoM", "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Method", "MultiRound", "Narrow",
-    "Outcome", "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Selected", "Smooth", "Steering",
+    "Outcome", "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "Steering",
     "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
     "ZeroOrderSearch", "residual", "steer",
 ]  # fmt: skip

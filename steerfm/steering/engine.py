@@ -129,7 +129,7 @@ class Steering:
     Attributes:
         particles: per output.
         steps: transitions from t = 0 to t = 1.
-        lookahead: denoise, jump, smooth, renoise or posterior, or None: the reward is only seen at the end.
+        lookahead: denoise, jump, rollout, smooth, renoise or posterior, or None: the reward is only seen at the end.
         guidance: map, endpoint, free or ascent, or None: no gradient.
         tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
         transition: jump, renoise, diffuse or bridge.

@@ -78,6 +78,27 @@ class Jump(sampling.Jump):
         return Endpoints(flow_map.lookahead(x, t, cond, self.hops).unsqueeze(1))
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """z = the end of the ODE from x by Euler steps of the velocity: what a jump shows, without a flow map, for many calls.
+
+    Args:
+        steps: equal steps from t to 1.
+    """
+
+    steps: int = 8
+    kind = ""
+
+    def __post_init__(self) -> None:
+        at_least_one(steps=self.steps)
+
+    def endpoints(self, flow_map: FlowMap, x: Tensor, t: float, cond: Condition, noise: Noise | None = None) -> Endpoints:
+        h = (1 - t) / self.steps
+        for i in range(self.steps):
+            x = x + h * flow_map.velocity(x, t + i * h, cond)
+        return Endpoints(x.unsqueeze(1))
+
+
 # --- many endpoints --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Smooth:
@@ -239,6 +260,7 @@ class ExactPosterior:
 LOOKAHEADS: dict[str, type] = {
     "denoise": Denoise,
     "jump": Jump,
+    "rollout": Rollout,
     "smooth": Smooth,
     "renoise": Renoise,
     "posterior": Posterior,

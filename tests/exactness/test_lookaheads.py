@@ -7,6 +7,7 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture
+from steerfm.cost import Ledger
 from steerfm.flowmap import Wrapped
 from steerfm.interpolant import Trigonometric
 from steerfm.sampling import Bridge, Diffuse, Noise
@@ -17,6 +18,7 @@ from steerfm.steering import (
     MapGradient,
     Posterior,
     Renoise,
+    Rollout,
     Smooth,
     Steering,
     residual,
@@ -91,6 +93,16 @@ def test_dropping_a_term_of_the_weight_is_a_bias():
     assert (found.mean().item() - exact) / (found.std().item() / 8) > LIMIT
     with pytest.raises(ValueError, match="unknown terms"):
         Renoise(terms=("prior",))
+
+
+def test_a_rollout_nears_the_jump_as_one_over_its_steps():
+    x = torch.linspace(-3, 3, 9, dtype=torch.float64).unsqueeze(1)
+    flow_map = MIXTURE.flow_map()
+    exact = flow_map.lookahead(x, 0.3, None)
+    with Ledger() as ledger:
+        errors = [(Rollout(steps).endpoints(flow_map, x, 0.3, None).z[:, 0] - exact).abs().max().item() for steps in (50, 100)]
+    assert ledger.cost.forwards == 9 * 150
+    assert errors[1] < 0.05 and errors[0] / errors[1] == pytest.approx(2, rel=0.15)
 
 
 def test_lookaheads_that_draw_need_noise():
