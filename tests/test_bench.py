@@ -98,9 +98,12 @@ def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, mon
 
 
 def test_a_method_that_cannot_follow_a_black_box_is_left_out(suite, tmp_path):
-    asked = "problems={bag: {reward: {name: compressibility}, judge: {name: brightness}, label: Bag}}"
+    asked = "problems.small={reward: {name: compressibility}, judge: {name: brightness}, label: Bag}"
     assert cli.main(["bench", str(suite), f"out={tmp_path / 'out'}", asked, "methods.dps={steps: 1}"]) == 0
-    assert {row["method"] for row in rows(tmp_path / "out")} == {BASE, "best_of_n", "feynman_kac"}
+    methods = {
+        problem: {row["method"] for row in rows(tmp_path / "out") if row["problem"] == problem} for problem in ("bag", "small")
+    }
+    assert methods["small"] == methods["bag"] - {"dps"} == {BASE, "best_of_n", "feynman_kac"} != methods["bag"]
 
 
 @pytest.mark.parametrize(
