@@ -222,8 +222,9 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
             if any(found[seed] is None for seed in mine):
                 method = told and _affordable(build_method(told), column)
                 for seed in (seed for seed in mine if found[seed] is None):
-                    found[seed] = column.problem.measure(method, seed) if method or not told else {}
-                    folder.save_tensors(_file(column, told, seed), found[seed])
+                    cell = column.problem.measure(method, seed) if method or not told else {}
+                    folder.save_tensors(_file(column, told, seed), cell)
+                    found[seed] = cell
                     tick(number * config.seeds + seed + 1, len(columns) * config.seeds)
             missing += found.count(None)
             cells[column] = [cell for cell in found if cell]
