@@ -405,7 +405,7 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     """A row of the printed tables; a star marks the Pareto frontier of its problem."""
 
     def over(name: str) -> str:
-        return f"{row[f'over_{name}']:+.3f} ± {row[f'over_{name}_half']:.3f}" if f"over_{name}" in row else ""
+        return f"{row[f'over_{name}']:+.3f}±{row[f'over_{name}_half']:.3f}" if f"over_{name}" in row else ""
 
     return [
         row["method"] + (" *" if row["pareto"] else ""), f"{row['held_out']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
