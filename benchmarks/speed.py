@@ -29,12 +29,12 @@ from torch import Tensor
 
 import steerfm
 from steerfm.finetuning import Direct, FineTuning
-from steerfm.flowmap import FlowMap, NeuralFlowMap
-from steerfm.networks import UNet
+from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
 from steerfm.sampling import time_grid
 from steerfm.steering.run import CPU_ROWS
 
 TOLERANCE = 1.10
+ARCHITECTURE = {"name": "unet", "channels": 1, "widths": [48, 96], "blocks": 1}
 
 
 class Bare:
@@ -181,7 +181,7 @@ def overheads(n: int, steps: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def scan(repeats: int = 3) -> dict[str, list[tuple[float, float]]]:
-    """Seconds against one size at a time, {name: [(size, seconds), ...]}; the median of ``repeats``."""
+    """Seconds against one size at a time, {name: [(size, seconds), ...]}; the median of ``repeats``. Prints them as they come."""
     flow_map, reward = steerfm.load("fashion", _device()), steerfm.reward("classifier", target="Bag").to(_device())
 
     def seconds(n: int = 1, particles: int = 64, steps: int = 4, micro: int | None = None, flow_map: Any = flow_map,
@@ -192,16 +192,25 @@ def scan(repeats: int = 3) -> dict[str, list[tuple[float, float]]]:
 
     def of_side(side: int) -> float:
         torch.manual_seed(0)
-        large = NeuralFlowMap(UNet(1, (48, 96), 1, 10).eval(), (1, side, side)).to(_device())
+        large = NeuralFlowMap(build_network(ARCHITECTURE).eval(), (1, side, side)).to(_device())
         return seconds(flow_map=large.requires_grad_(False), reward=steerfm.reward("brightness"))
 
-    return {
-        "particles": [(k, seconds(particles=k)) for k in (1, 4, 16, 64, 256, 1024, 4096)],
-        "outputs": [(n, seconds(n=n, particles=16)) for n in (1, 4, 16, 64)],
-        "steps": [(k, seconds(steps=k)) for k in (1, 2, 4, 8, 16)],
-        "micro-batch": [(k, seconds(particles=1024, micro=k)) for k in (16, 64, 256, 1024)],
-        "side of the picture": [(side, of_side(side)) for side in (16, 32, 64)],
+    sweeps: dict[str, tuple[Callable[[int], float], Sequence[int]]] = {
+        "side of the picture": (of_side, (16, 32, 64)),
+        "outputs": (lambda n: seconds(n=n, particles=16), (1, 4, 16, 64)),
+        "steps": (lambda k: seconds(steps=k), (1, 2, 4, 8, 16)),
+        "particles": (lambda k: seconds(particles=k), (1, 4, 16, 64, 256, 1024, 4096)),
+        "micro-batch": (lambda k: seconds(particles=1024, micro=k), (16, 64, 256, 1024)),
     }
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, (run, sizes) in sweeps.items():
+        found[name] = []
+        table = Table(name, "seconds", "each")
+        for size in sizes:
+            found[name].append((size, run(size)))
+            table.add_row(f"{size:g}", f"{found[name][-1][1]:.3f}", f"{found[name][-1][1] / size:.4f}")
+        Console().print(table)
+    return found
 
 
 def _device() -> str:
@@ -222,11 +231,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = {"benchmark": "speed", "threads": torch.get_num_threads(), "torch": torch.__version__, "device": _device()}
     if options.scan:
         result = facts | {"scan": scan()}
-        for name, points in result["scan"].items():
-            table = Table(name, "seconds", "each")
-            for size, seconds in points:
-                table.add_row(f"{size:g}", f"{seconds:.3f}", f"{seconds / size:.4f}")
-            Console().print(table)
     else:
         found = overheads(options.particles, options.steps, options.repeats)
         result = facts | {"particles": options.particles, "steps": options.steps, "overheads": found}
