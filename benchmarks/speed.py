@@ -181,7 +181,7 @@ def overheads(n: int, steps: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def scan(repeats: int = 3) -> dict[str, list[tuple[float, float]]]:
-    """Seconds against one size at a time, {name: [(size, seconds), ...]}; the median of ``repeats``. Prints them as they come."""
+    """Seconds against one size at a time, {name: [(size, seconds), ...]}, medians of ``repeats``; printed as they come."""
     flow_map, reward = steerfm.load("fashion", _device()), steerfm.reward("classifier", target="Bag").to(_device())
 
     def seconds(n: int = 1, particles: int = 64, steps: int = 4, micro: int | None = None, flow_map: Any = flow_map,
