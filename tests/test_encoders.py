@@ -15,8 +15,7 @@ import steerfm
 from steerfm import emoji, encoders, zoo
 from steerfm.data import EmojiData
 from steerfm.encoders import Preprocessing, TextEncoder
-from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap
-from steerfm.networks import UNet
+from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap, build_network
 
 FOLDER = zoo.FOLDER / "emoji-clip"
 PREPARED = (emoji.data_folder() / "emoji-32.safetensors").is_file()
@@ -151,7 +150,7 @@ def test_without_a_network_the_error_says_which_file_to_pass(monkeypatch):
 @pytest.fixture(scope="module")
 def words(randomise) -> NeuralFlowMap:
     """A small map that reads words, with random weights: a flow map in form only."""
-    network = randomise(UNet(3, widths=(8,), text=256, attention=False))
+    network = randomise(build_network({"name": "unet", "channels": 3, "widths": [8], "text": 256, "attention": False}))
     return NeuralFlowMap(network, (3, 8, 8), text=TextEncoder("emoji-clip", 256)).eval().requires_grad_(False)
 
 
