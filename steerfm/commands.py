@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +221,10 @@ def _statistics(network: Any, splits: Mapping[str, Tensor]) -> dict[str, Tensor]
 def sample(config: configs.SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
     flow_map = _model(config.model, config.device, config.guidance, config.compile)
-    folder = results.RunFolder(config.out or f"runs/sample/{_stem(config.model)}", configs.dump(config), resume=True)
     want = asked(flow_map, config.label, config.prompt, config.n)
-    seeds = want_seeds(want, config.seeds)
-    with Ledger() as ledger, _progress("sampling", 1) as tick, _autocast(flow_map, config.precision):
+    seeds, precision = want_seeds(want, config.seeds), _autocast(flow_map, config.precision)
+    folder = results.RunFolder(config.out or f"runs/sample/{_stem(config.model)}", configs.dump(config), resume=True)
+    with Ledger() as ledger, _progress("sampling", 1) as tick, precision:
         x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
         pictures = flow_map.decode(x).float().cpu()
         tick(1, 1)
@@ -265,7 +266,7 @@ def known_method(name: str, methods: Mapping[str, type]) -> type:
         ConfigError: there is none; with the nearest.
     """
     if ":" in name and methods is METHODS:  # one's own: path.py:Class
-        found = rewards.find(name)
+        found = rewards.find(name, "method")
         if not (isinstance(found, type) and hasattr(found, "run") and is_dataclass(found)):
             raise ConfigError(f"method {name!r} is not a dataclass with the interface of steerfm.steering.Method")
         return found
@@ -296,13 +297,11 @@ SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
 
 
-def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[FlowMap, Asked]:
+def run_steer(
+    config: configs.SteerConfig, folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, method: Method
+) -> None:
     """Steer in batches of outputs, each kept as a part of the folder as soon as it is done, beside plain samples of the same
     seeds: memory does not grow with the number of outputs."""
-    flow_map = _model(config.model, config.device, config.guidance, config.compile)
-    _autocast(flow_map, config.precision)
-    reward, method = build_reward(config.reward), build_method(config.method)
-    want = asked(flow_map, config.label, config.prompt, config.n)
     seeds, size = want_seeds(want, config.seeds), max(1, config.batch_size)
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
     finished = set(folder.parts())
@@ -322,7 +321,6 @@ def run_steer(config: configs.SteerConfig, folder: results.RunFolder) -> tuple[F
                 means = result.rewards.mean().item(), result.rewards.max(1).values.mean().item()
                 folder.log(output=rows.stop, reward_mean=means[0], reward_best=means[1], seconds=result.cost.seconds)
             tick(index + 1, len(batches))
-    return flow_map.cpu(), want
 
 
 @dataclass
@@ -364,9 +362,9 @@ def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Re
                 of.setdefault(key, []).append(value)
 
     with torch.inference_mode():
-        for index in folder.parts():
-            part = folder.load_part(index)
-            assert part is not None
+        for index in count():
+            if (part := folder.load_part(index)) is None:
+                break
             spent = dict(zip([f.name for f in fields(Cost)], part.pop("cost").tolist()))
             cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
             pictures = {"base": flow_map.decode(part.pop("base")), "steered": flow_map.decode(part.pop("best"))}
@@ -399,15 +397,17 @@ def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Re
 def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     """Steer, and write the run folder: samples, result.json, grid.png, trace.png, report.html."""
     default = f"runs/steer/{_stem(config.model)}-{_slug(config.reward)}-{_slug(config.method)}"
-    judge = build_judge(config)
-    build_method(config.method).check(build_reward(config.reward))
+    judge, reward, method = build_judge(config), build_reward(config.reward), build_method(config.method)
+    method.check(reward)
+    flow_map = _model(config.model, config.device, config.guidance, config.compile)
+    want = asked(flow_map, config.label, config.prompt, config.n)
+    _autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
     folder = results.RunFolder(config.out or default, configs.dump(config))
     if folder.load_result() is not None:
         console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
         return
-    flow_map, want = run_steer(config, folder)
-    reward = build_reward(config.reward)
-    run = gather(folder, flow_map, want, reward, judge)
+    run_steer(config, folder, flow_map, want, reward, method)
+    run = gather(folder, flow_map.cpu(), want, reward.cpu(), judge)
     log_weights, weights = run.values["log_weights"], run.values["log_weights"].exp()
     restored = {key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()}
     components = {k.removeprefix("component."): v for k, v in run.values.items() if k.startswith("component.")}

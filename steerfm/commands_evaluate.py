@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,9 @@ class Examiner:
 def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
     flow_map = _model(config.model, config.device)
-    folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
     text = getattr(flow_map, "text", None)
     examiner = _by_class(flow_map, config.n) if text is None else _by_prompt(flow_map, config)
+    folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
     plans = [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
     plans.append((f"{config.euler} Euler steps", config.euler, True))
     batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
@@ -164,14 +165,14 @@ def words_judge(device: torch.device | str) -> tuple[Callable[[Tensor], Tensor],
     return network.encode_image, nn.Identity(), network.encode_text
 
 
-def words_features(device: torch.device | str) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-    """Pictures to features (b, d), and those of the training data, one picture of each concept and style; None where the data
-    are not prepared. They are kept beside the data: half a minute of two cores."""
-    features = words_judge(device)[0]
-    try:
-        data = emoji.load()
-    except FileNotFoundError:
-        return features, None
+def known_features(features: Callable[[Tensor], Tensor], device: torch.device | str) -> Tensor:
+    """Features (m, d) of the training data, by those of `words_judge`: one picture of each concept and style. They are kept
+    beside the data.
+
+    Raises:
+        FileNotFoundError: the data are not prepared.
+    """
+    data = emoji.load()
     rows = torch.stack([group[0] for group in data.groups(held_out=False)])
     file = emoji.data_folder() / f"features-{'judge' if can_judge_words() else 'clip'}-{len(rows)}.safetensors"
     if not file.is_file():
@@ -180,8 +181,10 @@ def words_features(device: torch.device | str) -> tuple[Callable[[Tensor], Tenso
             for part in rows.split(256):
                 parts.append(features((data.pictures[part].float() / 255).to(device)).cpu())
                 tick(sum(map(len, parts)), len(rows))
-        save_file({"features": torch.cat(parts).clone()}, file)
-    return features, load_file(file)["features"]
+        unfinished = file.with_suffix(f".{os.getpid()}")  # several processes may be at it
+        save_file({"features": torch.cat(parts).clone()}, unfinished)
+        unfinished.replace(file)
+    return load_file(file)["features"]
 
 
 def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
@@ -191,9 +194,8 @@ def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
     prompts = read_prompts(config.prompt) or list(dict.fromkeys(data.caption(int(row)) for row in rows))
     asked = [prompts[i % len(prompts)] for i in range(config.n)]
     clip = rewards.reward("clip")
-    _, embedded, encode_text = words_judge(flow_map.device)
-    features, known = words_features(flow_map.device)
-    assert known is not None
+    features, embedded, encode_text = words_judge(flow_map.device)
+    known = known_features(features, flow_map.device)
     with torch.inference_mode():
         texts = torch.cat([encode_text(prompts[i : i + 256]).cpu() for i in range(0, len(prompts), 256)])
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))

@@ -492,13 +492,11 @@ class RunFolder:
 
     def parts(self, prefix: str = "part") -> list[int]:
         """Indices of the parts that can be loaded, in order."""
-        files = (self.path / "parts").glob(f"{prefix}-*.safetensors")
-        indices = [int(end) for file in files if (end := file.stem.removeprefix(f"{prefix}-")).isdigit()]
-        return sorted(index for index in indices if self.load_part(index, prefix) is not None)
+        return [index for index in self._indices(prefix) if self.load_part(index, prefix) is not None]
 
     def merge_parts(self, name: str, keys: Sequence[str], prefix: str = "part") -> Path:
         """Write ``name``.safetensors: tensors of all parts, joined along their first axis, a part at a time in memory."""
-        files = [self._part(index, prefix) for index in self.parts(prefix)]
+        files = [self._part(index, prefix) for index in self._indices(prefix)]
         facts = []  # of each part, of each key: type and shape
         for file in files:
             with safe_open(file, "pt") as tensors:
@@ -529,6 +527,10 @@ class RunFolder:
             file.unlink()
         if folder.is_dir():
             folder.rmdir()
+
+    def _indices(self, prefix: str) -> list[int]:
+        files = (self.path / "parts").glob(f"{prefix}-*.safetensors")
+        return sorted(int(end) for file in files if (end := file.stem.removeprefix(f"{prefix}-")).isdigit())
 
     def _part(self, index: int, prefix: str) -> Path:
         return self.path / "parts" / f"{prefix}-{index:05d}.safetensors"

@@ -309,8 +309,8 @@ def available() -> dict[str, EntryPoint]:
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
 
 
-def find(spec: str) -> Any:
-    """The class or function behind a name, ``pkg.mod:Name`` or ``path/to/file.py:name``.
+def find(spec: str, what: str = "reward") -> Any:
+    """The class or function behind a name, ``pkg.mod:Name`` or ``path/to/file.py:name``; ``what`` it is, for the message.
 
     Raises:
         RewardError: naming what was looked for and what there is.
@@ -331,7 +331,7 @@ def find(spec: str) -> Any:
     if module_name.endswith(".py"):
         path = Path(module_name)
         if not path.is_file():
-            raise RewardError(f"no such reward file: {path}")
+            raise RewardError(f"no such {what} file: {path}")
         loader = importlib.util.spec_from_file_location(f"steerfm_user_{path.stem}", path)
         assert loader is not None and loader.loader is not None
         module = importlib.util.module_from_spec(loader)

@@ -148,6 +148,15 @@ def test_lists_and_help(capsys):
     assert run(capsys, "steer", "--show", "n=3")[1].count("'n': 3") == 1
 
 
+@pytest.mark.parametrize("command", [["steer", "reward=brightness", "judge=null"], ["sample"]])
+@pytest.mark.parametrize("wrong", ["precision=16", "label=Hat", "n=0", "model=nowhere.safetensors"])
+def test_what_is_refused_leaves_no_folder(capsys, tmp_path, monkeypatch, command, wrong):
+    """So that the same folder can be used once the mistake is mended."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *command, wrong, "out=run")
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
 def test_sample(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "sample", "label=Bag", "n=3", "steps=2", "guidance=1.5", "out=run")
