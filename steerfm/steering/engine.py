@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from steerfm.flowmap import Microbatched
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, time_grid
 from steerfm.steering.corrections import CORRECTIONS, Correction, Move, Twisted
@@ -325,7 +326,8 @@ class Steering:
             return adapt(ends, tilt, move, log_w, correction, tempering.ess)  # type: ignore[arg-type]
 
         view = View(problem, lookahead, noise, x, t, beta)  # type: ignore[arg-type]
-        rows = None if isinstance(tempering, Adaptive) else getattr(problem.flow_map, "rows", None)  # adapts to all particles
+        split = isinstance(problem.flow_map, Microbatched) and not isinstance(tempering, Adaptive)  # which adapts to all
+        rows = problem.flow_map.rows if split else None  # type: ignore[attr-defined]
         found = evaluate(self.guidance, view, rows) if guided else look(view)  # type: ignore[arg-type]
         return correction.remember(self, None if move is None else move.before, found, view)  # type: ignore[union-attr]
 

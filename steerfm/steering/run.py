@@ -161,7 +161,8 @@ def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | No
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
-            rows = max(1, min(rows or CPU_ROWS, len(problem.strength)) // 2)
+            asked = len(problem.strength)
+            rows = max(1, min(rows or asked, asked) // 2)
         warnings.warn(f"out of memory: going on with micro_batch={rows}", stacklevel=3)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
