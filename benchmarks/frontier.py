@@ -20,7 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rich.table import Table
 
 import steerfm
 from steerfm import steering, zoo
+from steerfm.commands_bench import within_budget
 from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity
 from steerfm.results import cost_plot
 from steerfm.steering import METHODS, Method
@@ -82,28 +83,13 @@ PROBLEMS = {
 
 
 def at_budget(method: Method, flow_map: Any, problem: Problem, budget: int) -> Method | None:
-    """The method with as many steps as leave it at least its least particles, then as many particles as the rest buys."""
-    if isinstance(method, steering.Funnel):
-        return method.within(budget)
-    names = {field.name for field in fields(method)}  # type: ignore[arg-type]
-    unit = int(getattr(method, "children", 1))
-    if "budget" in names:
-        steps = min(method.steps, budget // 4)  # type: ignore[attr-defined]
-        return replace(method, budget=budget, steps=steps) if steps else None  # type: ignore[type-var]
-    length = "steps" if "steps" in names else "iterations"
-    least = unit if method.particles > 1 else 1
-    least = max(least, 4) if least > 1 or getattr(method, "resampling", None) is not None else 1
-    size = getattr(method, length)
+    """See `within_budget`."""
     reward = problem.reward("classifier")
-    while size >= 1:
-        trial = replace(method, **{length: size}, particles=max(least, unit))  # type: ignore[arg-type]
-        result = steerfm.steer(flow_map, reward, trial, n=1, cond=problem.cond, strength=problem.strength)
-        each = result.cost.evaluations / trial.particles
-        particles = int(budget / each) // unit * unit
-        if particles >= least:
-            return replace(trial, particles=particles)  # type: ignore[type-var]
-        size //= 2
-    return None
+
+    def evaluations(trial: Method) -> float:
+        return steerfm.steer(flow_map, reward, trial, cond=problem.cond, strength=problem.strength).cost.evaluations
+
+    return within_budget(method, evaluations, budget)
 
 
 def measure(flow_map: Any, problem: Problem, method: Method, n: int) -> dict[str, Any]:

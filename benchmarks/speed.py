@@ -12,6 +12,7 @@ not. Prints a table, then one JSON line.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -26,12 +27,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import steerfm
 from steerfm.finetuning import Direct, FineTuning
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
 from steerfm.sampling import time_grid
 from steerfm.steering.run import CPU_ROWS
+from steerfm.training import fit
 
 TOLERANCE = 1.10
 ARCHITECTURE = {"name": "unet", "channels": 1, "widths": [48, 96], "blocks": 1}
@@ -121,13 +124,10 @@ def _seconds(run: Callable[[], Any]) -> float:
 def update(flow_map: NeuralFlowMap, reward: steerfm.Reward, n: int, repeats: int) -> dict[str, float]:
     """A fine-tuning update in the loop of Lightning, against the same by hand: two jumps, the frozen one computed again on the
     way back as `Direct` does, the base's jump for the control cost, clipping, optimiser and averaged weights."""
-    import copy
-
     bare = Bare(flow_map, reward, n)
     network = copy.deepcopy(flow_map.network).requires_grad_(True).train()
     averaged, tuned = copy.deepcopy(network), flow_map.with_network(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
-    again = torch.utils.checkpoint.checkpoint
 
     def by_hand() -> None:
         x = bare.noise()
@@ -135,7 +135,7 @@ def update(flow_map: NeuralFlowMap, reward: steerfm.Reward, n: int, repeats: int
         with torch.no_grad():
             control = 0.5 * bare.u(x, 0.0, 0.5)
         middle = x + moved
-        end = middle + again(lambda x: 0.5 * bare.u(x, 0.5, 1.0), middle, use_reentrant=False)
+        end = middle + checkpoint(lambda x: 0.5 * bare.u(x, 0.5, 1.0), middle, use_reentrant=False)
         (-bare.r(end).mean() + (moved - control).square().mean()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -157,8 +157,6 @@ def update(flow_map: NeuralFlowMap, reward: steerfm.Reward, n: int, repeats: int
 
     module = FineTuning(flow_map, reward, Direct(), batch_size=n, scale=1.0, steps=repeats + 2)
     with tempfile.TemporaryDirectory() as folder:
-        from steerfm.training import fit
-
         fit(module, module.data(), Path(folder), save_every=10_000, validate_every=0, progress=False, callbacks=[Between()])
     return ratios(pairs[2:])
 

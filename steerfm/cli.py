@@ -40,7 +40,7 @@ EXAMPLES = {
     "methods": "examples:\n  steerfm methods\n  steerfm methods das",
     "bench": """examples:
   steerfm bench                                       what there is
-  steerfm bench quick                                 methods at equal cost on Fashion-MNIST: three minutes
+  steerfm bench quick                                 methods at equal cost on Fashion-MNIST: two minutes
   steerfm bench quick methods.mine=my_method.py:Mine  and one of your own among them
   steerfm bench exact --help""",
 }

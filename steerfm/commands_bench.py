@@ -12,9 +12,11 @@ import csv
 import hashlib
 import json
 import platform
+import re
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,14 @@ from steerfm.commands import (
     console,
     want_seeds,
 )  # fmt: skip
-from steerfm.commands_evaluate import words_features
+from steerfm.commands_evaluate import known_features, words_judge
 from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
-from steerfm.steering import BestOfN, Method, steer
+from steerfm.steering import Method, steer
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
 LEAST_SEEDS = 4
@@ -89,8 +91,11 @@ class Yardstick:
     def of(cls, flow_map: FlowMap) -> Yardstick:
         """The judge's trunk for maps of words, the classifier for those of Fashion-MNIST, else the sample itself."""
         if getattr(flow_map, "text", None) is not None:
-            features, known = words_features(flow_map.device)
-            return cls(features, None if known is None else feature_statistics(known))
+            features = words_judge(flow_map.device)[0]
+            try:
+                return cls(features, feature_statistics(known_features(features, flow_map.device)))
+            except FileNotFoundError:  # the data are not prepared
+                return cls(features, None)
         if tuple(flow_map.shape) == (1, 28, 28):
             statistics = zoo.statistics()
             classifier = zoo.load_classifier("fashion-classifier")[0].to(flow_map.device)
@@ -171,8 +176,7 @@ def within_budget(method: Method, evaluations: Callable[[Method], float], budget
     if "particles" not in names:
         return method if evaluations(method) <= budget else None
     unit = int(getattr(method, "children", 1))
-    resamples = method.particles > 1 or getattr(method, "resampling", None) is not None
-    least = max(unit, 4 if resamples else 1)
+    least = max(unit, 1 if unit == 1 and getattr(method, "resampling", None) is None else 4)  # fewer leave nothing to select
     length = "steps" if "steps" in names else "iterations" if "iterations" in names else None
     size = min(getattr(method, length), budget) if length else 1  # a step costs at least one evaluation
     while size >= 1:
@@ -231,7 +235,8 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
     if missing:
         console.print(f"{missing} of {len(columns) * config.seeds} cells are left to other shares: {path}")
         return
-    _write(config, suite, folder, {column: found for column, found in cells.items() if found}, command)
+    measured = {column: found for column, found in cells.items() if found}
+    _write(config, suite, folder, measured, summary(measured, _baseline(methods) or BASELINE), command)
 
 
 def _affordable(method: Method, column: Column) -> Method | None:
@@ -251,11 +256,21 @@ def _cell(folder: results.RunFolder, column: Column, method: Any, seed: int) -> 
 
 
 def _file(column: Column, method: Any, seed: int) -> str:
-    """A name for a cell that changes with everything that its numbers depend on, and with nothing else."""
+    """A name for a cell that changes with what its numbers depend on, files of one's own included, and with nothing else."""
     told = configs.plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
     for neutral in ("out", "device", "lookaheads", "batch_size"):
         told.pop(neutral)
-    return f"cells/{hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:20]}"
+    text = json.dumps(told | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    for name in re.findall(r'"([^"]+\.(?:py|safetensors|txt|jsonl))(?::\w+)?"', text):
+        digest.update(_content(name))
+    return f"cells/{digest.hexdigest()[:20]}"
+
+
+@cache
+def _content(name: str) -> bytes:
+    """What a file holds, digested; nothing where there is none."""
+    return hashlib.sha256(Path(name).read_bytes()).digest() if Path(name).is_file() else b""
 
 
 def _methods(config: configs.BenchConfig) -> dict[str, Any]:
@@ -267,9 +282,16 @@ def _methods(config: configs.BenchConfig) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"only={unknown[0]}: no such method{did_you_mean(unknown[0], made)}; methods: {', '.join(made)}")
     made = {name: told for name, told in made.items() if not config.only or name in config.only}
-    if not any(isinstance(build_method(told), BestOfN) for told in made.values()):
+    if not _baseline(made):
         made = {BASELINE: {"name": BASELINE, "steps": 1}} | made
+    for told in made.values():
+        build_method(told)  # a wrong one is refused before the others are measured
     return made
+
+
+def _baseline(methods: Mapping[str, Any]) -> str | None:
+    """The name under which a suite has best-of-n."""
+    return next((name for name, told in methods.items() if told["name"] == BASELINE), None)
 
 
 def _problems(config: configs.BenchConfig) -> list[Problem]:
@@ -303,7 +325,7 @@ def _share(share: str) -> tuple[int, int]:
 
 
 # --- what the cells say ----------------------------------------------------------------------------------------------
-def summary(cells: Cells) -> list[dict[str, Any]]:
+def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
     """One row a column: means over seeds with bootstrap intervals, differences to best-of-n and to plain samples paired by
     seed and output, rank within the budget, and whether no row of the problem that costs no more is better (Pareto)."""
     rows = []
@@ -319,9 +341,8 @@ def summary(cells: Cells) -> list[dict[str, Any]]:
             "distance": _distance(features, problem.yardstick.reference),
             **dict(zip(FACTS, torch.stack([cell["facts"] for cell in found]).mean(0).tolist())),
         }  # fmt: skip
-        beside = [c for c in cells if (c.problem, c.budget) == (problem, column.budget)]
-        baseline = next((c for c in beside if c.method.startswith(BASELINE)), None)
-        for name, other in {BASELINE: baseline, "unsteered": Column(problem, 0, BASE)}.items():
+        others = {BASELINE: Column(problem, column.budget, best_of_n), "unsteered": Column(problem, 0, BASE)}
+        for name, other in others.items():
             if other in cells and other != column:
                 differences = held - torch.stack([cell["held_out"] for cell in cells[other]])
                 row[f"over_{name}"], row[f"over_{name}_half"] = interval(differences.flatten())
@@ -347,9 +368,10 @@ def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> floa
     return float("nan") if reference is None else frechet_distance(*feature_statistics(features), *reference)
 
 
-def _write(config: configs.BenchConfig, suite: str, folder: results.RunFolder, cells: Cells, command: str) -> None:
+def _write(
+    config: configs.BenchConfig, suite: str, folder: results.RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str
+) -> None:
     """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
-    rows = summary(cells)
     facts = ["model", "problem", "strength", "budget", "method"]
     with (folder.path / "cells.csv").open("w", newline="") as file:
         writer = csv.writer(file)

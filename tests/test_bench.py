@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from steerfm import cli
+from steerfm import cli, commands_bench
 from steerfm.closed_form import GaussianMixture
 from steerfm.commands import Asked
 from steerfm.commands_bench import BASE, Cells, Column, Problem, Yardstick, summary, within_budget
@@ -95,6 +95,23 @@ def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, mon
     assert len(measured) == 5  # its own seeds, nothing else
     held = {row["method"]: row for row in json.loads((out / "summary.json").read_text())["rows"]}
     assert held["mine"]["held_out"] == held["best_of_n"]["held_out"] and held["mine"]["over_best_of_n"] == 0
+    commands_bench._content.cache_clear()  # as in another process
+    own.write_text(OWN + "    steps: int = 2\n")
+    assert cli.main(["bench", str(suite), f"out={out}", f"methods.mine={{name: '{own}:Mine', steps: 1}}"]) == 0
+    assert len(measured) == 10  # an edited file is another method
+
+
+def test_best_of_n_is_there_whatever_a_suite_calls_its_own(suite, tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text(OWN)
+    suite.write_text(SUITE.replace("  best_of_n: {steps: 1}\n  feynman_kac: {steps: 2}", f"  mine: {{name: '{own}:Mine'}}"))
+    assert cli.main(["bench", str(suite), f"out={tmp_path / 'out'}"]) == 0
+    assert {row["method"] for row in rows(tmp_path / "out")} == {BASE, "best_of_n", "mine"}
+    suite.write_text(SUITE.replace("best_of_n: {steps: 1}", "fifty: {name: best_of_n, steps: 1}"))
+    assert cli.main(["bench", str(suite), f"out={tmp_path / 'named'}"]) == 0
+    assert {row["method"] for row in rows(tmp_path / "named")} == {BASE, "fifty", "feynman_kac"}
+    of = {row["method"]: row for row in json.loads((tmp_path / "named" / "summary.json").read_text())["rows"]}
+    assert "over_best_of_n" in of["feynman_kac"] and "over_best_of_n" not in of["fifty"]
 
 
 def test_a_method_that_cannot_follow_a_black_box_is_left_out(suite, tmp_path):
@@ -113,6 +130,7 @@ def test_a_method_that_cannot_follow_a_black_box_is_left_out(suite, tmp_path):
         ("problems.bag.judge=null", "no held-out reward"),
         ("problems.bag.rewards=classifier", "did you mean 'reward'"),
         ("methods.funel={}", "did you mean 'funnel'"),
+        ("methods.mine=nowhere.py:Mine", "no such method file"),
         ("only=[feynman]", "did you mean 'feynman_kac'"),
         ("share=4/3", "2/4"),
         ("budget=[3]", "did you mean 'budgets'"),
