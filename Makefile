@@ -21,7 +21,7 @@ bench: .venv/installed  ## five methods at equal cost, then what the library add
 	$(BIN)/steerfm bench speed
 
 bench-check: .venv/installed  ## fail where an overhead is more than 10% above the committed one
-	OMP_NUM_THREADS=1 $(BIN)/steerfm bench speed --steps 4 --repeats 4 --check benchmarks/speed.json
+	OMP_NUM_THREADS=1 $(BIN)/steerfm bench speed --steps 4 --repeats 4 --check benchmarks/results/speed.json
 
 data: .venv/installed  ## the training data: Fashion-MNIST from a Debian package, captioned emoji from npm packages
 	[ -d /usr/share/datasets/fashion-mnist ] || { apt-get update -q && apt-get install -y -q dataset-fashion-mnist; }

@@ -2,7 +2,7 @@
 
     steerfm bench speed                                  # overheads: three minutes on two idle cores
     steerfm bench speed --scan                           # particles, steps, micro-batch, picture size: ten minutes
-    steerfm bench speed --check benchmarks/speed.json    # fails where a ratio is more than 10% above the committed one
+    steerfm bench speed --check benchmarks/results/speed.json    # fails where a ratio is more than 10% above the committed one
 
 An overhead is the wall time of the library over that of a bare loop with the same calls in as many rows, which alternate in one
 process; the median of the ratios of neighbours and its quartiles are reported. Ratios carry from machine to machine, seconds do

@@ -335,7 +335,8 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
         features = torch.cat([cell["features"].float() for cell in found])
         row = {
             "model": _stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
-            "budget": column.budget, "method": column.method, "seeds": len(found), "held_out": held.mean().item(),
+            "budget": column.budget, "method": column.method, "seeds": len(found), "outputs": held.numel(),
+            "held_out": held.mean().item(),
             "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
             "diversity": _diversity(features, problem.asked.names * len(found)),
             "distance": _distance(features, problem.yardstick.reference),

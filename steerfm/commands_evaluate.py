@@ -190,7 +190,7 @@ def known_features(features: Callable[[Tensor], Tensor], device: torch.device | 
 def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
     """Maps of captioned emoji: the data's features in the judge's trunk, likeness to the prompts, retrieval among 100."""
     data = emoji.load()
-    rows = torch.stack([group[0] for group in data.groups(held_out=False)])
+    rows = torch.stack([group[0] for group in data.groups(config.held_out)])
     prompts = read_prompts(config.prompt) or list(dict.fromkeys(data.caption(int(row)) for row in rows))
     asked = [prompts[i % len(prompts)] for i in range(config.n)]
     clip = rewards.reward("clip")

@@ -156,10 +156,12 @@ class SteerConfig:
 @dataclass
 class EvaluateConfig:
     """model: zoo name or path; prompt: for models that read words: prompts or a file of them, default the captions of the
-    training data; n: samples; steps: numbers of jumps; euler: steps of the reference ODE solution."""
+    training data, or with held_out=true those of the concepts kept from it; n: samples; steps: numbers of jumps; euler: steps
+    of the reference ODE solution."""
 
     model: str = "fashion"
     prompt: Any = None
+    held_out: bool = False
     n: int = 10_000
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     euler: int = 128

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from steerfm.commands_bench import BASE, Cells, Column, Problem, Yardstick, summ
 from steerfm.config import SteerConfig
 from steerfm.steering import METHODS, steer
 
+ROOT = Path(__file__).parent.parent
 OWN = '''
 from dataclasses import dataclass
 from steerfm.steering import BestOfN
@@ -189,3 +192,27 @@ def test_the_shipped_suites_can_be_read(capsys):
     assert cli.main(["bench"]) == 0 and "quick" in capsys.readouterr().out
     assert cli.main(["bench", "quik"]) == 2
     assert "did you mean 'quick'" in capsys.readouterr().err
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def page():
+    return runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
+
+
+def test_the_pages_say_what_the_results_say(page):
+    for name in page["PAGES"]:
+        text = (ROOT / name).read_text()
+        assert page["render"](text) == text, f"{name} is not what benchmarks/results says: run 'steerfm bench page'"
+
+
+def test_misses_by_hand(page, tmp_path, monkeypatch):
+    """Two problems, two methods; `b` cannot be so cheap in the second problem at the lower budget."""
+    held = {("p", 8, "a"): 1.0, ("p", 8, "b"): 0.5, ("p", 32, "a"): 2.0, ("p", 32, "b"): 4.0, ("q", 8, "a"): 0.0}
+    held |= {("q", 32, "a"): 1.0, ("q", 32, "b"): 0.0, ("p", 0, "unsteered, 4 jumps"): 9.0}
+    rows = [dict(model="m", strength=1, problem=p, budget=b, method=m, held_out=v) for (p, b, m), v in held.items()]
+    (tmp_path / "mine.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setitem(page["misses"].__globals__, "RESULTS", tmp_path)
+    text = page["render"]("x\n<!-- table: misses; mine -->\nold\n<!-- end -->\ny")
+    assert text.split("\n")[4:6] == ["| `a` | 0.00 | 1.00 |", "| `b` |  | 0.50 |"]
+    assert text.startswith("x\n<!-- table: misses; mine -->\n|") and text.endswith("|\n<!-- end -->\ny")
