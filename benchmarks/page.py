@@ -13,10 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from steerfm import results
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = ("README.md", "docs/benchmarks.md", "docs/methods.md", "docs/emoji.md")
 BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLOTS = {  # (suite, problem) -> file and title
+    ("fashion", "bright"): ("docs/frontier-bright.png", "a bright dress, from the model without a class"),
+    ("fashion", "both"): ("docs/frontier-both.png", "sandal and bag at once, from the model without a class"),
+    ("lookahead", "smooth"): ("docs/lookahead-smooth.png", "a smooth reward: a bright dress"),
+    ("lookahead", "sharp"): ("docs/lookahead-sharp.png", "a sharp reward: a bag, from the model without a class"),
+    ("lookahead", "black box"): ("docs/lookahead-black-box.png", "a black box: a shirt that compresses well"),
+}
 BASE = "unsteered, 4 jumps"
 
 
@@ -35,6 +44,13 @@ def main(arguments: list[str]) -> None:
         if (new := render(text)) != text:
             file.write_text(new)
             print(f"written: {page}")
+    for (suite, problem), (file, title) in PLOTS.items():
+        if (RESULTS / f"{suite}.json").is_file():
+            curves: dict[str, list[tuple[float, float, float]]] = {}
+            for row in (row for row in _suite(suite)["rows"] if row["problem"] == problem):
+                point = (row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2)
+                curves.setdefault(row["method"], []).append(point)
+            results.cost_plot(curves, ROOT / file, title, "held-out reward")
 
 
 def render(text: str) -> str:
@@ -119,7 +135,7 @@ def misses(name: str, *methods: str) -> str:
 def paired(name: str) -> str:
     """Differences to plain samples and to best-of-n of the same cost, over outputs of the same seed."""
     parts = [machine(name)]
-    for title, budgets, of in _problems(_suite(name)["rows"]):
+    for title, _, of in _problems(_suite(name)["rows"]):
         lines = []
         for (method, budget), row in of.items():
             if budget:
@@ -136,9 +152,7 @@ def paired(name: str) -> str:
 def speed() -> str:
     """Wall time over that of the bare loop."""
     told = json.loads((RESULTS / "speed.json").read_text())
-    lines = [
-        [name, f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"] for name, row in told["overheads"].items()
-    ]
+    lines = [[name, f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"] for name, row in told["overheads"].items()]
     where = f"{told['particles']} rows, {told['steps']} steps, {told['threads']} threads, torch {told['torch']}"
     return f"{where}:\n\n{_markdown(['', 'ratio', 'quartiles'], lines)}"
 
