@@ -131,16 +131,14 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
         network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
     )
     pairs = Triangle(o.terminal, o.full, o.gap)
-    objectives = {OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+    teacher = None
     if o.teacher:
         if "trajectory" not in shares:
             raise ConfigError("objective.teacher is only used by the objective trajectory: give it a share")
         teacher = zoo.load(o.teacher)
         teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
-        objectives = {
-            replace(objective, teacher=teacher) if isinstance(objective, Trajectory) else objective: share
-            for objective, share in objectives.items()
-        }
+    followed = Trajectory(pairs, uses=o.uses, teacher=teacher, keep=o.keep)
+    objectives = {followed if name == "trajectory" else OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
     diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
     module = training.FlowMapTraining(
         flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options

@@ -40,8 +40,9 @@ class ObjectiveConfig:
 
     shares: e.g. {lagrangian: 0.125, progressive: 0.25}; empty means {lagrangian: 0.25}. start: share of the steps with flow
     matching only; terminal, full, gap: see `objectives.Triangle`; teacher: checkpoint whose velocity `trajectory` follows,
-    frozen (default: the map's own); drop: probability of the null class; guidance: scale of the classifier-free guidance that
-    is trained into the map (1: none), or the teacher's. smoothing, noise: of a classifier's labels and pictures.
+    frozen (default: the map's own); uses, keep: see `objectives.Trajectory`; drop: probability of the null class; guidance:
+    scale of the classifier-free guidance that is trained into the map (1: none), or the teacher's. smoothing, noise: of a
+    classifier's labels and pictures.
     """
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -52,6 +53,8 @@ class ObjectiveConfig:
     drop: float = 0.1
     guidance: float = 1.0
     teacher: str | None = None
+    uses: int = 8
+    keep: int = 0
     smoothing: float = 0.1
     noise: float = 0.0
 

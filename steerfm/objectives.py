@@ -9,14 +9,14 @@ The three self-distillation losses are the three characterisations of a flow map
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, expand_rows, is_null, take_rows
+from steerfm.flowmap import Condition, FlowMap, expand_rows, is_null, join_conditions, take_rows
 from steerfm.interpolant import expand_time
 
 Times = Callable[[int, torch.Generator], Tensor]
@@ -177,20 +177,55 @@ class MeanFlow:
         return _eulerian_residual(flow_map, x_s, s, t, cond, v)
 
 
+@dataclass
+class Paths:
+    """Trajectories of an ODE from noise.
+
+    Attributes:
+        states: (steps + 1, m, *shape). times: (steps + 1, m). velocities: (steps, m, *shape). cond: m rows.
+    """
+
+    states: Tensor
+    velocities: Tensor
+    times: Tensor
+    cond: Condition
+
+    def join(self, other: Paths, last: int) -> Paths:
+        """Those of both, but no more than the ``last``."""
+        cond = None if self.cond is None else join_conditions(self.cond, other.cond)
+        pairs = ((self.states, other.states), (self.velocities, other.velocities), (self.times, other.times))
+        states, velocities, times = (torch.cat(pair, 1)[:, -last:] for pair in pairs)
+        return Paths(states, velocities, times, take_rows(cond, slice(-last, None)))
+
+
+@dataclass
+class Pool:
+    """The trajectories that a `Trajectory` keeps, and how often it was called."""
+
+    paths: Paths | None = None
+    calls: int = 0
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """|u(x_s, s, t) - (x_t - x_s)/(t - s)|^2 on trajectories, from noise, of the ODE of a velocity; where s = t, the velocity.
 
     The definition of a flow map as a regression: targets have no noise, and with a frozen teacher they do not drift, so few
     steps go far once the velocity is good (ReFlow's pairs, 2209.03003, at all times). Midpoint rule; the interior times are
-    drawn anew each call.
+    drawn anew for each trajectory.
 
     Args:
         pairs: their shares of pairs with t = 1 and of (0, 1) are used, not their times.
         steps: of the ODE; two calls each, without a gradient.
-        uses: pairs taken from each trajectory.
+        uses: pairs taken from each trajectory, in the mean.
         diagonal: share of the other pairs with s = t.
         teacher: whose velocity; default the map's own.
+        keep: trajectories to draw pairs from, of this call and earlier ones; every ``uses``-th call follows one for each row
+            then, so that a batch has as many conditions as rows. 0: those of this call only, ``uses`` rows for each. They are
+            not in a checkpoint: a continued run begins with none.
+
+    Raises:
+        ValueError: uses below 1, keep below 0.
     """
 
     pairs: Triangle = field(default_factory=Triangle)
@@ -198,37 +233,53 @@ class Trajectory:
     uses: int = 8
     diagonal: float = 0.3
     teacher: FlowMap | None = None
+    keep: int = 0
+    pool: Pool = field(default_factory=Pool, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.uses < 1 or self.keep < 0:
+            raise ValueError(f"uses={self.uses}, keep={self.keep}: a trajectory is used once or more, and 0 or more are kept")
 
     def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
         b, n = len(x1), self.steps
-        rows = torch.arange(0, b, self.uses, device=x1.device)
-        start, cond_start = _noise(x1, generator)[rows], take_rows(cond, rows)
-        jitter = 0.8 * (torch.rand(n + 1, generator=generator) - 0.5)
-        times = (torch.arange(n + 1) + jitter).clamp(0, n) / n
-        times[0], times[-1] = 0.0, 1.0
-        path, velocity = self._integrate(self.teacher or flow_map, start, times.tolist(), cond_start)
+        paths, of = self._paths(flow_map, x1, cond, generator)
         u, v, which, diagonal = torch.rand(4, b, generator=generator)
         last = torch.where(which < self.pairs.terminal + self.pairs.full, n, 1 + (u * n).long().clamp_max(n - 1))
         first = torch.where(which < self.pairs.full, 0, (v * last).long().minimum(last - 1))
         last = torch.where((last < n) & (diagonal < self.diagonal), first, last)
-        of = torch.arange(b, device=x1.device) // self.uses
-        first, last, times = first.to(x1.device), last.to(x1.device), times.to(x1)
-        s, t, x_s, x_t = times[first], times[last], path[first, of], path[last, of]
+        of, first, last = of.to(x1.device), first.to(x1.device), last.to(x1.device)
+        s, t, x_s, x_t = paths.times[first, of], paths.times[last, of], paths.states[first, of], paths.states[last, of]
         gap = expand_time(t - s, x1)
-        target = torch.where(gap > 0, (x_t - x_s) / gap.where(gap > 0, 1.0), velocity[first, of])
-        return mean_square(flow_map.average_velocity(x_s, s, t, take_rows(cond_start, of)) - target)
+        velocity = paths.velocities[first, of]
+        target = torch.where(gap > 0, (x_t - x_s) / gap.where(gap > 0, 1.0), velocity)
+        return mean_square(flow_map.average_velocity(x_s, s, t, take_rows(paths.cond, of)) - target)
 
-    @staticmethod
-    def _integrate(teacher: FlowMap, x: Tensor, times: Sequence[float], cond: Condition) -> tuple[Tensor, Tensor]:
-        """States (steps + 1, b, *shape) and the velocities at all but the last, (steps, b, *shape)."""
+    def _paths(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> tuple[Paths, Tensor]:
+        """Trajectories, and which of them each row of the batch takes its pair from."""
+        b, pool, teacher = len(x1), self.pool, self.teacher or flow_map
+        if not self.keep:
+            rows = torch.arange(0, b, self.uses, device=x1.device)
+            return self._integrate(teacher, x1[rows], take_rows(cond, rows), generator), torch.arange(b) // self.uses
+        if pool.paths is None or pool.calls % self.uses == 0:
+            new = self._integrate(teacher, x1, cond, generator)
+            pool.paths = new if pool.paths is None else pool.paths.join(new, self.keep)
+        pool.calls += 1
+        return pool.paths, torch.randint(pool.paths.times.shape[1], (b,), generator=generator)
+
+    def _integrate(self, teacher: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
+        """From noise like ``x1``, at times that are jittered row by row."""
+        b, n, x = len(x1), self.steps, _noise(x1, generator)
+        jitter = 0.8 * (torch.rand(n + 1, b, generator=generator) - 0.5)
+        times = (torch.arange(n + 1)[:, None] + jitter).clamp(0, n).to(x1) / n
+        times[0], times[-1] = 0.0, 1.0
         states, velocities = [x], []
         with torch.no_grad():
             for s, t in pairwise(times):
                 velocities.append(teacher.velocity(x, s, cond))
-                middle = x + (t - s) / 2 * velocities[-1]
-                x = x + (t - s) * teacher.velocity(middle, (s + t) / 2, cond)
+                gap = expand_time(t - s, x)
+                x = x + gap * teacher.velocity(x + gap / 2 * velocities[-1], (s + t) / 2, cond)
                 states.append(x)
-        return torch.stack(states), torch.stack(velocities)
+        return Paths(torch.stack(states), torch.stack(velocities), times, cond)
 
 
 OFF_DIAGONAL: dict[str, type] = {

@@ -432,3 +432,22 @@ def test_pairs_of_a_trajectory_share_its_condition():
 
     cond = torch.arange(12) % 5
     assert Trajectory(uses=3)(Labelled((2,)), torch.zeros(12, 2), cond, seeded()).max() < 1e-9
+
+
+def test_kept_trajectories_are_drawn_from_and_the_oldest_forgotten():
+    """Every third call follows one for each row; pairs agree with the condition of their own trajectory; 24 are kept."""
+
+    class Labelled(FlowMap):
+        calls = 0
+
+        def average_velocity(self, x, s, t, cond):
+            Labelled.calls += 1
+            return cond.to(x).unsqueeze(1).expand_as(x)
+
+    objective, flow_map = Trajectory(uses=3, keep=24, steps=2), Labelled((2,))
+    for call in range(9):
+        cond = torch.arange(12) + 12 * (call // 3)
+        assert objective(flow_map, torch.zeros(12, 2), cond, seeded(call)).max() < 1e-9
+    assert Labelled.calls == 9 + 3 * 2 * 2
+    assert sorted(objective.pool.paths.cond.tolist()) == list(range(12, 36))
+    assert objective.pool.paths.states.shape == (3, 24, 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import zoo
+from steerfm import encoders, zoo
 from steerfm.metrics import frechet_distance
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
@@ -25,7 +25,7 @@ def test_every_model_has_its_card_and_keeps_the_limits():
     assert sum(file.stat().st_size for file in files) < 40 * 2**20
     assert all(file.stat().st_size < 16e6 for file in files)
     models = zoo.models()
-    assert set(models) == {"brisque", "emoji-clip", "emoji-judge", "fashion", "fashion-classifier", "fashion-judge"}
+    assert set(models) == {"brisque", "emoji", "emoji-clip", "emoji-judge", "fashion", "fashion-classifier", "fashion-judge"}
     for head in models.values():
         assert {"data", "licence", "recipe", "command", "commit", "metrics"} <= head["card"].keys()
 
@@ -62,6 +62,19 @@ def test_the_flow_map_draws_the_class_it_is_asked_for(fashion):
     for steps, least in ((1, 0.6), (4, 0.8)):
         pictures = fashion.decode(steerfm.sample(fashion, n=200, steps=steps, seeds=0, cond=labels))
         assert (judge(pictures).argmax(1) == labels).float().mean() > least
+
+
+def test_the_map_of_words_draws_what_it_is_asked_for():
+    """Retrieval of the right one among twelve prompts, by the shipped open_clip model; chance is 1/12."""
+    flow_map, network = steerfm.load("emoji"), encoders.open_clip("emoji-clip")
+    prompts = ["red heart", "blue heart", "grinning face", "dog face", "pizza", "airplane", "blue book", "house", "rocket"]
+    prompts += ["snowman", "sunflower", "guitar"]
+    cond = flow_map.condition(prompts * 2, 24)
+    with torch.inference_mode():
+        texts = network.encode_text(prompts)
+        for steps, least in ((1, 0.5), (4, 0.5)):
+            found = network.encode_image(flow_map.decode(steerfm.sample(flow_map, 24, steps, 0, cond))) @ texts.T
+            assert (found.argmax(1) == torch.arange(24) % 12).float().mean() >= least
 
 
 def test_samples_do_not_depend_on_the_batch(fashion):
