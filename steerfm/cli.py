@@ -20,7 +20,8 @@ EXAMPLES = {
   steerfm sample model=runs/train/mine/mine.safetensors prompt=prompts.txt n=8""",
     "steer": """examples:
   steerfm steer reward=classifier reward.target=Bag
-  steerfm steer label=Bag reward=clip prompt="a black handbag"
+  steerfm steer --config emoji prompt="a red heart" reward=clip
+  steerfm steer --config emoji prompt=prompts.txt n=4 reward=clip reward.model=ViT-B-32 reward.pretrained=laion2b_s34b_b79k
   steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
   steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
@@ -34,7 +35,8 @@ EXAMPLES = {
   steerfm data fashion           where Fashion-MNIST is read from""",
     "evaluate": """examples:
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
-  steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32""",
+  steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32
+  steerfm evaluate model=emoji n=1000 steps=[1,2,4] euler=64 held_out=true""",
     "models": "examples:\n  steerfm models",
     "rewards": "examples:\n  steerfm rewards\n  steerfm rewards classifier",
     "methods": "examples:\n  steerfm methods\n  steerfm methods das",
