@@ -212,7 +212,7 @@ class Trajectory:
 
     The definition of a flow map as a regression: targets have no noise, and with a frozen teacher they do not drift, so few
     steps go far once the velocity is good (ReFlow's pairs, 2209.03003, at all times). Midpoint rule; the interior times are
-    drawn anew for each trajectory.
+    drawn anew each time.
 
     Args:
         pairs: their shares of pairs with t = 1 and of (0, 1) are used, not their times.
@@ -259,19 +259,21 @@ class Trajectory:
         b, pool, teacher = len(x1), self.pool, self.teacher or flow_map
         if not self.keep:
             rows = torch.arange(0, b, self.uses, device=x1.device)
-            return self._integrate(teacher, x1[rows], take_rows(cond, rows), generator), torch.arange(b) // self.uses
+            start = _noise(x1, generator)[rows]
+            return self._integrate(teacher, start, take_rows(cond, rows), generator), torch.arange(b) // self.uses
         if pool.paths is None or pool.calls % self.uses == 0:
-            new = self._integrate(teacher, x1, cond, generator)
+            new = self._integrate(teacher, _noise(x1, generator), cond, generator)
             pool.paths = new if pool.paths is None else pool.paths.join(new, self.keep)
         pool.calls += 1
         return pool.paths, torch.randint(pool.paths.times.shape[1], (b,), generator=generator)
 
-    def _integrate(self, teacher: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
-        """From noise like ``x1``, at times that are jittered row by row."""
-        b, n, x = len(x1), self.steps, _noise(x1, generator)
-        jitter = 0.8 * (torch.rand(n + 1, b, generator=generator) - 0.5)
-        times = (torch.arange(n + 1)[:, None] + jitter).clamp(0, n).to(x1) / n
+    def _integrate(self, teacher: FlowMap, x: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
+        """From noise ``x``, at times that are jittered."""
+        n = self.steps
+        jitter = 0.8 * (torch.rand(n + 1, generator=generator) - 0.5)
+        times = ((torch.arange(n + 1) + jitter).clamp(0, n) / n).to(x)
         times[0], times[-1] = 0.0, 1.0
+        times = times[:, None].expand(-1, len(x))
         states, velocities = [x], []
         with torch.no_grad():
             for s, t in pairwise(times):
