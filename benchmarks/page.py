@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steerfm import results
+from steerfm.commands_bench import BASE, curves
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +27,6 @@ PLOTS = {  # (suite, problem) -> file and title
     ("lookahead", "sharp"): ("docs/lookahead-sharp.png", "a sharp reward: a bag, from the model without a class"),
     ("lookahead", "black box"): ("docs/lookahead-black-box.png", "a black box: a shirt that compresses well"),
 }
-BASE = "unsteered, 4 jumps"
 
 
 def main(arguments: list[str]) -> None:
@@ -46,11 +46,8 @@ def main(arguments: list[str]) -> None:
             print(f"written: {page}")
     for (suite, problem), (file, title) in PLOTS.items():
         if (RESULTS / f"{suite}.json").is_file():
-            curves: dict[str, list[tuple[float, float, float]]] = {}
-            for row in (row for row in _suite(suite)["rows"] if row["problem"] == problem):
-                point = (row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2)
-                curves.setdefault(row["method"], []).append(point)
-            results.cost_plot(curves, ROOT / file, title, "held-out reward")
+            rows = [row for row in _suite(suite)["rows"] if row["problem"] == problem]
+            results.cost_plot(curves(rows), ROOT / file, title, "held-out reward")
 
 
 def render(text: str) -> str:
@@ -82,6 +79,11 @@ def _problems(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[int], dict
         yield f"*{key[1]}* ({key[0]}, strength {key[2]:g})", sorted({b for _, b in of} - {0}), of
 
 
+def _best(of: dict[tuple[str, int], dict[str, Any]], budget: int) -> float:
+    """The highest held-out reward of a problem at a budget."""
+    return max(row["held_out"] for (_, cost), row in of.items() if cost == budget)
+
+
 def machine(name: str) -> str:
     """How a suite was run, in a line."""
     told = _suite(name)
@@ -97,17 +99,15 @@ def problems(name: str) -> str:
     parts = [machine(name)]
     for title, budgets, of in _problems(_suite(name)["rows"]):
         base = of[BASE, 0]
-        best = {b: max(r["held_out"] for (_, budget), r in of.items() if budget == b) for b in budgets}
+        dearest = {method: row for (method, _), row in sorted(of.items(), key=lambda item: item[0][1]) if method != BASE}
         lines = []
-        for method in dict.fromkeys(method for method, budget in of if budget):
+        for method, last in sorted(dearest.items(), key=lambda item: -item[1]["held_out"]):
             cells = []
             for budget in budgets:
                 row = of.get((method, budget))
                 text = f"{row['held_out']:.3g} ± {(row['high'] - row['low']) / 2:.2g}" if row else ""
-                cells.append(f"**{text}**" if row and row["held_out"] == best[budget] else text)
-            last = of[max((key for key in of if key[0] == method), key=lambda key: key[1])]
+                cells.append(f"**{text}**" if row and row["held_out"] == _best(of, budget) else text)
             lines.append([method, *cells, f"{last['diversity']:.3g}", f"{last['distance']:.3g}", f"{last['seconds']:.2g}"])
-        lines.sort(key=lambda line: -of[max((k for k in of if k[0] == line[0]), key=lambda k: k[1])]["held_out"])
         header = ["method", *map(str, budgets), "diversity", "distance", "s an output"]
         says = f"{title}; plain samples have {base['held_out']:.3g}, diversity {base['diversity']:.3g}"
         parts.append(f"{says}, distance {base['distance']:.3g}:\n\n{_markdown(header, lines)}")
@@ -122,11 +122,7 @@ def misses(name: str, *methods: str) -> str:
     for method in methods or dict.fromkeys(method for _, _, of in found for method, budget in of if budget):
         cells = []
         for budget in budgets:
-            gaps = [
-                max(r["held_out"] for (_, b), r in of.items() if b == budget) - of[method, budget]["held_out"]
-                for _, _, of in found
-                if (method, budget) in of
-            ]
+            gaps = [_best(of, budget) - of[method, budget]["held_out"] for _, _, of in found if (method, budget) in of]
             cells.append(f"{sum(gaps) / len(gaps):.2f}" if len(gaps) == len(found) else "")
         lines.append([f"`{method}`", *cells])
     return _markdown(["network calls an output", *map(str, budgets)], lines)

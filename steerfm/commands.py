@@ -788,9 +788,11 @@ def _draw_trace(folder: Path, run: Steered, flow_map: FlowMap) -> tuple[str, Pat
 
 
 def _table(*columns: str, title: str = "") -> Table:
-    """A table without frames; the first column is never cut."""
+    """A table without frames; the first column is in one line, and where there is no room for the others they go on below."""
     table = Table(*columns, title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
     table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.overflow = "fold"  # a figure that is cut is lost
     return table
 
 

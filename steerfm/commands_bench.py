@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -355,6 +355,14 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
     return rows
 
 
+def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
+    """Method -> (evaluations, held-out reward, half of its interval) of the rows of a `summary`, for `results.cost_plot`."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append((row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2))
+    return found
+
+
 def _diversity(features: Tensor, names: list[str]) -> float:
     """Mean distance between outputs that were asked for the same."""
     index: dict[str, list[int]] = {}
@@ -395,11 +403,7 @@ def _write(
             console.print(table)
             tables.append((f"{problem.title}: {budget} evaluations", header, lines))
         stem = "-".join(problem.title.replace("strength ", "").replace(",", "").split())
-        curves: dict[str, list[tuple[float, float, float]]] = {}
-        for row in of.values():
-            point = (row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2)
-            curves.setdefault(row["method"], []).append(point)
-        plot = results.cost_plot(curves, folder.path / f"{stem}.png", problem.title, "held-out reward")
+        plot = results.cost_plot(curves(of.values()), folder.path / f"{stem}.png", problem.title, "held-out reward")
         pictures.append((problem.title, plot))
         first = {c.method: cells[c][0] for c in of if c.budget in (0, config.budgets[-1])}
         if all("pictures" in cell for cell in first.values()):
