@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,10 @@ def finish(
     module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
+    if config.watch.report:
+        tasks = make_tasks(panel.base, config.label, config.prompt, config.watch.report)
+        panel = replace(panel, tasks=tasks, seeds=panel.seeds + panel.tasks.n)
+        base_reading = panel.measure(chain(4)(panel.base))
     base, averaged = panel.base, tuned.averaged()
     plain = averaged if tuned.lora is None else averaged.with_network(merged(averaged.network))
     plain.network.requires_grad_(False)
@@ -134,13 +138,24 @@ def finish(
     plain.save(model, head["network"], card, origin=config.model)
     if tuned.lora is not None:
         save_adapter(tuned, folder.path / "adapter", config.model)
-    table = [(name, *(round(value, 4) for value in reading.numbers().values())) for name, reading in readings.items()]
-    header = ["", "reward", "held out", "diversity", "support", "distance"]
+    over = {name: reading.over(base_reading) for name, reading in readings.items()}
+    table = [
+        (
+            name,
+            *(round(value, 4) for value in reading.numbers().values()),
+            "" if reading is base_reading else f"{mean:+.3f}±{half:.3f}",
+        )
+        for (name, reading), (mean, half) in zip(readings.items(), over.values())
+    ]
+    header = ["", "reward", "held out", "diversity", "support", "distance", "held out, over base in 4 jumps"]
     summary = {
         "command": command,
         "stopped": monitors["tune"].reason or "ran to its last step",
         "kept_step": monitors["tune"].best_step,
-        "readings": {name: reading.numbers() for name, reading in readings.items()},
+        "readings": {
+            name: reading.numbers() | {"over_base": over[name][0], "over_base_half": over[name][1]}
+            for name, reading in readings.items()
+        },
         "semigroup_error": consistency,
         "control_cost": moved,
         "cost": {"tune": module.spent.as_dict(), "distil": tuned.spent.as_dict() if tuned is not module else None},

@@ -220,13 +220,15 @@ class DistilConfig:
 @dataclass
 class WatchConfig:
     """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a
-    model must keep; patience: judgements without a better one before the run stops, 0 for never."""
+    model must keep; patience: judgements without a better one before the run stops, 0 for never; report: samples of the last
+    table, from seeds that chose nothing, 0 for those that were watched."""
 
     every: int = 5
     n: int = 64
     seeds: int = 0
     floor: float = 0.9
     patience: int = 8
+    report: int = 0
 
 
 @dataclass

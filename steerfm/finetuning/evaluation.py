@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
 from steerfm.flowmap import FlowMap, move_condition
-from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity, precision
+from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision
 from steerfm.results import picture_grid
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
@@ -32,7 +32,7 @@ class Reading:
         diversity: mean distance of two samples of the same class, relative to the base's in that class.
         support: share of the samples that lie among the base's, of any class (precision, k = 5).
         distance: Fréchet distance of the features to the base's samples of the same classes in the same shares.
-        pictures: the samples, decoded.
+        pictures: the samples, decoded. scores: (n,) their held-out rewards.
     """
 
     reward: float
@@ -41,10 +41,15 @@ class Reading:
     support: float
     distance: float
     pictures: Tensor
+    scores: Tensor
 
     def numbers(self) -> dict[str, float]:
-        """All but the pictures, by name."""
+        """The means, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, float)}
+
+    def over(self, other: Reading) -> tuple[float, float]:
+        """Mean difference of the held-out reward to another law's on the same seeds and tasks, and half its 95% interval."""
+        return interval(self.scores - other.scores)
 
 
 @dataclass
@@ -92,7 +97,7 @@ class Panel:
         known, classes = self._reference()
         return Reading(
             r.mean().item(), held.mean().item(), self._diversity(f, c), precision(f, known),
-            self._distance(f, c, known, classes), pictures.cpu(),
+            self._distance(f, c, known, classes), pictures.cpu(), held.cpu(),
         )  # fmt: skip
 
     def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:

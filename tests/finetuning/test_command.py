@@ -19,6 +19,7 @@ from steerfm.flowmap import read_weights
 FAST = [
     "batch_size=4",
     "watch.n=8",
+    "watch.report=12",
     "watch.every=2",
     "optimizer.steps=4",
     "distil.steps=2",
@@ -68,6 +69,9 @@ def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypat
     assert result["trained_parameters"] < 0.1 * result["parameters"]
     assert {"base, 4 jumps", "as learnt", "tuned, 1 jump", "tuned, 8 jumps"} <= result["readings"].keys()
     assert result["cost"]["tune"]["reward_calls"] == 16
+    found, base = result["readings"]["tuned, 1 jump"], result["readings"]["base, 4 jumps"]
+    assert base["over_base"] == 0 and found["over_base_half"] > 0
+    assert found["over_base"] == pytest.approx(found["held_out"] - base["held_out"], abs=1e-4)  # the same seeds
     tuned = steerfm.load(folder / "fashion-tuned.safetensors")
     x = torch.randn(2, 1, 28, 28)
     adapted = steerfm.load(folder / "adapter.safetensors")
