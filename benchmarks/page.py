@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from steerfm import results
 from steerfm.commands_bench import BASE, curves
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "methods", "emoji")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "methods", "emoji", "scaling")))
 BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLOTS = {  # (suite, problem) -> file and title
     ("fashion", "bright"): ("docs/frontier-bright.png", "a bright dress, from the model without a class"),
@@ -153,4 +155,23 @@ def speed() -> str:
     return f"{where}:\n\n{_markdown(['', 'ratio', 'quartiles'], lines)}"
 
 
-TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (problems, misses, paired, speed)}
+def scan() -> str:
+    """Seconds against sizes, with the line through them (least squares of relative errors)."""
+    told = json.loads((RESULTS / "scaling.json").read_text())
+    parts = [f"{told['device']}, {told['threads']} threads, torch {told['torch']}."]
+    fits = []
+    for name, points in told["scan"].items():
+        sizes, seconds = np.array(points).T
+        header = [name, *(f"{size:g}" for size in sizes)]
+        parts.append(_markdown(header, [["seconds", *(f"{second:.3g}" for second in seconds)]]))
+        if name != "micro-batch":  # a constant, not a line
+            x = sizes**2 if name.startswith("side") else sizes
+            (slope, start), *_ = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1) / seconds[:, None], np.ones_like(x))
+            worst = np.abs((start + slope * x) / seconds - 1).max()
+            unit = "pixel" if name.startswith("side") else name.removesuffix("s")
+            fits.append([name, f"{1e3 * start:.1f}", f"{1e3 * slope:.3g} a {unit}", f"{worst:.0%}"])
+    header = ["", "at none, ms", "slope, ms", "furthest point from the line"]
+    return "\n\n".join([*parts, _markdown(header, fits)])
+
+
+TABLES: dict[str, Callable[..., str]] = {f.__name__: f for f in (problems, misses, paired, speed, scan)}

@@ -167,8 +167,8 @@ def within_budget(method: Method, evaluations: Callable[[Method], float], budget
         method: as a suite names it; its steps are the most it gets.
         evaluations: of one output, of a method. budget: the most of them.
     """
-    if hasattr(method, "within"):
-        return method.within(budget)  # type: ignore[attr-defined]
+    if hasattr(method, "sized"):
+        return method.sized(budget)  # type: ignore[attr-defined]
     names = {field.name for field in fields(method)} if is_dataclass(method) else set()
     if "budget" in names:
         steps = min(method.steps, budget // 4)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ Methods that do not walk from noise to data once have files of their own: `noise
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -89,10 +89,14 @@ class Funnel(Steering):
         A step for every eight calls, at most four; half of the calls go to the first look, three quarters where there is one
         step, and all of them below eight: best-of-n by single jumps.
         """
+        return cls().sized(budget)
+
+    def sized(self, budget: int) -> Funnel:
+        """This method in the shape of `within`; its other parts stay."""
         at_least_one(budget=budget)
         steps = min(budget // 8, 4)
         particles = budget // (2 * max(steps, 2)) if steps else budget
-        return cls(particles=particles, steps=1 + steps, first=budget - particles * steps)
+        return replace(self, particles=particles, steps=1 + steps, first=budget - particles * steps)
 
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         rows = torch.arange(0, n * self.particles, self.particles, device=problem.strength.device)
