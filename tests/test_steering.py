@@ -319,6 +319,8 @@ def test_a_funnel_keeps_the_resampling_it_was_given():
         method = Funnel(4, first=8, resampling=given)
         assert method.resampling == Narrow(4, then) == replace(method, guidance=None).resampling
         assert replace(method, particles=8).resampling == Narrow(8, then)
+    fitted = Funnel(guidance=None, power=0.5, resampling="ssp").sized(64)
+    assert fitted == replace(Funnel.within(64), guidance=None, power=0.5, resampling=Resample("ssp"))
 
 
 def test_a_funnel_does_not_widen():

@@ -19,7 +19,7 @@ from steerfm.steering.methods import Funnel
 from steerfm.steering.value import Problem
 from steerfm.steering.weights import Resample, wide
 
-CPU_ROWS = 256
+CPU_ROWS = 128
 
 
 @dataclass
@@ -87,7 +87,7 @@ def steer(
         cond: one row per output, or a class name, index or prompt for all or for each.
         prompts, labels: for rewards that read them; default what ``cond`` asks for, in words or by labels.
         batch_size: outputs at a time; the result does not depend on it.
-        micro_batch: rows per network call; the result does not depend on it. Default: all, but 256 pictures on a CPU, whose
+        micro_batch: rows per network call; the result does not depend on it. Default: all, but 128 pictures on a CPU, whose
             caches do not hold more (4,096 rows at once take 1.5 times as long); where memory does not hold them, half as many.
         lookaheads: keep the first particle's look-ahead pictures in the trace.
         progress: called with (steps done, steps in all).
