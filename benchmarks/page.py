@@ -169,7 +169,7 @@ def scan() -> str:
             (slope, start), *_ = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1) / seconds[:, None], np.ones_like(x))
             worst = np.abs((start + slope * x) / seconds - 1).max()
             unit = "pixel" if name.startswith("side") else name.removesuffix("s")
-            fits.append([name, f"{1e3 * start:.1f}", f"{1e3 * slope:.3g} a {unit}", f"{worst:.0%}"])
+            fits.append([name, f"{1e3 * start:.1f}", f"{1e3 * slope:.3g} per {unit}", f"{worst:.0%}"])
     header = ["", "at none, ms", "slope, ms", "furthest point from the line"]
     return "\n\n".join([*parts, _markdown(header, fits)])
 
