@@ -111,7 +111,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
     if config.watch.report:
-        tasks = make_tasks(panel.base, config.label, config.prompt, config.watch.report)
+        tasks = module.tasks.take(torch.arange(config.watch.report) % module.tasks.n)
         panel = replace(panel, tasks=tasks, seeds=panel.seeds + panel.tasks.n)
         base_reading = panel.measure(chain(4)(panel.base))
     base, averaged = panel.base, tuned.averaged()
