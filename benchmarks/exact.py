@@ -125,7 +125,7 @@ def within_budget(method: Method, case: Case, flow_map: Any, budget: int) -> Met
     """The method with the particles that ``budget`` evaluations an output buy; None where it cannot be that cheap."""
     unit = int(getattr(method, "children", 1))
     if isinstance(method, Funnel):
-        return method.within(budget)
+        return method.sized(budget)
     if hasattr(method, "width"):  # what grows one child at a time by itself grows up to 64 times here
         method = replace(method, width=max(1, budget // 64))  # type: ignore[type-var]
         unit = 1 if hasattr(method, "budget") else method.width  # type: ignore[attr-defined]
