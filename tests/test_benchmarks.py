@@ -19,13 +19,3 @@ def test_all_methods_on_exact_targets(tmp_path, capsys):
         assert set(case) >= set(METHODS) - {"steering", "mfm_g", "mfm_gf"}  # too dear for so few evaluations
         assert all(math.isfinite(value) for cells in case.values() for value in cells.values())
         assert case["funnel"]["256"] < case["dps"]["256"]  # particles are nearer to the target than an ascent
-
-
-def test_the_frontier_of_two_methods(tmp_path, capsys):
-    """And a second run takes what the first has measured."""
-    run = ["bench", "frontier", "--budgets", "8", "--methods", "best_of_n", "funnel", "--problems", "far", "--n", "4"]
-    assert cli.main([*run, "--out", str(tmp_path)]) == 0
-    found = last_line(capsys)
-    assert set(found["below_best"]) == {"best_of_n", "funnel"} and (tmp_path / "far.png").is_file()
-    assert cli.main([*run, "--out", str(tmp_path)]) == 0
-    assert last_line(capsys) == found
