@@ -104,7 +104,7 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     if config.task == "contrastive":
-        return _contrastive(config, options)
+        return _contrastive(config, data, options)
     if config.task not in ("classifier", "flow_map"):
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
     text = None
@@ -146,23 +146,43 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
     return module, architecture
 
 
-def _contrastive(config: configs.TrainConfig, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _contrastive(config: configs.TrainConfig, data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The training of an open_clip model, or of a head between two frozen towers."""
     from steerfm import training
 
     architecture = {key: value for key, value in config.network.items() if key != "name"}
-    options = options | {"noise": config.objective.noise}
+    o = config.objective
+    options = options | {"noise": o.noise}
     if config.network.get("name") == "image_text_head":
-        network = encoders.ImageTextHead(**architecture)
-        features = encoders.Remembered(network.features)
-        return training.ContrastiveTraining(network, lambda texts: texts, features, **options), architecture
+        head = encoders.ImageTextHead(**architecture)
+        return training.ContrastiveTraining(head, head.tokenize, encoders.Remembered(head.features), **options), architecture
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
         raise ConfigError(
             "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"
         )
     network, prepare = encoders.build(architecture), encoders.preprocessing(_preprocess_cfg(architecture))
     words = encoders.tokenizer(architecture)
-    return training.ContrastiveTraining(network, words, prepare, slow=("visual.trunk",), **options), architecture
+    options["slow"] = ("visual.trunk",)
+    if config.init:
+        load_into(network, encoders.open_clip(config.init).model.state_dict(), config.init)
+    if not o.teacher:
+        return training.ContrastiveTraining(network, words, prepare, **options), architecture
+    teacher = encoders.Remembered(zoo.load_image_text_head(o.teacher).encode_image)
+    samples = _captioned_samples(o.samples, data, config.seed) if o.samples else None
+    return training.RobustTraining(network, words, prepare, teacher, o.radius, samples, **options), architecture
+
+
+def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tensor:
+    """``n`` pictures (3 n, c, h, w) each in one, two and four jumps of a flow map, asked for captions of the data."""
+    flow_map, generator, parts = zoo.load(model), torch.Generator().manual_seed(seed), []
+    for part, jumps in enumerate((1, 2, 4)):
+        groups = torch.randint(len(data.groups), (n,), generator=generator)
+        captions = data.emoji.captions(torch.stack([data.groups[g][0] for g in groups.tolist()]), generator)
+        for begin in range(0, n, 200):
+            some = captions[begin : begin + 200]
+            seeds = [seed + part * n + begin + i for i in range(len(some))]
+            parts.append(flow_map.decode(draw(flow_map, len(some), jumps, seeds, flow_map.condition(some, len(some)))))
+    return torch.cat(parts)
 
 
 def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class ObjectiveConfig:
     matching only; terminal, full, gap: see `objectives.Triangle`; teacher: checkpoint whose velocity `trajectory` follows,
     frozen (default: the map's own); uses, keep: see `objectives.Trajectory`; drop: probability of the null class; guidance:
     scale of the classifier-free guidance that is trained into the map (1: none), or the teacher's. smoothing, noise: of a
-    classifier's labels and pictures.
+    classifier's labels and pictures. radius, samples: of a contrastive training with a teacher (an image_text_head), see
+    `training.RobustTraining`; samples: the flow map that draws them.
     """
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -57,6 +58,8 @@ class ObjectiveConfig:
     keep: int = 0
     smoothing: float = 0.1
     noise: float = 0.0
+    radius: float = 1.0
+    samples: str | None = None
 
 
 @dataclass

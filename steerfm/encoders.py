@@ -369,24 +369,31 @@ class Remembered:
 
 
 class ImageTextHead(nn.Module):
-    """An image-text scorer on frozen towers: EfficientNet-Lite0 features through a trained head into the space of MiniLM.
+    """An image-text scorer on frozen towers: EfficientNet-Lite features through a trained head into the space of a text tower.
 
-    Only the head is trained and stored; both towers come from packages. Its interface is that of an open_clip model.
+    Only the head is trained and stored; both towers come from elsewhere. Its interface is that of an open_clip model.
 
     Args:
         size: side that pictures are resized to.
         hidden: width of the head.
+        trunk: which EfficientNet-Lite. text: ``minilm``, or a model of `open_clip`.
     """
 
-    def __init__(self, size: int = 128, hidden: int = 512) -> None:
+    def __init__(self, size: int = 128, hidden: int = 512, trunk: int = 0, text: str = "minilm") -> None:
         super().__init__()
-        trunk, text = efficientnet_lite(0), MiniLM()
-        trunk.reset_classifier(0)  # type: ignore[operator]
-        self.towers = [trunk, text]  # in a list: no weights of ours
+        eyes, words = efficientnet_lite(trunk), MiniLM() if text == "minilm" else open_clip(text)
+        eyes.reset_classifier(0)  # type: ignore[operator]
+        self.towers = [eyes, words]  # in a list: no weights of ours
         self.preprocessing = Preprocessing((size, size), [127 / 255] * 3, [128 / 255] * 3)
         self.num_features = 1280
-        self.head = nn.Sequential(nn.Linear(1280, hidden), nn.GELU(), nn.Dropout(0.3), nn.Linear(hidden, 384))
+        width = words.encode_text(["width"]).shape[1]
+        self.head = nn.Sequential(nn.Linear(1280, hidden), nn.GELU(), nn.Dropout(0.3), nn.Linear(hidden, width))
         self.logit_scale = nn.Parameter(torch.tensor(14.0).log())
+
+    @staticmethod
+    def tokenize(texts: list[str]) -> list[str]:
+        """Texts as they are: the text tower has a tokenizer of its own."""
+        return texts
 
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures (b, 1 or 3, h, w) in [0, 1] to the trunk's pooled features (b, 1280); differentiable."""

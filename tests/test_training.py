@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from steerfm import encoders
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import ResNet, UNet
 from steerfm.objectives import FlowMatching, Lagrangian, Progressive
-from steerfm.training import ClassifierTraining, FlowMapTraining, SampleGrid, fit, history
+from steerfm.training import ClassifierTraining, FlowMapTraining, RobustTraining, SampleGrid, fit, history
 
 STEPS = 12
 QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}
@@ -368,3 +369,61 @@ def test_training_a_classifier(tmp_path):
     assert logged["train/loss"][1][-1] < 0.5 * logged["train/loss"][1][0]
     assert logged["val/accuracy"] == ([29, 30], [1.0, 1.0])
     assert (trained.ema(data.batch[0]).argmax(1) == data.batch[1]).all()
+
+
+# --- image-text models -----------------------------------------------------------------------------------------------
+SMALL_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+STRAIGHT = encoders.Preprocessing((32, 32), [0.5] * 3, [0.5] * 3, eight_bits=False)
+
+
+def robust(**options):
+    torch.manual_seed(0)
+    network, teacher = encoders.build(SMALL_CLIP), encoders.build(SMALL_CLIP).eval()
+    embed = torch.no_grad()(lambda x: teacher.encode_image(STRAIGHT(x), normalize=True))
+    words = encoders.tokenizer(SMALL_CLIP)
+    return RobustTraining(network, words, STRAIGHT, embed, radius=0.5, **options), torch.rand(12, 3, 32, 32)
+
+
+def test_the_worst_change_is_short_and_worse_than_a_random_one():
+    trained, pictures = robust()
+    goal = trained.teacher(pictures)
+    before = trained._distance(pictures, goal).sum().item()
+    rises, random = [], []
+    for seed in range(8):
+        trained.generator.manual_seed(seed)
+        radius = 0.5 * torch.rand(12, 1, 1, 1, generator=trained.generator)
+        change = torch.randn(pictures.shape, generator=trained.generator)
+        change = change * radius / change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        random.append(trained._distance((pictures + change).clamp(0, 1), goal).sum().item() - before)
+        trained.generator.manual_seed(seed)
+        worst = trained._worst(pictures, goal)
+        assert ((worst - pictures).flatten(1).norm(dim=1) <= radius.flatten() + 1e-5).all()
+        assert worst.min() >= 0 and worst.max() <= 1
+        rises.append(trained._distance(worst, goal).sum().item() - before)
+    assert min(rises) > 3 * max(map(abs, random)) and all(p.grad is None for p in trained.network.parameters())
+
+
+def test_a_robust_training_nears_its_teacher_and_leaves_the_text_tower(tmp_path, monkeypatch):
+    """Half of each batch are the samples, of which the data hold none."""
+    samples = torch.rand(6, 3, 32, 32).round()
+    trained, pictures = robust(samples=samples, lr=0.01, steps=40, warmup=1)
+    text = {k: v.clone() for k, v in trained.network.state_dict().items() if not k.startswith("visual.")}
+    monkeypatch.setattr(trained, "log", lambda *_, **__: None)
+    seen = []
+    teacher = trained.teacher
+    trained.teacher = lambda x: seen.append(x) or teacher(x)
+    before = trained._distance(samples, teacher(samples)).mean().item()
+    optimizer = trained.configure_optimizers()["optimizer"]
+    for _ in range(40):
+        optimizer.zero_grad()
+        trained.training_step((pictures, [""] * 12, torch.arange(12)), 0).backward()
+        optimizer.step()
+    assert trained._distance(samples, teacher(samples)).mean().item() < 0.3 * before
+    assert all(len(x) == 12 and (x[:6] == pictures[6:]).all() for x in seen)
+    assert all((row == samples).flatten(1).all(1).any() for row in seen[0][6:])
+    after = trained.network.state_dict()
+    assert all((after[k] == v).all() for k, v in text.items())

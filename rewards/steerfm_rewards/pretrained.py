@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from steerfm import encoders
-from steerfm.flowmap import load_into, read_weights
 from steerfm.rewards import Prompts, RewardError
-from steerfm.zoo import find
+from steerfm.zoo import load_image_text_head
 from steerfm_rewards.checks import check_pictures
 from steerfm_rewards.late import LateReward, WordsReward
 
@@ -67,12 +66,7 @@ def _class(target: str | int) -> int:
     raise RewardError(f"reward 'imagenet' has no class {target!r}; nearest: {near}; or an index 0..{len(names) - 1}")
 
 
-@lru_cache(maxsize=2)
-def _judge(model: str) -> encoders.ImageTextHead:
-    head, weights = read_weights(find(model), "image_text_head")
-    network = encoders.ImageTextHead(**head["network"])
-    load_into(network, weights, find(model))
-    return network.eval().requires_grad_(False)
+_judge = lru_cache(maxsize=2)(load_image_text_head)
 
 
 class EmojiJudge(WordsReward):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from steerfm.encoders import ImageTextHead
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network, load_into, read_weights
 
 FOLDER = Path(__file__).parent
@@ -109,6 +110,19 @@ def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple
     network = build_network(head["network"])
     load_into(network, weights, path)
     return network.eval().requires_grad_(False), tuple(head["class_names"]), tuple(head["shape"])
+
+
+def load_image_text_head(name: str | Path) -> ImageTextHead:
+    """An image-text scorer on frozen towers, frozen itself and in evaluation mode.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown, missing, corrupt or not such a scorer. ImportError: naming a package.
+    """
+    path = find(name)
+    head, weights = read_weights(path, "image_text_head")
+    network = ImageTextHead(**head["network"])
+    load_into(network, weights, path)
+    return network.eval().requires_grad_(False)
 
 
 def statistics(name: str = "fashion-classifier") -> dict[str, Tensor]:
