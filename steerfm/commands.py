@@ -155,7 +155,7 @@ def _contrastive(config: configs.TrainConfig, data: Any, options: dict[str, Any]
     options = options | {"noise": o.noise}
     if config.network.get("name") == "image_text_head":
         head = encoders.ImageTextHead(**architecture)
-        return training.ContrastiveTraining(head, head.tokenize, encoders.Remembered(head.features), **options), architecture
+        return training.ContrastiveTraining(head, list, encoders.Remembered(head.features), **options), architecture
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
         raise ConfigError(
             "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"
@@ -178,10 +178,8 @@ def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tenso
     for part, jumps in enumerate((1, 2, 4)):
         groups = torch.randint(len(data.groups), (n,), generator=generator)
         captions = data.emoji.captions(torch.stack([data.groups[g][0] for g in groups.tolist()]), generator)
-        for begin in range(0, n, 200):
-            some = captions[begin : begin + 200]
-            seeds = [seed + part * n + begin + i for i in range(len(some))]
-            parts.append(flow_map.decode(draw(flow_map, len(some), jumps, seeds, flow_map.condition(some, len(some)))))
+        cond = flow_map.condition(captions, n)
+        parts.append(flow_map.decode(draw(flow_map, n, jumps, seed + part * n, cond, batch_size=200)))
     return torch.cat(parts)
 
 

@@ -390,11 +390,6 @@ class ImageTextHead(nn.Module):
         self.head = nn.Sequential(nn.Linear(1280, hidden), nn.GELU(), nn.Dropout(0.3), nn.Linear(hidden, width))
         self.logit_scale = nn.Parameter(torch.tensor(14.0).log())
 
-    @staticmethod
-    def tokenize(texts: list[str]) -> list[str]:
-        """Texts as they are: the text tower has a tokenizer of its own."""
-        return texts
-
     def features(self, pictures: Tensor) -> Tensor:
         """Pictures (b, 1 or 3, h, w) in [0, 1] to the trunk's pooled features (b, 1280); differentiable."""
         return self.towers[0](self.preprocessing(pictures).to(self.logit_scale.dtype))

@@ -294,7 +294,7 @@ class RobustTraining(ContrastiveTraining):
 
     Args:
         network: its image tower starts with ``visual``.
-        teacher: pictures (b, c, h, w) in [0, 1] to embeddings (b, d) of length 1.
+        teacher: pictures (b, c, h, w) in [0, 1] to embeddings (b, d) of length 1, on the CPU.
         radius: largest L2 length of a change, drawn for each picture; it is found by one step from a random start (Wong et al.
             2001.03994).
         samples: pictures (n, c, h, w) to mix in, half of each batch, such as a generative model's own; None for none.
@@ -322,7 +322,7 @@ class RobustTraining(ContrastiveTraining):
             half = len(pictures) // 2
             rows = torch.randint(len(self.samples), (half,), generator=self.generator)
             pictures = torch.cat([pictures[half:], self.samples[rows].to(pictures)])
-        goal = self.teacher(pictures)
+        goal = self.teacher(pictures.cpu()).to(pictures)
         loss = self._distance(self._worst(self._noisy(pictures), goal), goal).mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss

@@ -407,7 +407,7 @@ def test_the_worst_change_is_short_and_worse_than_a_random_one():
     assert min(rises) > 3 * max(map(abs, random)) and all(p.grad is None for p in trained.network.parameters())
 
 
-def test_a_robust_training_nears_its_teacher_and_leaves_the_text_tower(tmp_path, monkeypatch):
+def test_a_robust_training_nears_its_teacher_and_leaves_the_text_tower(monkeypatch):
     """Half of each batch are the samples, of which the data hold none."""
     samples = torch.rand(6, 3, 32, 32).round()
     trained, pictures = robust(samples=samples, lr=0.01, steps=40, warmup=1)
