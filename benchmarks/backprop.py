@@ -1,9 +1,13 @@
 """What a reward-gradient update costs: jumps of a flow map against Euler steps of the same network.
 
     steerfm bench backprop                    # five minutes on two cores
+    steerfm bench backprop --reach -0.5       # and how long each takes to that held-out judgement: 20 minutes
 
 Times alternate between the variants in one process; memory is the peak that an update adds to a process of its own. Both are
 given beside those of one jump, with and without checkpoints. Prints a table, then one JSON line.
+
+``--reach``: from no class to the class Bag, samples as the variant itself draws them, 256 of them judged after every fifth
+update. Its clock counts updates only. Each variant has the learning rate that got it there first with the first seed.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,6 +29,7 @@ from rich.table import Table
 
 import steerfm
 from steerfm.finetuning import Direct, DRaFT, FineTuning, Tasks, Update
+from steerfm.finetuning.base import draw
 from steerfm.sampling import Noise
 
 VARIANTS = {
@@ -36,30 +42,35 @@ VARIANTS = {
     "16 Euler steps": DRaFT(jumps=16),
     "16 Euler steps, checkpoints": DRaFT(jumps=16, checkpoint=True),
 }
+RACE = ("1 jump", "2 jumps, first trained (default)", "4 jumps", "16 Euler steps")
+RATES = (3e-3, 1e-3, 3e-4)
 
 
 class Updates:
     """Whole updates of one variant: rollout, reward, backward pass, optimiser."""
 
-    def __init__(self, name: str, batch: int, control: float = 1.0) -> None:
+    def __init__(self, name: str, batch: int, rate: float = 1e-3, seed: int = 0, control: float = 1.0) -> None:
         flow_map = steerfm.load("fashion")
         if "Euler" in name:
             flow_map.average_velocity = _euler(flow_map)  # type: ignore[method-assign]
         self.module = FineTuning(
-            flow_map, steerfm.reward("classifier", target="Bag"), VARIANTS[name], batch_size=batch, control=control, scale=1.0
-        )
+            flow_map, steerfm.reward("classifier", target="Bag"), VARIANTS[name], batch_size=batch, control=control, scale=1.0,
+            lr=rate, warmup=1, decay=0.0,
+        )  # fmt: skip
         if "Euler" in name:
             self.module.maps[0].average_velocity = _euler(self.module.maps[0])
         self.optimizer = self.module.configure_optimizers()["optimizer"]
-        self.batch, self.step = batch, 0
+        self.batch, self.step, self.seed = batch, 0, seed
 
     def __call__(self) -> float:
         started = time.perf_counter()
         tuned, reference = self.module.maps
         tasks = Tasks().take(torch.zeros(self.batch).long())
+        first = self.seed * 10**6 + self.step * self.batch
+        noise = Noise(range(first, first + self.batch))
         update = Update(
-            self.step, 100, tuned, tuned, reference, self.module.judged[0], tasks, Tasks(), Noise(range(self.batch)),
-            torch.Generator().manual_seed(self.step), self.module.control, 1.0,
+            self.step, 100, tuned, tuned, reference, self.module.judged[0], tasks, Tasks(), noise,
+            torch.Generator().manual_seed(first), self.module.control, 1.0,
         )  # fmt: skip
         loss = self.module.method.loss(update)["loss"]
         self.optimizer.zero_grad()
@@ -67,6 +78,14 @@ class Updates:
         self.optimizer.step()
         self.step += 1
         return time.perf_counter() - started
+
+    def held_out(self, n: int = 256) -> float:
+        """Mean of the judge over n samples, drawn as this variant draws them, from seeds that it never trains on."""
+        tuned, reference = self.module.maps
+        law, tasks = self.module.method.law(tuned, reference), Tasks().take(torch.zeros(n).long())
+        samples = draw(law, tasks, tuned, [-1 - i for i in range(n)])
+        with torch.no_grad():
+            return tasks.problem(tuned, steerfm.reward("judge", target="Bag")).score(samples).total.mean().item()
 
 
 def _euler(flow_map):
@@ -87,10 +106,44 @@ def peak_bytes(name: str, batch: int) -> int:
     return _status("VmHWM") - before
 
 
+def peak(name: str, batch: int) -> int:
+    """`peak_bytes` of a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name, "--batch", str(batch)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
 def _status(key: str) -> int:
     """Bytes of an entry of /proc/self/status."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def reach(name: str, target: float, rate: float, seed: int, limit: float) -> dict[str, float]:
+    """Updates and their seconds until the judge says ``target``; ``inf`` where ``limit`` seconds do not get there."""
+    updates, seconds, best = Updates(name, 8, rate, seed), 0.0, -math.inf
+    while seconds < limit:
+        seconds += sum(updates() for _ in range(5))
+        best = max(best, updates.held_out())
+        if best >= target:
+            return {"rate": rate, "updates": updates.step, "seconds": seconds, "held_out": best}
+    return {"rate": rate, "updates": math.inf, "seconds": math.inf, "held_out": best}
+
+
+def race(target: float, seeds: int, limit: float, memory: dict[str, int]) -> dict[str, dict[str, float]]:
+    """For each variant, medians over the seeds at the rate that was quickest with the first one."""
+    rows = {}
+    for name in RACE:
+        first: list[dict[str, float]] = []
+        for rate in RATES:  # a rate that is slower than the best one so far is not followed to its end
+            first.append(reach(name, target, rate, 0, min([limit, *(run["seconds"] for run in first)])))
+            print(f"{name}, {first[-1]}", file=sys.stderr, flush=True)
+        best = min(first, key=lambda run: run["seconds"])
+        runs = [best, *(reach(name, target, best["rate"], seed, limit) for seed in range(1, seeds))]
+        rows[name] = {key: statistics.median(run[key] for run in runs) for key in best} | {
+            "least": min(run["seconds"] for run in runs), "most": max(run["seconds"] for run in runs),
+            "MiB": memory[name] / 2**20,
+        }  # fmt: skip
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--reach", type=float, metavar="JUDGE", help="time to this judgement too; the base is at -4.3")
+    parser.add_argument("--seeds", type=int, default=3, help="of --reach")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of updates after which a run of --reach gives up")
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.memory_of:
@@ -111,10 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = updates()
             if repeat:  # the first warms up
                 times[name].append(seconds)
-    memory = {}
-    for name in VARIANTS:
-        command = [sys.executable, __file__, "--memory-of", name, "--batch", str(options.batch)]
-        memory[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    memory = {name: peak(name, options.batch) for name in VARIANTS}
     table = Table("variant", "seconds", "ratio", "MiB", "ratio", title=f"one update of {options.batch} samples")
     rows = {}
     for name in VARIANTS:
@@ -124,10 +177,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             name, f"{rows[name]['seconds']:.3f}", f"{ratio:.2f}", f"{memory[name] / 2**20:.0f}", f"{rows[name]['memory']:.2f}"
         )
     Console().print(table)
+    raced = {}
+    if options.reach is not None:
+        small = {name: peak(name, 8) for name in RACE}
+        raced = race(options.reach, options.seeds, options.limit, small)
+        title = f"updates of 8 samples until the judge says {options.reach}: medians of {options.seeds} seeds"
+        table = Table("variant", "rate", "updates", "seconds", "from", "to", "MiB", title=title)
+        for name, row in raced.items():
+            table.add_row(name, *(f"{row[key]:.3g}" for key in ("rate", "updates", "seconds", "least", "most", "MiB")))
+        Console().print(table)
     default, euler = rows["2 jumps, first trained (default)"], rows["16 Euler steps"]
     print(json.dumps({
         "benchmark": "backprop", "batch": options.batch, "rows": rows,
         "default over 16 Euler steps": {key: round(default[key] / euler[key], 4) for key in ("time", "memory")},
+        "reach": raced,
     }))  # fmt: skip
 
 

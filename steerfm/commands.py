@@ -103,6 +103,10 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
     from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
+    for key, file in {"init": config.init, "objective.teacher": o.teacher, "network.text": config.network.get("text")}.items():
+        stage = Path(str(file)).parent.name
+        if file and not Path(str(file)).exists() and stage in configs.recipes("train"):
+            raise ConfigError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
     if config.task == "contrastive":
         return _contrastive(config, data, options)
     if config.task not in ("classifier", "flow_map"):
@@ -722,7 +726,8 @@ def want_seeds(want: Asked, first: int) -> list[int]:
 
 
 def read_prompts(prompt: Any) -> list[str]:
-    """Prompts from a text, a list of texts, or a file: .txt with a prompt a line, .jsonl with {"prompt": ...} a line.
+    """Prompts from a text, a list of texts, or a file: .txt with a prompt a line, .jsonl with {"prompt": ...} a line. A file
+    that is not there is looked for among those that ship, in configs/prompts.
 
     Raises:
         ConfigError: naming the file and the line.
@@ -731,9 +736,10 @@ def read_prompts(prompt: Any) -> list[str]:
         return []
     if not isinstance(prompt, str) or not prompt.endswith((".txt", ".jsonl")):
         return [str(text) for text in configs.sequence(prompt)]
-    file = Path(prompt)
+    file, known = Path(prompt), configs.shipped("configs") / "prompts"
+    file = file if file.is_file() else known / file.name if file == Path(file.name) else file
     if not file.is_file():
-        raise ConfigError(f"prompt={prompt}: no such file")
+        raise ConfigError(f"prompt={prompt}: no such file; shipped: {', '.join(sorted(p.name for p in known.glob('*')))}")
     found = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if not line.strip():

@@ -35,6 +35,8 @@ from steerfm.rewards import Reward, RewardError
 from steerfm.training import semigroup_error
 
 JUMPS = (1, 2, 4, 8)
+PER_PROMPT = 8
+"""Outputs of each prompt that a panel judges at least: diversity is that within a prompt."""
 
 
 def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
@@ -52,7 +54,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     if folder.load_result() is not None:
         console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
         return
-    panel = build_panel(base, reward, judge, config)
+    panel = build_panel(base, reward, judge, config, config.watch.n)
     base_reading = panel.measure(chain(4)(base))
     tasks = make_tasks(base, config.label, config.prompt)
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
@@ -111,8 +113,8 @@ def finish(
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
     if config.watch.report:
-        tasks = module.tasks.take(torch.arange(config.watch.report) % module.tasks.n)
-        panel = replace(panel, tasks=tasks, seeds=panel.seeds + panel.tasks.n)
+        fresh = build_panel(panel.base, panel.reward, panel.judge, config, config.watch.report)
+        panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
         base_reading = panel.measure(chain(4)(panel.base))
     base, averaged = panel.base, tuned.averaged()
     plain = averaged if tuned.lora is None else averaged.with_network(merged(averaged.network))
@@ -229,7 +231,8 @@ def save_adapter(module: FineTuning, path: Path, model: str) -> None:
 
 
 def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:
-    """What the model is asked for: one class, several, all of them, or none; or prompts; ``n`` rows of it, in turn."""
+    """What the model is asked for: one class, several, all of them, or none; or prompts. ``n`` rows of it, in turn; of many
+    prompts the first n / `PER_PROMPT`."""
     texts = read_prompts(prompt)
     if base.text is not None:
         if label is not None:
@@ -242,13 +245,17 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
     else:
         labels: Sequence[Any] = range(len(base.class_names)) if label == "all" else configs.sequence(label)
         tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), texts * len(labels) or None)
-    return tasks if n is None else tasks.take(torch.arange(n) % tasks.n)
+    if n is None:
+        return tasks
+    return tasks.take(torch.arange(n) % (min(tasks.n, max(1, n // PER_PROMPT)) if base.text is not None else tasks.n))
 
 
-def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: configs.FinetuneConfig) -> Panel:
-    """Judges of this model: features and classes of the classifier of its pictures, where one ships."""
-    tasks = make_tasks(base, config.label, config.prompt, config.watch.n)
-    support = make_tasks(base, "all" if base.class_names else None, config.prompt, max(300, 50 * len(base.class_names)))
+def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: configs.FinetuneConfig, n: int) -> Panel:
+    """Judges of n samples of this model: features and classes of the classifier of its pictures, where one ships."""
+    tasks = make_tasks(base, config.label, config.prompt, n)
+    support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names))) if base.class_names else tasks
+    if support is tasks and n < 300:
+        support = tasks.take(torch.arange(300) % n)
     if base.text is not None and base.shape[0] == 3:
         clip = encoders.open_clip(base.text.model if base.text.model != "minilm" else "emoji-clip")
         return Panel(base, reward, judge, tasks, support, clip.encode_image, None, config.watch.seeds)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from steerfm import cli, emoji
+from steerfm.commands import read_prompts
 from steerfm.data import EmojiData
 
 PREPARED = (emoji.data_folder() / "emoji-32.safetensors").is_file()
@@ -74,6 +75,11 @@ def test_captions_name_the_picture_or_its_keywords(data):
 
 
 @needs_data
+def test_the_prompts_that_ship_are_the_concepts_trained_on(data):
+    named = {data.caption(int(group[0])) for group in data.groups(held_out=False)}
+    assert sorted(read_prompts("emoji.txt")) == sorted(named)
+
+
 def test_validation_is_the_held_out_concepts_style_by_style():
     module = EmojiData(batch_size=128)
     module.setup()

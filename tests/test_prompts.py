@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 import steerfm
 from steerfm import cli
+from steerfm.commands import read_prompts
+from steerfm.commands_finetune import make_tasks
 from steerfm.encoders import TextEncoder
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import UNet
@@ -67,6 +69,16 @@ def test_files_that_cannot_be_used(capsys, tmp_path, monkeypatch, model, prompt,
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     code, _, err = run(capsys, "sample", f"model={model}", f"prompt={prompt}")
     assert code == 2 and fix in err and err.count("\n") == 1
+
+
+def test_the_prompts_that_ship_are_found_by_name_and_judged_several_times_each(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    texts = read_prompts("emoji.txt")
+    assert len(texts) == len(set(texts)) == 1436
+    tasks = make_tasks(steerfm.load(model), None, "emoji.txt", 40)  # type: ignore[arg-type]
+    assert tasks.prompts == texts[:5] * 8
+    (tmp_path / "emoji.txt").write_text("my own\n")
+    assert read_prompts("emoji.txt") == ["my own"]
 
 
 def test_a_label_for_a_map_of_words_is_refused(capsys, tmp_path, monkeypatch, model):
