@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from steerfm import cli, finetuning
+from steerfm.commands import can_judge_words
 from steerfm.rewards import available
 from steerfm.steering import METHODS
 
@@ -31,6 +34,14 @@ def test_the_snippets_of_rewards_run(capsys):
     for snippet in snippets:
         exec(compile(snippet, "rewards.md", "exec"), {})
     assert "clip + 2 red True frozenset()" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not can_judge_words(), reason="needs what emoji_judge needs")
+def test_the_snippet_of_words_draws_its_picture(capsys, tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "emoji.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet.replace("particles=16", "particles=2"), "emoji.md", "exec"), {})
+    assert (tmp_path / "emoji.png").is_file() and "'best of 16': 0." in capsys.readouterr().out
 
 
 def test_every_reward_is_in_the_table_of_rewards():
