@@ -113,6 +113,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
     if config.watch.report:
+        assert isinstance(panel.base, NeuralFlowMap)
         fresh = build_panel(panel.base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
         base_reading = panel.measure(chain(4)(panel.base))
