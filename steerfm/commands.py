@@ -104,9 +104,12 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     for key, file in {"init": config.init, "objective.teacher": o.teacher, "network.text": config.network.get("text")}.items():
-        stage = Path(str(file)).parent.name
-        if file and not Path(str(file)).exists() and stage in configs.recipes("train"):
+        if not file or Path(str(file)).exists():
+            continue
+        if (stage := Path(str(file)).parent.name) in configs.recipes("train"):
             raise ConfigError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
+        if config.task == "flow_map" and not zoo.find(str(file)).is_file():
+            raise ConfigError(f"{key}: no file {file}: train it first, or start from a shipped model, {key}=fashion")
     if config.task == "contrastive":
         return _contrastive(config, data, options)
     if config.task not in ("classifier", "flow_map"):
@@ -125,9 +128,6 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
             raise ConfigError(
                 f"unknown objective {name!r}{did_you_mean(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}"
             )
-    for key, name in {"init": config.init, "objective.teacher": o.teacher}.items():
-        if name and not zoo.find(name).is_file():
-            raise ConfigError(f"{key}: no file {name}: train it first, or start from a shipped model, {key}=fashion")
     if config.init:
         load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
     pixels = data.train[0].float() / 127.5 - 1
