@@ -104,11 +104,11 @@ def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     for key, file in {"init": config.init, "objective.teacher": o.teacher, "network.text": config.network.get("text")}.items():
-        if not file or Path(str(file)).exists():
+        if not isinstance(file, str) or Path(file).exists():
             continue
-        if (stage := Path(str(file)).parent.name) in configs.recipes("train"):
+        if (stage := Path(file).parent.name) in configs.recipes("train"):
             raise ConfigError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
-        if config.task == "flow_map" and not zoo.find(str(file)).is_file():
+        if config.task == "flow_map" and not zoo.find(file).is_file():
             raise ConfigError(f"{key}: no file {file}: train it first, or start from a shipped model, {key}=fashion")
     if config.task == "contrastive":
         return _contrastive(config, data, options)
@@ -736,8 +736,8 @@ def read_prompts(prompt: Any) -> list[str]:
         return []
     if not isinstance(prompt, str) or not prompt.endswith((".txt", ".jsonl")):
         return [str(text) for text in configs.sequence(prompt)]
-    file, known = Path(prompt), configs.shipped("configs") / "prompts"
-    file = file if file.is_file() else known / file.name if file == Path(file.name) else file
+    known = configs.shipped("configs") / "prompts"
+    file = Path(prompt) if Path(prompt).is_file() else known / prompt
     if not file.is_file():
         raise ConfigError(f"prompt={prompt}: no such file; shipped: {', '.join(sorted(p.name for p in known.glob('*')))}")
     found = []

@@ -248,15 +248,16 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
         tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), texts * len(labels) or None)
     if n is None:
         return tasks
-    return tasks.take(torch.arange(n) % (min(tasks.n, max(1, n // PER_PROMPT)) if base.text is not None else tasks.n))
+    most = max(1, n // PER_PROMPT) if base.text is not None else tasks.n
+    return tasks.take(torch.arange(n) % min(tasks.n, most))
 
 
 def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: configs.FinetuneConfig, n: int) -> Panel:
     """Judges of n samples of this model: features and classes of the classifier of its pictures, where one ships."""
     tasks = make_tasks(base, config.label, config.prompt, n)
-    support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names))) if base.class_names else tasks
-    if support is tasks and n < 300:
-        support = tasks.take(torch.arange(300) % n)
+    support = tasks.take(torch.arange(max(300, n)) % n)
+    if base.class_names:
+        support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names)))
     if base.text is not None and base.shape[0] == 3:
         clip = encoders.open_clip(base.text.model if base.text.model != "minilm" else "emoji-clip")
         return Panel(base, reward, judge, tasks, support, clip.encode_image, None, config.watch.seeds)

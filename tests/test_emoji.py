@@ -80,6 +80,7 @@ def test_the_prompts_that_ship_are_the_concepts_trained_on(data):
     assert sorted(read_prompts("emoji.txt")) == sorted(named)
 
 
+@needs_data
 def test_validation_is_the_held_out_concepts_style_by_style():
     module = EmojiData(batch_size=128)
     module.setup()
