@@ -89,16 +89,16 @@ class Yardstick:
 
     @classmethod
     def of(cls, flow_map: FlowMap) -> Yardstick:
-        """The judge's trunk for maps of words, the classifier for those of Fashion-MNIST, else the sample itself."""
-        if getattr(flow_map, "text", None) is not None:
+        """The classifier or the trunk of the judge of words that ships for the map's data; for other data the sample itself."""
+        if zoo.scorers(flow_map):
             features = words_judge(flow_map.device)[0]
             try:
                 return cls(features, feature_statistics(known_features(features, flow_map.device)))
             except FileNotFoundError:  # the data are not prepared
                 return cls(features, None)
-        if tuple(flow_map.shape) == (1, 28, 28):
-            statistics = zoo.statistics()
-            classifier = zoo.load_classifier("fashion-classifier")[0].to(flow_map.device)
+        if names := zoo.classifiers(flow_map):
+            statistics = zoo.statistics(names[0])
+            classifier = zoo.load_classifier(names[0])[0].to(flow_map.device)
             return cls(classifier.features, (statistics["test_mean"], statistics["test_cov"]))  # type: ignore[arg-type]
         return cls(lambda x: x.flatten(1), None)
 

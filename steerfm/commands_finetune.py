@@ -135,8 +135,8 @@ def finish(
     head, _ = read_weights(zoo.find(config.model), "flow_map")
     tuned_reading = readings["tuned, 4 jumps"]
     card = {
-        "data": f"own samples of {config.model}", "recipe": configs.plain(config), "command": command, "commit": _commit(),
-        "metrics": tuned_reading.numbers(), "licence": head.get("card", {}).get("licence", ""),
+        "data": base.data, "samples": f"its own, of {config.model}", "recipe": configs.plain(config), "command": command,
+        "commit": _commit(), "metrics": tuned_reading.numbers(), "licence": head.get("card", {}).get("licence", ""),
     }  # fmt: skip
     plain.save(model, head["network"], card, origin=config.model)
     if tuned.lora is not None:
@@ -253,17 +253,21 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
 
 
 def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: configs.FinetuneConfig, n: int) -> Panel:
-    """Judges of n samples of this model: features and classes of the classifier of its pictures, where one ships."""
+    """Judges of n samples of this model: features and classes of the classifier of its data, where one ships; for a map of
+    words the image tower beside its text tower; for others the samples themselves."""
     tasks = make_tasks(base, config.label, config.prompt, n)
     support = tasks.take(torch.arange(max(300, n)) % n)
     if base.class_names:
         support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names)))
-    if base.text is not None and base.shape[0] == 3:
-        clip = encoders.open_clip(base.text.model if base.text.model != "minilm" else "emoji-clip")
+    names, scorers = zoo.classifiers(base), zoo.scorers(base)
+    if base.text is not None and base.text.model != "minilm":
+        scorers = (base.text.model,)
+    if scorers and base.shape[0] == 3:
+        clip = encoders.open_clip(scorers[0])
         return Panel(base, reward, judge, tasks, support, clip.encode_image, None, config.watch.seeds)
-    if base.shape != (1, 28, 28):
+    if not names:
         return Panel(base, reward, judge, tasks, support, partial(torch.flatten, start_dim=1), None, config.watch.seeds)
-    network: Any = zoo.load_classifier("fashion-classifier")[0]
+    network: Any = zoo.load_classifier(names[0])[0]
     classes = lambda pictures: network(pictures).argmax(1)  # noqa: E731
     return Panel(base, reward, judge, tasks, support, network.features, classes, config.watch.seeds)
 

@@ -97,10 +97,12 @@ class FlowMap(nn.Module):
         shape: shape of one sample in model space.
         interpolant: the path that the map belongs to.
         class_names: names of the labels that ``cond`` may hold, in order; empty where there are none.
+        data: name of the data set that it draws from, by its card; empty where nothing is known of it.
         evaluations: network evaluations per call (2 under classifier-free guidance), for the ledger.
     """
 
     shape: tuple[int, ...]
+    data: str = ""
     evaluations: int = 1
 
     def __init__(self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()) -> None:
@@ -336,6 +338,8 @@ class NeuralFlowMap(FlowMap):
         except KeyError as error:
             raise ValueError(f"corrupt checkpoint {path}: missing or unknown {error} in its .json") from None
         load_into(network, weights, path)
+        card = head.get("card")
+        flow_map.data = str(card.get("data") or "") if isinstance(card, Mapping) else ""
         return flow_map.eval().requires_grad_(False)
 
 
@@ -344,7 +348,7 @@ class Wrapped(FlowMap):
 
     def __init__(self, flow_map: FlowMap) -> None:
         super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
-        self.flow_map, self.evaluations = flow_map, flow_map.evaluations
+        self.flow_map, self.evaluations, self.data = flow_map, flow_map.evaluations, flow_map.data
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)

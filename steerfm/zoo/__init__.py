@@ -125,6 +125,31 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
     return network.eval().requires_grad_(False)
 
 
+def classifiers(flow_map: FlowMap) -> tuple[str, ...]:
+    """The shipped classifiers that know pictures like this model's, the held-out one last; none where none ships for them.
+
+    They are those whose cards name the same data, for pictures of the same shape. A shape alone says nothing: other pictures
+    of 28 x 28 pixels are no clothes.
+    """
+    return _of_same_data(flow_map, "classifier")
+
+
+def scorers(flow_map: FlowMap) -> tuple[str, ...]:
+    """The same for scorers of pictures and words."""
+    return _of_same_data(flow_map, "open_clip", "image_text_head")
+
+
+def _of_same_data(flow_map: FlowMap, *kinds: str) -> tuple[str, ...]:
+    names = [
+        name
+        for name, head in models().items()
+        if head["kind"] in kinds
+        and head["card"]["data"] == flow_map.data
+        and tuple(head.get("shape", flow_map.shape)) == flow_map.shape
+    ]
+    return tuple(sorted(names, key=lambda name: name.endswith("-judge")))
+
+
 def statistics(name: str = "fashion-classifier") -> dict[str, Tensor]:
     """Feature statistics of the data that a shipped classifier was trained on, so that distances need no data.
 

@@ -73,6 +73,7 @@ def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypat
     assert base["over_base"] == 0 and found["over_base_half"] > 0
     assert found["over_base"] == pytest.approx(found["held_out"] - base["held_out"], abs=1e-4)  # the same seeds
     tuned = steerfm.load(folder / "fashion-tuned.safetensors")
+    assert tuned.data == "fashion"  # what it draws is judged like what its base draws
     x = torch.randn(2, 1, 28, 28)
     adapted = steerfm.load(folder / "adapter.safetensors")
     assert torch.allclose(tuned.jump(x, 0.0, 1.0), adapted.jump(x, 0.0, 1.0), atol=5e-3)  # both are stored in half precision
