@@ -37,7 +37,7 @@ from steerfm.flowmap import (
     save_weights,
     take_rows,
 )  # fmt: skip
-from steerfm.metrics import feature_statistics, restoration
+from steerfm.metrics import feature_statistics, restoration, texture
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
@@ -88,8 +88,8 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
         save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
         some = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))[: len(data.test[0])]
-        splits = {"test": data.test[0], "train": data.train[0][some]}
-        save_file(_statistics(module.ema, splits), folder / f"{config.name}-statistics.safetensors")
+        found = _statistics(module.ema, data.test[0], data.train[0][some])
+        save_file(found, folder / f"{config.name}-statistics.safetensors")
     else:
         module.averaged().save(weights, architecture, card)
     (folder / "README.md").write_text(results.model_card(config.name, card))
@@ -226,15 +226,21 @@ def _training_folder(config: configs.TrainConfig) -> Path:
     return folder
 
 
-def _statistics(network: Any, splits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean and covariance of a classifier's features on pictures (n, c, h, w) uint8 of each split."""
+def _statistics(network: Any, test: Tensor, train: Tensor, rows: int = 2000) -> dict[str, Tensor]:
+    """What `zoo.statistics` reads, of a classifier's features on pictures (n, c, h, w) uint8."""
     out = {}
     network = network.cpu().eval()
-    for name, pictures in splits.items():
+    for name, pictures in {"test": test, "train": train}.items():
         with torch.inference_mode():
-            features = torch.cat([network.features(part.float() / 255) for part in pictures.split(500)])
-        out[f"{name}_mean"], out[f"{name}_cov"] = (value.clone() for value in feature_statistics(features))
-    return out
+            parts = [part.float() / 255 for part in pictures.split(500)]
+            features = torch.cat([network.features(part) for part in parts])
+            energy = torch.cat([texture(part) for part in parts]).mean()
+        out[f"{name}_mean"], out[f"{name}_cov"] = feature_statistics(features)
+        out |= {f"{name}_count": torch.tensor(len(features)), f"{name}_texture": energy}
+        if name == "test":
+            some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:rows]
+            out["test_rows"] = features[some].half()
+    return {name: value.clone() for name, value in out.items()}
 
 
 # --- sample ----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from steerfm.commands import (
     console,
     want_seeds,
 )  # fmt: skip
-from steerfm.commands_evaluate import known_features, words_judge
+from steerfm.commands_evaluate import known_features, word_spaces
 from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
@@ -91,9 +91,9 @@ class Yardstick:
     def of(cls, flow_map: FlowMap) -> Yardstick:
         """The classifier or the trunk of the judge of words that ships for the map's data; for other data the sample itself."""
         if zoo.scorers(flow_map):
-            features = words_judge(flow_map.device)[0]
+            name, (features, *_) = next(iter(word_spaces(flow_map.device).items()))
             try:
-                return cls(features, feature_statistics(known_features(features, flow_map.device)))
+                return cls(features, feature_statistics(known_features(name, features, flow_map.device)))
             except FileNotFoundError:  # the data are not prepared
                 return cls(features, None)
         if names := zoo.classifiers(flow_map):

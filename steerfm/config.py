@@ -168,7 +168,7 @@ class EvaluateConfig:
     model: str = "fashion"
     prompt: Any = None
     held_out: bool = False
-    n: int = 10_000
+    n: int = 2_000
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     euler: int = 128
     seeds: int = 0

@@ -1,4 +1,4 @@
-"""Fréchet and kernel distance, accumulated over batches and ranks as `torchmetrics.Metric`.
+"""Fréchet and kernel distance and texture, accumulated over batches and ranks as `torchmetrics.Metric`.
 
 Their formulas are in `steerfm.metrics`; a module of their own, since torchmetrics takes seconds to import.
 """
@@ -16,7 +16,7 @@ from steerfm import metrics
 
 
 class _FeatureMetric(Metric):
-    """What both metrics share: features in evaluation mode without gradients, and float64 states kept off mps."""
+    """What all of them share: features in evaluation mode without gradients, and float64 states kept off mps."""
 
     is_differentiable = False
     higher_is_better = False
@@ -32,7 +32,8 @@ class _FeatureMetric(Metric):
         if isinstance(self.features, nn.Module):
             self.features.eval()  # a parent's .train() must not switch batch norm or dropout on
         device = self.device if self.device.type != "mps" else torch.device("cpu")
-        return metrics.float64(self.features(pictures)).flatten(1).to(device)
+        features = metrics.float64(self.features(pictures))
+        return features.reshape(len(features), -1).to(device)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
         to_mps = fn(torch.zeros(1, device=self.device)).device.type == "mps"  # which has no float64
@@ -131,3 +132,47 @@ class KernelDistance(_FeatureMetric):
         fake = dim_zero_cat(self.fake) if len(self.fake) else torch.zeros(0, 1)
         real = self.reference if self.reference is not None else dim_zero_cat(self.real) if len(self.real) else fake[:0]
         return torch.tensor(metrics.discrepancy(fake, real.to(fake.device), metrics.cubic), dtype=torch.float64)
+
+
+class TextureRatio(_FeatureMetric):
+    """Mean `metrics.texture` of samples over that of real pictures, accumulated over batches and ranks: 1 is the data's.
+
+    Args:
+        reference: mean texture of real data; None to collect it with ``update(pictures, real=True)``.
+    """
+
+    higher_is_better = None
+
+    def __init__(self, reference: float | None = None) -> None:
+        super().__init__(metrics.texture)
+        self.reference = reference
+        for side in ("fake", "real"):
+            for name in ("sum", "count"):
+                self.add_state(f"{side}_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, pictures: Tensor, real: bool = False) -> None:
+        """Add pictures (n, c, h, w), at least 3 x 3, to the generated samples, or to the real ones.
+
+        Raises:
+            ValueError: real pictures although a reference was given, or another shape.
+        """
+        if real and self.reference is not None:
+            raise ValueError("a reference was given: build the metric without it to collect real pictures")
+        energy = self._extract(pictures)
+        side = "real" if real else "fake"
+        for name, value in (("sum", energy.sum()), ("count", len(energy))):
+            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
+
+    def compute(self) -> Tensor:
+        """The ratio, a float64 scalar; not finite for data without any texture.
+
+        Raises:
+            ValueError: no pictures on one side.
+        """
+        return self._mean("fake") / (self._mean("real") if self.reference is None else self.reference)
+
+    def _mean(self, side: str) -> Tensor:
+        total, count = (getattr(self, f"{side}_{name}") for name in ("sum", "count"))
+        if not count:
+            raise ValueError(f"a ratio of textures needs at least one picture on either side, got no {side} ones")
+        return total / count

@@ -1,8 +1,9 @@
-"""Distances between samples, diversity, coverage and reward statistics.
+"""Distances between samples, diversity, coverage, texture and reward statistics.
 
-Functions take features (n, d) (or vectors), compute in float64 and return floats; `FrechetDistance` and
-`KernelDistance` (of `steerfm.distances`, found here too) accumulate over batches and ranks. What the features are is the
-caller's choice: numbers are only comparable within one feature network and, for the Fréchet distance, within one sample size.
+Functions take features (n, d) (or vectors, or pictures), compute in float64 and return floats; `FrechetDistance`,
+`KernelDistance` and `TextureRatio` (of `steerfm.distances`, found here too) accumulate over batches and ranks. What the
+features are is the caller's choice: numbers are only comparable within one feature network and, for the Fréchet distance,
+within one sample size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLOCK = 1024
 
 def __getattr__(name: str) -> Any:
     """The accumulated distances, on first use: torchmetrics takes as long to import as torch and all the rest."""
-    if name in ("FrechetDistance", "KernelDistance"):
+    if name in ("FrechetDistance", "KernelDistance", "TextureRatio"):
         return getattr(import_module("steerfm.distances"), name)
     raise AttributeError(f"module 'steerfm.metrics' has no attribute {name!r}")
 
@@ -56,6 +57,29 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     product = torch.linalg.eigvalsh(root @ cov_b @ root)
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * product.clamp(min=0).sqrt().sum()
     return max(0.0, distance.item())
+
+
+def split_statistics(mean: Tensor, cov: Tensor, count: int, part: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of what is left of ``count`` samples when the rows of ``part``, which are among them, are taken out.
+
+    So that a part can be held against the rest, of which nothing but its moments is at hand.
+
+    Args:
+        mean, cov: (d,) and (d, d) of all samples, as by `feature_statistics`.
+        count: of all samples.
+        part: (m, d), m at most count - 2.
+
+    Raises:
+        ValueError: fewer than two samples are left.
+    """
+    mean, cov, part = map(float64, (mean, cov, part))
+    rest = count - len(part)
+    if rest < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, {max(0, rest)} of {count} are left")
+    centred = part - mean  # about the mean of all: no digits are lost where it is far from 0
+    shift = -centred.sum(0) / rest
+    outer = (count - 1) * cov - centred.T @ centred
+    return mean + shift, (outer - rest * torch.outer(shift, shift)) / (rest - 1)
 
 
 # --- kernel distances ------------------------------------------------------------------------------------------------
@@ -249,6 +273,29 @@ def _neighbour_radii(x: Tensor, k: int) -> Tensor:
     if not 1 <= k < len(x):
         raise ValueError(f"k={k} neighbours need more than {k} reference samples, got {len(x)}")
     return torch.cat([torch.cdist(x[rows], x).kthvalue(k + 1, dim=1).values for rows in _blocks(len(x))])
+
+
+# --- texture ---------------------------------------------------------------------------------------------------------
+def texture(pictures: Tensor) -> Tensor:
+    """Energy above a 3 x 3 mean: mean square of what is left of a picture when the mean of each pixel's 3 x 3 pixels is taken
+    off. What small classifiers hardly see, and few-step samplers lose first.
+
+    Only pixels inside the outermost ring count, whose 3 x 3 pixels are all in the picture; nothing is padded. 0 for a
+    constant or a linear ramp, 8/9 v for white noise of variance v.
+
+    Args:
+        pictures: (b, c, h, w), at least 3 pixels high and wide.
+
+    Returns:
+        (b,) float64, in squares of the pictures' unit; the mean over channels and pixels.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if pictures.ndim != 4 or min(pictures.shape[2:]) < 3:
+        raise ValueError(f"texture needs pictures (b, c, h, w) of at least 3 x 3 pixels, got {tuple(pictures.shape)}")
+    x = float64(pictures)
+    return (x[..., 1:-1, 1:-1] - nn.functional.avg_pool2d(x, 3, stride=1)).square().mean((1, 2, 3))
 
 
 # --- restoration -----------------------------------------------------------------------------------------------------

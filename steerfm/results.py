@@ -254,6 +254,44 @@ def cost_plot(
     return _save(fig, path)
 
 
+def jumps_plot(
+    jumps: Sequence[int], lines: Mapping[str, tuple[Sequence[float], float, float | None]], path: str | Path, many: str
+) -> Path:
+    """Draw what is measured against the number of jumps, one panel a measure.
+
+    Args:
+        jumps: numbers of jumps, in any order.
+        lines: measure -> (a value for each number of jumps, that of the reference sampler, that of the data or None).
+        path: of the png.
+        many: name of the reference sampler.
+
+    Raises:
+        ValueError: no lines.
+    """
+    if not lines:
+        raise ValueError("no lines to draw")
+    across = min(3, len(lines))
+    down = -(-len(lines) // across)
+    fig = Figure(figsize=(3.4 * across, 2.2 * down + 0.4), dpi=130, layout="constrained")
+    order = sorted(range(len(jumps)), key=lambda i: jumps[i])
+    for i, (name, (values, reference, data)) in enumerate(lines.items()):
+        ax = fig.add_subplot(down, across, i + 1)
+        _style(ax, name)
+        x = [jumps[j] for j in order]
+        ax.plot(x, [values[j] for j in order], color=BLUE, linewidth=1.6, marker="o", markersize=4, label="jumps")
+        ax.axhline(reference, color=ORANGE, linewidth=1.2, linestyle="--", label=many)
+        if data is not None:
+            ax.axhline(data, color=TEAL, linewidth=1.2, linestyle=":", label="data")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(x, [str(value) for value in x])
+        ax.minorticks_off()
+        if i >= len(lines) - across:
+            ax.set_xlabel("jumps", fontsize=9, color=INK)
+        if i == 0:
+            ax.legend(fontsize=8, frameon=False)
+    return _save(fig, path)
+
+
 def frontier_plot(
     points: Mapping[str, tuple[float, float]],
     paths: Mapping[str, Sequence[tuple[float, float]]],

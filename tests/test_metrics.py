@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from steerfm import metrics
-from steerfm.distances import FrechetDistance, KernelDistance
+from steerfm.distances import FrechetDistance, KernelDistance, TextureRatio
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -71,6 +71,17 @@ def test_states_stay_in_float64_and_features_in_evaluation_mode():
         metric.update(torch.arange(12.0).reshape(3, 4), real=real)
     assert metric.fake_outer.dtype == torch.float64
     assert metric.compute() == pytest.approx(0, abs=1e-8)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_statistics_without_a_part_are_those_of_the_rest(offset):
+    x = normal(40, 5) @ normal(5, 5, seed=1) + offset
+    part = torch.arange(40) % 3 == 0
+    found = metrics.split_statistics(*metrics.feature_statistics(x), len(x), x[part])
+    for a, b in zip(found, metrics.feature_statistics(x[~part]), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="1 of 40 are left"):
+        metrics.split_statistics(*metrics.feature_statistics(x), len(x), x[:39])
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -196,6 +207,58 @@ def test_coverage_and_precision(monkeypatch):
     assert sum(values) / 40 == pytest.approx(1 - 2**-3, abs=0.02)
     with pytest.raises(ValueError, match="more than 5 reference samples"):
         metrics.coverage(one_mode, real[:5])
+
+
+# --- texture ---------------------------------------------------------------------------------------------------------
+def test_texture_of_what_has_none():
+    """Nothing is above the mean in a constant or a ramp, at the border neither; a constant that is added changes nothing."""
+    ramp = torch.arange(7.0).view(7, 1) + 2 * torch.arange(9.0)
+    for picture in (torch.full((7, 9), 0.3), ramp):
+        assert metrics.texture(picture.expand(2, 3, 7, 9)).tolist() == pytest.approx([0, 0], abs=1e-20)
+    x = normal(4, 3, 8, 6)
+    assert torch.allclose(metrics.texture(x + 5), metrics.texture(x), rtol=1e-9)
+    assert torch.allclose(metrics.texture(-2 * x), 4 * metrics.texture(x), rtol=1e-9)
+
+
+def test_texture_of_a_checkerboard_and_of_a_point():
+    board = (torch.arange(8)[:, None] + torch.arange(6)) % 2 * 2.0 - 1  # each mean is a ninth of its pixel
+    assert metrics.texture(board.expand(2, 1, 8, 6)).tolist() == pytest.approx([(8 / 9) ** 2] * 2)
+    point = torch.zeros(1, 1, 9, 9)
+    point[..., 4, 4] = 1  # 8/9 at the point, -1/9 at its 8 neighbours, of 7 x 7 pixels that count
+    assert metrics.texture(point).item() == pytest.approx((64 + 8) / 81 / 49)
+
+
+@pytest.mark.parametrize("variance", [0.25, 4.0])
+def test_texture_of_white_noise(z_score, variance):
+    found = metrics.texture(normal(400, 2, 12, 10) * variance**0.5)
+    assert abs(z_score(found, variance * 8 / 9)) < 4
+
+
+def test_texture_takes_every_picture_by_itself_and_refuses_what_is_too_small():
+    x = normal(5, 3, 8, 6)
+    assert torch.allclose(metrics.texture(x), torch.cat([metrics.texture(part) for part in x.split(1)]))
+    for wrong in (normal(2, 1, 2, 9), normal(3, 8, 8), normal(4, 5)):
+        with pytest.raises(ValueError, match="at least 3 x 3"):
+            metrics.texture(wrong)
+
+
+def test_texture_ratio_accumulates_merges_and_refuses():
+    fake, real = normal(30, 1, 6, 6), 2 * normal(20, 1, 6, 6, seed=1)
+    expected = (metrics.texture(fake).mean() / metrics.texture(real).mean()).item()
+    halves = [TextureRatio(metrics.texture(real).mean().item()) for _ in "ab"]
+    for half, part in zip(halves, (fake[:7], fake[7:]), strict=True):
+        half.update(part)
+    halves[0].merge_state(halves[1])
+    assert halves[0].compute().item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="a reference was given"):
+        halves[0].update(real, real=True)
+    collected = TextureRatio()
+    collected.float().half()
+    collected.update(fake)
+    with pytest.raises(ValueError, match="no real ones"):
+        collected.compute()
+    collected.update(real, real=True)
+    assert collected.compute().item() == pytest.approx(expected) and collected.compute().dtype == torch.float64
 
 
 # --- restoration -----------------------------------------------------------------------------------------------------

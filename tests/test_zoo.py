@@ -16,7 +16,7 @@ from steerfm.commands_bench import Yardstick
 from steerfm.commands_finetune import build_panel
 from steerfm.config import FinetuneConfig
 from steerfm.flowmap import Guided
-from steerfm.metrics import frechet_distance
+from steerfm.metrics import frechet_distance, texture
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 
@@ -50,16 +50,27 @@ def test_classifiers_reach_their_accuracy(name):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
-def test_shipped_statistics_are_those_of_the_test_split():
+@pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
+def test_shipped_statistics_are_those_of_the_test_split(name):
     from steerfm.data import fashion_mnist
 
-    network = zoo.load_classifier("fashion-classifier")[0]
+    network, pictures = zoo.load_classifier(name)[0], fashion_mnist("test")[0].float() / 255
     with torch.inference_mode():
-        features = torch.cat([network.features(p.float() / 255) for p in fashion_mnist("test")[0].split(500)]).double()
-    kept = zoo.statistics()
+        features = torch.cat([network.features(part) for part in pictures.split(500)]).double()
+    kept = zoo.statistics(name)
     distance = frechet_distance(features.mean(0), features.T.cov(), kept["test_mean"], kept["test_cov"])
     floor = frechet_distance(kept["train_mean"], kept["train_cov"], kept["test_mean"], kept["test_cov"])
     assert distance < 1e-3 * floor
+    assert kept["test_texture"].item() == pytest.approx(texture(pictures).mean().item()) and kept["test_count"] == 10_000
+    assert torch.cdist(kept["test_rows"][:50], features).amin(1).max() < 0.01  # stored in half precision
+
+
+@pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
+def test_shipped_rows_are_a_random_part_of_the_test_split(name):
+    kept = zoo.statistics(name)
+    z = (kept["test_rows"].mean(0) - kept["test_mean"]) / (kept["test_cov"].diagonal() / len(kept["test_rows"])).sqrt()
+    assert z[kept["test_cov"].diagonal() > 0].abs().max() < 5 and len(kept["test_rows"]) == 2000
+    assert float(kept["test_rows"].var(0).sum() / kept["test_cov"].trace()) == pytest.approx(1, abs=0.1)
 
 
 @pytest.fixture(params=[{}, {"data": "mine"}, {"data": None}, {"data": "Fashion"}, {"licence": "MIT"}], ids=str)

@@ -151,9 +151,12 @@ def _of_same_data(flow_map: FlowMap, *kinds: str) -> tuple[str, ...]:
 
 
 def statistics(name: str = "fashion-classifier") -> dict[str, Tensor]:
-    """Feature statistics of the data that a shipped classifier was trained on, so that distances need no data.
+    """Statistics of the data that a shipped classifier was trained on and of its features, so that distances need no data.
 
     Returns:
-        test_mean (d,), test_cov (d, d): of the test split; train_mean, train_cov: of as many training pictures; float64.
+        test_mean (d,), test_cov (d, d): of the features of the test split, of test_count () pictures, in float64.
+        test_texture (): the mean of `metrics.texture` of these pictures.
+        test_rows (m, d): the features of some of them, drawn at random.
+        train_...: the same of as many training pictures, but for the rows.
     """
     return {key: value.to(torch.float64) for key, value in load_file(FOLDER / f"{name}-statistics.safetensors").items()}
