@@ -1,6 +1,7 @@
 """Log-weights, effective sample size and the resampling schemes."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -96,6 +97,91 @@ def test_scheme_varies_less_than_multinomial(scheme):
     w, u = WEIGHTS.expand(n, k).contiguous(), uniforms(n, k)
     variance = [offspring(SCHEMES[name](w, u)).double().var(0).sum() for name in (scheme, "multinomial")]
     assert variance[0] < 0.7 * variance[1]
+
+
+def variances(scheme, w):
+    """Variances (k,) of the numbers of children, in closed form; of stratified draws from the odds of each stratum."""
+    k = len(w)
+    rest = k * w - (k * w).floor()
+    if scheme == "multinomial":
+        return k * w * (1 - w)
+    if scheme == "residual":
+        return rest * (1 - rest / rest.sum())
+    if scheme in SPREAD_BELOW_ONE:
+        return rest * (1 - rest)
+    edges = torch.cat([w.new_zeros(1), w.cumsum(0)])
+    strata = torch.arange(k, dtype=w.dtype)
+    shares = (torch.minimum(edges[1:, None] * k, strata + 1) - torch.maximum(edges[:-1, None] * k, strata)).clamp_min(0)
+    return (shares * (1 - shares)).sum(1)
+
+
+@pytest.mark.parametrize("k", [2, 7, 40])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_children_have_the_mean_and_variance_of_theory(scheme, k):
+    """Over 40,000 outputs, one particle at a time, and for a function of them: its variance is at most multinomial's."""
+    n, generator = 40_000, torch.Generator().manual_seed(k)
+    w = torch.randn(k, generator=generator, dtype=torch.float64).mul(1.5).softmax(0)
+    f = torch.randn(k, generator=generator, dtype=torch.float64)
+    children = offspring(SCHEMES[scheme](w.expand(n, k).contiguous(), uniforms(n, k, 1))).double()
+    away = children - k * w
+    theory = variances(scheme, w)
+    assert (away.mean(0).abs() <= 4.5 * (theory / n).sqrt() + 1e-9).all()
+    square = away.square()
+    error = (square.var(0) / n).sqrt()
+    assert ((square.mean(0) - theory).abs() <= 4.5 * error + 30 / n).all(), (square.mean(0), theory)
+    spread = (away @ f).square()
+    bound = k * ((w * f**2).sum() - (w * f).sum() ** 2)
+    z = (spread.mean() - bound) / (spread.std() / math.sqrt(n))
+    assert abs(z) < 4 if scheme == "multinomial" else z < 4 or k == 2
+    if scheme == "residual":  # the law of its rest is known, so its variance is too
+        rest = k * w - (k * w).floor()
+        p = rest / rest.sum()
+        exact = rest.sum() * ((p * f**2).sum() - (p * f).sum() ** 2)
+        assert abs(spread.mean() - exact) < 4 * spread.std() / math.sqrt(n)
+
+
+def test_the_rest_of_residual_is_independent_draws():
+    """All fractions are 1/2, so two draws among four: the same one is drawn twice with odds 1/16, and never by systematic."""
+    n, k = 40_000, 4
+    w = torch.tensor([1.5, 0.5, 1.5, 0.5], dtype=torch.float64) / k
+    children = offspring(SCHEMES["residual"](w.expand(n, k).contiguous(), uniforms(n, k, 3)))
+    both = (children[:, 1] == 2).double().mean()
+    assert abs(both - 1 / 16) < 4 * math.sqrt(1 / 16 * 15 / 16 / n)
+
+
+def test_ssp_is_its_loop():
+    """Against the process written out particle by particle, for one output."""
+
+    def loop(w, u):
+        k = len(w)
+        copies = [math.floor(k * x) for x in w]
+        rest = [k * x - c for x, c in zip(w, copies)]
+        i = 0
+        for j in range(1, k):
+            p, q = rest[i], rest[j]
+            if p + q < 1:  # one drops to 0
+                stays = u[j] * (p + q) < p
+                rest[i], rest[j] = (p + q, 0.0) if stays else (0.0, p + q)
+            else:  # one rises to 1
+                stays = u[j] * (2 - p - q) < 1 - p
+                rest[i], rest[j] = (p + q - 1, 1.0) if stays else (1.0, p + q - 1)
+            i = i if stays else j
+        return [c + round(r) for c, r in zip(copies, rest)]
+
+    n, k = 300, 12
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(5), dtype=torch.float64).mul(1.5).softmax(1)
+    u = uniforms(n, k, 6)
+    children = offspring(SCHEMES["ssp"](w, u))
+    same = sum(children[i].tolist() == loop(w[i].tolist(), u[i].tolist()) for i in range(n))
+    assert same >= 0.9 * n  # the last meeting sums to 1 up to rounding, which decides who of the two is asked
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_schemes_take_ten_thousand_particles_in_an_instant(scheme):
+    w, u = torch.full((1, 10_000), 1e-4, dtype=torch.float64), uniforms(1, 10_000)
+    started = time.perf_counter()
+    SCHEMES[scheme](w, u)
+    assert time.perf_counter() - started < 0.1  # a loop over particles takes half a second
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -95,47 +95,48 @@ def systematic(w: Tensor, u: Tensor) -> Tensor:
 
 
 def residual(w: Tensor, u: Tensor) -> Tensor:
-    """floor(k w) copies of each particle, the rest by systematic draws from what is left (Liu & Chen 1998)."""
-    k = w.shape[1]
-    copies = torch.floor(k * w)
-    left = k * w - copies
-    missing = left.sum(1, keepdim=True)
-    # slots below the number of copies are filled in order; the others draw from the remainders
+    """floor(k w) copies of each particle, the rest by independent draws from what is left (Liu & Chen 1998)."""
+    copies, left = _certain(w)
     filled = copies.cumsum(1)
-    slot = torch.arange(k, device=w.device).expand_as(w).to(w)
-    certain = torch.searchsorted(filled, slot, right=True).clamp_max(k - 1)
-    position = (slot - filled[:, -1:] + u[:, :1]) / missing.clamp_min(torch.finfo(w.dtype).tiny)
-    drawn = _invert(left, position.clamp_min(0))
-    return torch.where(slot < filled[:, -1:], certain, drawn)
+    slot = torch.arange(w.shape[1], device=w.device).expand_as(w).to(w)
+    return torch.where(slot < filled[:, -1:], _ancestors(copies), _invert(left, u))
 
 
 def ssp(w: Tensor, u: Tensor) -> Tensor:
     """Srinivasan sampling process (Gerber, Chopin & Whiteley 1708.08396): each particle has floor or ceil of k w children.
 
-    Runs once over the particles, for all outputs together.
+    Goes once over the particles with one unresolved share in hand, its carrier's. It meets the share of the next particle,
+    and one of the two is resolved: it rises to 1 if both together allow that, else drops to 0; the other carries the rest on,
+    and the odds keep both expectations. What is in hand is the sum of all shares so far, modulo 1, whoever carries it: so all
+    meetings are decided at once, and a carrier is the last one to have taken over.
     """
-    n, k = w.shape
-    copies = torch.floor(k * w)
-    fraction = k * w - copies
-    row = torch.arange(n, device=w.device)
-    carrier = torch.zeros(n, dtype=torch.long, device=w.device)  # the one index with an unresolved fraction
-    carried = fraction[:, 0].clone()
-    for j in range(1, k):
-        other = fraction[:, j]
-        total = carried + other
-        over = total >= 1
-        # one of the pair is resolved: it rises to 1 if the total allows, else drops to 0; the other carries the rest on,
-        # and the odds keep both expectations
-        odds, against = torch.where(over, 1 - carried, carried), torch.where(over, 2 - total, total)
-        keep = u[:, j] * against < odds
-        copies[row, torch.where(keep, torch.full_like(carrier, j), carrier)] += over.to(w.dtype)
-        carrier = torch.where(keep, carrier, torch.full_like(carrier, j))
-        carried = torch.where(over, total - 1, total)
-    missing = k - copies.sum(1)
-    copies[row, carrier] += missing.round()
-    edges = copies.cumsum(1)
-    slot = torch.arange(k, device=w.device).expand_as(w).to(w)
-    return torch.searchsorted(edges, slot, right=True).clamp_max(k - 1)
+    copies, left = _certain(w)
+    upto = left.cumsum(1)
+    carried = (upto - upto.floor())[:, :-1]
+    other = left[:, 1:]
+    total = carried + other
+    over = upto[:, 1:].floor() > upto[:, :-1].floor()
+    odds, against = torch.where(over, 1 - carried, carried), torch.where(over, 2 - total, total)
+    stays = (other == 0) | (u[:, 1:] * against < odds)  # the carrier goes on, and the newcomer is the one resolved
+    index = torch.arange(w.shape[1], device=w.device).expand(w.shape)
+    carriers = torch.cat([index[:, :1], torch.where(stays, 0, index[:, 1:])], 1).cummax(1).values
+    risen = torch.where(stays, index[:, 1:], carriers[:, :-1])
+    copies = copies.scatter_add(1, risen, over.to(copies))
+    missing = w.shape[1] - copies.sum(1, keepdim=True)  # the last one in hand is a whole one, up to rounding
+    return _ancestors(copies.scatter_add(1, carriers[:, -1:], missing))
+
+
+def _certain(w: Tensor) -> tuple[Tensor, Tensor]:
+    """floor(k w), and what is left of k w; a product that rounding keeps below a whole number is that number."""
+    k = w.shape[1]
+    copies = torch.floor(k * w * (1 + 4 * torch.finfo(w.dtype).eps))
+    return copies, (k * w - copies).clamp_min(0)
+
+
+def _ancestors(copies: Tensor) -> Tensor:
+    """Ancestors in ascending order, from the number of children of each; the last one where there are less than k."""
+    slot = torch.arange(copies.shape[1], device=copies.device).expand_as(copies).to(copies)
+    return torch.searchsorted(copies.cumsum(1), slot, right=True).clamp_max(copies.shape[1] - 1)
 
 
 SCHEMES: dict[str, Scheme] = {
