@@ -50,7 +50,8 @@ def forget_jumps(model: str, path: Path) -> Path:
 
 
 def run(name: str, folder: Path, start: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train and measure one row: Fréchet distance by sampler, and the judge's accuracy on one jump."""
+    """Train and measure one row: Fréchet distance by sampler in the features of the judge and, for few and many steps, of the
+    classifier; texture and the judge's accuracy on one jump."""
     shares = ", ".join(f"{key}: {value}" for key, value in {**NONE, **ROWS[name]}.items())
     teacher = start if "teacher" in name else "null"
     train = [
@@ -63,8 +64,12 @@ def run(name: str, folder: Path, start: str, options: argparse.Namespace) -> dic
     if cli.main(train) or cli.main(measure):
         raise SystemExit(f"{name} failed")
     found = json.loads((out / "result.json").read_text())["samplers"]
-    row = {sampler: round(values["frechet"], 4) for sampler, values in found.items()}
-    return row | {"judge, 1 jump": round(found["1 jump"]["accuracy"], 3)}
+    judged = {sampler: values["spaces"]["fashion-judge"]["frechet"] for sampler, values in found.items()}
+    classified = {s: found[s]["spaces"]["fashion-classifier"]["frechet"] for s in ("1 jump", "16 Euler steps")}
+    row = {sampler: round(value, 2) for sampler, value in judged.items()}
+    row |= {f"{sampler}, by the classifier": round(value, 4) for sampler, value in classified.items()}
+    one = found["1 jump"]
+    return row | {"texture, 1 jump": round(one["texture"], 2), "accuracy, 1 jump": round(one["accuracy"], 3)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -215,12 +215,8 @@ def _nested(row: Mapping[str, float]) -> dict[str, Any]:
     return next(iter(spaces.values()), {}) | own | {"spaces": spaces}
 
 
-def _agreements(row: Mapping[str, float]) -> list[str]:
-    return [key for key in row if "/" not in key and key not in ("texture", "to_euler", "diversity", "seconds")]
-
-
 def _tables(rows: Rows, floors: Rows, many: str, n: int) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, lines): the distances in each space, then what is measured on the samples themselves."""
+    """(title, header, lines): the distances in each space, the agreement, and what is measured on the samples themselves."""
     tables = []
     for space, floor in floors.items():
         distances = {name: (row[f"{space}/frechet"], row[f"{space}/kernel"]) for name, row in rows.items()}
@@ -231,13 +227,16 @@ def _tables(rows: Rows, floors: Rows, many: str, n: int) -> list[tuple[str, list
         ]
         header = ["sampler", "Fréchet distance", f"relative to {many}", "kernel distance"]
         tables.append((f"{n} samples against the data in the features of {space}", header, lines))
-    agrees = _agreements(rows[many])
+    agrees = [key for key in rows[many] if "/" not in key and key not in ("texture", "to_euler", "diversity", "seconds")]
+    if agrees:
+        lines = [[name, *(f"{row[key]:.4f}" for key in agrees)] for name, row in rows.items()]
+        tables.append((f"agreement of {n} samples with what was asked", ["sampler", *agrees], lines))
     textured = ["texture"] if "texture" in rows[many] else []
-    header = ["sampler", *textured, *agrees, TITLES["to_euler"], "diversity", "ms a sample"]
+    header = ["sampler", *textured, TITLES["to_euler"], "diversity", "ms a sample"]
     lines = [
         [
-            name, *(f"{row[key]:.3g}" for key in textured), *(f"{row[key]:.4f}" for key in agrees),
-            f"{row['to_euler']:.4f}", f"{row['diversity']:.3f}", f"{1e3 * row['seconds'] / n:.2f}",
+            name, *(f"{row[key]:.3g}" for key in textured), f"{row['to_euler']:.4f}", f"{row['diversity']:.3f}",
+            f"{1e3 * row['seconds'] / n:.2f}",
         ]
         for name, row in rows.items()
     ]  # fmt: skip
@@ -261,7 +260,7 @@ def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> 
 def examine(flow_map: FlowMap, config: configs.EvaluateConfig) -> Examiner:
     """What ships for the data of this model's card decides; where nothing does, the samples speak for themselves."""
     if (names := zoo.classifiers(flow_map)) and flow_map.class_names in ((), zoo.load_classifier(names[-1])[1]):
-        return _by_class(flow_map, names, config.n)
+        return _by_class(flow_map, names, config)
     if zoo.scorers(flow_map) and getattr(flow_map, "text", None) is not None:
         return _by_prompt(flow_map, config)
     return _by_itself(flow_map, config)
@@ -281,7 +280,7 @@ def _by_itself(flow_map: FlowMap, config: configs.EvaluateConfig) -> Examiner:
     return Examiner(flow_map.condition(names, config.n), names[:SHOWN], gaps=[why])
 
 
-def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], n: int) -> Examiner:
+def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], config: configs.EvaluateConfig) -> Examiner:
     """Maps of data that classifiers ship for: shipped statistics of the test split, and the accuracy of the held-out one."""
     networks: dict[str, Any] = {name: zoo.load_classifier(name)[0].to(flow_map.device) for name in classifiers}
     statistics = {name: zoo.statistics(name) for name in classifiers}
@@ -294,9 +293,9 @@ def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], n: int) -> Examin
     energy = float(first["test_texture"])
     names = flow_map.class_names
     if not names:
-        return Examiner(None, [""] * min(SHOWN, n), spaces, energy, apart)
-    labels = torch.randint(len(names), (n,), generator=torch.Generator().manual_seed(0))  # drawn like the data's: an estimate
-    # that takes samples for independent is too low for classes in turn
+        return Examiner(None, [""] * min(SHOWN, config.n), spaces, energy, apart)
+    # drawn like the data's: estimates that take samples for independent are too low for classes in turn
+    labels = torch.randint(len(names), (config.n,), generator=torch.Generator().manual_seed(config.seeds))
 
     def agreement(found: dict[str, Tensor], pictures: Tensor, rows: Tensor) -> dict[str, Tensor]:
         return {"accuracy": judge.head(found[classifiers[-1]]).argmax(1).cpu() == labels[rows]}
