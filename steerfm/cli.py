@@ -46,6 +46,12 @@ EXAMPLES = {
   steerfm bench quick methods.mine=my_method.py:Mine  and one of your own among them
   steerfm bench exact --help""",
 }
+TEXTS = """texts (prompts, labels, names, paths) are taken as they stand: prompt=12:30, prompt="a dog #1"
+  prompt='[a dog, "cat, asleep"]'   several; a text that starts with [ and ends with ] is ["[red]"]
+  prompt=FILE                       a file with a prompt a line, csv, JSON or JSON lines, whatever its ending
+  label=null                        takes a label away; in a prompt, null is a word
+
+"""
 HELP = {
     "train": "train a flow map or a classifier from a recipe",
     "sample": "draw unsteered samples",
@@ -78,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
             keys = f"keys and defaults:\n{_indent(configs.dump(SCHEMAS[name]()))}\n\n"
             recipes = ", ".join(configs.recipes(name))
             keys += f"recipes: {recipes}\n\n" if recipes else ""
+            keys += TEXTS if name != "train" else ""
         sub = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=keys + EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,

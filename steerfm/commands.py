@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from steerfm.flowmap import (
     take_rows,
 )  # fmt: skip
 from steerfm.metrics import feature_statistics, restoration, texture
+from steerfm.prompts import ENDINGS, read_texts
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
@@ -732,31 +734,37 @@ def want_seeds(want: Asked, first: int) -> list[int]:
 
 
 def read_prompts(prompt: Any) -> list[str]:
-    """Prompts from a text, a list of texts, or a file: .txt with a prompt a line, .jsonl with {"prompt": ...} a line. A file
-    that is not there is looked for among those that ship, in configs/prompts.
+    """Prompts from a text, a list of texts, or a file of them in any of the forms of `steerfm.prompts`. A text is a file where
+    there is one of that name, or where it ends like one (.txt, .csv, .tsv, .json, .jsonl); one that is not there is looked for
+    among those that ship, in configs/prompts. A list holds prompts only.
 
     Raises:
         ConfigError: naming the file and the line.
     """
     if prompt is None:
         return []
-    if not isinstance(prompt, str) or not prompt.endswith((".txt", ".jsonl")):
-        return [str(text) for text in configs.sequence(prompt)]
-    known = configs.shipped("configs") / "prompts"
-    file = Path(prompt) if Path(prompt).is_file() else known / prompt
+    if not isinstance(prompt, str | Path):
+        for text in prompt:
+            if not isinstance(text, str):
+                raise ConfigError(f"prompt={text!r}: not a text")
+        return list(prompt)
+    named = str(prompt).lower().endswith(ENDINGS) or isinstance(prompt, Path)
+    shipped = configs.shipped("configs") / "prompts"
+    if os.path.exists(prompt) and not os.path.isdir(prompt):  # False where it is no possible name of a file
+        file = Path(prompt)
+    elif named and (shipped / Path(prompt).name).is_file() and Path(prompt).name == str(prompt):
+        file = shipped / prompt
+    elif named or (os.path.isdir(prompt) and str(prompt).endswith(os.sep)):
+        known = ", ".join(sorted(path.name for path in shipped.glob("*")))
+        raise ConfigError(f"prompt={prompt}: no such file; shipped: {known}; as a prompt: prompt='[{json.dumps(str(prompt))}]'")
+    else:
+        return [str(prompt)]
     if not file.is_file():
-        raise ConfigError(f"prompt={prompt}: no such file; shipped: {', '.join(sorted(p.name for p in known.glob('*')))}")
-    found = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(line.strip() if file.suffix == ".txt" else str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f'{file}, line {number}: not {{"prompt": "..."}}') from None
-    if not found:
-        raise ConfigError(f"prompt={prompt}: the file has no prompts")
-    return found
+        raise ConfigError(f"prompt={prompt}: not a file that can be read twice")
+    try:
+        return read_texts(file)
+    except ValueError as error:
+        raise ConfigError(f"prompt={prompt}: {error}" if str(prompt) != str(file) else str(error)) from None
 
 
 def _rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tensor, list[list[str]]]:

@@ -298,8 +298,8 @@ def _problems(config: configs.BenchConfig) -> list[Problem]:
     """Every model with every problem and strength, checked before anything is measured."""
     if config.seeds < LEAST_SEEDS:
         raise ConfigError(f"seeds={config.seeds}: at least {LEAST_SEEDS} are needed to know how far to trust a difference")
-    if not config.problems or not config.budgets:
-        raise ConfigError("a suite needs problems and budgets")
+    if not config.problems:
+        raise ConfigError(configs.NOTHING)
     made = []
     for model in config.models:
         flow_map = _model(model, config.device)
@@ -307,7 +307,7 @@ def _problems(config: configs.BenchConfig) -> list[Problem]:
         for name, told in config.problems.items():
             for strength in config.strengths:
                 here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
-                problem = configs.build(configs.SteerConfig, here | dict(told), f"problems.{name}")
+                problem = configs.make(configs.SteerConfig, here | dict(told), f"problems.{name}.")
                 judge = build_judge(problem)
                 if judge is None:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")

@@ -3,24 +3,46 @@
 >>> config = load(TrainConfig, "fashion", ["optimizer.lr=5e-4"])      # a recipe in configs/train, a path, or None
 
 Precedence: command line, then yaml, then the defaults below. An unknown key is an error that names the nearest one.
+
+What is written behind ``key=`` is read by the type of its key. Where that is text (prompts, labels, names, paths, arguments
+of a reward that are declared ``str``) it is taken as it stands: ``12:30``, ``no``, ``a dog #1`` and ``${HOME}`` are words.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from steerfm.values import (
+    ConfigError,
+    Raw,
+    Words,
+    bounds,
+    choice,
+    convert,
+    count,
+    finite,
+    flow,
+    members,
+    natural,
+    parse,
+    positive,
+    ranged,
+    read_yaml,
+    scalar,
+    seed_field,
+    share,
+    shown,
+    untyped,
+    wanted,
+    write_yaml,
+)
 
 Schema = TypeVar("Schema")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line and names the fix."""
 
 
 # --- what can be configured ------------------------------------------------------------------------------------------
@@ -29,9 +51,9 @@ class DataConfig:
     """name: a key of `data.DATA`; root: folder of the files, if not the usual one; augment: pixels of random shift."""
 
     name: str = "fashion"
-    batch_size: int = 128
+    batch_size: int = count(128, "picture")
     root: str | None = None
-    augment: int = 0
+    augment: int = natural(0)
 
 
 @dataclass
@@ -46,19 +68,19 @@ class ObjectiveConfig:
     `training.RobustTraining`; samples: the flow map that draws them.
     """
 
-    shares: dict[str, float] = field(default_factory=dict)
-    start: float = 0.1
-    terminal: float = 0.2
-    full: float = 0.1
-    gap: float = 1.0
-    drop: float = 0.1
-    guidance: float = 1.0
+    shares: dict[str, float] = field(default_factory=dict, metadata=bounds(least=0, most=1))
+    start: float = share(0.1)
+    terminal: float = share(0.2)
+    full: float = share(0.1)
+    gap: float = ranged(1.0, above=0, most=1)
+    drop: float = share(0.1)
+    guidance: float = finite(1.0)
     teacher: str | None = None
-    uses: int = 8
-    keep: int = 0
-    smoothing: float = 0.1
-    noise: float = 0.0
-    radius: float = 1.0
+    uses: int = count(8, "use")
+    keep: int = natural(0)
+    smoothing: float = ranged(0.1, least=0, below=1)
+    noise: float = natural(0.0)
+    radius: float = natural(1.0)
     samples: str | None = None
 
 
@@ -66,35 +88,35 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW; steps: length of the run; warmup: steps; decay: share of the steps with falling rate; ema: decay."""
 
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.0
-    steps: int = 10_000
-    warmup: int = 200
-    decay: float = 0.3
-    ema: float = 0.999
-    clip: float = 1.0
+    lr: float = positive(1e-3)
+    beta1: float = ranged(0.9, least=0, below=1)
+    beta2: float = ranged(0.99, least=0, below=1)
+    weight_decay: float = natural(0.0)
+    steps: int = count(10_000, "step")
+    warmup: int = natural(200)
+    decay: float = share(0.3)
+    ema: float = ranged(0.999, least=0, below=1)
+    clip: float = natural(1.0)
 
 
 @dataclass
 class LightningConfig:
     """Lightning's own keys, and how often to log and to save (in steps)."""
 
-    accelerator: str = "auto"
+    accelerator: str = choice("auto", "cpu", "gpu", "cuda", "mps", "tpu")
     devices: str = "auto"
     strategy: str = "auto"
-    precision: str = "32-true"
-    log_every: int = 20
-    save_every: int = 200
+    precision: str = choice("32-true", "32", "16-mixed", "bf16-mixed")
+    log_every: int = count(20, "step")
+    save_every: int = count(200, "step")
 
 
 @dataclass
 class TrainerConfig(LightningConfig):
     """For training, also how often to validate and to draw samples (in steps)."""
 
-    validate_every: int = 1000
-    sample_every: int = 1000
+    validate_every: int = count(1000, "step")
+    sample_every: int = natural(1000)
 
 
 @dataclass
@@ -103,12 +125,12 @@ class TrainConfig:
     contrastive open_clip's model_cfg; text: encoder of the captions that a flow map is conditioned on, an open_clip model or
     minilm; init: a checkpoint (zoo name or path) to start from; out: run folder, default runs/train/<name>."""
 
-    task: str = "flow_map"
+    task: str = choice("flow_map", "classifier", "contrastive", what="task")
     name: str = "fashion"
     network: dict[str, Any] = field(default_factory=lambda: {"name": "unet"})
     text: str | None = None
     init: str | None = None
-    seed: int = 0
+    seed: int = seed_field()
     out: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -123,13 +145,13 @@ class SampleConfig:
 
     model: str = "fashion"
     label: str | None = None
-    prompt: Any = None
-    n: int = 16
-    seeds: int = 0
-    steps: int = 4
-    guidance: float = 1.0
+    prompt: Words = None
+    n: int = count(16, "output")
+    seeds: int = seed_field()
+    steps: int = count(4, "step")
+    guidance: float = finite(1.0)
     device: str = "auto"
-    precision: str = "32"
+    precision: str = choice("32", "bf16", what="precision")
     compile: bool = False
     out: str | None = None
 
@@ -146,14 +168,14 @@ class SteerConfig:
     method: Any = field(default_factory=lambda: {"name": "funnel"})
     judge: Any = "auto"
     label: str | None = None
-    prompt: Any = None
-    n: int = 16
-    seeds: int = 0
-    strength: float = 10.0
-    guidance: float = 1.0
-    batch_size: int = 16
+    prompt: Words = None
+    n: int = count(16, "output")
+    seeds: int = seed_field()
+    strength: float = finite(10.0)
+    guidance: float = finite(1.0)
+    batch_size: int = count(16, "output")
     device: str = "auto"
-    precision: str = "32"
+    precision: str = choice("32", "bf16", what="precision")
     compile: bool = False
     lookaheads: bool = True
     out: str | None = None
@@ -166,13 +188,13 @@ class EvaluateConfig:
     of the reference ODE solution."""
 
     model: str = "fashion"
-    prompt: Any = None
+    prompt: Words = None
     held_out: bool = False
-    n: int = 2_000
-    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    euler: int = 128
-    seeds: int = 0
-    batch_size: int = 500
+    n: int = count(2_000, "samples", least=2)
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata=bounds(least=1, of="step"))
+    euler: int = count(128, "step")
+    seeds: int = seed_field()
+    batch_size: int = count(500, "sample")
     device: str = "auto"
     out: str | None = None
 
@@ -181,18 +203,18 @@ class EvaluateConfig:
 class TuneOptimizerConfig(OptimizerConfig):
     """As for training, with a fine-tuning's defaults."""
 
-    lr: float = 1e-3
-    steps: int = 120
-    warmup: int = 5
-    ema: float = 0.95
+    lr: float = positive(1e-3)
+    steps: int = count(120, "step")
+    warmup: int = natural(5)
+    ema: float = ranged(0.95, least=0, below=1)
 
 
 @dataclass
 class TuneTrainerConfig(LightningConfig):
     """As for training, with a fine-tuning's defaults."""
 
-    log_every: int = 5
-    save_every: int = 20
+    log_every: int = count(5, "step")
+    save_every: int = count(20, "step")
 
 
 @dataclass
@@ -200,8 +222,8 @@ class LoraConfig:
     """rank: of low-rank adapters, 0 to train all weights; alpha: their scale times the rank, default 2 rank; layers: ends of
     the names of the layers to adapt, default all convolutions and linear ones."""
 
-    rank: int = 0
-    alpha: float | None = None
+    rank: int = natural(0)
+    alpha: float | None = positive(None)
     layers: list[str] | None = None
 
 
@@ -210,14 +232,14 @@ class DistilConfig:
     """How what was learnt becomes one flow map: updates, their rate, its decay and EMA, samples in a pool, pools; trajectory:
     share of the rows that fit jumps. steps=0 leaves the network as it was tuned."""
 
-    steps: int = 200
-    lr: float = 5e-4
-    decay: float = 0.7
-    ema: float = 0.99
-    batch_size: int = 64
-    samples: int = 1024
-    pools: int = 2
-    trajectory: float = 0.5
+    steps: int = natural(200)
+    lr: float = positive(5e-4)
+    decay: float = share(0.7)
+    ema: float = ranged(0.99, least=0, below=1)
+    batch_size: int = count(64, "sample")
+    samples: int = count(1024, "sample")
+    pools: int = count(2, "pool")
+    trajectory: float = share(0.5)
 
 
 @dataclass
@@ -226,12 +248,12 @@ class WatchConfig:
     model must keep; patience: judgements without a better one before the run stops, 0 for never; report: samples of the last
     table, from seeds that chose nothing, 0 for those that were watched."""
 
-    every: int = 5
-    n: int = 64
-    seeds: int = 0
-    floor: float = 0.9
-    patience: int = 8
-    report: int = 0
+    every: int = count(5, "step")
+    n: int = count(64, "samples", least=2)
+    seeds: int = seed_field()
+    floor: float = share(0.9)
+    patience: int = natural(8)
+    report: int = ranged(0, least=2, off=True)
 
 
 @dataclass
@@ -243,17 +265,20 @@ class FinetuneConfig:
     reward: Any = field(default_factory=lambda: {"name": "classifier"})
     method: Any = field(default_factory=lambda: {"name": "direct"})
     judge: Any = "auto"
-    label: Any = None
-    prompt: Any = None
-    control: float = 3.0
-    batch_size: int = 8
-    seed: int = 0
+    label: str | list[str] | None = None
+    prompt: Words = None
+    control: float = natural(3.0)
+    batch_size: int = count(8, "sample")
+    seed: int = seed_field()
     out: str | None = None
     optimizer: TuneOptimizerConfig = field(default_factory=TuneOptimizerConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     trainer: TuneTrainerConfig = field(default_factory=TuneTrainerConfig)
+
+
+NOTHING = "a suite needs problems and budgets"
 
 
 @dataclass
@@ -267,14 +292,14 @@ class BenchConfig:
     """
 
     models: list[str] = field(default_factory=lambda: ["fashion"])
-    problems: dict[str, Any] = field(default_factory=dict)
-    methods: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, Any] = field(default_factory=dict, metadata={"of": SteerConfig})
+    methods: dict[str, Any] = field(default_factory=dict, metadata={"of": "method"})
     only: list[str] = field(default_factory=list)
-    budgets: list[int] = field(default_factory=lambda: [8, 32, 128])
-    strengths: list[float] = field(default_factory=lambda: [10.0])
-    seeds: int = 4
-    n: int = 8
-    batch_size: int = 16
+    budgets: list[int] = field(default_factory=lambda: [8, 32, 128], metadata=bounds(least=1, of="evaluation", empty=NOTHING))
+    strengths: list[float] = field(default_factory=lambda: [10.0], metadata=bounds())
+    seeds: int = ranged(4, least=1)
+    n: int = count(8, "output")
+    batch_size: int = count(16, "output")
     share: str = "1/1"
     device: str = "auto"
     out: str | None = None
@@ -291,43 +316,39 @@ def load(schema: type[Schema], source: str | None = None, overrides: Iterable[st
     Args:
         schema: one of the dataclasses above.
         source: path of a yaml file, or the name of a recipe in ``configs/<kind>``; None for the defaults.
-        overrides: strings ``key=value``; values are parsed as yaml.
+        overrides: strings ``key=value``; values are read by the type of the key, texts as they stand.
         kind: folder of the recipes, default from the schema's name.
 
     Raises:
-        ConfigError: unknown key (with the nearest valid one), wrong type, no such recipe.
+        ConfigError: unknown key (with the nearest valid one), wrong type, out of range, no such recipe.
     """
     layers: list[Mapping[str, Any]] = []
     if source is not None:
         path = find_recipe(source, kind or schema.__name__.removesuffix("Config").lower())
-        try:
-            content = OmegaConf.to_container(OmegaConf.load(path)) or {}
-        except Exception as error:  # yaml's own errors have several lines
-            raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
+        content = {content: None} if isinstance(content, str) else content  # a key without a value
         if not isinstance(content, dict):
             raise ConfigError(f"{path} must hold keys and values")
-        layers.append({str(key): value for key, value in content.items()})
-    layers += [_parse(override) for override in overrides]
-    merged: Any = OmegaConf.structured(schema)
-    for layer in map(_named, layers):
-        _check_keys(layer, schema)
-        try:
-            for key in NAMED & layer.keys():  # a new name drops the old name's arguments
-                if not isinstance(layer[key], Mapping) or "name" in layer[key] or not isinstance(merged[key], Mapping):
-                    merged[key] = None
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            reason = " ".join(str(error).splitlines()[0].split())
-            raise ConfigError(f"{reason} (key: {getattr(error, 'full_key', '') or next(iter(layer))})") from None
-    try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:  # a value that points nowhere, such as ${name}
-        raise ConfigError(" ".join(str(error).splitlines()[0].split())) from None
+        layers.append(content)
+    layers += [parse(override) for override in overrides]
+    merged = asdict(schema())  # type: ignore[call-overload]
+    for layer in layers:
+        merged = _merge(merged, _checked(layer, schema))
+    return make(schema, merged)
+
+
+def make(schema: type[Schema], values: Mapping[str, Any], prefix: str = "") -> Schema:
+    """A configuration from plain values, those that are missing by default.
+
+    Raises:
+        ConfigError: as `load`; keys are named after ``prefix``.
+    """
+    return schema(**_values(schema, _checked(values, schema, prefix), prefix))
 
 
 def dump(config: Any) -> str:
     """The configuration as yaml."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    return write_yaml(asdict(config))
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -396,35 +417,156 @@ def shipped(folder: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / folder
 
 
-def _parse(override: str) -> dict[str, Any]:
-    """``a.b=value`` -> {"a": {"b": value}}."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"cannot read {override!r}: overrides look like key=value or key.sub=value")
+def _section(schema: Any, values: Any, key: str) -> dict[str, Any]:
+    """The values of some of the fields of a schema, under a key of a dictionary."""
+    values = {} if values is None else _opened(values, key)
+    return _values(schema, _checked(values, schema, f"{key}."), f"{key}.")
+
+
+def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of the fields of a schema that are given, each of its type and in its range."""
+    hints = get_type_hints(schema)
+    out: dict[str, Any] = {}
+    for f in fields(schema):
+        if f.name not in values:
+            continue
+        key, value, kind, of = f"{prefix}{f.name}", values[f.name], hints[f.name], f.metadata.get("of")
+        if is_dataclass(kind):
+            value = make(kind, value, f"{key}.")  # type: ignore[arg-type]
+        elif f.name in NAMED:
+            value = _named(value, f.name, key, schema)
+        elif of == "method":
+            value = {name: _named(told, of, f"{key}.{name}", schema, name) for name, told in value.items()}
+        elif of is not None:
+            value = {name: _section(of, told, f"{key}.{name}") for name, told in value.items()}
+        else:
+            value = convert(value, kind, key, words=f.name == "prompt")
+        if "range" in f.metadata:
+            f.metadata["range"].check(value, key)
+        if "choices" in f.metadata and value not in f.metadata["choices"]:
+            choices, what = f.metadata["choices"], f.metadata["what"]
+            listed = f"{did_you_mean(str(value), choices)}; {what or f.name}s: {', '.join(choices)}"
+            raise ConfigError(f"unknown {what} {value!r}{listed}" if what else f"{key}={value}{listed}")
+        if schema is TrainConfig and f.name == "name" and (set(str(value)) & set('/\\:*?"<>|$') or not str(value).strip(". ")):
+            raise ConfigError(f"{key}={value}: files are called after it: letters, digits, spaces and . _ - ( ) [ ]")
+        out[f.name] = value
+    return out
+
+
+# --- names and their arguments ---------------------------------------------------------------------------------------
+def _named(value: Any, what: str, key: str, schema: type, default: str = "") -> Any:
+    """A `NAMED` key's value with its arguments as the named thing declares them.
+
+    Args:
+        what: reward, judge or method. default: name where the value has none.
+    """
+    if isinstance(value, list):
+        return [_named(term, what, key, schema) for term in value]
+    value = _opened(value, key)
+    if not isinstance(value, Mapping):
+        return untyped(value, key)
+    name = value.get("name", default)
+    name = str(name) if isinstance(name, Raw) else name
+    arguments = {argument: item for argument, item in value.items() if argument != "name"}
+    kinds: Mapping[str, Any] = {}
+    if isinstance(name, str) and any(isinstance(item, Raw) or not isinstance(item, str) for item in arguments.values()):
+        kinds = _declared(what, name, schema)
+    read = {}
+    for argument, item in arguments.items():
+        kind, where = kinds.get(argument, Any), f"{key}.{argument}"
+        if isinstance(item, Mapping) and "name" in item and what != "method":
+            read[argument] = _named(item, "reward", where, schema)  # a reward of rewards
+        elif isinstance(item, Mapping):
+            read[argument] = untyped(item, where)
+        else:
+            read[argument] = convert(item, kind, where, words=members(kind) <= {str, type(None)})
+    return ({"name": name} if "name" in value else {}) | read
+
+
+def _opened(value: Any, key: str) -> Any:
+    """What a name or a dictionary is on the command line: ``classifier``, ``{name: classifier, target: Bag}``."""
+    return scalar(str(value), key) if isinstance(value, Raw) else value
+
+
+def _declared(what: str, name: str, schema: type) -> dict[str, Any]:
+    """The types of the arguments of a named reward or method, those that it declares; a default's, where there is no more.
+
+    Nothing where there is no such reward or method: whoever builds it says so.
+    """
+    from steerfm import rewards
+
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except Exception:
-        raise ConfigError(f"cannot read the value of {override!r}") from None
-    nested: Any = value["value"]  # type: ignore[index]
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return nested
+        target: Any = rewards.find(name, what) if what != "method" or ":" in name else _methods(schema).get(name)
+        parameters = inspect.signature(target).parameters.values()
+    except (ValueError, TypeError):
+        return {}
+    function = target.__init__ if isinstance(target, type) else target
+    scope = vars(inspect.getmodule(target)) if inspect.getmodule(target) else {}
+    scope = {**scope, **getattr(function, "__globals__", {})}
+    kinds: dict[str, Any] = {}
+    for parameter in parameters:
+        kind = parameter.annotation
+        if isinstance(kind, str):
+            try:
+                kind = eval(kind, dict(scope))
+            except Exception:  # a name that only a type checker sees
+                kind = Any
+        if kind is parameter.empty:
+            kind = type(parameter.default) if type(parameter.default) in (str, int, float, bool) else Any
+            kind = int | float if kind is int else kind
+        kinds[parameter.name] = kind
+    return kinds
 
 
-def _named(layer: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: {"name": v} if k in NAMED and isinstance(v, str) and v != "auto" else v for k, v in layer.items()}
+def _methods(schema: type) -> Mapping[str, type]:
+    if schema is FinetuneConfig:
+        from steerfm.finetuning import METHODS as TUNING
+
+        return TUNING
+    from steerfm.steering import METHODS
+
+    return METHODS
 
 
-def _check_keys(layer: Mapping[str, Any], schema: Any, prefix: str = "") -> None:
-    known = {f.name: f for f in fields(schema)}
-    for key, value in layer.items():
+# --- layers ----------------------------------------------------------------------------------------------------------
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Dictionaries key by key, the layer first; a new name drops the arguments of the old one."""
+    out = dict(base)
+    for key, given in layer.items():
+        old, value = out.get(key), given
+        if key in NAMED and isinstance(value, Raw):
+            value = scalar(str(value), key)
+        if key in NAMED and isinstance(value, str) and value != "auto":
+            value = {"name": value}
+        fresh = key in NAMED and isinstance(value, Mapping) and "name" in value
+        if isinstance(value, Mapping):
+            value = _merge(old if isinstance(old, Mapping) and not fresh else {}, value)
+        out[key] = value
+    return out
+
+
+def _checked(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
+    """The layer, its keys known, with the dictionaries that stand on the command line read.
+
+    Raises:
+        ConfigError: an unknown key, or something else where there are keys.
+    """
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"'{prefix.rstrip('.')}' holds keys of its own: {', '.join(f.name for f in fields(schema))}")
+    known, hints, out = {f.name: f for f in fields(schema)}, get_type_hints(schema), {}
+    for key, given in layer.items():
+        value = given
         if key not in known:
             raise ConfigError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; keys: {', '.join(known)}")
-        default = known[key].default_factory
-        if isinstance(default, type) and is_dataclass(default):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"'{prefix}{key}' holds keys of its own: {', '.join(f.name for f in fields(default))}")
-            _check_keys(value, default, f"{prefix}{key}.")
+        kind = hints[key]
+        if isinstance(value, Raw) and (is_dataclass(kind) or get_origin(kind) is dict):
+            value = flow(str(value), f"{prefix}{key}") if value[:1] in "[{" else str(value)
+        if is_dataclass(kind):
+            value = _checked(value, kind, f"{prefix}{key}.")
+        elif get_origin(kind) is dict and not isinstance(value, Mapping):
+            raise ConfigError(f"{prefix}{key}={shown(value)}: {wanted({kind})}")
+        out[key] = value
+    return out
 
 
 def sequence(value: Any) -> Sequence[Any]:

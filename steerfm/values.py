@@ -1,0 +1,367 @@
+"""Values of configurations: what may be written for a key, by its type and its range, in yaml and on the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+Words = str | list[str] | None
+"""Texts that are asked for: always taken as they stand; on the command line ``[a, b]`` is a list of them."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line and names the fix."""
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Range:
+    """What a number may be. A list of numbers is not empty, and each of them is in the range.
+
+    Attributes:
+        least, most: included. above, below: not included. of: what is counted, for the message. off: also 0.
+        empty: what to say of an empty list.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    of: str = ""
+    off: bool = False
+    empty: str = "name at least one"
+
+    def check(self, value: Any, key: str) -> None:
+        """Raise a ConfigError unless the number, or every one of a list or dictionary, is in the range."""
+        if value == []:
+            raise ConfigError(f"{key}=[]: {self.empty}")
+        if isinstance(value, list | dict):
+            for item in value.values() if isinstance(value, dict) else value:
+                self.check(item, key)
+            return
+        if value is None or (self.off and value == 0):
+            return
+        if not math.isfinite(value):
+            raise ConfigError(f"{key}={value}: must be finite")
+        if not (self.least <= value <= self.most and self.above < value < self.below):
+            raise ConfigError(f"{key}={value}: {self.words()}")
+
+    def words(self) -> str:
+        """The range in words."""
+        if self.of:
+            return f"at least one {self.of} is needed" if self.least == 1 else f"at least {self.least:g} {self.of} are needed"
+        parts = [
+            f"{word} {bound:g}"
+            for word, bound in {"above": self.above, "at least": self.least, "below": self.below, "at most": self.most}.items()
+            if math.isfinite(bound)
+        ]
+        return f"must be {'0, or ' if self.off else ''}{' and '.join(parts)}"
+
+
+def bounds(**limits: Any) -> dict[str, Range]:
+    """The metadata of a field with a `Range`."""
+    return {"range": Range(**limits)}
+
+
+def ranged(default: Any, **limits: Any) -> Any:
+    """A field with a `Range`."""
+    return field(default=default, metadata=bounds(**limits))
+
+
+def count(default: int, of: str, least: int = 1) -> Any:
+    """A field that counts things, of which there is at least one."""
+    return ranged(default, least=least, of=of)
+
+
+def share(default: float) -> Any:
+    """A field from 0 to 1."""
+    return ranged(default, least=0, most=1)
+
+
+def positive(default: float | None) -> Any:
+    """A field above 0."""
+    return ranged(default, above=0)
+
+
+def natural(default: float) -> Any:
+    """A field of at least 0."""
+    return ranged(default, least=0)
+
+
+def finite(default: float) -> Any:
+    """A field of any finite number."""
+    return ranged(default)
+
+
+def choice(default: str, *others: str, what: str = "") -> Any:
+    """A field with one of a few values."""
+    return field(default=default, metadata={"choices": (default, *others), "what": what})
+
+
+def seed_field() -> Any:
+    """The field of a seed: 0 to 2^63 - 1."""
+    return ranged(0, least=0, most=2**63 - 1)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+class Raw(str):
+    """What stands behind ``key=`` on the command line: the type of the key says how it is read."""
+
+
+def parse(override: str) -> dict[str, Any]:
+    """``a.b=value`` -> {"a": {"b": Raw(value)}}."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"cannot read {override!r}: overrides look like key=value or key.sub=value")
+    nested: Any = Raw(text)
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return nested
+
+
+def flow(text: str, key: str) -> Any:
+    """A list or dictionary that is written out on the command line."""
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"cannot read the value of '{key}={text}'") from None
+
+
+def scalar(text: str, key: str) -> Any:
+    """A value of a key of unknown type: null, true, false, a number, [...], {...}, or else a text."""
+    words = {"null": None, "true": True, "True": True, "false": False, "False": False}
+    if text in words:
+        return words[text]
+    if NUMBER.fullmatch(text):
+        return float(text) if set(text) & set(".eE") else int(text)
+    if (text[:1], text[-1:]) in (("[", "]"), ("{", "}")):
+        return flow(text, key)
+    return text
+
+
+NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+SWITCH = {word: on for on, words in {True: "true yes on 1", False: "false no off 0"}.items() for word in words.split()}
+
+
+def text_list(text: str, key: str) -> list[str] | None:
+    """The texts of ``[a, b]``, None where the whole is one text: it does not start with [ and end with ].
+
+    Commas part the texts; one that holds a comma or a quote, or starts or ends with a space, is written in quotes, as in JSON.
+
+    Raises:
+        ConfigError: an empty list or text.
+    """
+    if not (len(text) > 1 and text[0] == "[" and text[-1] == "]"):
+        return None
+    try:
+        items = json.loads(text)
+        if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+            return items
+    except ValueError:
+        pass
+    items, rest = [], text[1:-1].strip()
+    while True:
+        match = ITEM.match(rest)
+        assert match is not None  # it takes anything up to a comma
+        quoted = match[1] or match[2]
+        items.append((quoted or match[3]).strip() if quoted is None else quoted[1:-1].replace(quoted[0] * 2, quoted[0]))
+        if match.end() == len(rest) and not match[0].endswith(","):
+            break
+        rest = rest[match.end() :]
+    if not all(items):
+        raise ConfigError(f"{key}={text}: an empty list or text; a list is [a, b], and [{json.dumps(text)}] is one text")
+    return items
+
+
+ITEM = re.compile(r"""\s*(?:("(?:[^"]|"")*")|('(?:[^']|'')*')|([^,]*?))\s*(?:,|$)""")
+"""One text of a list, with the comma behind it."""
+
+
+# --- by type ---------------------------------------------------------------------------------------------------------
+def members(kind: Any) -> set[Any]:
+    """The members of a union, or the one type."""
+    return set(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else {kind}
+
+
+def convert(value: Any, kind: Any, key: str, words: bool = False) -> Any:
+    """A value as its type wants it.
+
+    Args:
+        value: from yaml, from Python, or `Raw` from the command line.
+        kind: a type or a union; Any, and classes that cannot be written down, take what there is.
+        key: for errors.
+        words: nothing but text: on the command line ``null`` is a word, and numbers in yaml are refused.
+
+    Raises:
+        ConfigError: another type.
+    """
+    kinds = members(kind)
+    lists = {get_args(one)[0]: one for one in kinds if get_origin(one) in (list, Sequence) and get_args(one)}
+    none = type(None) in kinds
+    if isinstance(value, Raw):
+        text = str(value)
+        if text == "null" and none and not words:
+            return None
+        if str in lists:
+            items = text_list(text, key)
+            value = items if items is not None else [text] if str not in kinds else text
+        elif kinds <= {str, type(None)}:
+            value = text
+        elif bool in kinds and text.lower() in SWITCH:
+            value = SWITCH[text.lower()]
+        elif str not in kinds and kinds & {int, float} and (number := _number(text, int in kinds)) is not None:
+            value = number
+        else:
+            value = scalar(text, key)
+    known = {int, float, bool, str, type(None), *lists.values()}
+    if isinstance(value, Mapping) and any(get_origin(one) is dict for one in kinds):
+        item = next(get_args(one)[1] for one in kinds if get_origin(one) is dict)
+        return {str(name): convert(entry, item, f"{key}.{name}") for name, entry in value.items()}
+    if (value is None and none) or (isinstance(value, bool) and bool in kinds):
+        return value
+    if isinstance(value, str) and str in kinds:
+        return _utf8(value, key)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if int in kinds and (isinstance(value, int) or value.is_integer()):
+            return int(value)
+        if float in kinds:
+            return float(value)
+        if str in kinds and isinstance(value, int) and not words:
+            return str(value)
+    if lists and value is not None:
+        if isinstance(value, list | tuple):
+            if not value and str in kinds:
+                raise ConfigError(f"{key}=[]: name at least one")
+            (item,) = lists
+            return [convert(entry, item, key, words) for entry in value]
+        if str not in kinds:
+            (item,) = lists
+            return [convert(value, item, key, words)]
+    if not kinds <= known and not any(get_origin(one) is dict for one in kinds):
+        return untyped(value, key)
+    raise ConfigError(f"{key}={shown(value)}: {wanted(kinds)}")
+
+
+def _number(text: str, whole: bool) -> int | float | None:
+    for kind in (int, float) if whole else (float,):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None
+
+
+def untyped(value: Any, key: str) -> Any:
+    """A value of unknown type, with what came from the command line read."""
+    if isinstance(value, Raw):
+        value = scalar(str(value), key)
+    if isinstance(value, Mapping):
+        return {str(name): untyped(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [untyped(item, key) for item in value]
+    return _utf8(value, key) if isinstance(value, str) else value
+
+
+def _utf8(text: str, key: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key}={text.encode(errors='replace').decode()}: not UTF-8 text") from None
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value as yaml has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def wanted(kinds: set[Any]) -> str:
+    """What to write instead."""
+    if str in kinds:
+        return "not a text: write it in quotes"
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    for one in kinds:
+        if get_origin(one) in (list, Sequence):
+            return "give a list of texts" if get_args(one)[0] is str else "give a list of numbers"
+        if get_origin(one) is dict:
+            return "give keys and values, {name: value}"
+    return "give " + " or ".join(name for one, name in names.items() if one in kinds and not (one is float and int in kinds))
+
+
+# --- yaml ------------------------------------------------------------------------------------------------------------
+LEAVES = 100_000
+"""Values that a file may unfold to: anchors can make a few lines endless."""
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+class Loader(yaml.SafeLoader):
+    """Numbers as people write them (``1e-3``; ``007`` and ``12:30`` are texts), keys as they stand, none of them twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) < len(node.value) or len(set(keys)) < len(keys):
+            problem = "a key is a text" if len(keys) < len(node.value) else "a key that is there already"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes what this or any other reader would take for something else than a text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("int", "float"))
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+for _reader in (Loader, Dumper):
+    _reader.add_implicit_resolver(
+        _FLOAT,
+        re.compile(
+            r"^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+0123456789."),
+    )
+Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^[yYnN]$"), list("yYnN"))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a yaml file holds; an empty one an empty dictionary.
+
+    Raises:
+        ConfigError: not yaml.
+    """
+    try:
+        content = yaml.load(path.read_bytes(), Loader)
+        if sum(1 for _ in islice(_leaves(content), LEAVES)) == LEAVES:
+            raise ValueError(f"it unfolds to more than {LEAVES:,} values")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # yaml's own errors have several lines
+        raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from None
+    return {} if content is None else content
+
+
+def write_yaml(value: Any) -> str:
+    """Dictionaries, lists and scalars as yaml that any reader takes for the same."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
