@@ -1,6 +1,6 @@
 """Steering: four orthogonal parts (look-ahead, value, transition, correction and selection), one engine, many presets."""
 
-from steerfm.steering.corrections import Jarzynski, Twisted, Uncorrected
+from steerfm.steering.corrections import Jarzynski, Marginal, Twisted, Uncorrected
 from steerfm.steering.engine import Method, Outcome, Steering, Trace
 from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Rollout, Smooth, residual
 from steerfm.steering.methods import (
@@ -43,11 +43,11 @@ from steerfm.steering.value import (
 from steerfm.steering.weights import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
 
 __all__ = [
-    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
-    "Beam", "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC",
-    "EndpointAscent", "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch",
-    "FeynmanKac", "FreeDoM", "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Method", "MultiRound", "Narrow",
-    "Outcome", "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "Steering",
+    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive", "Beam",
+    "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "EndpointAscent",
+    "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM",
+    "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
+    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "Steering",
     "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
     "ZeroOrderSearch", "residual", "steer",
 ]  # fmt: skip

@@ -32,6 +32,35 @@ class Move:
     shift: Tensor | None
     noise: Tensor | None
     duration: float
+    family: Family | None = None
+
+
+@dataclass
+class Family:
+    """All that the particles of a step could have come from: those before the selection, whether they went on or not.
+
+    Attributes:
+        x: (n, k, d) the particles after the step.
+        mean, proposal: (n, m, d) means of the base kernels and of the guided ones, from each of the m parents.
+        log_base: (n, m) log-weights of the parents, the twist taken off, with logsumexp = log of their mean weight.
+        log_odds: (n, m) log of the odds that a particle is the child of each.
+        log_w: (n, k) what the particles bring from the selection, with what it moved into log Z.
+    """
+
+    x: Tensor
+    mean: Tensor
+    proposal: Tensor
+    log_base: Tensor
+    log_odds: Tensor
+    log_w: Tensor
+
+    def log_ratio(self, std: float) -> Tensor:
+        """log of sum_j base_j N(x; mean_j) / sum_j odds_j N(x; proposal_j), (n, k)."""
+        out = []
+        for x, mean, proposal, base, odds in zip(self.x, self.mean, self.proposal, self.log_base, self.log_odds):
+            far = (torch.cdist(x, at).square() / (2 * std**2) for at in (mean, proposal))
+            out.append(torch.logsumexp(base - next(far), 1) - torch.logsumexp(odds - next(far), 1))
+        return torch.stack(out)
 
 
 class Correction(Protocol):
@@ -150,6 +179,34 @@ class Twisted:
 
     def guides(self, step: Step) -> bool:
         return step.std > 0
+
+
+@dataclass(frozen=True)
+class Marginal(Twisted):
+    """As `Twisted`, but a particle answers to all parents it could have had, and not to its own alone.
+
+        log w = U + log sum_j (w_j exp(-U_j)) base(x'|x_j) - log sum_j odds_j proposal(x'|x_j)
+
+    over the particles j before the selection (the marginal particle filter; Klaas, de Freitas & Doucet, UAI 2005). What a
+    selection by the full reward leaves out still counts, as long as a step of those that went on reaches where it would have
+    led: a step that forgets does no harm. Where no step reaches another's place, as in many dimensions, it is `Twisted`.
+
+    Holds where the kernels of all parents are known without network calls: transition `Renoise` (gamma = 1) with look-ahead
+    `Jump`, or `Bridge` with `Denoise`; elsewhere, and at steps without noise, it is `Twisted`. Costs k m distances a step.
+    """
+
+    mixes = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.potential != "difference":
+            raise ValueError(f"potential={self.potential!r}: a marginal weight forgets the path, use difference")
+
+    def increment(self, move: Move) -> Tensor:
+        if move.family is None:
+            return super().increment(move)
+        gain = move.family.log_ratio(move.step.std) - move.family.log_w
+        return move.after.value + gain.flatten()
 
 
 # --- Jarzynski -------------------------------------------------------------------------------------------------------
@@ -279,5 +336,10 @@ class Uncorrected:
         return True
 
 
-CORRECTIONS: dict[str, Correction] = {"twisted": Twisted(), "jarzynski": Jarzynski(), "none": Uncorrected()}
+CORRECTIONS: dict[str, Correction] = {
+    "twisted": Twisted(),
+    "marginal": Marginal(),
+    "jarzynski": Jarzynski(),
+    "none": Uncorrected(),
+}
 """Corrections by the name that configurations use."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 from steerfm.flowmap import Microbatched
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, time_grid
-from steerfm.steering.corrections import CORRECTIONS, Correction, Move, Twisted
+from steerfm.steering.corrections import CORRECTIONS, Correction, Family, Move, Twisted
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead
 from steerfm.steering.value import (
     GUIDANCES,
@@ -43,6 +44,7 @@ from steerfm.steering.weights import (
     log_mean,
     log_mean_exp,
     normalise,
+    unbiased,
     wide,
 )
 
@@ -118,6 +120,17 @@ class Method(Protocol):
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """Run ``n`` outputs of ``particles`` particles."""
         ...
+
+
+@dataclass
+class Parents:
+    """The particles before a selection, and who of them went on; without ``selected`` all did."""
+
+    x: Tensor
+    now: Evaluation
+    problem: Problem
+    log_w: Tensor
+    selected: Selected | None = None
 
 
 # --- the method by parts ---------------------------------------------------------------------------------------------
@@ -214,19 +227,22 @@ class Steering:
         zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
         now = self._look(problem, looks_noise, x, 0.0, zero, None, zero)
         log_w, log_z = correction.start(now).view(n, k), zero.new_zeros(n)  # type: ignore[union-attr]
+        first_tilt, parents = now.tilt.view(n, k), Parents(x, now, problem, log_w)
         records: list[dict[str, Tensor]] = []
         components: dict[str, Tensor] = {}
         rewards, shared = zero, None
 
         def select(done: int, s: float, t: float) -> Selected:
             """Ask the selection before the step from s to t; without noise in it, copies would stay copies."""
-            nonlocal x, now, log_w, log_z, k, problem, zero
+            nonlocal x, now, log_w, log_z, k, problem, zero, parents
+            parents = Parents(x, now, problem, log_w)
             parts = t < s or (t < 1 and transition.stochastic)  # type: ignore[union-attr]
             if selection is None or not (parts or selection.prunes):  # type: ignore[union-attr]
                 return Selected.none(log_w)
             u = noise.uniform(k, x.device)
-            selected = selection.select(Candidates(log_w, now.tilt.view(n, k), u, done, s))  # type: ignore[union-attr]
+            selected = selection.select(Candidates(log_w, now.tilt.view(n, k), u, done, s, parts))  # type: ignore[union-attr]
             if bool(selected.resampled.any()):
+                parents = replace(parents, selected=selected)
                 rows = (torch.arange(n, device=x.device).unsqueeze(1) * k + selected.ancestors).flatten()
                 x, now = x[rows], now.select(rows)
                 log_z = torch.where(selected.resampled, log_z + log_mean(log_w), log_z)
@@ -252,7 +268,8 @@ class Steering:
                 norm = now.direction.flatten(1).norm(dim=1)
             z = noise.normal(shape, x) if step.std else None
             x = (step if shift is None else type(step)(step.mean + shift, step.std)).sample(z)
-            move = Move(now, now, step, shift, z, t - s)
+            family = self._family(parents, x, step, shift, s, t) if t > s else None
+            move = Move(now, now, step, shift, z, t - s, family)
             if last:
                 seen = now.scores if x is shared else None  # the last look-ahead is what comes out: no need to ask again
                 scores = problem.score(x) if seen is None else seen
@@ -291,7 +308,7 @@ class Steering:
             rewards=rewards.view(n, k),
             components={name: value.view(n, k) for name, value in components.items()},
             log_weights=normalise(log_w),
-            log_z=log_z + log_mean(log_w) if correction.samples else None,  # type: ignore[union-attr]
+            log_z=self._log_z(first_tilt, log_z + log_mean(log_w)),
             trace=trace,
         )
 
@@ -330,6 +347,40 @@ class Steering:
         rows = problem.flow_map.rows if split else None  # type: ignore[attr-defined]
         found = evaluate(self.guidance, view, rows) if guided else look(view)  # type: ignore[arg-type]
         return correction.remember(self, None if move is None else move.before, found, view)  # type: ignore[union-attr]
+
+    def _log_z(self, first: Tensor, chain: Tensor) -> Tensor | None:
+        """log Z (n,), None where there is no honest one.
+
+        Args:
+            first: (n, k) strength * reward of the look-aheads at t = 0; zeros where nobody looked.
+            chain: (n,) what the weights along the path say.
+        """
+        return chain if self.correction.samples and unbiased(self.resampling) else None  # type: ignore[union-attr,arg-type]
+
+    def _family(self, parents: Parents, x: Tensor, step: Step, shift: Tensor | None, s: float, t: float) -> Family | None:
+        """All that the particles x (b, *shape) of this step could have come from, where a correction asks for it and it costs
+        no network call."""
+        transition = self.transition
+        free = self._shared(parents.now) is not None and getattr(transition, "gamma", 1.0) == 1.0
+        if not (getattr(self.correction, "mixes", False) and step.std and free):
+            return None
+        problem, now, log_w, selected = parents.problem, parents.now, parents.log_w, parents.selected
+        n, m = log_w.shape
+        if selected is None:
+            log_odds, carried = torch.full_like(log_w, -math.log(m)), log_w
+        else:
+            step = transition.step(problem.flow_map, parents.x, s, t, problem.cond, self._shared(now))  # type: ignore[union-attr]
+            if shift is not None:
+                shift = self.guidance.shift(problem.flow_map, now, parents.x, step.mean, s, t, step.std)  # type: ignore[union-attr]
+            log_odds, moved = selected.odds(m), log_mean(log_w).unsqueeze(1)
+            carried = torch.where(selected.resampled.unsqueeze(1), moved, log_w.gather(1, selected.ancestors))
+
+        def rows(of: Tensor) -> Tensor:
+            return of.view(n, -1, x[0].numel()).to(log_w)
+
+        mean = rows(step.mean)
+        log_base = log_w - now.value.view(n, m) - math.log(m)
+        return Family(rows(x), mean, mean if shift is None else mean + rows(shift), log_base, log_odds, carried)
 
     def _drawn(self) -> bool:
         """Whether the transition lives on endpoints that only the look-ahead draws."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from steerfm.sampling import Bridge, Diffuse, Noise, Transition
 from steerfm.sampling import Jump as JumpTransition
-from steerfm.steering.corrections import Correction, Jarzynski, Twisted, Uncorrected
+from steerfm.steering.corrections import Correction, Jarzynski, Marginal, Twisted, Uncorrected
 from steerfm.steering.engine import Method, Outcome, Steering, Tick
-from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
+from steerfm.steering.lookahead import Denoise, Jump, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
@@ -28,7 +29,7 @@ from steerfm.steering.value import (
     Tempering,
     untempered,
 )
-from steerfm.steering.weights import BestChild, Narrow, Resample, Selection, TopK, Window, at_least_one
+from steerfm.steering.weights import BestChild, Narrow, Resample, Selection, TopK, Window, at_least_one, log_mean
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -63,16 +64,20 @@ class Funnel(Steering):
     One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
     particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
 
-    Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step, ``resampling`` later; the
-    gradient at the endpoint, if the reward has one (no network backward).
+    Parts: as `FeynmanKac`, with no tempering and correction marginal; the selection is `Narrow` before the first step,
+    ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
-    Samples: yes, the tilt of the base chain's own law, as the particles grow; exp(log_z) is unbiased.
+    Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
+    dimensions a step forgets part of what the first look saw, and the weights then rest on few particles.
+    log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
+    There is none for another look-ahead that selects at t = 0.
     """
 
     steps: int = 5
     first: int = 64
     guidance: Guidance | str | None = field(default_factory=lambda: EndpointGradient(required=False))
     tempering: Tempering | str | float = untempered
+    correction: Correction | str = field(default_factory=Marginal)
 
     def __post_init__(self) -> None:
         if self.first < self.particles:
@@ -102,6 +107,12 @@ class Funnel(Steering):
         rows = torch.arange(0, n * self.particles, self.particles, device=problem.strength.device)
         wider = problem.select(rows.repeat_interleave(self.first))
         return super()._run(wider, Noise(noise.seeds, self.first), n, lookaheads, tick)
+
+    def _log_z(self, first: Tensor, chain: Tensor) -> Tensor | None:
+        chain_only = super()._log_z(first, chain)
+        if chain_only is None or self.lookahead is None or self.tempering(0.0) == 0:  # type: ignore[operator]
+            return chain_only  # nothing was narrowed by its weight
+        return log_mean(first) if isinstance(self.lookahead, Jump) else None
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ class Candidates:
         tilt: (n, k) strength * reward of the look-ahead, untempered: what a search ranks by.
         u: (n, k) uniform numbers.
         step: transitions done. t: time.
+        parts: whether the next step has noise; without it copies stay copies.
     """
 
     log_w: Tensor
@@ -165,6 +166,7 @@ class Candidates:
     u: Tensor
     step: int
     t: float
+    parts: bool = True
 
 
 @dataclass
@@ -172,10 +174,20 @@ class Selected:
     """ancestors: (n, k') indices into the particles of each output; resampled: (n,) where that was done.
 
     The weights of a resampled output start anew. k' may be smaller than k, where ``resampled`` holds for all outputs.
+    log_odds: (n, k) log of the odds that an ancestor is each of the particles; None where they are what came out.
     """
 
     ancestors: Tensor
     resampled: Tensor
+    log_odds: Tensor | None = None
+
+    def odds(self, k: int) -> Tensor:
+        """log_odds (n, k), in the wide dtype."""
+        if self.log_odds is not None:
+            return self.log_odds
+        ones = torch.ones(self.ancestors.shape, dtype=wide(self.ancestors.device), device=self.ancestors.device)
+        children = ones.new_zeros(len(ones), k).scatter_add(1, self.ancestors, ones)
+        return torch.log(children / ones.shape[1])
 
     @classmethod
     def none(cls, log_w: Tensor) -> Selected:
@@ -192,6 +204,9 @@ class Selection(Protocol):
         ranks: whether it looks at ``tilt``, so that a look-ahead is needed even where its value is tempered to zero.
         prunes: whether it may leave fewer particles. The engine asks the others only before a step with noise: without
             it, copies would stay copies.
+
+    One that is ``unbiased``, so that every particle has children in proportion to its weight on average, says so by a member
+    of that name; without it there is no log Z.
     """
 
     @property
@@ -201,6 +216,11 @@ class Selection(Protocol):
     def prunes(self) -> bool: ...
 
     def select(self, candidates: Candidates) -> Selected: ...
+
+
+def unbiased(selection: Selection | None) -> bool:
+    """Whether the particles that go on have children in proportion to their weights on average."""
+    return selection is None or bool(getattr(selection, "unbiased", False))
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,7 @@ class Resample:
     scheme: str | Scheme = "systematic"
     threshold: float = 0.5
     ranks = prunes = False
+    unbiased = True
 
     def __post_init__(self) -> None:
         if isinstance(self.scheme, str) and self.scheme not in SCHEMES:
@@ -228,7 +249,9 @@ class Resample:
         low = effective_sample_size(log_w) < self.threshold * EQUAL
         if not low.any():
             return stay
-        return Selected(torch.where(low.unsqueeze(1), self.draw(log_w, candidates.u), stay.ancestors), low)
+        rows = low.unsqueeze(1)
+        odds = torch.where(rows, log_w.log_softmax(1), -math.log(log_w.shape[1]))
+        return Selected(torch.where(rows, self.draw(log_w, candidates.u), stay.ancestors), low, odds)
 
     def draw(self, log_w: Tensor, u: Tensor) -> Tensor:
         """Ancestors (n, k) of every output, whatever its ESS."""
@@ -258,15 +281,21 @@ class Narrow:
     def ranks(self) -> bool:
         return self.then.ranks
 
+    @property
+    def unbiased(self) -> bool:
+        return unbiased(self.then)
+
     def select(self, candidates: Candidates) -> Selected:
         log_w, k = candidates.log_w, candidates.log_w.shape[1]
         if candidates.step or k <= self.keep:
-            return self.then.select(candidates)
+            asked = candidates.parts or self.then.prunes
+            return self.then.select(candidates) if asked else Selected.none(log_w)
         drawn = systematic(log_w.softmax(1), candidates.u[:, : self.keep].to(log_w))
         first = torch.arange(self.keep, device=log_w.device).expand_as(drawn)
         told_apart = effective_sample_size(log_w) < EQUAL
         kept = torch.where(told_apart.unsqueeze(1), drawn, first)
-        return Selected(kept, torch.ones(len(log_w), dtype=torch.bool, device=log_w.device))
+        resampled = torch.ones(len(log_w), dtype=torch.bool, device=log_w.device)
+        return Selected(kept, resampled, log_w.log_softmax(1))
 
 
 @dataclass(frozen=True)
@@ -355,6 +384,10 @@ class Window:
     @property
     def prunes(self) -> bool:
         return self.selection.prunes
+
+    @property
+    def unbiased(self) -> bool:
+        return unbiased(self.selection)
 
     def select(self, candidates: Candidates) -> Selected:
         if candidates.step and candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
