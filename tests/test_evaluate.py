@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import steerfm
-from steerfm import cli, commands_evaluate, zoo
+from steerfm import cli, commands_evaluate, emoji, zoo
+from steerfm.commands import can_judge_words
 from steerfm.commands_evaluate import Space, evaluate, examine
 from steerfm.config import EvaluateConfig
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
@@ -202,3 +203,27 @@ def test_a_run_that_was_cut_between_samplers_continues_to_the_same_numbers(monke
         for row in found["samplers"].values():
             row.pop("seconds")
     assert again["samplers"] == whole["samplers"] and again["samplers"]["2 jumps"]["to_euler"] > 0
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("judge", [True, False])
+def test_a_map_of_words_is_measured_by_the_judge_where_it_is_installed_and_by_the_clip(monkeypatch, tmp_path, capsys, judge):
+    if judge and not can_judge_words():
+        pytest.skip("needs what emoji_judge needs")
+    monkeypatch.setattr(commands_evaluate, "can_judge_words", lambda: judge)
+    monkeypatch.setenv("STEERFM_DATA", str(tmp_path))
+    (tmp_path / "emoji").mkdir()
+    pictures = torch.randint(0, 256, (36, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    names = [f"thing {i}" for i in range(12)]
+    concept, style = torch.arange(36) // 3, torch.arange(36) % 3
+    data = emoji.Emoji(pictures, concept, style, torch.zeros(36).long(), names, [[] for _ in names], torch.arange(12) > 9)
+    monkeypatch.setattr(emoji, "load", lambda *args: data)
+    assert cli.main(["evaluate", "model=emoji", "n=6", "steps=[1]", "euler=2", f"out={tmp_path / 'run'}"]) == 0
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    spaces = ["emoji-judge", "emoji-clip"] if judge else ["emoji-clip"]
+    row = found["samplers"]["1 jump"]
+    assert list(row["spaces"]) == list(found["data"]) == spaces and bool(found["gaps"]) != judge
+    assert ("judge" in row) == judge and "R@1 of 10" in row
+    assert found["texture_of_data"] == pytest.approx(float(texture(pictures[:30].float() / 255).mean()))
+    assert 0 < row["texture"] < 1  # the data are noise
+    assert found["data"]["emoji-clip"]["n"] == 6
