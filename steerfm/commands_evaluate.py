@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from steerfm import config as configs
 from steerfm import emoji, encoders, results, rewards, zoo
 from steerfm.commands import _model, _progress, _rows, _stem, _table, can_judge_words, console, read_prompts
-from steerfm.config import ConfigError
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.metrics import (
@@ -98,8 +97,6 @@ class Examiner:
 
 def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
-    if config.n < 2 or config.batch_size < 1 or config.euler < 1 or not config.steps or min(config.steps) < 1:
-        raise ConfigError("evaluate needs n of at least 2, and batch_size, euler and all of steps of at least 1")
     flow_map = _model(config.model, config.device)
     examiner = examine(flow_map, config)
     folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
