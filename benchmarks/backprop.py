@@ -30,6 +30,7 @@ from rich.table import Table
 import steerfm
 from steerfm.finetuning import Direct, DRaFT, FineTuning, Tasks, Update
 from steerfm.finetuning.base import draw
+from steerfm.randomness import derive, stream
 from steerfm.sampling import Noise
 
 VARIANTS = {
@@ -67,11 +68,10 @@ class Updates:
         started = time.perf_counter()
         tuned, reference = self.module.maps
         tasks = Tasks().take(torch.zeros(self.batch).long())
-        first = self.seed * 10**6 + self.step * self.batch
-        noise = Noise(range(first, first + self.batch))
+        noise = Noise([derive(self.seed, "training", self.step, row) for row in range(self.batch)])
         update = Update(
             self.step, 100, tuned, tuned, reference, self.module.judged[0], tasks, Tasks(), noise,
-            torch.Generator().manual_seed(first), self.module.control, 1.0,
+            stream(self.seed, "update", self.step), self.module.control, 1.0,
         )  # fmt: skip
         loss = self.module.method.loss(update)["loss"]
         self.optimizer.zero_grad()
@@ -84,7 +84,7 @@ class Updates:
         """Mean of the judge over n samples, drawn as this variant draws them, from seeds that it never trains on."""
         tuned, reference = self.module.maps
         law, tasks = self.module.method.law(tuned, reference), Tasks().take(torch.zeros(n).long())
-        samples = draw(law, tasks, tuned, [-1 - i for i in range(n)])
+        samples = draw(law, tasks, tuned, list(range(n)))
         with torch.no_grad():
             return tasks.problem(tuned, self.judge).score(samples).total.mean().item()
 

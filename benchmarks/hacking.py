@@ -32,6 +32,7 @@ from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import interval
 from steerfm.networks import Mlp
 from steerfm.objectives import Trajectory, Triangle
+from steerfm.randomness import global_stream
 from steerfm.rewards import as_reward
 from steerfm.training import FlowMapTraining
 
@@ -74,8 +75,8 @@ def trainer(steps: int) -> L.Trainer:
 
 def base_map(mixture: GaussianMixture, folder: Path, steps: int = 2500) -> NeuralFlowMap:
     """A map of the ring, trained once."""
-    torch.manual_seed(0)
-    flow_map = NeuralFlowMap(Mlp(2, width=128, depth=3), (2,), std=(RADIUS**2 / 2 + STD**2) ** 0.5)
+    with global_stream(0, "weights"):
+        flow_map = NeuralFlowMap(Mlp(2, width=128, depth=3), (2,), std=(RADIUS**2 / 2 + STD**2) ** 0.5)
     path = folder / f"ring-{steps}.safetensors"
     if path.is_file():
         return NeuralFlowMap.load(path)

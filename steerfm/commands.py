@@ -40,6 +40,7 @@ from steerfm.flowmap import (
 )  # fmt: skip
 from steerfm.metrics import feature_statistics, restoration, texture
 from steerfm.prompts import ENDINGS, read_texts
+from steerfm.randomness import derive, global_stream, stream
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
@@ -60,8 +61,8 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
     data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
     data.setup()
-    torch.manual_seed(config.seed)  # initial weights and dropout; noise and times have a generator of their own
-    module, architecture = _training_module(config, data)
+    with global_stream(config.seed, "weights"):
+        module, architecture = _training_module(config, data)
     module.network.to(memory_format=torch.channels_last)
     folder = _training_folder(config)
     t = config.trainer
@@ -89,7 +90,7 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     elif config.task == "classifier":
         head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
         save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
-        some = torch.randperm(len(data.train[0]), generator=torch.Generator().manual_seed(0))[: len(data.test[0])]
+        some = torch.randperm(len(data.train[0]), generator=stream(0, "statistics"))[: len(data.test[0])]
         found = _statistics(module.ema, data.test[0], data.train[0][some])
         save_file(found, folder / f"{config.name}-statistics.safetensors")
     else:
@@ -180,12 +181,13 @@ def _contrastive(config: configs.TrainConfig, data: Any, options: dict[str, Any]
 
 def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tensor:
     """``n`` pictures (3 n, c, h, w) each in one, two and four jumps of a flow map, asked for captions of the data."""
-    flow_map, generator, parts = zoo.load(model), torch.Generator().manual_seed(seed), []
+    flow_map, generator, parts = zoo.load(model), stream(seed, "captions"), []
     for part, jumps in enumerate((1, 2, 4)):
         groups = torch.randint(len(data.groups), (n,), generator=generator)
         captions = data.emoji.captions(torch.stack([data.groups[g][0] for g in groups.tolist()]), generator)
         cond = flow_map.condition(captions, n)
-        parts.append(flow_map.decode(draw(flow_map, n, jumps, seed + part * n, cond, batch_size=200)))
+        seeds = [derive(seed, "training pictures", part, i) for i in range(n)]
+        parts.append(flow_map.decode(draw(flow_map, n, jumps, seeds, cond, batch_size=200)))
     return torch.cat(parts)
 
 

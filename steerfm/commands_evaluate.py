@@ -18,6 +18,7 @@ from steerfm import emoji, encoders, results, rewards, zoo
 from steerfm.commands import _model, _progress, _rows, _stem, _table, can_judge_words, console, read_prompts
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
+<<<<<<< HEAD
 from steerfm.metrics import (
     cubic,
     discrepancy,
@@ -27,6 +28,10 @@ from steerfm.metrics import (
     split_statistics,
     texture,
 )  # fmt: skip
+=======
+from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity
+from steerfm.randomness import stream
+>>>>>>> 4c621e1 (Every stream of random numbers comes from (seed, purpose, step, row) by a hash)
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
 from steerfm.training import consistency_errors
@@ -349,7 +354,13 @@ def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
     first, (_, embedded, encode_text) = next(iter(scorers.items()))
     with torch.inference_mode():
         texts = torch.cat([encode_text(prompts[i : i + 256]).cpu() for i in range(0, len(prompts), 256)])
+<<<<<<< HEAD
     generator = torch.Generator().manual_seed(1)
+=======
+    order = torch.randperm(len(known), generator=stream(0, "real pictures"))
+    halves = [feature_statistics(known[part]) for part in order.chunk(2)]
+    generator = stream(0, "pools")
+>>>>>>> 4c621e1 (Every stream of random numbers comes from (seed, purpose, step, row) by a hash)
     others = min(POOL, len(prompts)) - 1
     pools = torch.stack([torch.randperm(max(1, len(prompts) - 1), generator=generator)[:others] for _ in range(config.n)])
     own = torch.arange(config.n) % len(prompts)

@@ -31,6 +31,7 @@ from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Refit, Tasks, 
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
 from steerfm.flowmap import NeuralFlowMap, read_weights, write_weights
+from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
 from steerfm.training import semigroup_error
 
@@ -103,8 +104,9 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
     options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
     start = learnt if lora is None else None
     return FineTuning(
-        base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start, seed=config.seed, **options
-    )
+        base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start,
+        seed=derive(config.seed, "distil"), **options,
+    )  # fmt: skip
 
 
 def finish(

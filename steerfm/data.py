@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from steerfm import emoji
+from steerfm.randomness import stream
 
 FASHION_CLASSES = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -24,25 +26,35 @@ FASHION_CLASSES = (
 
 
 class TensorBatches(Dataset):
-    """Pictures (n, c, h, w) uint8 and labels (n,), indexed by whole batches: no per-sample collation.
+    """Pictures (n, c, h, w) uint8 and labels (n,), indexed by whole batches: no per-sample collation."""
 
-    Args:
-        augment: shift by up to this many pixels and mirror half of the pictures, each batch anew.
-    """
-
-    def __init__(self, pictures: Tensor, labels: Tensor, augment: int = 0) -> None:
-        self.pictures, self.labels, self.augment = pictures, labels, augment
+    def __init__(self, pictures: Tensor, labels: Tensor) -> None:
+        self.pictures, self.labels = pictures, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: list[int] | Tensor) -> tuple[Tensor, Tensor]:
         """(pictures float in [0, 1], labels) of a batch of indices."""
         rows = torch.as_tensor(index)
-        pictures = self.pictures[rows].float() / 255
-        if self.augment:
-            pictures = _shift_and_mirror(pictures, self.augment, torch.Generator().manual_seed(int(rows.sum())))
-        return pictures, self.labels[rows]
+        return self.pictures[rows].float() / 255, self.labels[rows]
+
+
+def epoch_rows(n: int, batch_size: int, seed: int, number: int) -> Tensor:
+    """Which of ``n`` rows are in the batch of a number, (batch_size,): every epoch has an order of its own, and whole batches.
+
+    Raises:
+        ValueError: more rows in a batch than there are.
+    """
+    if not 1 <= batch_size <= n:
+        raise ValueError(f"batch_size={batch_size}: there are {n:,} rows to train on, take 1 to {n:,}")
+    epoch, place = divmod(number, n // batch_size)
+    return _order(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=stream(seed, "order", epoch))
 
 
 class FashionMnist(L.LightningDataModule):
@@ -69,12 +81,17 @@ class FashionMnist(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         self.train, self.test = (fashion_mnist(split, self.root) for split in ("train", "test"))
+        epoch_rows(len(self.train[1]), self.batch_size, self.seed, 0)  # a batch that is too large is refused here
 
     def train_dataloader(self) -> DataLoader:
-        step = self.trainer.global_step if self.trainer else 0  # a continued run must not repeat the first batches
-        order = RandomSampler(self.train[1], generator=torch.Generator().manual_seed(self.seed + step))
-        batches = BatchSampler(order, self.batch_size, drop_last=True)
-        return DataLoader(TensorBatches(*self.train, augment=self.augment), sampler=batches, batch_size=None)
+        return endless(self, self.batch, shared=False)
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """The batch of a number: of an update, or of an update and a rank."""
+        pictures, labels = TensorBatches(*self.train)[epoch_rows(len(self.train[1]), self.batch_size, self.seed, number)]
+        if self.augment:
+            pictures = shift_and_mirror(pictures, self.augment, stream(self.seed, "augmentation", number))
+        return pictures, labels
 
     def val_dataloader(self) -> DataLoader:
         batches = BatchSampler(SequentialSampler(self.test[1]), 500, drop_last=False)
@@ -99,7 +116,7 @@ class MixtureData(L.LightningDataModule):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a number."""
-        x = self.mixture.sample(self.batch_size, torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        x = self.mixture.sample(self.batch_size, stream(self.seed, "data", step))
         return x.float(), torch.zeros(len(x), dtype=torch.long)
 
 
@@ -140,16 +157,17 @@ class EmojiData(L.LightningDataModule):
         self.emoji = emoji.load(self.root, self.shape[-1])
         self.groups, self.held_out = self.emoji.groups(False), self.emoji.groups(True)
         self.train = self.emoji.pictures[torch.cat(self.groups)], None
+        trained, held_out = (self.emoji.concept[torch.cat(groups)] for groups in (self.groups, self.held_out))
+        assert not torch.isin(trained, held_out).any(), "a concept is both trained on and held out"
+        epoch_rows(len(self.groups), self.batch_size, self.seed, 0)  # a batch that is too large is refused here
 
     def train_dataloader(self) -> DataLoader:
         return endless(self, self.batch, shared=False)
 
     def batch(self, step: int) -> tuple[Tensor, list[str], Tensor]:
         """The batch of a number: of an update, or of an update and a rank."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        epoch, place = divmod(step * self.batch_size, len(self.groups) // self.batch_size * self.batch_size)
-        order = torch.randperm(len(self.groups), generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
-        chosen = [self.groups[g] for g in order[place : place + self.batch_size].tolist()]
+        generator = stream(self.seed, "data", step)
+        chosen = [self.groups[g] for g in epoch_rows(len(self.groups), self.batch_size, self.seed, step).tolist()]
         picks = torch.rand(len(chosen), generator=generator).tolist()
         rows = torch.stack([group[int(pick * len(group))] for group, pick in zip(chosen, picks)])
         pictures = self.emoji.pictures[rows].float() / 255
@@ -237,7 +255,7 @@ def _shift(pictures: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _shift_and_mirror(pictures: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+def shift_and_mirror(pictures: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     """Shift each picture by up to ``pixels`` in both directions and mirror half of them."""
     b, _, h, w = pictures.shape
     padded = F.pad(pictures, (pixels,) * 4)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfm.randomness import stream
+
 BLOCK = 1024
 """Rows of a kernel or distance matrix that are held at once."""
 
@@ -181,11 +183,11 @@ def sliced_wasserstein(
     Args:
         a, b: (n, d) and (m, d); sizes may differ.
         projections: number of directions.
-        generator: of the directions, on the CPU; default: seeded with 0, so that calls agree.
+        generator: of the directions, on the CPU; default: the same in every call.
         weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
     """
     a, b = float64(a), float64(b)
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or stream(0, "directions")
     d, total = a.shape[1], 0.0
     w, v = _weights(a, weights_a), _weights(b, weights_b)
     for start in range(0, projections, d):
@@ -375,7 +377,7 @@ def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: in
     values = float64(torch.as_tensor(values))
     if values.numel() == 0:
         raise ValueError("an interval of no values")
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "bootstrap")
     drawn = torch.randint(len(values), (repeats, len(values)), generator=generator)
     means = values.cpu()[drawn].mean(1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steerfm.flowmap import Condition, FlowMap, map_condition, take_rows
 from steerfm.interpolant import Interpolant
+from steerfm.randomness import derive, stream
 
 
 # --- time grids ------------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ class Noise:
     seed. Selection and stochastic look-aheads have streams of their own, so that neither changes the noise of the path.
 
     Args:
-        seeds: one integer per output.
+        seeds: one integer per output, of any size; see `randomness.stream`.
         k: particles per output.
     """
 
@@ -52,19 +53,19 @@ class Noise:
 
     @cached_property
     def generators(self) -> list[torch.Generator]:  # made when first drawn from: many a run has no use for all its streams
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        return [stream(seed) for seed in self.seeds]
 
     @cached_property
     def selection(self) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(_other_stream(seed)) for seed in self.seeds]
+        return [stream(seed, "selection") for seed in self.seeds]
 
-    def other(self) -> Noise:
+    def other(self, purpose: str = "look-ahead") -> Noise:
         """An unrelated stream for the same outputs."""
-        return Noise([_other_stream(_other_stream(seed)) for seed in self.seeds], self.k)
+        return Noise([derive(seed, purpose) for seed in self.seeds], self.k)
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal (n * k, *shape), drawn in float32, on the device and in the dtype of ``like``."""
-        out = torch.empty(len(self.seeds), self.k, *shape)
+        out = torch.empty(len(self.seeds), self.k, *shape, dtype=torch.float32)  # whatever torch's default is
         for rows, generator in zip(out, self.generators):
             torch.randn(shape, generator=generator, out=rows[0])
             if self.k > 1:
@@ -77,13 +78,8 @@ class Noise:
 
     def uniform(self, columns: int, device: torch.device) -> Tensor:
         """Uniform on [0, 1), (n, columns), for selection."""
-        out = torch.stack([torch.rand(columns, generator=generator) for generator in self.selection])
+        out = torch.stack([torch.rand(columns, generator=generator, dtype=torch.float32) for generator in self.selection])
         return out.to(device)
-
-
-def _other_stream(seed: int) -> int:
-    """A seed for a second, unrelated stream of the same output."""
-    return (seed * 6364136223846793005 + 1442695040888963407) % 2**63
 
 
 def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:

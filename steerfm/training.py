@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, replace_rows, take_rows
 from steerfm.objectives import FlowMatching, Objective
+from steerfm.randomness import global_stream, stream
 from steerfm.results import picture_grid
 from steerfm.sampling import sample
 
@@ -31,7 +33,8 @@ class Trained(L.LightningModule):
     """What both trainings share: AdamW, warm-up and linear decay, gradient clipping, an EMA and a noise generator.
 
     The EMA lives in the module's state, not in a callback, so a checkpoint can never hold swapped weights. Its decay warms
-    up as min(decay, (1 + n)/(10 + n)). The generator is on the CPU, one per rank, and is saved: a resumed run draws on.
+    up as min(decay, (1 + n)/(10 + n)). Every update has a generator of its own, on the CPU: a continued run draws what an
+    uninterrupted one does.
 
     Args:
         network: the network to train.
@@ -40,7 +43,7 @@ class Trained(L.LightningModule):
         warmup: steps of linear warm-up.
         decay: share of the steps over which the rate falls linearly to zero, at the end.
         ema: decay of the average.
-        seed: of the noise and of the time sampling.
+        seed: of the noise, of the times and of dropout.
     """
 
     def __init__(
@@ -61,8 +64,16 @@ class Trained(L.LightningModule):
         self.average = AveragedModel(network, avg_fn=average, use_buffers=False).requires_grad_(False)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.steps, self.warmup, self.decay, self.seed = steps, warmup, decay, seed
-        self.generator = torch.Generator()
         self.skipped = 0
+        self._generator: tuple[int, torch.Generator] | None = None
+        self._global = ExitStack()
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of this update and this process."""
+        if self._generator is None or self._generator[0] != self.global_step:
+            self._generator = self.global_step, stream(self.seed, "training", self.global_step, self.global_rank)
+        return self._generator[1]
 
     @property
     def ema(self) -> nn.Module:
@@ -82,9 +93,11 @@ class Trained(L.LightningModule):
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, left))
 
-    def on_train_start(self) -> None:  # not on_fit_start, which runs before the step count is restored
-        if self.global_step == 0:
-            self.generator.manual_seed(self.seed + 1_000_003 * self.global_rank)
+    def on_train_batch_start(self, *_: Any) -> None:  # dropout draws from torch's own generators
+        self._global.enter_context(global_stream(self.seed, "dropout", self.global_step, self.global_rank))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._global.close()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step whose gradient is not finite is skipped and counted."""
@@ -101,10 +114,9 @@ class Trained(L.LightningModule):
         self.average.update_parameters(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["generator"], checkpoint["skipped"] = self.generator.get_state(), self.skipped
+        checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.generator.set_state(checkpoint["generator"].cpu())
         self.skipped = checkpoint["skipped"]
 
 
@@ -175,7 +187,7 @@ class FlowMapTraining(Trained):
 
     def validation_step(self, batch: Sequence[Any], batch_index: int) -> None:
         """Flow-matching loss of the averaged network on held-out data, with fixed noise and times."""
-        flow_map, generator = self.averaged(), torch.Generator().manual_seed(batch_index)
+        flow_map, generator = self.averaged(), stream(0, "validation", batch_index)
         even = FlowMatching(lambda n, _: (torch.arange(n) + 0.5) / n)
         losses = even(flow_map, flow_map.encode(batch[0]), self.condition(batch), generator)
         self.log("val/flow_matching", losses.mean(), prog_bar=True, batch_size=len(batch[0]), sync_dist=True)
@@ -371,7 +383,7 @@ class _Points:
 
 
 def _points(flow_map: FlowMap, n: int, cond: Condition, seed: int) -> _Points:
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "consistency")
     times = torch.rand(3, n, generator=generator).sort(0).values
     s, m, t = (time.to(flow_map.device) for time in times)
     cond = move_condition(cond, flow_map.device)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from steerfm.data import DATA, FASHION_CLASSES, FashionMnist, TensorBatches, fashion_mnist
+from steerfm.data import DATA, FASHION_CLASSES, FashionMnist, TensorBatches, fashion_mnist, shift_and_mirror
 
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 installed = pytest.mark.skipif(not INSTALLED.is_dir(), reason="dataset-fashion-mnist is not installed")
@@ -72,8 +72,9 @@ def test_batches_are_floats_in_the_unit_interval():
     assert labels.tolist() == [3, 15]
 
 
-def seen(data: FashionMnist) -> list[list[int]]:
-    return [labels.tolist() for _, labels in data.train_dataloader()]
+def seen(data: FashionMnist, batches: int = 10) -> list[list[int]]:
+    """Labels of the next batches; an epoch of 42 rows has ten."""
+    return [labels.tolist() for (_, labels), _ in zip(data.train_dataloader(), range(batches))]
 
 
 @pytest.fixture
@@ -92,22 +93,33 @@ def test_an_epoch_visits_each_picture_once(many):
 
 
 def test_epochs_differ_and_seeds_fix_the_order(many):
-    loader = many.train_dataloader()
-    first, second = ([labels.tolist() for _, labels in loader] for _ in range(2))
+    both = seen(many, 20)
+    first, second = both[:10], both[10:]
     assert first != second
     assert seen(many) == first
     many.seed = 1
     assert seen(many) != first
+    many.seed = 2**32  # torch's generator would take it for 0
+    assert seen(many) != first
 
 
-def test_a_continued_run_has_another_order(many):
-    first = seen(many)
-    many.trainer = SimpleNamespace(global_step=0)
-    assert seen(many) == first
-    many.trainer = SimpleNamespace(global_step=6)
-    continued = seen(many)
-    assert continued != first
-    assert seen(many) == continued
+def test_a_continued_run_goes_on_in_the_same_order(many):
+    whole = seen(many, 20)
+    for step in (0, 6, 13):
+        many.trainer = SimpleNamespace(global_step=step, world_size=1, global_rank=0)
+        assert seen(many, 7) == whole[step : step + 7]
+
+
+def test_two_processes_share_out_the_batches_of_one(many):
+    whole = seen(many, 20)
+    for rank in (0, 1):
+        many.trainer = SimpleNamespace(global_step=3, world_size=2, global_rank=rank)
+        assert seen(many, 5) == whole[6 + rank : 16 + rank : 2]
+
+
+def test_a_batch_of_more_rows_than_there_are_is_refused_before_training(folder):
+    with pytest.raises(ValueError, match="batch_size=5000: there are"):
+        FashionMnist(batch_size=5000, root=str(folder)).setup()
 
 
 def test_validation_is_whole_and_in_order(many):
@@ -119,7 +131,7 @@ def test_validation_is_whole_and_in_order(many):
 def test_augmentation_keeps_shape_and_range(shape):
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (40, *shape), generator=generator).byte()
-    x, _ = TensorBatches(pictures, torch.arange(40), augment=2)[list(range(40))]
+    x = shift_and_mirror(pictures.float() / 255, 2, generator)
     assert x.shape == (40, *shape)
     assert x.min() >= 0
     assert x.max() <= 1
@@ -130,7 +142,7 @@ def test_augmentation_only_shifts_and_mirrors():
     """A bright pixel in the middle stays one bright pixel, within reach; channels move together."""
     pictures = torch.zeros(200, 2, 9, 9, dtype=torch.uint8)
     pictures[:, 0, 4, 3], pictures[:, 1, 4, 3] = 255, 51
-    x, _ = TensorBatches(pictures, torch.arange(200), augment=2)[list(range(200))]
+    x = shift_and_mirror(pictures.float() / 255, 2, torch.Generator().manual_seed(0))
     assert torch.equal(x.sum((2, 3)), torch.tensor([[1.0, 0.2]]).expand(200, 2))
     spots = x[:, 0].nonzero()[:, 1:]
     assert torch.equal(x[:, 1].nonzero()[:, 1:], spots)
@@ -140,11 +152,15 @@ def test_augmentation_only_shifts_and_mirrors():
     assert 0.25 < mirrored < 0.75
 
 
-def test_augmentation_belongs_to_the_batch():
-    pictures = torch.randint(0, 256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    batches = TensorBatches(pictures, torch.arange(12), augment=2)
-    assert torch.equal(batches[[0, 1, 2]][0], batches[[0, 1, 2]][0])
-    assert not torch.equal(batches[[0, 1, 2]][0], batches[[0, 1, 5]][0])
+def test_augmentation_belongs_to_the_seed_and_the_batch(many):
+    """The same picture in every row: what differs is the augmentation."""
+    picture = torch.randint(0, 256, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    many.train, many.augment = (picture.expand(42, -1, -1, -1), many.train[1]), 2
+    first = [many.batch(number)[0] for number in range(30)]
+    assert torch.equal(many.batch(7)[0], first[7])
+    assert len({tuple(x.flatten().tolist()) for x in first}) == 30
+    many.seed = 2**32
+    assert not torch.equal(many.batch(7)[0], first[7])
 
 
 # --- the installed data ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from steerfm.randomness import stream
 from steerfm.rewards import Prompts, Reward, RewardError, check_arguments
 from steerfm_rewards.checks import check_pictures
 
@@ -136,7 +137,7 @@ class TargetImage(Reward):
             self.truth = y[0]
             y = self.operator(y, **self.arguments)
             if seed is not None:
-                y = y + self.noise * torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+                y = y + self.noise * torch.randn(y.shape, generator=stream(seed, "measurement"))
         self.register_buffer("y", y)
 
     @property

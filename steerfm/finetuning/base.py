@@ -25,6 +25,7 @@ from steerfm.cost import Cost, Ledger
 from steerfm.data import endless
 from steerfm.finetuning.lora import LoRA, LoRAOff
 from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, take_rows
+from steerfm.randomness import derive, stream
 from steerfm.rewards import Prompts, Reward, RewardError
 from steerfm.sampling import Jump, Noise, Transition, time_grid, walk
 from steerfm.steering.value import Problem
@@ -97,7 +98,7 @@ class TaskData(L.LightningDataModule):
 
     def rows(self, step: int) -> Tensor:
         """Tasks (batch_size,) of an update."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // self.reuse)
+        generator = stream(self.seed, "tasks", step // self.reuse)
         start, groups = torch.randint(self.n, (1,), generator=generator), self.batch_size // self.group
         rows = (start + torch.arange(groups)) % self.n  # as even as the batch allows
         return rows.repeat_interleave(self.group)
@@ -112,9 +113,10 @@ class Update:
         step, steps: of the run.
         tuned: the map that is trained. averaged: with the averaged weights. reference: the frozen base.
         reward: what is optimised. tasks: of these b rows. all_tasks: what rows are drawn from.
-        noise: b streams, one a row. generator: of what all rows share.
+        noise: b streams, one a row, from seeds that no person gives. generator: of what all rows share.
         control: lambda. scale: spread of the reward under the reference.
         memory: tensors that the method keeps from one update to the next; they are part of a checkpoint.
+        seed: of the run.
     """
 
     step: int
@@ -130,6 +132,7 @@ class Update:
     control: float
     scale: float
     memory: dict[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def problem(self) -> Problem:
@@ -221,7 +224,7 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
         RewardError: the reward is constant there, so that there is nothing to learn.
     """
     rows = tasks.take(torch.arange(n) % tasks.n)
-    x = draw(chain(4)(flow_map), rows, flow_map, [seed - 1 - i for i in range(n)])
+    x = draw(chain(4)(flow_map), rows, flow_map, [derive(seed, "scale", 0, i) for i in range(n)])
     with torch.no_grad():
         values = rows.problem(flow_map, reward).score(x).total
     if not values.std() > 0:
@@ -294,7 +297,6 @@ class FineTuning(Trained):
         return TaskData(self.tasks.n, self.batch_size, self.method.group, _reuse(self.method), self.seed)
 
     def on_train_start(self) -> None:
-        super().on_train_start()
         world = self.trainer.world_size
         if self.batch_size % (world * self.method.group):
             raise ValueError(
@@ -316,12 +318,11 @@ class FineTuning(Trained):
         step, tuned = self.global_step, self.maps[0]
         reuse = _reuse(self.method)
         drawn = step // reuse * reuse
-        first = (self.seed + 1) * 2**40 + drawn * self.batch_size
         assert self.scale is not None
         return Update(
             step, self.steps, tuned, self.averaged(), self.reference, self.judged[0], self.tasks.take(rows[mine].cpu()),
-            self.tasks, Noise([first + row for row in range(mine.start, mine.stop)]),
-            torch.Generator().manual_seed((self.seed + 1) * 2**40 + step), self.control, self.scale, self.memory,
+            self.tasks, Noise([derive(self.seed, "training", drawn, row) for row in range(mine.start, mine.stop)]),
+            stream(self.seed, "update", step), self.control, self.scale, self.memory, self.seed,
         )  # fmt: skip
 
     def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
@@ -333,6 +334,7 @@ class FineTuning(Trained):
         return terms["loss"]
 
     def on_train_batch_start(self, *_: Any) -> None:
+        super().on_train_batch_start()
         self._started = time.perf_counter()
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
@@ -343,6 +345,7 @@ class FineTuning(Trained):
         self.spent = self.spent + cost  # here, since a callback that saves a checkpoint runs before later hooks
 
     def on_train_batch_end(self, *_: Any) -> None:
+        super().on_train_batch_end()
         self.log("train/reward_calls", float(self.spent.reward_calls))
         self.log("train/evaluations", float(self.spent.evaluations))
         self.log("train/seconds", self.spent.seconds)

@@ -15,6 +15,7 @@ from torch import Tensor
 from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
 from steerfm.flowmap import FlowMap, move_condition
 from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision
+from steerfm.randomness import derive, is_derived
 from steerfm.results import picture_grid
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
@@ -119,7 +120,7 @@ class Panel:
     def _reference(self) -> tuple[Tensor, Tensor]:
         """Features and classes of the base's samples."""
         if self._known is None:
-            seeds = [self.seeds + 10**6 + i for i in range(self.support.n)]
+            seeds = [derive(self.seeds, "support", 0, i) for i in range(self.support.n)]
             with torch.no_grad():
                 x = draw(chain(self.jumps)(self.base), self.support, self.base, seeds)
                 self._known = self._look(self.base.decode(x), self.support)
@@ -186,6 +187,8 @@ class Monitor(L.Callback):
         self.best_step, self.best_weights, self.reason = -1, {}, ""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if any(is_derived(self.panel.seeds + i) for i in range(self.panel.tasks.n)):
+            raise ValueError(f"panel seeds from {self.panel.seeds}: seeds of 128 bits are trained on, hold out smaller ones")
         module.place(module.device)
         self.panel.place(module.device)
         if self.reason:  # a run that was stopped and started again

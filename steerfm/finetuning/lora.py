@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap
+from steerfm.randomness import stream
 
 PREFIX = "lora_"
 
@@ -65,7 +66,7 @@ class LoRA:
         targets = self.targets(network)
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         inject_adapter_in_model(LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets), network)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(seed)
+        generator = stream(seed, "adapters")
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(PREFIX in name)
             if f"{PREFIX}A" in name:  # peft draws from the global generator

@@ -11,7 +11,7 @@ from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.objectives import mean_square
-from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Noise, Renoise, Transition, time_grid
+from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, time_grid
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class NFT:
 
     def draws(self, update: Update) -> tuple[Tensor, Tensor]:
         """Times (b,), uniform, and noise (b, *shape) of this update, other than those that the samples came from."""
-        noise = Noise([seed + (1 + update.step % self.reuse) * 2**39 for seed in update.noise.seeds])
+        noise = update.noise.other(f"fit {update.step % self.reuse}")
         x0 = noise.start(update.tuned)
         return noise.uniform(1, x0.device).squeeze(1).to(x0), x0
 

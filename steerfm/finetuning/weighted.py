@@ -15,6 +15,7 @@ from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.objectives import FlowMatching, Trajectory, Triangle, mean_square
+from steerfm.randomness import derive, stream
 from steerfm.steering.weights import effective_sample_size, largest, normalise
 
 
@@ -39,7 +40,7 @@ class Refit:
     def loss(self, update: Update, x1: Tensor, cond: Condition, teacher: FlowMap | None = None) -> Terms:
         """x1 (b, *shape) in model space."""
         jumps = round(self.trajectory * len(x1))
-        generator = torch.Generator().manual_seed(update.noise.seeds[0])  # a stream of this process
+        generator = stream(update.noise.seeds[0], "fit")  # of this process
         terms: Terms = {}
         total = x1.new_zeros(())
         if jumps:
@@ -112,7 +113,7 @@ class Weighted:
             self._sample(update, number)
         log_w = update.memory["log_w"]
         tasks, k = log_w.shape
-        own = torch.Generator().manual_seed(update.noise.other().seeds[0])
+        own = stream(update.noise.seeds[0], "choice")
         which = torch.randint(tasks, (len(update.noise.seeds),), generator=own)
         rows = torch.multinomial(log_w.exp()[which], 1, generator=own).squeeze(1)
         terms = self.refit.loss(update, *_rows(update, which, which * k + rows))
@@ -185,16 +186,15 @@ class Distil:
         k = max(1, self.samples // tasks.n)
         if int(memory.get("round", torch.tensor(-1))) != number:
             memory |= {"round": torch.tensor(number), "pool": _pool(update, self.source, number, k).cpu()}
-        own = torch.Generator().manual_seed(update.noise.other().seeds[0])
+        own = stream(update.noise.seeds[0], "choice")
         which, rows = (torch.randint(m, (len(update.noise.seeds),), generator=own) for m in (tasks.n, k))
         return self.refit.loss(update, *_rows(update, which, which * k + rows))
 
 
 def _pool(update: Update, law: Law, number: int, k: int) -> Tensor:
     """Samples (n * k, *shape) of a round, ``k`` for each of the n tasks: the same in every process, from noise of their own."""
-    tasks, origin = update.all_tasks, update.noise.seeds[0] // 2**40 * 2**40 + 2**39
-    seeds = [origin + number * tasks.n + i for i in range(tasks.n)]
-    return draw(law, tasks, update.reference, seeds, k)
+    tasks = update.all_tasks
+    return draw(law, tasks, update.reference, [derive(update.seed, "pool", number, i) for i in range(tasks.n)], k)
 
 
 def _rows(update: Update, which: Tensor, rows: Tensor) -> tuple[Tensor, Condition]:

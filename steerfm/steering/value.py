@@ -17,6 +17,7 @@ from torch import Tensor
 
 from steerfm.flowmap import Condition, FlowMap, take_rows
 from steerfm.interpolant import expand_time
+from steerfm.randomness import stream
 from steerfm.rewards import Prompts, Reward, RewardError, Scores
 from steerfm.sampling import Noise
 from steerfm.steering.lookahead import Endpoints, Lookahead
@@ -124,7 +125,7 @@ class Problem:
         if not self.reward.differentiable:
             return False
         one, device = self.select(torch.zeros(1, dtype=torch.long, device=self.strength.device)), self.flow_map.device
-        z = torch.randn(1, *self.flow_map.shape, generator=torch.Generator().manual_seed(0))
+        z = torch.randn(1, *self.flow_map.shape, generator=stream(0, "probe"))
         with torch.enable_grad():
             z = z.to(device, self.flow_map.dtype).requires_grad_()
             try:

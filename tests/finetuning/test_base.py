@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -27,6 +28,7 @@ from steerfm.finetuning import (
 )
 from steerfm.finetuning.evaluation import Monitor, Panel, control_cost
 from steerfm.flowmap import NeuralFlowMap
+from steerfm.metrics import interval
 from steerfm.networks import Mlp
 from steerfm.rewards import RewardError, as_reward
 from steerfm.training import fit
@@ -210,8 +212,11 @@ def panel(flow_map, n: int = 64) -> Panel:
 
 def test_the_base_is_as_diverse_and_as_near_as_itself():
     flow_map = small_map()
-    reading = panel(flow_map, 400).measure(chain(4)(flow_map))
-    assert 0.93 < reading.diversity < 1.07 and reading.support > 0.9 and reading.distance < 0.1
+    readings = [replace(panel(flow_map, 400), seeds=1000 * i).measure(chain(4)(flow_map)) for i in range(12)]
+    reading = readings[0]
+    mean, half = interval([reading.diversity for reading in readings])
+    assert abs(mean - 1) < 1.5 * half and half < 0.05
+    assert all(reading.support > 0.9 and reading.distance < 0.2 for reading in readings)
     best = panel(flow_map).measure(chain(4)(flow_map), 16)
     assert best.reward > reading.reward + 1
     assert control_cost(flow_map, flow_map, Tasks().take(torch.zeros(8).long())) == 0

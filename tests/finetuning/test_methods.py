@@ -154,8 +154,8 @@ def test_increments_add_up_to_the_strength(random_map):
     flow_map, memory = random_map(dim=2).float(), {}
     method = Weighted(rounds=5, samples=256, ess=0.3)
     for step in range(10):
-        method.loss(update(flow_map, flow_map, control=2.0, memory=memory, step=step))
-    assert float(memory["strength"]) == pytest.approx(0.5)
+        method.loss(update(flow_map, flow_map, control=4.0, memory=memory, step=step))  # mild: the ESS never binds
+    assert float(memory["strength"]) == pytest.approx(0.25)
     assert int(memory["round"]) == 4
 
 

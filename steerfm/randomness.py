@@ -1,0 +1,79 @@
+"""From a seed to streams of random numbers: every draw of the library starts here.
+
+    stream(seed, "selection")                    # a torch.Generator on the CPU
+    derive(seed, "training", step, row)          # a seed of its own, for whatever takes seeds
+
+A stream belongs to (seed, purpose, step, row). Streams of different keys are unrelated, and it never matters what was drawn
+before: a continued run draws what an uninterrupted one does, and a row the same on any number of processes.
+
+torch's CPU generator keeps the low 32 bits of a seed, so that seeds 2**32 apart draw the same numbers. Here the key is hashed
+into the whole state of the generator, 19,968 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PATH = "path"
+_DERIVED = 2**127  # above every seed of 64 bits
+
+
+def stream(seed: int, purpose: str = PATH, step: int = 0, row: int = 0) -> torch.Generator:
+    """A generator on the CPU for one use.
+
+    The path of an output whose seed has 32 bits is torch's own stream, ``torch.Generator().manual_seed(seed)``, so that a
+    sample is the one that other libraries draw from the same seed.
+
+    Args:
+        seed: any integer.
+        purpose: what the numbers are for; "path" is the noise of a sample.
+        step: update, round or epoch.
+        row: row of a batch, or rank of a process.
+    """
+    generator = torch.Generator()
+    if (purpose, step, row) == (PATH, 0, 0) and 0 <= seed < 2**32:
+        return generator.manual_seed(seed)
+    words = np.frombuffer(_digest(seed, purpose, step, row, 4 * 624), "<u4").astype("<u8")
+    state = _blank_state().clone()
+    state[24 : 24 + 8 * 624] = torch.from_numpy(words.view(np.uint8))
+    return generator.set_state(state)
+
+
+def derive(seed: int, purpose: str, step: int = 0, row: int = 0) -> int:
+    """A seed for (seed, purpose, step, row), of 128 bits: never one that a person gives, which has at most 64.
+
+    What is trained on has derived seeds, what is held out has given ones: they cannot meet.
+    """
+    return _DERIVED | int.from_bytes(_digest(seed, purpose, step, row, 16), "little")
+
+
+def is_derived(seed: int) -> bool:
+    """Whether a seed comes from `derive`."""
+    return seed >= _DERIVED
+
+
+@contextmanager
+def global_stream(seed: int, purpose: str, step: int = 0, row: int = 0) -> Iterator[None]:
+    """Inside, torch's own generators (of initial weights and of dropout) draw from this key; afterwards they are as before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int.from_bytes(_digest(seed, purpose, step, row, 7), "little"))  # of every device
+        torch.set_rng_state(stream(seed, purpose, step, row).get_state())
+        yield
+
+
+def _digest(seed: int, purpose: str, step: int, row: int, size: int) -> bytes:
+    return hashlib.shake_128(f"{int(seed)}\0{purpose}\0{int(step)}\0{int(row)}".encode()).digest(size)
+
+
+@cache
+def _blank_state() -> Tensor:
+    """A generator's state before its first number: seed (8 bytes), position (16), 624 words of 8 bytes, unused normals."""
+    return torch.Generator().manual_seed(0).get_state()
