@@ -242,7 +242,7 @@ def _statistics(network: Any, test: Tensor, train: Tensor, rows: int = 2000) -> 
         out[f"{name}_mean"], out[f"{name}_cov"] = feature_statistics(features)
         out |= {f"{name}_count": torch.tensor(len(features)), f"{name}_texture": energy}
         if name == "test":
-            some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:rows]
+            some = torch.randperm(len(features), generator=stream(0, "statistics"))[:rows]
             out["test_rows"] = features[some].half()
     return {name: value.clone() for name, value in out.items()}
 

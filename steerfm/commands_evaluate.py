@@ -18,7 +18,6 @@ from steerfm import emoji, encoders, results, rewards, zoo
 from steerfm.commands import _model, _progress, _rows, _stem, _table, can_judge_words, console, read_prompts
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
-<<<<<<< HEAD
 from steerfm.metrics import (
     cubic,
     discrepancy,
@@ -28,10 +27,7 @@ from steerfm.metrics import (
     split_statistics,
     texture,
 )  # fmt: skip
-=======
-from steerfm.metrics import feature_statistics, frechet_distance, pairwise_diversity
 from steerfm.randomness import stream
->>>>>>> 4c621e1 (Every stream of random numbers comes from (seed, purpose, step, row) by a hash)
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
 from steerfm.training import consistency_errors
@@ -64,7 +60,7 @@ class Space:
     @classmethod
     def of(cls, features: Features, known: Tensor) -> Space:
         """Of all the data's features (m, d)."""
-        order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(known), generator=stream(0, "real pictures"))
         return cls(features, *feature_statistics(known), len(known), known[order])
 
     def floor(self, n: int) -> dict[str, float]:
@@ -297,7 +293,7 @@ def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], config: configs.E
     if not names:
         return Examiner(None, [""] * min(SHOWN, config.n), spaces, energy, apart)
     # drawn like the data's: estimates that take samples for independent are too low for classes in turn
-    labels = torch.randint(len(names), (config.n,), generator=torch.Generator().manual_seed(config.seeds))
+    labels = torch.randint(len(names), (config.n,), generator=stream(config.seeds, "labels"))
 
     def agreement(found: dict[str, Tensor], pictures: Tensor, rows: Tensor) -> dict[str, Tensor]:
         return {"accuracy": judge.head(found[classifiers[-1]]).argmax(1).cpu() == labels[rows]}
@@ -354,13 +350,7 @@ def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
     first, (_, embedded, encode_text) = next(iter(scorers.items()))
     with torch.inference_mode():
         texts = torch.cat([encode_text(prompts[i : i + 256]).cpu() for i in range(0, len(prompts), 256)])
-<<<<<<< HEAD
-    generator = torch.Generator().manual_seed(1)
-=======
-    order = torch.randperm(len(known), generator=stream(0, "real pictures"))
-    halves = [feature_statistics(known[part]) for part in order.chunk(2)]
     generator = stream(0, "pools")
->>>>>>> 4c621e1 (Every stream of random numbers comes from (seed, purpose, step, row) by a hash)
     others = min(POOL, len(prompts)) - 1
     pools = torch.stack([torch.randperm(max(1, len(prompts) - 1), generator=generator)[:others] for _ in range(config.n)])
     own = torch.arange(config.n) % len(prompts)
