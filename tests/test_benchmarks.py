@@ -3,12 +3,28 @@
 import json
 import math
 
+import pytest
+
 from steerfm import cli
 from steerfm.steering import METHODS
 
 
 def last_line(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_claims_are_a_table_of_z_scores_and_are_not_measured_twice(tmp_path, capsys):
+    ask = ["bench", "exact", "--claims", "--cases", "grid", "--budgets", "64", "--seeds", "8", "--out", str(tmp_path)]
+    for _ in range(2):
+        assert cli.main([*ask, "--methods", "funnel", "best_of_n", "multi_round"]) == 0
+        shown = capsys.readouterr().out
+        assert "funnel" in shown and "best_of_n" in shown and "multi_round" not in shown
+        cells = json.loads((tmp_path / "claims.json").read_text())
+        assert {key.split("/")[2] for key in cells} == {"funnel", "best_of_n"}
+        assert all(cell["cost"] <= 64 and abs(cell["z_z"]) < 6 for cell in cells.values())
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "exact", "--claims", "--cases", "line", "--out", str(tmp_path)])
+    assert "deep" in capsys.readouterr().err
 
 
 def test_all_methods_on_exact_targets(tmp_path, capsys):

@@ -147,7 +147,7 @@ class Steering:
         guidance: map, endpoint, free or ascent, or None: no gradient.
         tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
         transition: jump, renoise, diffuse or bridge.
-        correction: twisted, jarzynski or none.
+        correction: twisted, marginal, jarzynski or none.
         resampling: a scheme's name or any `Selection`; None for no selection. Asked before steps with noise only: elsewhere
             copies would stay copies.
         threshold: resample below this ESS, as a share of the particles.

@@ -30,7 +30,8 @@ class SteeringResult(Outcome):
         samples: (n, k, *shape) all particles, in model space.
         rewards: (n, k); components: {name: (n, k)} raw values of every term of the reward.
         log_weights: (n, k) with logsumexp = 0 over the particles of each output.
-        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None.
+        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None; its docstring says of which law,
+            and whether it is unbiased.
         trace: see `Trace`. cost: see `steerfm.cost.Cost`.
     """
 

@@ -127,8 +127,9 @@ class TreeSearch:
     particles grow without end. Every node is then visited and widened without end, so that from the last time upwards every
     value becomes the soft value. No for a given number: lucky nodes grow first and regress to their mean, so log_z is too
     low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and 0.01 at 256; by 0.06 and 0.04 with widening 0.5;
-    more for more steps and steeper rewards). `FeynmanKac` has no such bias, and neither has steps = 1, plain importance
-    sampling. With widening = 0 no, in the limit too. With greedy = True, DTS*, no: a search, uniform weights, no log_z.
+    more for more steps and steeper rewards: 0.7 on nine separate modes, four steps, 512 particles). `FeynmanKac` has no such
+    bias, and neither has steps = 1, plain importance sampling. With widening = 0 no, in the limit too. With greedy = True,
+    DTS*, no: a search, uniform weights, no log_z.
 
     Attributes:
         particles: nodes of each tree.
