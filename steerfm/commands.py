@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,7 +48,8 @@ from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
 from steerfm.steering.engine import Trace
 from steerfm.steering.noise import NoiseAscent
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+"""Prints texts as they are: a name in brackets is no style. What is to be bold is a `Text`."""
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -541,16 +543,16 @@ def list_rewards(name: str | None = None) -> None:
     if name is not None:
         target = rewards.find(name)
         parameters = inspect.signature(target).parameters
-        console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(target)})\n", markup=True)
-        console.print(inspect.getdoc(target) or "no description", markup=False)
+        console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(target)})\n"))
+        console.print(inspect.getdoc(target) or "no description")
         if isinstance(target, type):
             low, high = target.range
             gradient = "yes" if target.differentiable else "no, a black box"
-            console.print(f"\nunit: {target.unit}; range: {low:.3g} to {high:.3g}; gradient: {gradient}", markup=False)
+            console.print(f"\nunit: {target.unit}; range: {low:.3g} to {high:.3g}; gradient: {gradient}")
         for key, parameter in parameters.items():
             if key not in ("images", "prompts", "labels"):
                 default = "" if parameter.default is parameter.empty else f" (default {parameter.default!r})"
-                console.print(f"  reward.{key}{default}", markup=False)
+                console.print(f"  reward.{key}{default}")
         return
     table = _table("reward", "unit", "range", "gradient", "what")
     for key, point in rewards.available().items():
@@ -560,7 +562,7 @@ def list_rewards(name: str | None = None) -> None:
         gradient = "yes" if getattr(target, "differentiable", True) else "black box"
         table.add_row(key, getattr(target, "unit", ""), f"{low:.3g} to {high:.3g}", gradient, what)
     console.print(table)
-    console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name", markup=False)
+    console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name")
 
 
 def list_methods(name: str | None = None, markdown: bool = False) -> None:
@@ -577,22 +579,20 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         for key, method in METHODS.items():
             table.add_row(key, method_samples(method), method_gradient(method()), method_title(method))
         console.print(table)
-        console.print(
-            "explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n", markup=False
-        )
+        console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n")
         table = _table("fine-tuning", "gradient", "what")
         for key, method in finetuning.METHODS.items():
             table.add_row(key, "reward" if method.differentiates else "none", method_title(method))
         console.print(table)
-        console.print("use one: steerfm finetune --config NAME", markup=False)
+        console.print("use one: steerfm finetune --config NAME")
         return
     kind = known_method(name, METHODS | finetuning.METHODS)
     method = kind()
-    console.print(f"[bold]{name}[/bold]  ({inspect.getsourcefile(kind)})\n", markup=True)
-    console.print(inspect.getdoc(kind) or "", markup=False)
+    console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
+    console.print(inspect.getdoc(kind) or "")
     console.print("\narguments and defaults:")
-    for key in fields(method):  # type: ignore[arg-type]
-        console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}", markup=False)
+    for key in (key for key in fields(method) if key.init):  # type: ignore[arg-type]
+        console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}")
 
 
 def methods_markdown() -> str:
@@ -871,7 +871,7 @@ def _commit() -> str:
 @contextmanager
 def _progress(what: str, total: int):
     """One bar, on a terminal only; yields tick(done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)

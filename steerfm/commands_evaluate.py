@@ -131,7 +131,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
             show.add_row(*line)
         console.print(show)
     for line in [", ".join(f"{name} {value:.5f}" for name, value in consistency.items()), *examiner.gaps]:
-        console.print(line, markup=False)
+        console.print(line)
     pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
     for index, name in enumerate(rows):
         if drawn[name].ndim == 4 and drawn[name].shape[1] in (1, 3):

@@ -11,7 +11,7 @@ from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.objectives import mean_square
-from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, time_grid
+from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, part, time_grid
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,8 @@ class Policy:
     differentiates, tilts, law_is_map, law_is_velocity = False, False, False, False
 
     def __post_init__(self) -> None:
-        if isinstance(self.transition, str):
-            if self.transition not in TRANSITIONS:
-                raise ValueError(f"transition={self.transition!r}: one of {', '.join(TRANSITIONS)}")
-            object.__setattr__(self, "transition", TRANSITIONS[self.transition]())
+        default = type(self).__dataclass_fields__["transition"].default_factory()  # type: ignore[operator]
+        object.__setattr__(self, "transition", part(self.transition, TRANSITIONS, "transition", default))
         if not self._move.stochastic:
             raise ValueError("policy gradients need a stochastic transition: renoise, diffuse or bridge")
         if self.steps < 2 or self.group < 2 or self.reuse < 1 or not self.clip > 0:

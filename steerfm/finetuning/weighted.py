@@ -16,6 +16,7 @@ from steerfm.finetuning.base import Law, Terms, Update, chain, draw
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.objectives import FlowMatching, Trajectory, Triangle, mean_square
 from steerfm.randomness import derive, stream
+from steerfm.sampling import part
 from steerfm.steering.weights import effective_sample_size, largest, normalise
 
 
@@ -97,6 +98,8 @@ class Weighted:
     differentiates, tilts, group, law_is_map, law_is_velocity = False, True, 1, True, True
 
     def __post_init__(self) -> None:
+        own = type(self).__dataclass_fields__["refit"].default
+        object.__setattr__(self, "refit", part(self.refit, {}, "refit", own))
         if min(self.rounds, self.samples, self.jumps) < 1:
             raise ValueError("rounds, samples and jumps are at least 1")
         if not 0 < self.ess <= 1:

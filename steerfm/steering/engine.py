@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steerfm.flowmap import Microbatched
 from steerfm.rewards import Reward, RewardError
-from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, time_grid
+from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, part, time_grid
 from steerfm.steering.corrections import CORRECTIONS, Correction, Family, Move, Twisted
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead
 from steerfm.steering.value import (
@@ -136,7 +136,8 @@ class Parents:
 # --- the method by parts ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Steering:
-    """A steering method given by its parts; parts may be objects or their names.
+    """A steering method given by its parts; parts may be objects, their names, or dictionaries of their arguments:
+    ``guidance={"scale": 0.5}`` changes the method's own, ``{"name": "map", "scale": 0.5}`` takes another.
 
     Samples: what its correction says; with the default, the tilt of the base chain's own law, as the particles grow.
 
@@ -176,22 +177,32 @@ class Steering:
             raise ValueError(f"particles={self.particles}: at least one particle is needed")
         time_grid(self.steps, self.power)
         resolved: dict[str, Any] = {
-            "lookahead": _part(self.lookahead, LOOKAHEADS, "lookahead"),
-            "guidance": _part(self.guidance, GUIDANCES, "guidance"),
-            "transition": _part(self.transition, TRANSITIONS, "transition"),
-            "correction": _part(self.correction, CORRECTIONS, "correction"),
+            "lookahead": part(self.lookahead, LOOKAHEADS, "lookahead", self._default("lookahead")),
+            "guidance": part(self.guidance, GUIDANCES, "guidance", self._default("guidance")),
+            "transition": part(self.transition, TRANSITIONS, "transition", self._default("transition")),
+            "correction": part(self.correction, CORRECTIONS, "correction", self._default("correction")),
             "tempering": Power(float(self.tempering))
             if isinstance(self.tempering, float | int)
-            else _part(self.tempering, TEMPERINGS, "tempering"),
-            "resampling": Resample(self.resampling, self.threshold) if isinstance(self.resampling, str) else self.resampling,
+            else part(self.tempering, TEMPERINGS, "tempering", self._default("tempering")),
+            "resampling": Resample(self.resampling, self.threshold)
+            if isinstance(self.resampling, str)
+            else part(self.resampling, {}, "resampling", Resample(threshold=self.threshold)),
         }
-        for name, part in resolved.items():
-            object.__setattr__(self, name, part)
+        for name, value in resolved.items():
+            if value is None and name in ("transition", "correction", "tempering"):
+                raise ValueError(f"{name}=None: give one, such as {self._default(name)}")
+            object.__setattr__(self, name, value)
         if self.guidance is not None and self.lookahead is None:
             raise ValueError("guidance needs a look-ahead: lookahead=jump or lookahead=denoise")
         if self.lookahead is None and self.resampling is not None and self.resampling.ranks:  # type: ignore[union-attr]
             raise ValueError("this selection ranks look-aheads: lookahead=jump or lookahead=denoise")
         self.correction.check(self)  # type: ignore[union-attr]
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        """The part that this method has by itself."""
+        field = cls.__dataclass_fields__[name]
+        return field.default if field.default_factory is MISSING else field.default_factory()
 
     def check(self, reward: Reward) -> None:
         if needs_gradient(self.guidance) and not reward.differentiable:  # type: ignore[arg-type]
@@ -423,13 +434,3 @@ def _stack(parts: Sequence[Tensor]) -> Tensor:
             for part in parts
         ]
     )
-
-
-def _part(value: Any, table: dict[str, Any], what: str) -> Any:
-    """A part from its name; anything but a string is a part already."""
-    if not isinstance(value, str):
-        return value
-    if value not in table:
-        raise ValueError(f"unknown {what} {value!r}; {what}s: {', '.join(table)}")
-    part = table[value]
-    return part() if isinstance(part, type) else part

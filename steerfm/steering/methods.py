@@ -133,6 +133,7 @@ class FKSteering(Steering):
     lookahead: Lookahead | str | None = field(default_factory=Denoise)
     tempering: Tempering | str | float = untempered
     transition: Transition | str = field(default_factory=Bridge)
+    correction: Correction | str = field(default_factory=Twisted, init=False)
     resampling: Selection | str | None = "multinomial"
 
     def __post_init__(self) -> None:
@@ -378,6 +379,7 @@ class MultiRound(Steering):
 
     keep: int = 1
     correction: Correction | str = field(default_factory=Uncorrected)
+    resampling: Selection | str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resampling", TopK(self.keep))
@@ -410,6 +412,7 @@ class FMTTSearch(Steering):
     guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.5))
     transition: Transition | str = field(default_factory=Diffuse)
     correction: Correction | str = field(default_factory=Uncorrected)
+    resampling: Selection | str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "resampling", Window(TopK(self.keep), self.every))
@@ -433,6 +436,7 @@ class SVDD(Steering):
     tempering: Tempering | str | float = untempered
     transition: Transition | str = field(default_factory=Bridge)
     correction: Correction | str = field(default_factory=Uncorrected)
+    resampling: Selection | str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.particles % self.children:
