@@ -63,7 +63,7 @@ def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str
     config = configs.load(configs.FinetuneConfig, None, [*TASKS[task], *extra], kind="finetune")
     base = steerfm.load(config.model)
     reward = build_reward(config.reward)
-    panel = build_panel(base, reward, build_judge(config), config, config.watch.n)  # type: ignore[arg-type]
+    panel = build_panel(base, reward, build_judge(config, base), config, config.watch.n)  # type: ignore[arg-type]
     found = {f"base, {jumps} jumps": panel.measure(chain(jumps)(base)).numbers() | {"cost": jumps} for jumps in (1, 4)}
     for k in (4, 16, 64):
         found[f"best of {k}, 1 jump"] = panel.measure(chain(1)(base), k).numbers() | {"cost": k}

@@ -307,16 +307,32 @@ def known_method(name: str, methods: Mapping[str, type]) -> type:
     return methods[name]
 
 
-def build_judge(config: configs.SteerConfig | configs.FinetuneConfig) -> Reward | None:
-    """The held-out reward: what ``judge`` says, or by default the judge of the class or the words that are asked for."""
+def build_judge(config: configs.SteerConfig | configs.FinetuneConfig, flow_map: FlowMap) -> Reward | None:
+    """The held-out reward: what ``judge`` says, or by default the judge of the class or the words that are asked for, where
+    one ships that knows the model's data."""
     if config.judge != "auto":
         return None if config.judge is None else build_reward(config.judge)
     if config.prompt is not None and config.label is None:
-        return rewards.reward("emoji_judge") if can_judge_words() else None
-    if isinstance(config.reward, Mapping) and config.reward.get("name") == "classifier":
-        target = config.reward.get("target")
-        return rewards.reward("judge", target=target) if target is not None or config.label is not None else None
-    return rewards.reward("judge") if config.label is not None and "judge" in rewards.available() else None
+        return rewards.reward("emoji_judge") if zoo.scorers(flow_map) and can_judge_words() else None
+    names = [name for name in zoo.classifiers(flow_map) if name.endswith("-judge")]
+    if not names or "judge" not in rewards.available():
+        return None
+    name, arguments = named(config.reward, "reward") if isinstance(config.reward, Mapping | str) else ("", {})
+    if name == "classifier" and "model" not in arguments and flow_map.class_names:
+        return rewards.reward("judge", target=arguments.get("target"), model=names[-1])
+    return rewards.reward("judge", model=names[-1]) if config.label is not None else None
+
+
+def check_needs(reward: Reward, labels: object, prompts: object) -> None:
+    """Refuse a reward that reads what nothing is asked for with, in the keys of the command line.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if "prompts" in reward.needs and not prompts:
+        raise ConfigError(f"reward {reward.name!r} needs prompts: prompt='a red heart', a file of them, or reward.prompt=")
+    if "labels" in reward.needs and labels is None:
+        raise ConfigError(f"reward {reward.name!r} needs labels, the class of each picture: label=NAME, or reward.target=NAME")
 
 
 def can_judge_words() -> bool:
@@ -429,10 +445,14 @@ def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Re
 def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     """Steer, and write the run folder: samples, result.json, grid.png, trace.png, report.html."""
     default = f"runs/steer/{_stem(config.model)}-{_slug(config.reward)}-{_slug(config.method)}"
-    judge, reward, method = build_judge(config), build_reward(config.reward), build_method(config.method)
+    reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
     flow_map = _model(config.model, config.device, config.guidance, config.compile)
-    want = asked(flow_map, config.label, config.prompt, config.n)
+    judge = build_judge(config, flow_map)
+    want = asked(flow_map, config.label, config.prompt, config.n, reward)
+    for part in (reward, judge):
+        if part is not None:
+            check_needs(part, want.labels, want.prompts)
     _autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
     folder = results.RunFolder(config.out or default, configs.dump(config))
     if folder.load_result() is not None:
@@ -709,8 +729,9 @@ class Asked:
         return Asked(take_rows(self.cond, rows), labels, prompts, self.names[rows], self.each)
 
 
-def asked(flow_map: FlowMap, label: str | None, prompt: Any, n: int) -> Asked:
-    """``n`` outputs of each prompt, where there are several; a map of texts is conditioned on them, others on the label.
+def asked(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward: Reward | None = None) -> Asked:
+    """``n`` outputs of each prompt, where there are several; a map of texts is conditioned on them, others on the label, or on
+    all classes in turn where a reward reads labels and none is given.
 
     Raises:
         ConfigError: n below 1; a file of prompts that cannot be read; a label for a map of texts.
@@ -724,7 +745,9 @@ def asked(flow_map: FlowMap, label: str | None, prompt: Any, n: int) -> Asked:
     if reads:
         return Asked(flow_map.condition(texts, len(texts)) if texts else None, None, texts or None, texts or [""] * n, n)
     total = len(texts) or n
-    labels = flow_map.condition(label, total)
+    names = flow_map.class_names
+    turns = label is None and reward is not None and "labels" in reward.needs and names
+    labels = flow_map.condition([names[i % len(names)] for i in range(total)] if turns else label, total)
     assert labels is None or isinstance(labels, Tensor)
     names = texts or ([""] * n if labels is None else [flow_map.class_names[i] for i in labels.tolist()])
     return Asked(labels, labels, texts or None, names, n)

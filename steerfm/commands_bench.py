@@ -36,6 +36,7 @@ from steerfm.commands import (
     build_judge,
     build_method,
     build_reward,
+    check_needs,
     console,
     want_seeds,
 )  # fmt: skip
@@ -308,11 +309,14 @@ def _problems(config: configs.BenchConfig) -> list[Problem]:
             for strength in config.strengths:
                 here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
                 problem = configs.make(configs.SteerConfig, here | dict(told), f"problems.{name}.")
-                judge = build_judge(problem)
+                reward = build_reward(problem.reward)
+                judge = build_judge(problem, flow_map)
                 if judge is None:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
-                want = asked(flow_map, problem.label, problem.prompt, problem.n)
-                made.append(Problem(name, problem, flow_map, yardstick, build_reward(problem.reward), judge, want))
+                want = asked(flow_map, problem.label, problem.prompt, problem.n, reward)
+                for part in (reward, judge):
+                    check_needs(part, want.labels, want.prompts)
+                made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
     return made
 
 

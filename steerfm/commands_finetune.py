@@ -22,6 +22,7 @@ from steerfm.commands import (
     build_judge,
     build_method,
     build_reward,
+    check_needs,
     console,
     read_prompts,
     schedule,
@@ -30,7 +31,7 @@ from steerfm.config import ConfigError
 from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
-from steerfm.flowmap import NeuralFlowMap, read_weights, write_weights
+from steerfm.flowmap import NeuralFlowMap, write_weights
 from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
 from steerfm.training import semigroup_error
@@ -45,7 +46,15 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     base = zoo.load(config.model)
     if not isinstance(base, NeuralFlowMap):
         raise ConfigError(f"model={config.model} cannot be fine-tuned: it has no network")
-    reward, judge, method = build_reward(config.reward), build_judge(config), build_method(config.method, METHODS)
+    reward, method = build_reward(config.reward), build_method(config.method, METHODS)
+    if config.label is None and "labels" in reward.needs and base.class_names:
+        config = replace(config, label="all")
+        console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
+    judge, architecture = build_judge(config, base), zoo.architecture(config.model)
+    tasks = make_tasks(base, config.label, config.prompt)
+    for part in (reward, judge):
+        if part is not None:
+            check_needs(part, tasks.labels, tasks.prompts)
     check(method, reward, config.control)
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
@@ -57,7 +66,6 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
         return
     panel = build_panel(base, reward, judge, config, config.watch.n)
     base_reading = panel.measure(chain(4)(base))
-    tasks = make_tasks(base, config.label, config.prompt)
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
     module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
     monitor = run(module, panel, base_reading, folder.path / "tune", config, config.watch.patience)
@@ -68,7 +76,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
         tuned = distilled(module, lora, reward, config)
         monitors["distil"] = run(tuned, panel, base_reading, folder.path / "distil", config, patience=0)
     if module.trainer.is_global_zero:
-        finish(config, command, folder, panel, base_reading, module, tuned, monitors)
+        finish(config, command, folder, architecture, panel, base_reading, module, tuned, monitors)
 
 
 def run(
@@ -110,8 +118,8 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
 
 
 def finish(
-    config: configs.FinetuneConfig, command: str, folder: results.RunFolder, panel: Panel, base_reading: Reading,
-    module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
+    config: configs.FinetuneConfig, command: str, folder: results.RunFolder, head: dict[str, Any], panel: Panel,
+    base_reading: Reading, module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
     if config.watch.report:
@@ -134,7 +142,6 @@ def finish(
     }
     moved = control_cost(plain, base, panel.tasks)
     model = folder.path / f"{_stem(config.model)}-tuned.safetensors"
-    head, _ = read_weights(zoo.find(config.model), "flow_map")
     tuned_reading = readings["tuned, 4 jumps"]
     card = {
         "data": base.data, "samples": f"its own, of {config.model}", "recipe": configs.plain(config), "command": command,

@@ -159,9 +159,9 @@ class SampleConfig:
 @dataclass
 class SteerConfig:
     """model: zoo name or path; reward: name, path.py:name or a list of weighted terms; method: a preset's name; label: class
-    that the model is conditioned on; prompt: for models and rewards that read words: one, a list, or a file (.txt, .jsonl);
-    n: outputs (of each prompt); strength: of the tilt p(x) exp(strength * reward); judge: held-out reward, or null; compile:
-    the network, by torch.compile."""
+    that the model is conditioned on, default none, or all in turn where the reward reads it; prompt: for models and rewards
+    that read words: one, a list, or a file (see `steerfm.prompts`); n: outputs (of each prompt); strength: of the tilt p(x)
+    exp(strength * reward); judge: held-out reward, or null; compile: the network, by torch.compile."""
 
     model: str = "fashion"
     reward: Any = field(default_factory=lambda: {"name": "classifier"})
@@ -259,7 +259,8 @@ class WatchConfig:
 @dataclass
 class FinetuneConfig:
     """model: zoo name or path; reward, judge, prompt: as for steer; method: a name of `finetuning.METHODS`; label: a class, a
-    list of them, all, or null for no class; control: lambda, the pull towards the base, in spreads of the reward."""
+    list of them, all, or null for no class (all where the reward reads it); control: lambda, the pull towards the base, in
+    spreads of the reward."""
 
     model: str = "fashion"
     reward: Any = field(default_factory=lambda: {"name": "classifier"})

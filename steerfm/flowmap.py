@@ -178,11 +178,13 @@ class FlowMap(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(chain(self.parameters(), self.buffers())).device
+        """Where its parameters or buffers are; the CPU for a map without any."""
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0, device="cpu")).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(chain(self.parameters(), self.buffers())).dtype
+        """That of its parameters or buffers; torch's default for a map without any."""
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0, device="cpu")).dtype
 
     def _evaluate(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         calls = x.shape[0] * self.evaluations

@@ -50,7 +50,8 @@ def picture_grid(
     """Draw pictures in rows and columns, every pixel a square of whole screen pixels.
 
     Args:
-        pictures: (rows, columns, c, h, w) in [0, 1], c = 1 or 3; others are clipped, NaN is black.
+        pictures: (rows, columns, c, h, w) in [0, 1], others are clipped, NaN is black. c = 1 is grey, 3 is colour; of any other
+            number the channels stand side by side, in grey.
         path: of the png.
         row_labels: a label left of each row.
         captions: a text under each picture, [row][column]; may hold line breaks, long ones are wrapped.
@@ -324,8 +325,10 @@ def frontier_plot(
 
 def _cells(pictures: Tensor, size: int) -> np.ndarray:
     """Pictures (rows, columns, c, h, w) in [0, 1] as (rows, columns, h', w', 3) uint8, about ``size`` pixels wide."""
-    if pictures.ndim != 5 or pictures.shape[2] not in (1, 3) or not pictures.numel():
-        raise ValueError(f"pictures must be (rows, columns, 1 or 3, h, w), got {tuple(pictures.shape)}")
+    if pictures.ndim != 5 or not pictures.numel():
+        raise ValueError(f"pictures must be (rows, columns, c, h, w), got {tuple(pictures.shape)}")
+    if pictures.shape[2] not in (1, 3):
+        pictures = pictures.movedim(2, 3).flatten(3, 4).unsqueeze(2)
     pictures = pictures.detach().float().cpu().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
     height, width = pictures.shape[-2:]
     if width > 3 * size:  # large pictures are averaged down, so that a grid stays a file to mail

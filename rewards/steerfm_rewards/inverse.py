@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from steerfm.randomness import stream
 from steerfm.rewards import Prompts, Reward, RewardError, check_arguments
 from steerfm_rewards.checks import check_pictures
+from steerfm_rewards.pictures import read_picture
 
 
 # --- operators: linear, pictures (b, c, h, w) and their own arguments -> measurements (b, ...) -----------------------
@@ -95,13 +94,16 @@ class TargetImage(Reward):
     Unit: nats, up to 0. Gradient: yes, exact. Any channels and size that fit the target.
 
     Args:
-        target: path to an image file, or a tensor (c, h, w) or (h, w) in [0, 1].
+        target: path to an image file (see `read_picture`), or a tensor (c, h, w) or (h, w) in [0, 1].
         operator: A: identity, inpaint, downsample, blur, or a function of your own (b, c, h, w) -> (b, ...).
         noise: standard deviation of the noise, in pixel values.
         mask: of inpaint: path or tensor, 1 where a pixel is known; default: all but the centre box.
         factor: of downsample, default 2. sigma: of blur in pixels, default 1.
         measured: whether the target is y itself; otherwise it is a full picture, the ``truth``, and y is A of it.
         seed: adds noise of this seed to A of a full picture; None for no noise.
+        size: side in pixels that a file is resized to, or [height, width]; None to take it as it is.
+        ground: what shows through the transparent pixels of a file, from 0 (black) to 1 (white); None for white behind colours
+            and black behind grey, as in the pictures that the shipped models are made of.
 
     >>> steerfm.reward("target_image", target="bag.png", operator="downsample", factor=4, noise=0.05)
     """
@@ -121,6 +123,8 @@ class TargetImage(Reward):
         sigma: float | None = None,
         measured: bool = False,
         seed: int | None = None,
+        size: int | Sequence[int] | None = None,
+        ground: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 < noise < float("inf"):
@@ -129,10 +133,10 @@ class TargetImage(Reward):
             raise RewardError(f"reward 'target_image' has no operator {operator!r}; operators: {', '.join(OPERATORS)}")
         self.operator = OPERATORS[operator] if isinstance(operator, str) else operator
         self.noise, self.factor, self.sigma = float(noise), factor, sigma
-        self.register_buffer("mask", None if mask is None else read_picture(mask, "mask", grey=True))
+        self.register_buffer("mask", None if mask is None else read_picture(mask, "mask", grey=True, size=size, ground=0.0))
         parameters = dict(list(inspect.signature(self.operator).parameters.items())[1:])
         check_arguments(f"target_image operator={getattr(self.operator, '__name__', operator)}", parameters, self.arguments)
-        y = read_picture(target, "target").unsqueeze(0)
+        y = read_picture(target, "target", size=size, ground=ground).unsqueeze(0)
         if not measured:
             self.truth = y[0]
             y = self.operator(y, **self.arguments)
@@ -155,36 +159,6 @@ class TargetImage(Reward):
         if ax.shape[1:] != self.y.shape[1:]:
             raise RewardError(
                 f"reward 'target_image' measures {tuple(ax.shape[1:])} in pictures of {tuple(images.shape[1:])}, "
-                f"but its target has {tuple(self.y.shape[1:])}: give a target of the model's shape"
+                f"but its target has {tuple(self.y.shape[1:])}: give a target of the model's shape, or size="
             )
         return -(self.y - ax).square().flatten(1).sum(1) / (2 * self.noise**2)
-
-
-def read_picture(source: str | Path | Tensor, what: str, grey: bool = False) -> Tensor:
-    """A picture as float32 (c, h, w) in [0, 1]: grey files have one channel, others three.
-
-    Args:
-        source: path to an image file, or a tensor (c, h, w) or (h, w).
-        what: what it is for, in errors.
-        grey: read colour files as grey.
-
-    Raises:
-        RewardError: no such file, not an image, another shape or range.
-    """
-    if isinstance(source, str | Path):
-        try:
-            with Image.open(source) as file:
-                pixels = np.asarray(file.convert("L" if grey or file.mode in ("1", "L", "LA") else "RGB"))
-        except OSError as error:
-            raise RewardError(f"reward 'target_image' cannot read its {what} {str(source)!r}: {error}") from None
-        picture = torch.from_numpy(np.atleast_3d(pixels).copy()).permute(2, 0, 1).float() / 255
-    else:
-        picture = torch.as_tensor(source).detach().float()
-    if picture.ndim == 2:
-        picture = picture.unsqueeze(0)
-    if picture.ndim != 3 or not (picture.min() >= 0 and picture.max() <= 1):
-        raise RewardError(
-            f"reward 'target_image' takes a {what} (c, h, w) in [0, 1], got {tuple(picture.shape)} "
-            f"in [{picture.min():.3g}, {picture.max():.3g}]"
-        )
-    return picture

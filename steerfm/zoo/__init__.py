@@ -66,8 +66,20 @@ def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
     else:
         flow_map = NeuralFlowMap.load(path)
         if isinstance(head, dict) and "base" in head:
-            flow_map.origin = lambda: read_weights(find(head["base"]), "flow_map")[1]  # only another strength needs them
+            flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
     return flow_map.to(device)
+
+
+def _weights(name: str) -> dict[str, Tensor]:
+    flow_map = load(name)
+    assert isinstance(flow_map, NeuralFlowMap)
+    return flow_map.network.state_dict()
+
+
+def architecture(name: str | Path) -> dict[str, Any]:
+    """The content of the JSON of a flow map that loads; for adapters that of the map that they are put onto."""
+    head = json.loads(find(name).with_suffix(".json").read_text())
+    return architecture(head["base"]) if head.get("kind") == "adapter" else head
 
 
 def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> NeuralFlowMap:
