@@ -7,7 +7,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import count
@@ -323,16 +323,20 @@ def build_judge(config: configs.SteerConfig | configs.FinetuneConfig, flow_map: 
     return rewards.reward("judge", model=names[-1]) if config.label is not None else None
 
 
-def check_needs(reward: Reward, labels: object, prompts: object) -> None:
-    """Refuse a reward that reads what nothing is asked for with, in the keys of the command line.
+NO_JUDGE = "no held-out reward: none that ships knows what is asked for here; judge=NAME for one"
+
+
+def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object) -> None:
+    """Refuse a reward or judge that reads labels or prompts where there are none, in the keys of the command line.
 
     Raises:
         ConfigError: naming the key.
     """
-    if "prompts" in reward.needs and not prompts:
-        raise ConfigError(f"reward {reward.name!r} needs prompts: prompt='a red heart', a file of them, or reward.prompt=")
-    if "labels" in reward.needs and labels is None:
-        raise ConfigError(f"reward {reward.name!r} needs labels, the class of each picture: label=NAME, or reward.target=NAME")
+    for reward in terms:
+        if reward is not None and "prompts" in reward.needs and not prompts:
+            raise ConfigError(f"reward {reward.name!r} needs prompts: prompt='a red heart', a file of them, or reward.prompt=")
+        if reward is not None and "labels" in reward.needs and labels is None:
+            raise ConfigError(f"reward {reward.name!r} needs labels, a class for each picture: label=NAME, reward.target=NAME")
 
 
 def can_judge_words() -> bool:
@@ -450,14 +454,14 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     flow_map = _model(config.model, config.device, config.guidance, config.compile)
     judge = build_judge(config, flow_map)
     want = asked(flow_map, config.label, config.prompt, config.n, reward)
-    for part in (reward, judge):
-        if part is not None:
-            check_needs(part, want.labels, want.prompts)
+    check_needs((reward, judge), want.labels, want.prompts)
     _autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
     folder = results.RunFolder(config.out or default, configs.dump(config))
     if folder.load_result() is not None:
         console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
         return
+    if judge is None and config.judge == "auto":
+        console.print(NO_JUDGE)
     run_steer(config, folder, flow_map, want, reward, method)
     run = gather(folder, flow_map.cpu(), want, reward.cpu(), judge)
     log_weights, weights = run.values["log_weights"], run.values["log_weights"].exp()

@@ -314,8 +314,7 @@ def _problems(config: configs.BenchConfig) -> list[Problem]:
                 if judge is None:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
                 want = asked(flow_map, problem.label, problem.prompt, problem.n, reward)
-                for part in (reward, judge):
-                    check_needs(part, want.labels, want.prompts)
+                check_needs((reward, judge), want.labels, want.prompts)
                 made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
     return made
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from steerfm import config as configs
 from steerfm import encoders, results, training, zoo
 from steerfm.commands import (
+    NO_JUDGE,
     _commit,
     _slug,
     _stem,
@@ -52,9 +53,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
     judge, architecture = build_judge(config, base), zoo.architecture(config.model)
     tasks = make_tasks(base, config.label, config.prompt)
-    for part in (reward, judge):
-        if part is not None:
-            check_needs(part, tasks.labels, tasks.prompts)
+    check_needs((reward, judge), tasks.labels, tasks.prompts)
     check(method, reward, config.control)
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
@@ -64,6 +63,8 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     if folder.load_result() is not None:
         console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
         return
+    if judge is None and config.judge == "auto":
+        console.print(NO_JUDGE)
     panel = build_panel(base, reward, judge, config, config.watch.n)
     base_reading = panel.measure(chain(4)(base))
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
