@@ -108,8 +108,8 @@ def choice(default: str, *others: str, what: str = "") -> Any:
 
 
 def seed_field() -> Any:
-    """The field of a seed: 0 to 2^63 - 1."""
-    return ranged(0, least=0, most=2**63 - 1)
+    """The field of a seed: 0 to 2^64 - 1."""
+    return ranged(0, least=0, most=2**64 - 1)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
