@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -99,12 +100,16 @@ class OptimizerConfig:
     clip: float = natural(1.0)
 
 
+DEVICES = (r"auto|-1|[1-9]\d*|\d+(,\d+)+", "auto, a number, or a list: 0,1")
+"""What ``trainer.devices`` looks like, as an expression and in words."""
+
+
 @dataclass
 class LightningConfig:
     """Lightning's own keys, and how often to log and to save (in steps)."""
 
     accelerator: str = choice("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-    devices: str = "auto"
+    devices: str = field(default="auto", metadata={"form": DEVICES})
     strategy: str = "auto"
     precision: str = choice("32-true", "32", "16-mixed", "bf16-mixed")
     log_every: int = count(20, "step")
@@ -438,6 +443,9 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             value = _named(value, f.name, key, schema)
         elif of == "method":
             value = {name: _named(told, of, f"{key}.{name}", schema, name) for name, told in value.items()}
+            for name, told in value.items():
+                if not (told is None or isinstance(told, str | Mapping)):
+                    raise ConfigError(f"{key}.{name}={shown(told)}: give a method's name, or {{name: NAME, ...its arguments}}")
         elif of is not None:
             value = {name: _section(of, told, f"{key}.{name}") for name, told in value.items()}
         else:
@@ -448,6 +456,8 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             choices, what = f.metadata["choices"], f.metadata["what"]
             listed = f"{did_you_mean(str(value), choices)}; {what or f.name}s: {', '.join(choices)}"
             raise ConfigError(f"unknown {what} {value!r}{listed}" if what else f"{key}={value}{listed}")
+        if "form" in f.metadata and not re.fullmatch(f.metadata["form"][0], str(value)):
+            raise ConfigError(f"{key}={value}: give {f.metadata['form'][1]}")
         if schema is TrainConfig and f.name == "name" and (set(str(value)) & set('/\\:*?"<>|$') or not str(value).strip(". ")):
             raise ConfigError(f"{key}={value}: files are called after it: letters, digits, spaces and . _ - ( ) [ ]")
         out[f.name] = value

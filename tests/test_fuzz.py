@@ -19,14 +19,14 @@ from steerfm import cli, finetuning, rewards
 from steerfm.config import BenchConfig
 from steerfm.steering import METHODS
 
-LINES = int(os.environ.get("FUZZ", "8"))
+LINES = int(os.environ.get("FUZZ", "4"))
 SECONDS = 20
 
 WORDS = [
     "", "0", "-1", "1", "2", "3", "1.5", ".5", "-0.0", "1e-3", "nan", "inf", "-inf", "null", "~", "true", "no", "on",
     "abc", "007", "[]", "[1]", "[0]", "[a, b]", "[1, x]", "[", "{", "{}", "{a: 1}", "{name: x}", "{name: brightness}",
     "[{name: brightness}]", "[bold]x", "[/10]", "a dog #1", "family: man, woman", "${oc.env:HOME}", "../x", "x.txt",
-    "x.csv", "x.py:f", "os:system", "Bag", "all", "auto", "cpu", "fashion", "emoji", "brightness", "clip", "direct",
+    "x.csv", "x.py:f", "Bag", "all", "auto", "cpu", "fashion", "emoji", "brightness", "clip", "direct",
     "funnel", "best_of_n", "32", "bf16", "16-true", "bf16-mixed", "\u2764", " ", "a" * 300, "a=b", "'", '"', "\\",
     "!x", "&a", "*a", "2001-01-01", "3/2", "1/1",
 ]  # fmt: skip
