@@ -120,16 +120,16 @@ class TreeSearch:
     the value strength * r of its look-ahead, which is exact at t_{steps-1}, where the step into the data is that same jump.
 
     Returns every look-ahead as a particle, the leaves weighted by what they contribute to the root's value and inner nodes by
-    zero; log_z is the root's value.
+    zero.
 
     Costs an iteration: ``width`` forwards, decodes and reward calls per output; twice the forwards with gamma < 1.
     Samples: in the limit only: the tilt of the base chain's own law, for a bounded reward and 0 < widening < 1, as the
     particles grow without end. Every node is then visited and widened without end, so that from the last time upwards every
-    value becomes the soft value. No for a given number: lucky nodes grow first and regress to their mean, so log_z is too
-    low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and 0.01 at 256; by 0.06 and 0.04 with widening 0.5;
-    more for more steps and steeper rewards: 0.7 on nine separate modes, four steps, 512 particles). `FeynmanKac` has no such
-    bias, and neither has steps = 1, plain importance sampling. With widening = 0 no, in the limit too. With greedy = True,
-    DTS*, no: a search, uniform weights, no log_z.
+    value becomes the soft value. No for a given number: lucky nodes grow first and regress to their mean, so the root's value
+    is too low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and 0.01 at 256; by 0.06 and 0.04 with widening
+    0.5; more for more steps and steeper rewards: by 0.7 on nine separate modes, four steps, 512 particles), and log_z is there
+    for steps = 1 only, which is plain importance sampling. `FeynmanKac` has no such bias. With widening = 0 no, in the limit
+    too. With greedy = True, DTS*, no: a search, uniform weights, no log_z.
 
     Attributes:
         particles: nodes of each tree.
@@ -204,9 +204,13 @@ class TreeSearch:
             rewards=torch.cat([part.reward.view(n, width) for part in parts], 1),
             components={name: torch.cat([part.components[name].view(n, width) for part in parts], 1) for name in names},
             log_weights=torch.full_like(log_w, -math.log(k)) if self.greedy else normalise(log_w),
-            log_z=None if self.greedy else tree.value[:, 0],
+            log_z=self._log_z(tree.value[:, 0]),
             trace=replace(search_trace(values, looks), ess=torch.stack(shares)),
         )
+
+    def _log_z(self, root: Tensor) -> Tensor | None:
+        """log Z (n,) from the values of the roots, where they are an unbiased estimate."""
+        return root if self.steps == 1 and not self.greedy else None
 
     def _walk(self, tree: Tree, u: Tensor) -> Tensor:
         """Paths from the roots to the nodes that are to grow, (n, steps), by uniform numbers (n, steps)."""

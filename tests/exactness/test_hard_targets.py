@@ -15,6 +15,7 @@ import torch
 import steerfm
 from steerfm import GaussianMixture
 from steerfm.steering import (
+    FMTT,
     BestChild,
     BestOfN,
     FeynmanKac,
@@ -25,6 +26,7 @@ from steerfm.steering import (
     Resample,
     Steering,
     TopK,
+    TreeSearch,
     Window,
 )
 from steerfm.steering.weights import Selected
@@ -145,6 +147,25 @@ def test_only_an_unbiased_selection_gives_log_z(selection, honest):
     method = Steering(particles=8, steps=4, resampling=selection)
     result = steerfm.steer(GRID.flow_map(), lambda x: x[:, 0], method, n=2)
     assert (result.log_z is not None) == honest
+
+
+@pytest.mark.parametrize(
+    ("method", "honest"),
+    [(FMTT(4, 4), False), (TreeSearch(8, 3), False), (TreeSearch(8, 1), True), (TreeSearch(8, 1, greedy=True), False)],
+)
+def test_a_method_that_is_biased_gives_no_log_z(method, honest):
+    result = steerfm.steer(GRID.flow_map(), lambda x: x[:, 0], method, n=2)
+    assert (result.log_z is not None) == honest
+
+
+@pytest.mark.parametrize("name", ["grid", "deep"])
+@pytest.mark.parametrize(
+    "method", [BestOfN(particles=256, steps=1), FeynmanKac(particles=32, correction="marginal")], ids=["best_of_n", "marginal"]
+)
+def test_other_estimates_are_right_there_too(method, name):
+    z = scores(name, method)
+    print(name, z)
+    assert abs(z[0]) < LIMIT and abs(z[1]) < LIMIT
 
 
 def test_the_first_look_gives_log_z_only_by_a_jump():
