@@ -69,7 +69,8 @@ class Funnel(Steering):
     ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
-    dimensions a step forgets part of what the first look saw, and the weights then rest on few particles.
+    dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
+    too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
     There is none for another look-ahead that selects at t = 0.
     """
