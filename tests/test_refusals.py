@@ -87,7 +87,8 @@ def test_every_number_has_a_range_and_nothing_else_is_taken(schema, key, kind, r
         ("steer", "method.guidance.scael=1"), ("steer", "method.transition=3"), ("steer", "prompt=x.csv"),
         ("sample", "steps=0"), ("sample", "n=-1"), ("evaluate", "n=1"), ("evaluate", "steps=[]"), ("evaluate", "euler=0"),
         ("evaluate", "steps=[1,0]"), ("train", "optimizer.steps=0"), ("train", "data.batch_size=0"),
-        ("finetune", "trainer.devices=inf"), ("finetune", "trainer.devices=0"), ("train", "trainer.precision=64-true"), ("train", "trainer.log_every=0"), ("train", "name=.."), ("train", "name=a/b"),
+        ("finetune", "trainer.devices=inf"), ("finetune", "trainer.devices=0"),
+        ("train", "trainer.precision=64-true"), ("train", "trainer.log_every=0"), ("train", "name=.."), ("train", "name=a/b"),
     ],
 )  # fmt: skip
 def test_refused_before_there_is_a_folder(capsys, tmp_path, monkeypatch, command, wrong):
