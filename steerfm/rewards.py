@@ -11,20 +11,17 @@ Rewards are found by entry point (group ``steerfm.rewards``), by ``pkg.mod:Name`
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from steerfm import trust
 from steerfm.cost import count, count_backward
 
 Prompts = Sequence[str] | None
@@ -243,7 +240,7 @@ class FunctionReward(Reward):
 
     def __init__(self, function: Callable[..., Any], **arguments: Any) -> None:
         super().__init__()
-        parameters = dict(list(inspect.signature(function).parameters.items())[1:])  # the first one takes the images
+        parameters = _after_images(function)
         context = {key: parameters.pop(key) for key in ("prompts", "labels") if key in parameters}
         self.name = getattr(function, "name", getattr(function, "__name__", type(function).__name__))
         check_arguments(self.name, parameters, arguments)
@@ -256,6 +253,19 @@ class FunctionReward(Reward):
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         context = {"prompts": prompts, "labels": labels}
         return self.function(images, **{key: context[key] for key in self.passed})
+
+
+def _after_images(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function after the one that takes the images."""
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        parameters = dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        raise RewardError(f"{name!r} does not say which arguments it takes: wrap it, def reward(images): ...") from None
+    first = next(iter(parameters.values()), None)
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        raise RewardError(f"{name!r} is not a function of pictures: its first argument must take them, def {name}(images)")
+    return dict(list(parameters.items())[1:])
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:
@@ -301,6 +311,8 @@ def reward(spec: str | Callable[..., Tensor] | Reward, **arguments: Any) -> Rewa
         return target(**arguments)
     if isinstance(target, type) or not callable(target):
         raise RewardError(f"reward {spec!r} is a {type(target).__name__}, not a function or a Reward")
+    if isinstance(spec, str) and ":" in spec and not trust.is_own(spec):
+        raise RewardError(f"reward {spec!r} is a function of an installed package: of those only a Reward can be named")
     return FunctionReward(target, **arguments)
 
 
@@ -315,8 +327,7 @@ def find(spec: str, what: str = "reward") -> Any:
     Raises:
         RewardError: naming what was looked for and what there is.
     """
-    module_name, colon, attribute = spec.rpartition(":")
-    if not colon:
+    if ":" not in spec:
         points = available()
         if spec in points:
             try:
@@ -328,27 +339,10 @@ def find(spec: str, what: str = "reward") -> Any:
             f"unknown reward {spec!r}{_nearest(spec, points)}; installed: {', '.join(points) or 'none'}; "
             "your own: path/to/file.py:name"
         )
-    if module_name.endswith(".py"):
-        path = Path(module_name)
-        if not path.is_file():
-            raise RewardError(f"no such {what} file: {path}")
-        loader = importlib.util.spec_from_file_location(f"steerfm_user_{path.stem}", path)
-        assert loader is not None and loader.loader is not None
-        module = importlib.util.module_from_spec(loader)
-        sys.modules[loader.name] = module  # dataclasses and pickle look the module of a class up by name
-        execute = partial(loader.loader.exec_module, module)
-    else:
-        module = None
-        execute = partial(importlib.import_module, module_name)
     try:
-        module = execute() or module
-    except Exception as error:
-        raise RewardError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise RewardError(f"{module_name} has no {attribute!r}{_nearest(attribute, names)}")
-    return found
+        return trust.load(spec, what)
+    except trust.CodeError as error:
+        raise RewardError(str(error)) from error.__cause__
 
 
 def check_arguments(name: str, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> None:

@@ -337,7 +337,7 @@ def test_rewards_of_a_file_and_of_a_module(file, where):
         ("FILE:rad", {}, "has no 'rad' (did you mean 'red'?)"),
         ("nowhere.py:red", {}, "no such reward file: nowhere.py"),
         ("no_such_package:red", {}, "cannot import no_such_package: ModuleNotFoundError"),
-        ("torch.nn:Flaten", {}, "torch.nn has no 'Flaten' (did you mean 'Flatten'?)"),
+        ("steerfm_rewards.simple:Brightnes", {}, "has no 'Brightnes' (did you mean 'Brightness'?)"),
     ],
 )
 def test_what_cannot_be_found_is_explained_in_one_line(file, spec, arguments, message):

@@ -1,0 +1,157 @@
+"""Code by name: what a name such as ``my_file.py:red`` or ``my_package.rewards:Red`` may import, and what it may not.
+
+A name can come from a configuration that somebody else wrote, so it must not reach everything that Python can. SECURITY.md
+has the rules in words.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import re
+import site
+import sys
+import sysconfig
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+OURS = ("steerfm", "steerfm_rewards")
+
+
+class CodeError(ValueError):
+    """A name that cannot be used; the message is one line and names the fix."""
+
+
+def load(spec: str, what: str) -> Any:
+    """What ``path/to/file.py:name`` or ``pkg.mod:name`` stands for; the file or the module is run.
+
+    Args:
+        spec: a file of one's own; a module of one's own; or a module of an installed package that is made for steerfm.
+        what: it is, for the message: ``reward``, ``method``.
+
+    Raises:
+        CodeError: no such file, module or name; code of Python itself or of a package that is not made for steerfm.
+    """
+    place, _, attribute = spec.rpartition(":")
+    module = _run_file(Path(place), what) if place.endswith(".py") else _import(place, what)
+    value = None if attribute.startswith("__") else getattr(module, attribute, None)
+    if value is None:
+        names = [name for name, member in vars(module).items() if callable(member) and not name.startswith("_")]
+        raise CodeError(f"{place} has no {attribute!r}{_nearest(attribute, names)}")
+    _check_origin(spec, value, what)
+    return value
+
+
+def is_own(spec: str) -> bool:
+    """Whether a spec that `load` takes names a file or module of one's own, and not one of an installed package."""
+    place = spec.rpartition(":")[0]
+    return place.endswith(".py") or _whose(place) == "own"
+
+
+def _run_file(path: Path, what: str) -> ModuleType:
+    if not path.is_file():
+        raise CodeError(f"no such {what} file: {path}")
+    if _in_python(path):
+        raise CodeError(f"{path} belongs to Python or to an installed package: name a file of your own, path/to/file.py:name")
+    loader = importlib.util.spec_from_file_location(f"steerfm_user_{path.stem}", path)
+    assert loader is not None and loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[loader.name] = module  # dataclasses and pickle look the module of a class up by name
+    try:
+        loader.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise CodeError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _import(name: str, what: str) -> ModuleType:
+    whose = _whose(name)
+    if whose == "python":
+        raise CodeError(f"{name} belongs to Python itself, it holds no {what}: name a file of your own, path/to/file.py:name")
+    if whose == "package" and not _made_for_steerfm(name):
+        raise CodeError(
+            f"{name} belongs to an installed package that is not made for steerfm, it holds no {what}: "
+            "name a file of your own, path/to/file.py:name"
+        )
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        raise CodeError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+
+
+def _check_origin(spec: str, value: Any, what: str) -> None:
+    """A name that a file or module has imported from elsewhere is refused like that name itself."""
+    while isinstance(value, partial):
+        value = value.func
+    if not isinstance(value, type | FunctionType | BuiltinFunctionType | MethodType):
+        return  # an object that the file or module has made
+    origin = getattr(value, "__module__", None) or "builtins"
+    if origin in sys.modules and getattr(sys.modules[origin], "__spec__", None) is None:
+        return  # a script, or a module that was made by hand
+    whose = "own" if origin.startswith("steerfm_user_") else _whose(origin)
+    if whose == "python" or (whose == "package" and not _made_for_steerfm(origin)):
+        raise CodeError(f"{spec} is {origin}.{getattr(value, '__name__', '')}, which is no {what}: write a function of your own")
+
+
+# --- whose code it is ------------------------------------------------------------------------------------------------
+def _whose(name: str) -> str:
+    """``python``, ``package``, ``own``, or ``nobody`` where there is no such module; nothing is imported."""
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names or top in sys.builtin_module_names:
+        return "python"
+    if top in OURS:
+        return "package"
+    try:
+        found = importlib.util.find_spec(top) if top else None
+    except (ValueError, ImportError):  # a script, or a module that was made by hand
+        return "own"
+    if found is None:
+        return "nobody"
+    places = [Path(place) for place in (*(found.submodule_search_locations or ()), found.origin) if place]
+    if any(_in(place, _packages()) or _in_packages(place) for place in places):
+        return "package"
+    return "python" if any(_in_python(place) for place in places) else "own"
+
+
+def _made_for_steerfm(name: str) -> bool:
+    """Whether a module's package is this one, depends on it, or has entry points for it."""
+    top = name.partition(".")[0]
+    if top in OURS:
+        return True
+    for package in packages_distributions().get(top, ()):
+        about = distribution(package)
+        needs = {re.split(r"[^\w.-]", need, maxsplit=1)[0].lower() for need in about.requires or ()}
+        if "steerfm" in needs or any(point.group.startswith("steerfm.") for point in about.entry_points):
+            return True
+    return False
+
+
+def _in_python(path: Path) -> bool:
+    """Whether a file is of this Python, of its packages, or of another one on this machine."""
+    path = path.resolve()
+    standard = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib")]
+    return _in_packages(path) or _in(path, [*standard, *_packages()]) or bool(re.search(r"/lib\d*/python3", path.as_posix()))
+
+
+def _packages() -> list[Path]:
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    paths = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages(), *user]
+    return [Path(path).resolve() for path in paths]
+
+
+def _in_packages(path: Path) -> bool:
+    return bool({"site-packages", "dist-packages"} & set(path.parts))
+
+
+def _in(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.resolve().is_relative_to(folder) for folder in folders)
+
+
+def _nearest(word: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
