@@ -95,7 +95,9 @@ def _check_origin(spec: str, value: Any, what: str) -> None:
         return  # a script, or a module that was made by hand
     whose = "own" if origin.startswith("steerfm_user_") else _whose(origin)
     if whose == "python" or (whose == "package" and not _made_for_steerfm(origin)):
-        raise CodeError(f"{spec} is {origin}.{getattr(value, '__name__', '')}, which is no {what}: write a function of your own")
+        raise CodeError(
+            f"{spec} is {origin}.{getattr(value, '__name__', '')}, which is no {what}: write a function of your own"
+        )
 
 
 # --- whose code it is ------------------------------------------------------------------------------------------------

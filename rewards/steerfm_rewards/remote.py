@@ -93,9 +93,9 @@ class Remote(Reward):
         body = save(
             {k: v.contiguous() for k, v in tensors.items()}, {"prompts": json.dumps(list(prompts) if prompts else None)}
         )
-        return torch.tensor(self._scores(self._ask(body, len(x)), len(x)), dtype=torch.float32, device=images.device)
+        return torch.tensor(self._numbers(self._ask(body, len(x)), len(x)), dtype=torch.float32, device=images.device)
 
-    def _scores(self, answer: Any, n: int) -> list[float]:
+    def _numbers(self, answer: Any, n: int) -> list[float]:
         """The numbers of an answer, checked."""
         if not isinstance(answer, dict):
             raise self._error(f'answered {_kind(answer)} in place of {{"scores": [...]}}')
@@ -111,7 +111,9 @@ class Remote(Reward):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise self._error(f"answered with {_kind(value)} as a score", row)
             if not abs(value) <= LARGEST:
-                raise self._error(f"answered with {value if isinstance(value, float) else 'a number too large'} as a score", row)
+                raise self._error(
+                    f"answered with {value if isinstance(value, float) else 'a number too large'} as a score", row
+                )
         return [float(value) for value in scores]
 
     def _ask(self, body: bytes, n: int) -> Any:
