@@ -9,6 +9,7 @@ import warnings
 
 from steerfm import __version__
 from steerfm import config as configs
+from steerfm.signals import Stopped, raised
 
 EXAMPLES = {
     "train": """examples:
@@ -109,29 +110,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run a command; returns the exit code: 0, 1 where nothing was learnt, 2 for bad input or a file that cannot be written,
+    130 after Ctrl-C and 143 after SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     options, extra = parser().parse_known_args(argv)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics)(\.|$)")
     try:
-        if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
-            config = configs.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
-            if options.show:
-                print(configs.dump(config), end="")
-                return 0
-        elif options.command == "bench":
-            options.arguments += extra
-        elif extra:
-            parser().error(f"unrecognized arguments: {' '.join(extra)}")
-        return _run(options, argv, config if hasattr(options, "overrides") else None)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues where it was", file=sys.stderr)
-        return 130
-    except (ValueError, FileNotFoundError, PermissionError, ImportError) as error:
+        with raised():
+            return _main(options, extra, argv)
+    except KeyboardInterrupt as stop:
+        where = f"{stop.where}: " if isinstance(stop, Stopped) and stop.where else ""
+        print(f"stopped; {where}the same command continues where it was", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Stopped) else 2)
+    except (ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
+    finally:
+        if files := sys.modules.get("steerfm.files"):  # not for --help: it takes torch
+            files.release()
+
+
+def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int:
+    if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
+        config = configs.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
+        if options.show:
+            print(configs.dump(config), end="")
+            return 0
+    elif options.command == "bench":
+        options.arguments += extra
+    elif extra:
+        parser().error(f"unrecognized arguments: {' '.join(extra)}")
+    return _run(options, argv, config if hasattr(options, "overrides") else None)
 
 
 def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:

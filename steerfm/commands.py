@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,11 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from safetensors.torch import save_file
 from torch import Tensor
 
 from steerfm import config as configs
-from steerfm import encoders, results, rewards, zoo
+from steerfm import encoders, files, results, rewards, zoo
 from steerfm.closed_form import GaussianMixture
 from steerfm.config import ConfigError, did_you_mean, named
 from steerfm.cost import Cost, Ledger
@@ -66,13 +66,14 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     with global_stream(config.seed, "weights"):
         module, architecture = _training_module(config, data)
     module.network.to(memory_format=torch.channels_last)
-    folder = _training_folder(config)
+    folder = _training_folder(config, data)
     t = config.trainer
     grids = [training.SampleGrid(folder / "samples", t.sample_every, data.asked)] if config.task == "flow_map" else []
     trainer = training.fit(
         module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
         t.log_every, t.validate_every, t.save_every, console.is_terminal, grids,
     )  # fmt: skip
+    training.check_trained(module)
     if not trainer.is_global_zero:
         return
     card = {
@@ -88,18 +89,21 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         save_weights(module.ema, weights, {"kind": "image_text_head", "network": architecture, "card": card})
     elif config.task == "contrastive":
         weights = encoders.save_open_clip(module.ema, folder / config.name, architecture, _preprocess_cfg(architecture))
-        (folder / f"{config.name}.json").write_text(json.dumps({"kind": "open_clip", "card": card}, indent=2) + "\n")
+        files.write(folder / f"{config.name}.json", json.dumps({"kind": "open_clip", "card": card}, indent=2) + "\n")
     elif config.task == "classifier":
         head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
         save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
         some = torch.randperm(len(data.train[0]), generator=stream(0, "statistics"))[: len(data.test[0])]
         found = _statistics(module.ema, data.test[0], data.train[0][some])
-        save_file(found, folder / f"{config.name}-statistics.safetensors")
+        files.write_tensors(folder / f"{config.name}-statistics.safetensors", found)
     else:
         module.averaged().save(weights, architecture, card)
-    (folder / "README.md").write_text(results.model_card(config.name, card))
-    results.curves_plot(training.history(folder), folder / "curves.png")
-    console.print(f"trained {config.name}: {weights} and its .json, curves in {folder / 'curves.png'}")
+    files.write(folder / "README.md", results.model_card(config.name, card))
+    curves = training.history(folder)
+    if curves:
+        results.curves_plot(curves, folder / "curves.png")
+    said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
+    console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
 
 
 def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
@@ -213,22 +217,34 @@ def schedule(o: configs.OptimizerConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _training_folder(config: configs.TrainConfig) -> Path:
-    """The run folder. Its schedule may change from one start to the next, its network may not.
+def _training_folder(config: configs.TrainConfig, data: Any) -> Path:
+    """The run folder. Its schedule may change from one start to the next, its network and what it learns from may not.
 
     Raises:
-        ConfigError: the folder holds a run of another network, task or data set.
+        ConfigError: the folder holds a run of another network, task or data set, or of files that were edited since; another
+            process writes it.
     """
     folder = Path(config.out or f"runs/train/{config.name}")
-    file = folder / "config.yaml"
-    if (folder / "checkpoints" / "last.ckpt").is_file() and file.is_file():
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another out=")
+    folder.mkdir(parents=True, exist_ok=True)
+    files.claim(folder)
+    file, begun = folder / "config.yaml", any((folder / "checkpoints").glob("*.ckpt"))
+    told = inputs(config) | {f"data {config.data.name}": hashlib.sha256(data.train[0].numpy()).hexdigest()}
+    if begun and (edited := results.edited(folder, told)):
+        raise ConfigError(f"{folder}: {', '.join(edited)}: edited since this run began; choose another out= or delete it")
+    if begun and file.is_file() and file.stat().st_size:
         before = configs.load(configs.TrainConfig, str(file))
         for key in ("task", "network", "data.name"):
             old, new = (configs.plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
             if old != new:
                 raise ConfigError(f"{folder} holds a run with another {key} ({old}): choose another out= or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(configs.dump(config))
+    if not begun:  # of a run that failed before its first checkpoint
+        for log in folder.glob("metrics/**/metrics.csv"):
+            log.unlink()
+    if not begun or not (folder / "inputs.json").is_file():
+        files.write(folder / "inputs.json", json.dumps(told, indent=1) + "\n")
+    files.write(file, configs.dump(config))
     return folder
 
 
@@ -255,7 +271,8 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
     flow_map = _model(config.model, config.device, config.guidance, config.compile)
     want = asked(flow_map, config.label, config.prompt, config.n)
     seeds, precision = want_seeds(want, config.seeds), _autocast(flow_map, config.precision)
-    folder = results.RunFolder(config.out or f"runs/sample/{_stem(config.model)}", configs.dump(config), resume=True)
+    path = config.out or f"runs/sample/{_stem(config.model)}"
+    folder = results.RunFolder(path, configs.dump(config), inputs=inputs(config))
     with Ledger() as ledger, _progress("sampling", 1) as tick, precision:
         x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
         pictures = flow_map.decode(x).float().cpu()
@@ -369,9 +386,10 @@ def run_steer(
                     )  # fmt: skip
                 base = draw(flow_map, part.n, getattr(method, "steps", 4), seeds[rows], part.cond, batch_size=500).cpu()
                 kept = _tensors(result, traced=rows.start < SHOWN) | {"base": base, "best": result.best().cpu()}
-                folder.save_part(index, kept)
                 means = result.rewards.mean().item(), result.rewards.max(1).values.mean().item()
-                folder.log(output=rows.stop, reward_mean=means[0], reward_best=means[1], seconds=result.cost.seconds)
+                told = {"reward_mean": means[0], "reward_best": means[1], "seconds": result.cost.seconds}
+                folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
+                folder.save_part(index, kept)
             tick(index + 1, len(batches))
 
 
@@ -456,9 +474,9 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     want = asked(flow_map, config.label, config.prompt, config.n, reward)
     check_needs((reward, judge), want.labels, want.prompts)
     _autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
-    folder = results.RunFolder(config.out or default, configs.dump(config))
+    folder = results.RunFolder(config.out or default, configs.dump(config), inputs=inputs(config))
     if folder.load_result() is not None:
-        console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
+        console.print(FINISHED.format(folder.path), markup=False)
         return
     if judge is None and config.judge == "auto":
         console.print(NO_JUDGE)
@@ -678,6 +696,38 @@ def describe_part(value: Any) -> str:
 
 
 # --- shared pieces ---------------------------------------------------------------------------------------------------
+FINISHED = "finished already: {} (delete it to run again, or choose another out=)"
+
+
+def inputs(config: Any) -> dict[str, str]:
+    """Digests of all files that a configuration names, own or shipped: "reward my.py" -> SHA-256 of what it holds."""
+    told = configs.plain(config)
+    return {name: digest for key in told if key != "out" for name, digest in contents(told[key], key).items()}
+
+
+def contents(told: Any, key: str = "") -> dict[str, str]:
+    """Digests of the files that a value names, in whatever depth; ``key`` begins their names."""
+    if isinstance(told, Mapping):
+        return {name: digest for item in told.values() for name, digest in contents(item, key).items()}
+    if isinstance(told, list | tuple):
+        return {name: digest for item in told for name, digest in contents(item, key).items()}
+    return {f"{key} {file}".strip(): files.digest(file) for file in _named_files(told)} if isinstance(told, str) else {}
+
+
+def _named_files(text: str) -> list[Path]:
+    """The files that a text names: one's own, code as path.py:name, weights with their JSON, a folder of a model, or what
+    ships by that name."""
+    path, code = Path(text), Path(text.rsplit(":", 1)[0])
+    if os.path.isdir(path) and os.path.isfile(path / "open_clip_config.json"):
+        return sorted(file for file in path.iterdir() if file.is_file())
+    shipped = [zoo.FOLDER / f"{text}.safetensors", configs.shipped("configs") / "prompts" / text] if path.name == text else []
+    for file in (path, *([code] if code.suffix == ".py" else []), *shipped):
+        if os.path.isfile(file):
+            head = file.with_suffix(".json")
+            return [file, head] if file.suffix == ".safetensors" and head.is_file() else [file]
+    return []
+
+
 def _model(name: str, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
     flow_map = zoo.load(name, pick_device(device))
     if compiled and isinstance(flow_map, NeuralFlowMap):

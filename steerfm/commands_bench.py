@@ -12,11 +12,9 @@ import csv
 import hashlib
 import json
 import platform
-import re
 import runpy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm import config as configs
-from steerfm import results, zoo
+from steerfm import files, results, zoo
 from steerfm.commands import (
     Asked,
     _model,
@@ -38,6 +36,7 @@ from steerfm.commands import (
     build_reward,
     check_needs,
     console,
+    contents,
     want_seeds,
 )  # fmt: skip
 from steerfm.commands_evaluate import known_features, word_spaces
@@ -208,8 +207,9 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
     methods, problems = _methods(config), _problems(config)
     part, parts = _share(config.share)
     path = Path(config.out or f"runs/bench/{suite}")
-    folder = results.RunFolder(path, f"suite: {suite}\n")  # one folder takes further methods, problems and budgets
-    (path / "suite.yaml").write_text(configs.dump(config))
+    told = f"suite: {suite}\n"  # one folder takes further methods, problems and budgets, and several processes
+    folder = results.RunFolder(path, told, shared=True)
+    files.write(path / "suite.yaml", configs.dump(config))
     columns = [
         column
         for problem in problems
@@ -263,15 +263,9 @@ def _file(column: Column, method: Any, seed: int) -> str:
         told.pop(neutral)
     text = json.dumps(told | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode())
-    for name in re.findall(r'"([^"]+\.(?:py|safetensors|txt|jsonl))(?::\w+)?"', text):
-        digest.update(_content(name))
+    for _, held in sorted(contents(told).items()):
+        digest.update(held.encode())
     return f"cells/{digest.hexdigest()[:20]}"
-
-
-@cache
-def _content(name: str) -> bytes:
-    """What a file holds, digested; nothing where there is none."""
-    return hashlib.sha256(Path(name).read_bytes()).digest() if Path(name).is_file() else b""
 
 
 def _methods(config: configs.BenchConfig) -> dict[str, Any]:
@@ -385,7 +379,7 @@ def _write(
 ) -> None:
     """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
     facts = ["model", "problem", "strength", "budget", "method"]
-    with (folder.path / "cells.csv").open("w", newline="") as file:
+    with files.whole(folder.path / "cells.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*facts, "seed", "held_out", "reward", *FACTS])
         for row, found in zip(rows, cells.values()):
@@ -425,7 +419,7 @@ def _write(
         "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": torch.get_num_threads(),
         "machine": platform.machine(), "torch": torch.__version__, "steerfm": steerfm.__version__,
     }  # fmt: skip
-    (folder.path / "summary.json").write_text(json.dumps(told | {"ranks": means, "rows": rows}, indent=1))
+    files.write(folder.path / "summary.json", json.dumps(told | {"ranks": means, "rows": rows}, indent=1))
     page = results.report(folder, f"Benchmark {suite}", told, tables, pictures)
     console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
     console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")

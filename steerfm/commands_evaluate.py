@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm import config as configs
-from steerfm import emoji, encoders, results, rewards, zoo
-from steerfm.commands import _model, _progress, _rows, _stem, _table, can_judge_words, console, read_prompts
+from steerfm import emoji, encoders, files, results, rewards, zoo
+from steerfm.commands import (
+    FINISHED,
+    _model,
+    _progress,
+    _rows,
+    _stem,
+    _table,
+    can_judge_words,
+    console,
+    inputs,
+    read_prompts,
+)  # fmt: skip
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.metrics import (
@@ -100,7 +110,11 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
     flow_map = _model(config.model, config.device)
     examiner = examine(flow_map, config)
-    folder = results.RunFolder(config.out or f"runs/evaluate/{_stem(config.model)}", configs.dump(config))
+    path = config.out or f"runs/evaluate/{_stem(config.model)}"
+    folder = results.RunFolder(path, configs.dump(config), inputs=inputs(config))
+    if folder.load_result() is not None:
+        console.print(FINISHED.format(folder.path), markup=False)
+        return
     many = f"{config.euler} Euler steps"
     plans = [(many, config.euler, True)]  # first: the others are held against it
     plans += [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
@@ -119,7 +133,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
             drawn[name], last = kept.pop("pictures"), kept.pop("ends")
             ends = last if euler else ends
             rows[name] = {key: float(value) for key, value in kept.items()}
-            folder.log(sampler=name, **rows[name])
+            folder.log(sampler=name, **rows[name], once=("sampler",))
     rows[many] = rows.pop(many)
     n = min(PAIRS, config.n)
     consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n)))
@@ -142,9 +156,9 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
         "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
         "texture_of_data": examiner.texture, "train_test": examiner.apart, "gaps": examiner.gaps, **consistency,
     }  # fmt: skip
-    folder.save_result(summary)
     facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
     results.report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
+    folder.save_result(summary)  # last: its presence says that the run is finished
     folder.clear_parts()
 
 
@@ -327,9 +341,7 @@ def known_features(name: str, features: Features, device: torch.device | str) ->
             for part in pictures.split(256):
                 parts.append(features(part.to(device)).cpu())
                 tick(sum(map(len, parts)), len(pictures))
-        unfinished = file.with_suffix(f".{os.getpid()}")  # several processes may be at it
-        save_file({"features": torch.cat(parts).clone()}, unfinished)
-        unfinished.replace(file)
+        files.write_tensors(file, {"features": torch.cat(parts).clone()})
     return load_file(file)["features"]
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from steerfm import config as configs
 from steerfm import encoders, results, training, zoo
 from steerfm.commands import (
+    FINISHED,
     NO_JUDGE,
     _commit,
     _slug,
@@ -25,6 +26,7 @@ from steerfm.commands import (
     build_reward,
     check_needs,
     console,
+    inputs,
     read_prompts,
     schedule,
 )  # fmt: skip
@@ -59,9 +61,10 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     if lora is not None:
         lora.targets(base.network)
     default = f"runs/finetune/{_stem(config.model)}-{_slug(config.method)}-{_slug(config.reward)}"
-    folder = results.RunFolder(config.out or default, configs.dump(config))
+    folder = results.RunFolder(config.out or default, configs.dump(config), inputs=inputs(config))
     if folder.load_result() is not None:
-        console.print(f"finished already: {folder.path} (delete it to run again, or choose another out=)")
+        drop_checkpoints(folder)
+        console.print(FINISHED.format(folder.path), markup=False)
         return
     if judge is None and config.judge == "auto":
         console.print(NO_JUDGE)
@@ -97,8 +100,9 @@ def run(
         where = (
             f"the run up to there is kept in {kept}; the same command goes on from it" if kept.is_file() else "nothing was run"
         )
-        raise RewardError(f"step {module.global_step + 1}: {error}; {where}") from error
+        raise type(error)(f"step {module.global_step + 1}: {error}; {where}") from error
     monitor.restore(module)
+    training.check_trained(module)
     if monitor.reason:
         console.print(monitor.reason)
     return monitor
@@ -178,7 +182,7 @@ def finish(
     }
     for name, monitor in monitors.items():
         for row in monitor.rows:
-            folder.log(stage=name, **row)
+            folder.log(stage=name, **row, once=("stage", "step"))
     pictures = draw_pictures(folder.path, readings, monitors)
     facts = {
         "command": command,
@@ -193,8 +197,7 @@ def finish(
     title = f"{config.model} fine-tuned for {panel.reward.name} by {_slug(config.method)}{judged}"
     results.report(folder, title, facts, [("on the same seeds", header, table)], pictures)
     folder.save_result(summary)
-    for name in monitors:  # the averaged weights of every judgement stay
-        shutil.rmtree(folder.path / name / "checkpoints", ignore_errors=True)
+    drop_checkpoints(folder)
     show = _table(*header, title=title)
     for row in table:
         show.add_row(*map(str, row))
@@ -204,7 +207,14 @@ def finish(
         console.print(
             "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
         )
-    console.print(f"the tuned map: steerfm sample model={model}; report.html and numbers in {folder.path}")
+    made = "no checkpoint was better than the base: the base is kept" if monitors["tune"].kept_base else "the tuned map"
+    console.print(f"{made}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
+
+
+def drop_checkpoints(folder: results.RunFolder) -> None:
+    """Delete what only a killed run needs; the averaged weights of every judgement stay."""
+    for name in ("tune", "distil"):
+        shutil.rmtree(folder.path / name / "checkpoints", ignore_errors=True)
 
 
 def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str, Monitor]) -> list[tuple[str, Path]]:

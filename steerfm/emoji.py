@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from steerfm.files import write, write_tensors
 
 PACKS = {
     "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/", "Apache-2.0 (Noto Emoji, Google)"),
@@ -162,11 +163,10 @@ def prepare(
     tensors = {name: torch.tensor(value, dtype=torch.int16) for name, value in columns.items()}
     told = {"names": names, "keywords": keywords, "code_points": [entry["unified"] for entry in entries]}
     file = folder / f"emoji-{size}.safetensors"
-    save_file(tensors | {"pictures": torch.stack(pictures)}, file.with_suffix(".tmp"), {"words": json.dumps(told)})
-    file.with_suffix(".tmp").replace(file)
+    write_tensors(file, tensors | {"pictures": torch.stack(pictures)}, {"words": json.dumps(told)})
     credit = {style: {"package": package, "licence": licence} for style, (package, _, licence) in PACKS.items()}
     credit["captions"] = {"package": WORDS, "licence": "MIT"}
-    (folder / "credits.json").write_text(json.dumps(credit, indent=2) + "\n")
+    write(folder / "credits.json", json.dumps(credit, indent=2) + "\n")
     return load(root, size)
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from steerfm import files
 
 FOLDER = Path(__file__).parent / "zoo"
 
@@ -319,10 +320,9 @@ def save_open_clip(
 ) -> Path:
     """Write a folder that ``open_clip.create_model("local-dir:<folder>")`` takes; returns it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(stored(model.state_dict(), half), folder / "open_clip_model.safetensors")
+    files.write_tensors(folder / "open_clip_model.safetensors", stored(model.state_dict(), half))
     told = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
-    (folder / "open_clip_config.json").write_text(json.dumps(told, indent=2) + "\n")
+    files.write(folder / "open_clip_config.json", json.dumps(told, indent=2) + "\n")
     return folder
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from steerfm import files
 from steerfm.cost import count, count_backward
 from steerfm.encoders import TextEncoder, stored
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
@@ -457,10 +458,8 @@ def save_weights(network: nn.Module, path: str | Path, head: Mapping[str, Any], 
 def write_weights(tensors: Mapping[str, Tensor], path: str | Path, head: Mapping[str, Any], half: bool = True) -> None:
     """Write tensors to ``path`` (safetensors), as float16 by default, and ``head`` to the JSON beside it."""
     path = weights_file(path)
-    temporary = path.with_suffix(".tmp")
-    save_file(stored(tensors, half), temporary)
-    path.with_suffix(".json").write_text(json.dumps(head, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(path.with_suffix(".json"), json.dumps(head, indent=2) + "\n")
+    files.write_tensors(path, stored(tensors, half))  # last: a model is there once its weights are
 
 
 def read_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

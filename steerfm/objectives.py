@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,6 +206,14 @@ class Pool:
     paths: Paths | None = None
     calls: int = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, for a checkpoint."""
+        return {"calls": self.calls, "paths": None if self.paths is None else dict(vars(self.paths))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+        self.paths = None if state["paths"] is None else Paths(**state["paths"])
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -221,8 +230,8 @@ class Trajectory:
         diagonal: share of the other pairs with s = t.
         teacher: whose velocity; default the map's own.
         keep: trajectories to draw pairs from, of this call and earlier ones; every ``uses``-th call follows one for each row
-            then, so that a batch has as many conditions as rows. 0: those of this call only, ``uses`` rows for each. They are
-            not in a checkpoint: a continued run begins with none.
+            then, so that a batch has as many conditions as rows. 0: those of this call only, ``uses`` rows for each. A
+            checkpoint holds them.
 
     Raises:
         ValueError: uses below 1, keep below 0.

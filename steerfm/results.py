@@ -13,9 +13,9 @@ import html
 import json
 import math
 import mimetypes
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from string import Template
@@ -32,9 +32,13 @@ from safetensors.torch import load, save
 from torch import Tensor, as_tensor, uint8
 from torch.nn.functional import adaptive_avg_pool2d
 
+from steerfm import files
+
 INK, SOFT, LINE = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, TEAL = "#2563eb", "#ea580c", "#0d9488"
 DPI = 100
+RESULTS = ("*.safetensors", "result.json", "*.ckpt", "parts/*", "cells/*", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
+"""Files of a run folder that are worth something."""
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 """Sizes of safetensors' types."""
 
@@ -429,8 +433,8 @@ def _cut(line: str, width: float, size: float) -> str:
 
 def _save(fig: Figure, path: str | Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, facecolor="white")
+    with files.whole(path) as temporary:
+        fig.savefig(temporary, facecolor="white", format=path.suffix[1:] or "png")
     return path
 
 
@@ -452,38 +456,74 @@ class RunFolder:
         path: of the folder; made if missing.
         config_yaml: the run's configuration, kept as config.yaml. It decides whether an existing folder is continued;
             its key ``out`` is ignored, so that a folder can be moved.
+            A run that has no result yet is replaced.
         resume: continue a folder that holds a run with the same configuration; False: such a folder is an error.
+        inputs: what else makes the run: digests of the files that it reads, by name; kept as inputs.json.
+        shared: several processes write the folder, each its own files; others are refused while one writes.
 
     Raises:
-        ValueError: the folder holds another configuration, a run although ``resume`` is False, or is no folder.
+        ValueError: the folder holds another configuration, a run of files that were edited since, a run although ``resume`` is
+            False, or is no folder; another process writes it.
     """
 
-    def __init__(self, path: str | Path, config_yaml: str, resume: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config_yaml: str,
+        resume: bool = True,
+        inputs: Mapping[str, str] | None = None,
+        shared: bool = False,
+    ) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; choose another out=")
-        config = self.path / "config.yaml"
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not shared:
+            files.claim(self.path)
+        config, known, fix = self.path / "config.yaml", self.path / "inputs.json", "choose another out= or delete it"
         if config.is_file():
-            fix = "choose another out= or delete it"
-            if not resume:
+            before, now = _read_yaml(config.read_text(encoding="utf-8")), _read_yaml(config_yaml)
+            different = _differences(before, now)
+            changed = edited(self.path, inputs or {})
+            begun = self._holds_results()
+            if not resume and (begun or not different):
                 raise ValueError(f"{self.path} holds a run already; {fix}")
-            different = _differences(_read_yaml(config.read_text(encoding="utf-8")), _read_yaml(config_yaml))
-            if different:
+            own = isinstance(before, dict) and isinstance(now, dict) and before.keys() - {"out"} == now.keys() - {"out"}
+            if different and (begun or not own):
                 names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
                 raise ValueError(f"{self.path} holds a run with another configuration (differs in: {names}); {fix}")
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write(config, config_yaml.encode())
+            if changed and begun:
+                raise ValueError(f"{self.path}: {', '.join(changed)}: edited since this run began; {fix}")
+            if different or changed:  # a run that failed before its first result is in nobody's way
+                for log in (self.path / "metrics.jsonl", *self.path.rglob("metrics.csv")):
+                    log.unlink(missing_ok=True)
+                config.unlink()
+        if inputs is not None and not (config.is_file() and known.is_file()):
+            files.write(known, json.dumps(dict(inputs), indent=1) + "\n")
+        if not config.is_file():
+            files.write(config, config_yaml)
         self._drop_unfinished_line()
+        if (self.path / "result.json").is_file():
+            self.clear_parts()
+
+    def _holds_results(self) -> bool:
+        """Whether there is something that a run could go on from, or that would be lost."""
+        return any(next(self.path.glob(pattern), None) for pattern in RESULTS)
 
     def __fspath__(self) -> str:
         return str(self.path)
 
     # --- numbers -----------------------------------------------------------------------------------------------------
-    def log(self, **numbers: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(numbers), allow_nan=False) + "\n")
+    def log(self, *, once: Sequence[str] = (), **numbers: Any) -> None:
+        """Append one line to metrics.jsonl, in place of an earlier one with the same values of the keys ``once``."""
+        line, file = _plain(numbers), self.path / "metrics.jsonl"
+        rows = self.history() if once else []
+        others = [row for row in rows if any(row.get(key) != line[key] for key in once)]
+        if len(others) < len(rows):
+            files.write(file, "".join(json.dumps(row) + "\n" for row in [*others, line]))
+            return
+        with file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line, allow_nan=False) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order."""
@@ -493,7 +533,7 @@ class RunFolder:
     def save_result(self, result: Mapping[str, Any]) -> Path:
         """Write result.json: tensors become lists, floats get 7 digits, NaN and infinities become null."""
         text = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False)
-        return _write(self.path / "result.json", (text + "\n").encode())
+        return files.write(self.path / "result.json", (text + "\n").encode())
 
     def load_result(self) -> dict[str, Any] | None:
         """result.json, or None where the run is not finished."""
@@ -503,7 +543,7 @@ class RunFolder:
     # --- tensors -----------------------------------------------------------------------------------------------------
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
         """Write ``name``.safetensors."""
-        return _write(self.path / f"{name}.safetensors", _pack(tensors))
+        return files.write(self.path / f"{name}.safetensors", _pack(tensors))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """Read ``name``.safetensors, on the CPU.
@@ -522,7 +562,7 @@ class RunFolder:
     # --- parts: batches of an unfinished run -------------------------------------------------------------------------
     def save_part(self, index: int, tensors: Mapping[str, Tensor], prefix: str = "part") -> Path:
         """Keep one batch of an unfinished run: parts/``prefix``-``index``.safetensors."""
-        return _write(self._part(index, prefix), _pack(tensors))
+        return files.write(self._part(index, prefix), _pack(tensors))
 
     def load_part(self, index: int, prefix: str = "part") -> dict[str, Tensor] | None:
         """The tensors of a part, or None where it is missing or corrupt and has to be done (again)."""
@@ -537,9 +577,9 @@ class RunFolder:
 
     def merge_parts(self, name: str, keys: Sequence[str], prefix: str = "part") -> Path:
         """Write ``name``.safetensors: tensors of all parts, joined along their first axis, a part at a time in memory."""
-        files = [self._part(index, prefix) for index in self._indices(prefix)]
+        parts = [self._part(index, prefix) for index in self._indices(prefix)]
         facts = []  # of each part, of each key: type and shape
-        for file in files:
+        for file in parts:
             with safe_open(file, "pt") as tensors:
                 facts.append({key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape()) for key in keys})
         header: dict[str, Any] = {}
@@ -555,23 +595,19 @@ class RunFolder:
         def content() -> Iterator[bytes]:
             yield len(told).to_bytes(8, "little") + told
             for key in keys:
-                for file in files:
+                for file in parts:
                     with safe_open(file, "pt") as tensors:
                         yield tensors.get_tensor(key).view(uint8).numpy().tobytes()
 
-        return _write(self.path / f"{name}.safetensors", content())
+        return files.write(self.path / f"{name}.safetensors", content())
 
     def clear_parts(self) -> None:
         """Delete all parts: the run is finished."""
-        folder = self.path / "parts"
-        for file in folder.glob("*"):
-            file.unlink()
-        if folder.is_dir():
-            folder.rmdir()
+        shutil.rmtree(self.path / "parts", ignore_errors=True)
 
     def _indices(self, prefix: str) -> list[int]:
-        files = (self.path / "parts").glob(f"{prefix}-*.safetensors")
-        return sorted(int(end) for file in files if (end := file.stem.removeprefix(f"{prefix}-")).isdigit())
+        parts = (self.path / "parts").glob(f"{prefix}-*.safetensors")
+        return sorted(int(end) for file in parts if (end := file.stem.removeprefix(f"{prefix}-")).isdigit())
 
     def _part(self, index: int, prefix: str) -> Path:
         return self.path / "parts" / f"{prefix}-{index:05d}.safetensors"
@@ -580,19 +616,16 @@ class RunFolder:
         """A kill while logging leaves a line without an end: drop it, the step is logged again."""
         file = self.path / "metrics.jsonl"
         if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
-            _write(file, content[: content.rfind(b"\n") + 1])
+            files.write(file, content[: content.rfind(b"\n") + 1])
 
 
-def _write(path: Path, content: bytes | Iterable[bytes]) -> Path:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return path
+def edited(folder: Path, inputs: Mapping[str, str]) -> list[str]:
+    """Names of the inputs that are no longer what the run of a folder began with."""
+    try:
+        before = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a run of an earlier version, or one that was killed at its start
+        return []
+    return [name for name in inputs if name in before and before[name] != inputs[name]]
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:
@@ -678,7 +711,7 @@ def report(
         content = _escape(config.read_text(encoding="utf-8"))
         parts.append(f"<details><summary>Configuration</summary><pre><code>{content}</code></pre></details>")
     page = PAGE.substitute(title=_escape(title), style=STYLE, body="\n".join(parts))
-    return _write(folder / "report.html", page.encode())
+    return files.write(folder / "report.html", page.encode())
 
 
 PAGE = Template("""<!doctype html>

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,17 +18,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from steerfm import files
 from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, replace_rows, take_rows
-from steerfm.objectives import FlowMatching, Objective
+from steerfm.objectives import FlowMatching, Objective, Trajectory
 from steerfm.randomness import global_stream, stream
 from steerfm.results import picture_grid
 from steerfm.sampling import sample
+from steerfm.signals import Pending, Stopped, held
 
 
 class Trained(L.LightningModule):
@@ -179,6 +184,18 @@ class FlowMapTraining(Trained):
             self.log(f"train/{type(objective).__name__}", losses.detach().mean())
         self.log("train/loss", total.detach(), prog_bar=True)
         return total
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["trajectories"] = [objective.pool.state_dict() for objective in self._pooled()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for objective, state in zip(self._pooled(), checkpoint.get("trajectories", ())):
+            objective.pool.load_state_dict(state)
+
+    def _pooled(self) -> list[Trajectory]:
+        return [objective for objective in self.off_diagonal if isinstance(objective, Trajectory)]
 
     def averaged(self) -> NeuralFlowMap:
         """The flow map with the averaged weights: the one to sample from and to ship."""
@@ -446,6 +463,92 @@ class SampleGrid(L.Callback):
         picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
 
 
+class NothingTrainedError(ValueError):
+    """A training that left no model."""
+
+    exit_code = 1
+
+
+def check_trained(module: Trained) -> None:
+    """Refuse to call a network trained that is not.
+
+    Raises:
+        NothingTrainedError: no step was taken, all were skipped, or the averaged weights are not finite.
+    """
+    steps = int(module.average.n_averaged)  # type: ignore[arg-type]
+    if not steps:
+        raise NothingTrainedError("nothing was trained: no step was taken")
+    if module.skipped >= steps:
+        raise NothingTrainedError(
+            f"nothing was trained: all of {steps} steps were skipped, their gradients were not finite; try a smaller "
+            "optimizer.lr, or trainer.precision=32-true"
+        )
+    for name, value in module.ema.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NothingTrainedError(f"the training blew up: {name} is not finite; delete the run, try a smaller optimizer.lr")
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or not there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with files.whole(path) as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:
+                raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def save_checkpoint(trainer: L.Trainer, folder: Path) -> None:
+    """Write ``folder/last.ckpt``; the one before becomes ``previous.ckpt``."""
+    last, new = folder / "last.ckpt", folder / "new.ckpt"
+    trainer.save_checkpoint(new)
+    if trainer.is_global_zero:
+        if last.is_file():
+            os.replace(last, folder / "previous.ckpt")
+        os.replace(new, last)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read, with a line where that is not the newest.
+
+    Raises:
+        ValueError: there are some, none of which can be read.
+    """
+    ends = {"new.ckpt": 0, "last.ckpt": 1, "previous.ckpt": 2}
+    torn = ""
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: (ends.get(path.name, 3), -path.stat().st_mtime)):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads no more than its head
+        except Exception as error:  # whatever a torn file makes of it
+            torn = torn or f"{path} cannot be read ({str(error).splitlines()[0][:80]})"
+            continue
+        if torn:
+            print(f"{torn}: going on from {path.name}", file=sys.stderr)
+        return path
+    if torn:
+        raise ValueError(f"{torn}, and there is none before it: delete {folder} to train from the start")
+    return None
+
+
+class Checkpoints(L.Callback):
+    """Saves a checkpoint every ``every`` updates, and one where a signal stops the run: between two updates, never in one."""
+
+    def __init__(self, folder: Path, every: int, pending: Pending) -> None:
+        self.folder, self.every, self.pending = folder, every, pending
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        stop = trainer.strategy.reduce_boolean_decision(bool(self.pending.number), all=False)
+        if stop or (self.every and trainer.global_step % self.every == 0):
+            save_checkpoint(trainer, self.folder)
+        if stop:
+            raise _Pause
+
+
+class _Pause(BaseException):
+    """Leaves Lightning, which ends the process itself at a KeyboardInterrupt."""
+
+
 class Lines(L.Callback):
     """A line every ``every`` steps, where there is no terminal for a progress bar."""
 
@@ -482,34 +585,36 @@ def fit(
     loggers: list[Any] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=1)]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-    checkpoints = ModelCheckpoint(
-        folder / "checkpoints",
-        every_n_train_steps=save_every,
-        save_last=True,
-        save_top_k=1,
-        enable_version_counter=False,
-    )
-    watching = [*callbacks, checkpoints, RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)]
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=int(devices) if devices.isdigit() else devices,
-        strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
-        max_steps=module.steps,
-        max_epochs=-1,
-        gradient_clip_val=clip,
-        log_every_n_steps=log_every,
-        val_check_interval=validate_every or None,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=loggers,
-        callbacks=watching,
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-    )
-    last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    trainer.save_checkpoint(last)
+    if module.steps < 1:
+        raise NothingTrainedError(f"nothing was trained: optimizer.steps={module.steps}")
+    kept = folder / "checkpoints"
+    with held() as pending:
+        shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=int(devices) if devices.isdigit() else devices,
+            strategy=strategy,
+            precision=precision,  # type: ignore[arg-type]
+            max_steps=module.steps,
+            max_epochs=-1,
+            gradient_clip_val=clip,
+            log_every_n_steps=log_every,
+            val_check_interval=validate_every or None,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=loggers,
+            plugins=[WholeCheckpoints()],
+            callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+        )
+        newest = newest_checkpoint(kept)
+        try:
+            trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
+        except _Pause:
+            raise Stopped(pending.number, f"the run up to step {module.average.n_averaged} is in {kept}") from None
+        save_checkpoint(trainer, kept)
     if validate_every:
         trainer.validate(module, data, verbose=False)
     return trainer
@@ -519,9 +624,9 @@ def history(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """What `fit` logged to a run folder, {name: (steps, values)}; where a continued run repeats a step, the later counts."""
     merged: dict[str, dict[int, float]] = {}
     for file in sorted(Path(folder).glob("metrics/**/metrics.csv"), key=lambda path: (len(str(path)), path)):
-        with file.open(newline="") as lines:
-            for row in csv.DictReader(lines):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        merged.setdefault(name, {})[int(row["step"])] = float(value)
+        text = file.read_text()
+        for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):  # a kill cuts the last line
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    merged.setdefault(name, {})[int(row["step"])] = float(value)
     return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in merged.items()}

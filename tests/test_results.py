@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from steerfm import results
+from steerfm import files, results
 from steerfm.cost import Cost
 from steerfm.results import RunFolder, curves_plot, model_card, picture_grid, report, trace_plot
 
@@ -123,7 +123,7 @@ def test_folder_continues_the_same_configuration(tmp_path):
 
 
 def test_folder_refuses_another_configuration_and_names_the_difference(tmp_path):
-    RunFolder(tmp_path / "run", CONFIG)
+    RunFolder(tmp_path / "run", CONFIG).save_result({})
     with pytest.raises(ValueError) as caught:
         RunFolder(tmp_path / "run", CONFIG.replace("Bag", "Coat") + "n: 4\n")
     message = str(caught.value)
@@ -134,6 +134,34 @@ def test_folder_refuses_another_configuration_and_names_the_difference(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "file", CONFIG)
+
+
+def test_a_run_without_a_result_is_in_nobodys_way(tmp_path):
+    first = RunFolder(tmp_path / "run", CONFIG, inputs={"reward a.py": "1"})
+    first.log(step=1)
+    again = RunFolder(tmp_path / "run", CONFIG.replace("Bag", "Coat"), inputs={"reward a.py": "2"})
+    assert "Coat" in (tmp_path / "run" / "config.yaml").read_text() and again.history() == []
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.yaml").write_text("something: else\n")
+    with pytest.raises(ValueError, match="another configuration"):
+        RunFolder(tmp_path / "theirs", CONFIG)
+    assert (tmp_path / "theirs" / "config.yaml").read_text() == "something: else\n"
+
+
+@pytest.mark.parametrize("save", [lambda run: run.save_result({}), lambda run: run.save_part(0, {"x": torch.ones(1)})])
+def test_what_a_run_reads_makes_the_run(tmp_path, save):
+    save(RunFolder(tmp_path, CONFIG, inputs={"reward a.py": "1", "prompt b.txt": "1"}))
+    RunFolder(tmp_path, CONFIG, inputs={"reward a.py": "1", "prompt b.txt": "1"})
+    with pytest.raises(ValueError, match=r"reward a\.py: edited since this run began"):
+        RunFolder(tmp_path, CONFIG, inputs={"reward a.py": "2", "prompt b.txt": "1"})
+
+
+def test_a_line_is_logged_once(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    for value in (1, 2):
+        run.log(output=1, value=value, once=("output",))
+        run.log(output=2, value=value, once=("output",))
+    assert run.history() == [{"output": 1, "value": 2}, {"output": 2, "value": 2}]
 
 
 def test_an_unfinished_line_is_dropped(tmp_path):
@@ -174,7 +202,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results.os, "fsync", killed)
+    monkeypatch.setattr(files.os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save_result({"a": 2})
     assert run.load_result() == {"a": 1}

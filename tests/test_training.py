@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import lightning as L
@@ -13,8 +15,18 @@ from torch.utils.data import DataLoader
 from steerfm import encoders
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import ResNet, UNet
-from steerfm.objectives import FlowMatching, Lagrangian, Progressive
-from steerfm.training import ClassifierTraining, FlowMapTraining, RobustTraining, SampleGrid, fit, history
+from steerfm.objectives import FlowMatching, Lagrangian, Progressive, Trajectory
+from steerfm.signals import Stopped
+from steerfm.training import (
+    ClassifierTraining,
+    FlowMapTraining,
+    NothingTrainedError,
+    RobustTraining,
+    SampleGrid,
+    check_trained,
+    fit,
+    history,
+)  # fmt: skip
 
 STEPS = 12
 QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}
@@ -425,3 +437,99 @@ def test_a_robust_training_nears_its_teacher_and_leaves_the_text_tower(monkeypat
     assert all((row == samples).flatten(1).all(1).any() for row in seen[0][6:])
     after = trained.network.state_dict()
     assert all((after[k] == v).all() for k, v in text.items())
+
+
+# --- what is not trained, torn checkpoints, signals --------------------------------------------------------------------
+def test_the_pool_of_trajectories_is_part_of_a_checkpoint(tmp_path):
+    def run(folder, kind=FlowMapTraining):
+        trained = module(kind, {Trajectory(keep=12, uses=3): 0.5}, start=0.0)
+        fit(trained, Pictures(), folder, **QUICK)
+        return trained
+
+    left_alone = run(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", Fragile)
+    assert torch.equal(flat(run(tmp_path / "killed").network), flat(left_alone.network))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, whole, content):
+    with pytest.raises(KilledError):
+        fit(module(Fragile), Pictures(), tmp_path, **QUICK)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100] if content is None else content)
+    trained, data = module(), Pictures()
+    fit(trained, data, tmp_path, **QUICK)
+    assert data.started_at == [3] and "previous.ckpt" in capsys.readouterr().err
+    assert torch.equal(flat(trained.network), flat(whole.module.network))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    real = torch.save
+
+    def full(checkpoint, path):
+        if checkpoint["global_step"] == 6:
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        real(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot be written"):
+        fit(module(), Pictures(), tmp_path, **QUICK)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+class Signalled(FlowMapTraining):
+    """Gets a signal in the middle of step 7."""
+
+    number = signal.SIGTERM
+
+    def optimizer_step(self, *arguments, **options):
+        if self.global_step == 7:
+            os.kill(os.getpid(), self.number)
+        super().optimizer_step(*arguments, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_between_two_steps(tmp_path, whole, number):
+    stopped = module(Signalled)
+    stopped.number = number
+    with pytest.raises(Stopped) as caught:
+        fit(stopped, Pictures(), tmp_path, **QUICK)
+    assert caught.value.number == number and "step 8" in caught.value.where
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == checkpoint["state_dict"]["average.n_averaged"] == 8
+    trained = module()
+    fit(trained, Pictures(), tmp_path, **QUICK)
+    assert torch.equal(flat(trained.network), flat(whole.module.network))
+    assert torch.equal(flat(trained.ema), flat(whole.module.ema))
+
+
+class AllPoisoned(FlowMapTraining):
+    def training_step(self, batch, batch_index):
+        return super().training_step(batch, batch_index) * math.nan
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_are_no_training(tmp_path, steps):
+    with pytest.raises(NothingTrainedError, match=f"optimizer.steps={steps}"):
+        fit(module(steps=steps), Pictures(), tmp_path, **QUICK)
+
+
+def test_what_was_skipped_or_blew_up_is_not_trained(tmp_path, whole):
+    check_trained(whole.module)
+    skipped = module(AllPoisoned)
+    fit(skipped, Pictures(), tmp_path, **QUICK)
+    with pytest.raises(NothingTrainedError, match="all of 12 steps were skipped"):
+        check_trained(skipped)
+    broken = module()
+    broken.average.n_averaged += 1
+    next(broken.ema.parameters()).data[0] = math.inf
+    with pytest.raises(NothingTrainedError, match="not finite"):
+        check_trained(broken)
+
+
+def test_a_line_that_a_kill_cut_is_no_history(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "metrics.csv").write_text("epoch,step,loss\n0,0,9.0\n0,1,8.12\n0,2,7.")
+    assert history(tmp_path)["loss"] == ([0, 1], [9.0, 8.12])

@@ -217,18 +217,26 @@ def draw(law: Law, tasks: Tasks, flow_map: FlowMap, seeds: list[int], k: int = 1
     return torch.cat(parts)
 
 
+class NothingToLearnError(RewardError):
+    """A reward that is the same for all samples."""
+
+    exit_code = 1
+
+
 def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: int = 0) -> float:
     """Standard deviation of the reward over ``n`` samples of the map, tasks in turn.
 
     Raises:
-        RewardError: the reward is constant there, so that there is nothing to learn.
+        NothingToLearnError: the reward is constant there.
     """
     rows = tasks.take(torch.arange(n) % tasks.n)
     x = draw(chain(4)(flow_map), rows, flow_map, [derive(seed, "scale", 0, i) for i in range(n)])
     with torch.no_grad():
         values = rows.problem(flow_map, reward).score(x).total
     if not values.std() > 0:
-        raise RewardError(f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn")
+        raise NothingToLearnError(
+            f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn"
+        )
     return values.std().item()
 
 

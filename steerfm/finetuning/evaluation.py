@@ -9,17 +9,17 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from steerfm.files import write_tensors
 from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
 from steerfm.flowmap import FlowMap, move_condition
 from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision
 from steerfm.randomness import derive, is_derived
 from steerfm.results import picture_grid
-from steerfm.rewards import Reward
+from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
-from steerfm.training import semigroup_error
+from steerfm.training import save_checkpoint, semigroup_error
 
 Features = Callable[[Tensor], Tensor]
 
@@ -235,13 +235,12 @@ class Monitor(L.Callback):
 
     def _write(self, step: int, reading: Reading, module: FineTuning) -> None:
         assert self.folder is not None
-        (self.folder / "averaged").mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().half().cpu().contiguous() for name, value in module.ema.state_dict().items()}
-        save_file(weights, self.folder / "averaged" / f"{step:06d}.safetensors")
+        write_tensors(self.folder / "averaged" / f"{step:06d}.safetensors", weights)
         if reading.pictures.ndim == 4:
             picture_grid(reading.pictures[None, :10], self.folder / "samples" / f"{step:06d}.png", [f"step {step}"])
             some = {"pictures": reading.pictures[:10].half().contiguous()}
-            save_file(some, self.folder / "samples" / f"{step:06d}.safetensors")
+            write_tensors(self.folder / "samples" / f"{step:06d}.safetensors", some)
 
     def restore(self, module: FineTuning) -> None:
         """Put the best averaged weights back; everything moves to where Lightning leaves the module."""
@@ -252,8 +251,13 @@ class Monitor(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         """The state before the step that failed is what a later start goes on from."""
-        if self.folder is not None and trainer.global_step:
-            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt", weights_only=False)
+        if isinstance(exception, RewardError) and self.folder is not None and trainer.global_step:
+            save_checkpoint(trainer, self.folder / "checkpoints")
+
+    @property
+    def kept_base(self) -> bool:
+        """Whether nothing that was learnt was better than the base."""
+        return self.patience > 0 and self.best_step <= 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "best_step": self.best_step, "best_weights": self.best_weights, "reason": self.reason}

@@ -1,0 +1,119 @@
+"""Files that are whole or not there, folders that one process writes, and what a file holds.
+
+A kill, a full disk or a second process may come at any moment: a file is written beside its place, flushed to disk and
+renamed, so a reader sees the old one or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+_CLAIMS: dict[Path, int] = {}
+"""Folders that this process writes, each with the descriptor that holds its lock."""
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write; at the end it takes its place at ``path``, after an error it is gone.
+
+    Args:
+        path: of the file; its folder is made if missing, an earlier file is replaced.
+
+    Raises:
+        OSError: naming ``path``: no room, no permission, a name that is too long.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write(path: str | Path, content: bytes | str | Iterable[bytes]) -> Path:
+    """Write bytes, parts of them, or a text (UTF-8), whole or not at all."""
+    if isinstance(content, str):
+        content = content.encode()
+    with whole(path) as temporary, temporary.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+    return Path(path)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> Path:
+    """Write contiguous tensors that share no memory (safetensors), whole or not at all.
+
+    Raises:
+        OSError: no room.
+    """
+    with whole(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, None if told is None else dict(told))
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
+    return Path(path)
+
+
+def claim(folder: str | Path) -> None:
+    """Make this process the only one that writes to a folder, until `release` or its end; a killed one leaves no lock.
+
+    Of several ranks of one run, the first claims. Where the file system has no locks, nothing is claimed.
+
+    Raises:
+        ValueError: another process writes it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no locks on this system
+        return
+    folder = Path(folder).resolve()
+    if folder in _CLAIMS or any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK")):
+        return
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:  # a folder that cannot be written: the first write says so
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{folder} is being written by another process: wait for it, or choose another out=") from None
+    except OSError:
+        os.close(lock)
+        return
+    _CLAIMS[folder] = lock
+    for left in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        left.unlink(missing_ok=True)
+
+
+def release() -> None:
+    """Give up all folders that this process claimed."""
+    while _CLAIMS:
+        os.close(_CLAIMS.popitem()[1])
+
+
+def digest(path: str | Path) -> str:
+    """What a file holds, as SHA-256; read once while it stays as it is."""
+    stat = os.stat(path)
+    return _digest(os.path.abspath(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
