@@ -288,18 +288,8 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
 
 # --- steer -----------------------------------------------------------------------------------------------------------
 def build_reward(value: Any) -> Reward:
-    """A reward from a configuration: a name, a name with arguments, or a list of terms with weights."""
-    if isinstance(value, list):
-        terms = []
-        for term in value:
-            name, arguments = named(term, "reward")
-            weight = float(arguments.pop("weight", 1.0))
-            terms.append((weight, rewards.reward(name, **arguments)))
-        if not terms:
-            raise ConfigError("reward is an empty list: name at least one")
-        return rewards.WeightedSum(terms)
-    name, arguments = named(value, "reward")
-    return rewards.reward(name, **arguments)
+    """A reward from a configuration: a name, a name with arguments and weight, or a list of such terms."""
+    return rewards.build(value)
 
 
 def build_method(value: Any, methods: Mapping[str, type] = METHODS) -> Any:
@@ -386,7 +376,7 @@ def run_steer(
                     )  # fmt: skip
                 base = draw(flow_map, part.n, getattr(method, "steps", 4), seeds[rows], part.cond, batch_size=500).cpu()
                 kept = _tensors(result, traced=rows.start < SHOWN) | {"base": base, "best": result.best().cpu()}
-                means = result.rewards.mean().item(), result.rewards.max(1).values.mean().item()
+                means = result.rewards.mean().item(), result.rewards.gather(1, result.best_index().unsqueeze(1)).mean().item()
                 told = {"reward_mean": means[0], "reward_best": means[1], "seconds": result.cost.seconds}
                 folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
                 folder.save_part(index, kept)

@@ -13,6 +13,7 @@ into the whole state of the generator, 19,968 bits.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -77,3 +78,25 @@ def _digest(seed: int, purpose: str, step: int, row: int, size: int) -> bytes:
 def _blank_state() -> Tensor:
     """A generator's state before its first number: seed (8 bytes), position (16), 624 words of 8 bytes, unused normals."""
     return torch.Generator().manual_seed(0).get_state()
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Code of others runs in here: what it does to the global random state (torch, numpy, random), to torch's default dtype
+    and device and to the grad mode is undone at the end, so that nothing else can depend on its having run."""
+    dtype, device, grad = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_grad_enabled(grad)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)

@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import textwrap
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steerfm import trust
 from steerfm.cost import count, count_backward
+from steerfm.randomness import untouched
 
 Prompts = Sequence[str] | None
 
@@ -73,6 +78,8 @@ class Reward(nn.Module):
         truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
 
     Facts that depend on the arguments are set on the instance. A reward stays in evaluation mode, whatever is trained.
+    What `score` is given is lent: it gets copies of its own, and what it does to torch's defaults or to a global random state
+    is undone, so that it may write where it likes. It draws the same at every call, unless from a generator of its own.
     """
 
     name: str = ""
@@ -81,8 +88,9 @@ class Reward(nn.Module):
     differentiable: bool = True
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
-    groupwise: ClassVar[bool] = False
+    groupwise: bool = False
     truth: Tensor | None = None
+    _fits: int | None = None  # pictures a call, where memory did not hold more
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -108,7 +116,8 @@ class Reward(nn.Module):
             labels: (b,) class indices, where the reward reads labels.
 
         Raises:
-            RewardError: images out of shape or range; a missing need; a result that is not a finite tensor (b,).
+            RewardError: images out of shape or range; a missing need; an exception, with its file and line; a result that is
+                not (b,) finite numbers.
         """
         return self.evaluate(images, prompts, labels).total
 
@@ -126,19 +135,58 @@ class Reward(nn.Module):
 
     def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
         size = max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
-        context = {"groups": groups} if self.groupwise else {}
-        parts = []
-        for begin in range(0, len(images), size):
+        size, begin, parts = min(size, self._fits or size), 0, []
+        while begin < len(images):
             rows = slice(begin, begin + size)
-            part = self.score(
-                images[rows],
-                prompts=None if prompts is None else prompts[rows],
-                labels=None if labels is None else labels[rows],
-                **context,
-            )
-            parts.append(self._check_output(part, images[rows], begin))
-        total = torch.cat(parts) if parts else torch.zeros(0, device=images.device)
+            given = [None if context is None else context[rows] for context in (prompts, labels, groups)]
+            try:
+                parts.append(self._lent(images[rows], *given, begin))  # type: ignore[arg-type]
+            except torch.OutOfMemoryError:
+                if self.groupwise or size == 1:
+                    raise
+                self._fits = size = -(-min(size, len(images)) // 2)
+                warnings.warn(f"out of memory: reward {self.name!r} goes on with {size} pictures a call", stacklevel=2)
+                continue
+            begin += size
+        total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=images.device)
         return Scores(total, {self.name: total.detach()})
+
+    def _lent(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, begin: int) -> Tensor:
+        """Checked values of the pictures from ``begin`` on. All that `score` is given is a copy, and so is its value."""
+        context = {"groups": None if groups is None else groups.clone()} if self.groupwise else {}
+        try:
+            with untouched():
+                value = self.score(
+                    images.clone(),
+                    prompts=None if prompts is None else list(prompts),
+                    labels=None if labels is None else labels.clone(),
+                    **context,
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except RewardError as error:
+            error.sample = None if error.sample is None else error.sample + begin
+            raise
+        except Exception as error:
+            if isinstance(error, NotImplementedError) and type(self).score is Reward.score:
+                raise
+            raise RewardError(self._failure(error, images)) from error
+        return self._check_output(value, images, begin)
+
+    def _failure(self, error: Exception, images: Tensor) -> str:
+        """What went wrong in `score`, and where: in one line."""
+        frames, file = traceback.extract_tb(error.__traceback__), self._file()
+        frame = ([frame for frame in frames if frame.filename == file] or frames)[-1]
+        text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
+        fix = "; without a gradient, say so: differentiable = False" if images.requires_grad and "grad" in text else ""
+        return (
+            f"reward {self.name!r} failed for images of shape {tuple(images.shape)}: {type(error).__name__}: {text} "
+            f"({frame.filename}, line {frame.lineno}){fix}"
+        )
+
+    def _file(self) -> str | None:
+        """The file of the code that its author wrote."""
+        return type(self).score.__code__.co_filename
 
     def _check_input(self, images: Tensor, prompts: Prompts, labels: Tensor | None) -> None:
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (2, 4):
@@ -157,21 +205,29 @@ class Reward(nn.Module):
                 raise RewardError(f"reward {self.name!r} got {len(given)} {need} for {len(images)} images")
 
     def _check_output(self, value: Any, images: Tensor, begin: int) -> Tensor:
-        if not isinstance(value, Tensor):
+        if isinstance(value, list | tuple | np.ndarray):
+            value = _tensor(value)
+        if not isinstance(value, Tensor) or value.is_complex():
             raise RewardError(
-                f"reward {self.name!r} returned a {type(value).__name__}: return a tensor of shape ({len(images)},)"
+                f"reward {self.name!r} returned a {type(value).__name__}: return {len(images)} numbers, "
+                f"a tensor, an array or a list of shape ({len(images)},)"
             )
         if value.shape != (len(images),):
             raise RewardError(
                 f"reward {self.name!r} returned shape {tuple(value.shape)} for {len(images)} images: "
                 f"return one value per image, shape ({len(images)},)"
             )
-        value = value.to(images.device, torch.float32)
-        finite = torch.isfinite(value.detach())
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            raise RewardError(f"reward {self.name!r} returned {value[row].item()}", sample=begin + row)
+        value = value.to(images.device, torch.float32, copy=True)  # its author may use the memory again
+        _check_finite(value, f"reward {self.name!r} returned", begin)
         return value
+
+    def _take_facts(self, members: Sequence[Reward]) -> None:
+        """Set the facts of a reward that is made of others: what holds for one of them holds for it."""
+        self.differentiable = all(member.differentiable for member in members)
+        self.needs = frozenset().union(*(member.needs for member in members))
+        self.groupwise = any(member.groupwise for member in members)
+        self.truth = next((member.truth for member in members if member.truth is not None), None)
+        self.batch_size = min((member.batch_size for member in members if member.batch_size), default=None)
 
     # --- composition ---------------------------------------------------------------------------------------------
     def __add__(self, other: Reward) -> WeightedSum:
@@ -207,18 +263,18 @@ class WeightedSum(Reward):
             self.weights.append(float(weight))
             self.rewards.append(reward)
         self.name = " + ".join(f"{weight:g} {reward.name}" for weight, reward in self.terms)
-        self.differentiable = all(reward.differentiable for _, reward in self.terms)
-        self.needs = frozenset().union(*(reward.needs for _, reward in self.terms))
-        self.truth = next((reward.truth for _, reward in self.terms if reward.truth is not None), None)
+        self._take_facts([reward for _, reward in self.terms])
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:
         return list(zip(self.weights, self.rewards))  # type: ignore[arg-type]
 
     def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
-        total, components = torch.zeros(len(images), device=images.device), {}
+        total, components = torch.zeros(len(images), dtype=torch.float32, device=images.device), {}
         for weight, reward in self.terms:
             scores = reward._scores(images, prompts, labels, groups)
+            if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
+                raise RewardError(f"reward {reward.name!r} has no gradient, a term of a sum: set its differentiable = False")
             total = total + weight * scores.total
             for name, value in scores.components.items():
                 number = 2
@@ -226,6 +282,7 @@ class WeightedSum(Reward):
                 while unique in components:
                     unique, number = f"{name} {number}", number + 1
                 components[unique] = value
+        _check_finite(total, f"reward {self.name!r}, a sum of finite terms, is", 0)
         return Scores(total, components)
 
 
@@ -253,6 +310,30 @@ class FunctionReward(Reward):
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         context = {"prompts": prompts, "labels": labels}
         return self.function(images, **{key: context[key] for key in self.passed})
+
+    def _file(self) -> str | None:
+        function = inspect.unwrap(self.function.func)
+        code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+        return code and code.co_filename
+
+
+def _check_finite(value: Tensor, what: str, begin: int) -> None:
+    """Raise a RewardError that names the first of the values (b,) that is infinite or NaN."""
+    finite = torch.isfinite(value.detach())
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise RewardError(f"{what} {value[row].item()}", sample=begin + row)
+
+
+def _tensor(value: Any) -> Any:
+    """A tensor of a list or array of numbers; a list of tensors keeps their graph. As it was, where it is no such thing."""
+    if isinstance(value, list | tuple) and any(isinstance(number, Tensor) for number in value):
+        numbers = [torch.as_tensor(number) for number in value]
+        return torch.stack(numbers) if len({number.shape for number in numbers}) == 1 else value
+    try:
+        return torch.from_numpy(np.array(value, dtype=np.float64))
+    except (ValueError, TypeError):
+        return value
 
 
 def _after_images(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -316,6 +397,39 @@ def reward(spec: str | Callable[..., Tensor] | Reward, **arguments: Any) -> Rewa
     return FunctionReward(target, **arguments)
 
 
+def build(value: Any) -> Reward:
+    """A reward as configurations write it.
+
+    Args:
+        value: a name; {name: ..., weight: ..., arguments of the reward}, whose weight is that of the term in the total, in a
+            list or alone; a list of such terms; or a Reward or function.
+
+    Raises:
+        RewardError: no name, no term, a weight that is no finite number; else as `reward`.
+    """
+    if isinstance(value, list | tuple):
+        if not value:
+            raise RewardError("reward is an empty list: name at least one")
+        return WeightedSum([_term(part) for part in value])
+    weight, made = _term(value)
+    return made if weight == 1 else weight * made
+
+
+def _term(value: Any) -> tuple[float, Reward]:
+    if not isinstance(value, Mapping):
+        return 1.0, reward(value) if isinstance(value, str) else as_reward(value)
+    arguments = {str(key): argument for key, argument in value.items()}
+    name, weight = arguments.pop("name", None), arguments.pop("weight", 1.0)
+    if not isinstance(name, str):
+        raise RewardError("reward needs a name: {name: NAME, ...}")
+    try:
+        if isinstance(weight, bool) or not abs(weight := float(weight)) < float("inf"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise RewardError(f"weight of reward {name!r} is {weight!r}: must be a finite number") from None
+    return weight, reward(name, **arguments)
+
+
 def available() -> dict[str, EntryPoint]:
     """Installed reward plug-ins by name; nothing is imported."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
@@ -331,7 +445,8 @@ def find(spec: str, what: str = "reward") -> Any:
         points = available()
         if spec in points:
             try:
-                return points[spec].load()
+                with untouched():
+                    return points[spec].load()
             except Exception as error:
                 where = points[spec].value
                 raise RewardError(f"cannot import reward {spec!r} ({where}): {type(error).__name__}: {error}") from error
@@ -340,7 +455,8 @@ def find(spec: str, what: str = "reward") -> Any:
             "your own: path/to/file.py:name"
         )
     try:
-        return trust.load(spec, what)
+        with untouched():
+            return trust.load(spec, what)
     except trust.CodeError as error:
         raise RewardError(str(error)) from error.__cause__
 

@@ -39,14 +39,15 @@ class _ClipReward(WordsReward):
 class Clip(_ClipReward):
     """Likeness of a picture and its prompt: their cosine in an open_clip model, times a temperature.
 
-        temperature (cos(image, prompt) - weight cos(image, negative))
+        temperature (cos(image, prompt) - negative_weight cos(image, negative))
 
     Unit: cosine times temperature; with temperature=1 and no negative prompt from -1 to 1. Gradient: yes, through the
     preprocessing. Pictures: 1 or 3 channels, any size. (Radford et al. 2103.00020.)
 
     Args:
         prompt: for all pictures; None for the prompt that each was asked for.
-        negative: prompt to keep away from. weight: of the negative prompt.
+        negative: prompt to keep away from.
+        negative_weight: of its cosine.
         temperature: factor of the cosines; None for the model's own (100 in OpenAI's).
         model: a shipped name, a folder that open_clip wrote, or an architecture of open_clip such as ViT-B-32.
         pretrained: with an architecture, its tag (fetched once) or a file of weights.
@@ -61,21 +62,21 @@ class Clip(_ClipReward):
         self,
         prompt: str | None = None,
         negative: str | None = None,
-        weight: float = 1.0,
+        negative_weight: float = 1.0,
         temperature: float | None = 1.0,
         model: str = "emoji-clip",
         pretrained: str | None = None,
     ) -> None:
         super().__init__(model, pretrained)
         self.ask(prompt)
-        self.negative, self.weight, self.temperature = negative, float(weight), temperature
+        self.negative, self.negative_weight, self.temperature = negative, float(negative_weight), temperature
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) and, without a prompt of its own, prompts -> (b,)."""
         image = self.image(images)
         cosine = self.likeness(image, prompts)
         if self.negative is not None:
-            cosine = cosine - self.weight * (image * self.text([self.negative], image)).sum(1)
+            cosine = cosine - self.negative_weight * (image * self.text([self.negative], image)).sum(1)
         return cosine * (self.network(images.device).scale if self.temperature is None else self.temperature)
 
 

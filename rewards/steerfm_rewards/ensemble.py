@@ -8,23 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.rewards import Prompts, Reward, RewardError, as_reward, reward
+from steerfm.rewards import Prompts, Reward, RewardError, build
 
 
-def _build(member: Any) -> Reward:
-    if isinstance(member, dict):
-        arguments = dict(member)
-        built = reward(arguments.pop("name"), **arguments)
-    else:
-        built = reward(member) if isinstance(member, str) else as_reward(member)
-    if built.groupwise:
-        raise RewardError(f"reward {built.name!r} compares the pictures of a group: add it to a sum, not inside another reward")
-    return built
-
-
-def _value(member: Any, images: Tensor, prompts: Prompts, labels: Tensor | None) -> Tensor:
+def _value(member: Any, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Tensor:
     """A member's checked value, counted with the reward around it and not again."""
-    return member._scores(images, prompts, labels, None).total
+    return member._scores(images, prompts, labels, groups).total
 
 
 class Ensemble(Reward):
@@ -34,7 +23,7 @@ class Ensemble(Reward):
     (Coste et al. 2310.02743, section 3, uncertainty-weighted.)
 
     Args:
-        members: at least two rewards, names, or {name: ..., its arguments}.
+        members: at least two rewards, names, or {name: ..., its arguments, weight: ...}.
         k: standard deviations taken off, at least 0.
 
     >>> steerfm.reward("ensemble", members=[{"name": "classifier", "target": "Bag"}, {"name": "judge", "target": "Bag"}], k=1.0)
@@ -44,16 +33,17 @@ class Ensemble(Reward):
 
     def __init__(self, members: Sequence[Any], k: float = 1.0) -> None:
         super().__init__()
-        built = [_build(member) for member in members]
+        built = [build(member) for member in members]
         if len(built) < 2 or k < 0:
             raise RewardError(f"reward 'ensemble' has {len(built)} members and k={k}: give two or more, and k of at least 0")
         self.members, self.k = nn.ModuleList(built), float(k)
-        self.differentiable = all(member.differentiable for member in built)
-        self.needs = frozenset().union(*(member.needs for member in built))
+        self._take_facts(built)
 
-    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
-        """images (b, c, h, w) -> (b,)."""
-        values = torch.stack([_value(member, images, prompts, labels) for member in self.members])
+    def score(
+        self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
+        """images (b, c, h, w), and the group of each (b,) where a member compares pictures -> (b,)."""
+        values = torch.stack([_value(member, images, prompts, labels, groups) for member in self.members])
         deviation = (values.var(0, correction=0) + 1e-12).sqrt()  # finite gradient where all agree
         return values.mean(0) - self.k * deviation
 
@@ -65,7 +55,7 @@ class Normalised(Reward):
     Gradient: as the reward.
 
     Args:
-        reward: a reward, a name, or {name: ..., its arguments}.
+        reward: a reward, a name, or {name: ..., its arguments, weight: ...}.
         mean, std: of the reward; ``result.json`` of a run of best_of_n has them, and `Normalised.on` measures them.
 
     >>> steerfm.reward("normalised", reward={"name": "sharpness"}, mean=-3.1, std=0.4)
@@ -77,18 +67,20 @@ class Normalised(Reward):
         super().__init__()
         if not std > 0:
             raise RewardError(f"reward 'normalised' has std={std}: must be above 0")
-        self.member, self.mean, self.std = _build(reward), float(mean), float(std)
+        self.member, self.mean, self.std = build(reward), float(mean), float(std)
         self.name = f"normalised {self.member.name}"
-        self.differentiable, self.needs = self.member.differentiable, self.member.needs
+        self._take_facts([self.member])
 
     @classmethod
     def on(cls, reward: Any, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Normalised:
         """Normalised by what the reward says of these pictures (b, c, h, w)."""
-        made = _build(reward)
+        made = build(reward)
         with torch.no_grad():
             values = made(images, prompts, labels)
         return cls(made, values.mean().item(), max(values.std().item(), 1e-6))
 
-    def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
-        """images (b, c, h, w) -> (b,)."""
-        return (_value(self.member, images, prompts, labels) - self.mean) / self.std
+    def score(
+        self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
+    ) -> Tensor:
+        """images (b, c, h, w), and the group of each (b,) where the reward compares pictures -> (b,)."""
+        return (_value(self.member, images, prompts, labels, groups) - self.mean) / self.std

@@ -285,7 +285,7 @@ class Steering:
                 seen = now.scores if x is shared else None  # the last look-ahead is what comes out: no need to ask again
                 scores = problem.score(x) if seen is None else seen
                 rewards, components = scores.total, scores.components
-                tilt = problem.strength * rewards.to(zero.dtype)
+                tilt = problem.tilt(rewards)
                 move.after = Evaluation(tilt, tilt, torch.ones_like(tilt), x)
             else:
                 move.after = self._look(problem, looks_noise, x, t, zero, move, log_w, onward=times[i + 2] > t)

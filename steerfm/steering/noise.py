@@ -140,8 +140,7 @@ class NoiseSearch:
         """Evaluate ``k`` noises of every chain, (b * k, *shape)."""
         sample = problem.flow_map.lookahead(x, 0.0, repeat_rows(problem.cond, k), self.hops)
         scores = problem.score(sample, k)
-        strength = problem.strength.repeat_interleave(k)
-        return Found(x, sample, strength * scores.total.to(strength.dtype), scores.total, scores.components)
+        return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 
 # --- by trial --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
+from steerfm.randomness import untouched
 from steerfm.rewards import Reward, as_reward
 from steerfm.sampling import Noise, as_condition, seed_list
 from steerfm.steering.engine import Method, Outcome, Tick, Trace
@@ -33,9 +34,11 @@ class SteeringResult(Outcome):
         log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None; its docstring says of which law,
             and whether it is unbiased.
         trace: see `Trace`. cost: see `steerfm.cost.Cost`.
+        strength: (n,) of the tilt.
     """
 
     cost: Cost
+    strength: Tensor
     flow_map: FlowMap
 
     def images(self) -> Tensor:
@@ -44,8 +47,15 @@ class SteeringResult(Outcome):
         return self.flow_map.decode(self.samples.flatten(0, 1)).unflatten(0, (n, k))
 
     def best(self) -> Tensor:
-        """(n, *shape): the particle of highest reward of each output. This is a search, not a sample of the target."""
-        return self.samples[torch.arange(len(self.samples), device=self.samples.device), self.rewards.argmax(1)]
+        """(n, *shape): the particle of highest reward of each output, of the lowest where ``strength`` is negative.
+
+        This is a search, not a sample of the target.
+        """
+        return self.samples[torch.arange(len(self.samples), device=self.samples.device), self.best_index()]
+
+    def best_index(self) -> Tensor:
+        """(n,): which particle of each output `best` takes."""
+        return torch.where(self.strength.unsqueeze(1) < 0, -self.rewards, self.rewards).argmax(1)
 
     def resample(self, generator: torch.Generator) -> Tensor:
         """(n, k, *shape) equally weighted particles, drawn by systematic resampling.
@@ -142,14 +152,15 @@ def steer(
 
             def tick(done: int, steps: int, index: int = index) -> None:
                 if progress is not None:
-                    progress(index * steps + done, batches * steps)
+                    with untouched():
+                        progress(index * steps + done, batches * steps)
 
             def run(problem: Problem, part: slice = part, tick: Tick = tick) -> Outcome:
                 return method.run(problem, Noise(all_seeds[part], k), part.stop - part.start, lookaheads, tick)
 
             outcome, micro_batch = _fitting(run, problem, micro_batch)
             outcomes.append(outcome)
-    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, flow_map=flow_map)
+    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, strength=tilt.clone(), flow_map=flow_map)
 
 
 def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | None) -> tuple[Outcome, int | None]:

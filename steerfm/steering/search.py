@@ -40,7 +40,7 @@ def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, ga
     x = expand_time(scale, x) * reached + expand_time(std, x) * z
     sample = flow_map.jump(x, t, 1.0, problem.cond)
     scores = problem.score(sample)
-    return Found(x, sample, problem.strength * scores.total.to(problem.strength), scores.total, scores.components)
+    return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 
 RECORDS = 64

@@ -120,6 +120,23 @@ class Problem:
         groups = None if self.groups is None else self.groups.repeat_interleave(k)
         return self.reward.evaluate(self.flow_map.decode(z), prompts, labels, groups)
 
+    def tilt(self, r: Tensor) -> Tensor:
+        """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.
+
+        Raises:
+            RewardError: a product that is not finite.
+        """
+        strength = self.strength.to(wide(r.device)).repeat_interleave(len(r) // len(self.strength))
+        tilt = strength * r.to(strength)
+        finite = torch.isfinite(tilt.detach())
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise RewardError(
+                f"strength {strength[row].item():g} times reward {self.reward.name!r} ({r[row].item():g}) is not finite: "
+                "lower the strength", sample=row,
+            )  # fmt: skip
+        return tilt
+
     def has_gradient(self) -> bool:
         """Whether the reward has a gradient, tried on one picture: a plain function does not say it of itself."""
         if not self.reward.differentiable:
@@ -220,8 +237,7 @@ class View:
         """Score all endpoints in one call; differentiable in ``ends`` where gradients are on."""
         b, k = ends.z.shape[:2]
         scores = self.problem.score(ends.z.flatten(0, 1), k)
-        r = scores.total.view(b, k)
-        tilt = self.problem.strength.unsqueeze(1) * r.to(wide(r.device))
+        tilt = self.problem.tilt(scores.total).view(b, k)
         log_w = torch.zeros_like(tilt) if ends.log_w is None else ends.log_w.to(tilt)
         return Weighed(log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach()), scores[::k])
 
@@ -327,7 +343,7 @@ class MapGradient:
         with torch.enable_grad():
             x = view.x.detach().requires_grad_()
             found = view.value(view.endpoints(x))
-            gradient = _gradient(view.problem.reward, found.value, x)
+            gradient = _gradient(view.problem, found.value, x)
         return replace(found, value=found.value.detach(), direction=gradient)
 
     def shift(
@@ -363,7 +379,7 @@ class EndpointGradient(MapGradient):
         with torch.enable_grad():
             z = ends.z.detach().requires_grad_()
             found = view.value(replace(ends, z=z))
-            gradient = _gradient(view.problem.reward, found.value, z)
+            gradient = _gradient(view.problem, found.value, z)
         return replace(found, value=found.value.detach(), direction=gradient.sum(1))
 
 
@@ -431,7 +447,7 @@ class EndpointAscent:
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 found = view.value(Endpoints(z.unsqueeze(1)))
-                gradient = _gradient(view.problem.reward, found.value, z)
+                gradient = _gradient(view.problem, found.value, z)
             first = first or found
             z = z.detach() + self.rate * _norm(start) * gradient / _norm(gradient).clamp_min(1e-12)
         assert first is not None
@@ -465,12 +481,15 @@ def _norm(x: Tensor) -> Tensor:
     return expand_time(x.flatten(1).norm(dim=1), x)
 
 
-def _gradient(reward: Reward, v: Tensor, x: Tensor) -> Tensor:
+def _gradient(problem: Problem, v: Tensor, x: Tensor) -> Tensor:
     gradient = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
+    name, free = problem.reward.name, "use a gradient-free method"
     if gradient is None:
-        raise RewardError(
-            f"reward {reward.name!r} has no gradient: use a gradient-free method (FeynmanKac with guidance=None, BestOfN)"
-        )
-    if not bool(torch.isfinite(gradient).all()):
-        raise RewardError(f"the gradient of reward {reward.name!r} is not finite: use a gradient-free method, or smooth it")
+        raise RewardError(f"reward {name!r} has no gradient: {free} (FeynmanKac with guidance=None, BestOfN)")
+    finite = torch.isfinite(gradient).flatten(1).all(1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        strength = f"{problem.strength[row].item():g}"
+        what = f"the gradient of reward {name!r} times strength {strength} is not finite"
+        raise RewardError(f"{what}: lower the strength, {free}, or smooth it", sample=row)
     return gradient

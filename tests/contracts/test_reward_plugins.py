@@ -17,6 +17,7 @@ from torch import Tensor
 
 from steerfm.cost import Ledger
 from steerfm.flowmap import build_network, save_weights
+from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, available, reward
 
 SHAPE = (1, 28, 28)
@@ -433,7 +434,7 @@ def test_score_and_gradient_are_those_of_a_linear_measurement_with_noise(name):
     rw = reward("target_image", target=truth, operator=name, noise=noise, seed=5)
     A = operators()[name](torch.eye(truth.numel(), dtype=torch.float64).unflatten(1, shape)).flatten(1).T
     y = rw.y.double().flatten()
-    z = torch.randn(rw.y.shape, generator=torch.Generator().manual_seed(5)).double().flatten()
+    z = torch.randn(rw.y.shape, generator=stream(5, "measurement")).double().flatten()
     torch.testing.assert_close(y, A @ truth.double().flatten() + noise * z, rtol=0, atol=1e-6)
     residual = y - x.detach().flatten(1) @ A.T
     value = rw(x)
