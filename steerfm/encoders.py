@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -210,13 +211,7 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
     )
     with _quiet():
         if folder is not None:
-            if not any(folder.glob("open_clip_*model.*")) and not any(folder.glob("open_clip_model.*")):
-                raise FileNotFoundError(
-                    f"{folder} has no weights: put open_clip_model.safetensors beside open_clip_config.json"
-                )
-            source = f"local-dir:{folder}"
-            net = oc.create_model(source, device=str(device))
-            return OpenClip(net, oc.get_tokenizer(source), preprocessing(_told(net)), model)
+            return _own_open_clip(oc, folder, device, model)
         _check_architecture(oc, model, pretrained)
         try:
             net = oc.create_model(model, pretrained=pretrained, device=str(device))
@@ -227,6 +222,30 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
                 "network, get that tag's open_clip_model.safetensors elsewhere, and pass its path as pretrained="
             ) from None
         return OpenClip(net, oc.get_tokenizer(model), preprocessing(_told(net)), f"{model}/{pretrained}")
+
+
+def _own_open_clip(oc: Any, folder: Path, device: str | torch.device, name: str) -> OpenClip:
+    """The model of a folder; open_clip itself takes one whose weights are missing, and leaves it random.
+
+    Raises:
+        FileNotFoundError: no weights. ValueError: what is there does not fit, or is not finite.
+    """
+    file = folder / "open_clip_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no weights: put open_clip_model.safetensors beside open_clip_config.json")
+    source = f"local-dir:{folder}"
+    try:
+        net = oc.create_model(source, device=str(device))
+        weights, tokens, prepare = load_file(file), oc.get_tokenizer(source), preprocessing(_told(net))
+        state = net.state_dict()
+        unfit = [key for key in state.keys() ^ weights.keys() if not (key.endswith(("position_ids", "num_batches_tracked")))]
+        unfit += [key for key in state.keys() & weights.keys() if state[key].shape != weights[key].shape]
+        unfit += [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
+    except Exception as error:
+        raise ValueError(f"corrupt model {folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    if unfit:
+        raise ValueError(f"corrupt model {file}: {sorted(unfit)[0]} is missing, of another shape, unknown or not finite")
+    return OpenClip(net, tokens, prepare, name)
 
 
 def nearest(word: str, choices: Sequence[str], n: int = 3, cutoff: float = 0.3) -> str:

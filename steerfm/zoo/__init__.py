@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm.encoders import ImageTextHead
-from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network, load_into, read_weights
+from steerfm.flowmap import CLASSES, NETWORK, SHAPE, FlowMap, NeuralFlowMap, build_network, check_head, load_into, read_weights
 
 FOLDER = Path(__file__).parent
 
@@ -62,12 +62,37 @@ def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
     except ValueError:
         head = {}  # the error is that of reading the model
     if isinstance(head, dict) and head.get("kind") == "adapter":
-        flow_map = with_adapters(load(head["base"]), read_weights(path, "adapter")[1], path)
+        flow_map = with_adapters(load(_base(path)), read_weights(path, "adapter")[1], path)
     else:
         flow_map = NeuralFlowMap.load(path)
         if isinstance(head, dict) and "base" in head:
             flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
     return flow_map.to(device)
+
+
+def _base(path: Path) -> Path:
+    """The file that an adapter is put onto.
+
+    Raises:
+        ValueError: none is named, or one leads back to an adapter before it. FileNotFoundError: it is not there.
+    """
+    seen = [path.resolve()]
+    while True:
+        file = seen[-1].with_suffix(".json")
+        head = json.loads(file.read_text()) if file.is_file() else {}
+        if not isinstance(head, dict) or head.get("kind") != "adapter":
+            return find(_named_base(path))
+        base = find(_named_base(seen[-1])).resolve()
+        if base in seen:
+            raise ValueError(f"corrupt checkpoint {path}: its base leads back to {base}: an adapter needs a flow map as its base")
+        seen.append(base)
+
+
+def _named_base(path: Path) -> str:
+    base = json.loads(path.with_suffix(".json").read_text()).get("base")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"corrupt checkpoint {path.with_suffix('.json')}: base is {json.dumps(base)}, it should name a model")
+    return base
 
 
 def _weights(name: str) -> dict[str, Tensor]:
@@ -116,10 +141,8 @@ def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple
     """
     path = find(name)
     head, weights = read_weights(path, kind="classifier")
-    missing = {"network", "class_names", "shape"} - head.keys()
-    if missing:
-        raise ValueError(f"{path.with_suffix('.json')} has no {', '.join(sorted(missing))}: it cannot describe a classifier")
-    network = build_network(head["network"])
+    check_head(head, path, {"network": NETWORK, "class_names": CLASSES, "shape": SHAPE})
+    network = build_network(head["network"], path)
     load_into(network, weights, path)
     return network.eval().requires_grad_(False), tuple(head["class_names"]), tuple(head["shape"])
 
@@ -132,7 +155,10 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
     """
     path = find(name)
     head, weights = read_weights(path, "image_text_head")
-    network = ImageTextHead(**head["network"])
+    try:
+        network = ImageTextHead(**head["network"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"corrupt checkpoint {path.with_suffix('.json')}: network: {error}") from None
     load_into(network, weights, path)
     return network.eval().requires_grad_(False)
 
