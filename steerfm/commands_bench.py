@@ -268,6 +268,11 @@ def _file(column: Column, method: Any, seed: int) -> str:
     return f"cells/{digest.hexdigest()[:20]}"
 
 
+def inert(value: Any) -> Any:
+    """A cell of a csv file that no spreadsheet takes for a formula; numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def _methods(config: configs.BenchConfig) -> dict[str, Any]:
     """Name -> configuration, in order; best-of-n of the same map is always there."""
     made: dict[str, Any] = {}
@@ -385,7 +390,7 @@ def _write(
         for row, found in zip(rows, cells.values()):
             for seed, cell in enumerate(found):
                 numbers = [cell["held_out"].mean().item(), cell["reward"].mean().item(), *cell["facts"].tolist()]
-                writer.writerow([*(row[fact] for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
+                writer.writerow([*(inert(row[fact]) for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
     tables, pictures = [], []
     header = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
     for problem in dict.fromkeys(column.problem for column in cells):
@@ -399,7 +404,7 @@ def _write(
                 table.add_row(*(line[i] for i in short))
             console.print(table)
             tables.append((f"{problem.title}: {budget} evaluations", header, lines))
-        stem = "-".join(problem.title.replace("strength ", "").replace(",", "").split())
+        stem = re.sub(r"[^\w.+=-]+", "-", problem.title.replace("strength ", "")).strip("-.") or "problem"
         plot = results.cost_plot(curves(of.values()), folder.path / f"{stem}.png", problem.title, "held-out reward")
         pictures.append((problem.title, plot))
         first = {c.method: cells[c][0] for c in of if c.budget in (0, config.budgets[-1])}

@@ -50,13 +50,17 @@ def server(*answers: Answer) -> Iterator[tuple[str, list[bytes]]]:
 
 def request(connection: socket.socket) -> bytes:
     data = b""
-    while b"\r\n\r\n" not in data:
-        data += connection.recv(65536)
-    head = data.partition(b"\r\n\r\n")[0].decode().lower()
-    length = next(int(line.split(":")[1]) for line in head.split("\r\n") if line.startswith("content-length"))
-    while len(data) < len(head) + 4 + length:
-        data += connection.recv(65536)
+    while not (b"\r\n\r\n" in data and len(data) >= whole(data)):
+        if not (more := connection.recv(65536)):
+            raise OSError("gone")
+        data += more
     return data
+
+
+def whole(data: bytes) -> int:
+    head = data.partition(b"\r\n\r\n")[0]
+    lines = head.decode().lower().split("\r\n")
+    return len(head) + 4 + next(int(line.split(":")[1]) for line in lines if line.startswith("content-length"))
 
 
 def says(body: object, code: int = 200, length: int | None = None, headers: str = "") -> Answer:

@@ -84,7 +84,9 @@ def _base(path: Path) -> Path:
             return find(_named_base(path))
         base = find(_named_base(seen[-1])).resolve()
         if base in seen:
-            raise ValueError(f"corrupt checkpoint {path}: its base leads back to {base}: an adapter needs a flow map as its base")
+            raise ValueError(
+                f"corrupt checkpoint {path}: its base leads back to {base}: an adapter needs a flow map as its base"
+            )
         seen.append(base)
 
 

@@ -1,0 +1,225 @@
+"""Configurations run nothing and read no environment variable; code by name comes from where the user says, and is of its kind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pydoc
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import steerfm
+from steerfm import cli, config, trust
+from steerfm.commands import build_reward, known_method
+from steerfm.config import ConfigError, SteerConfig, TrainConfig
+from steerfm.rewards import RewardError
+from steerfm.steering import METHODS
+
+SECRET = "s3cret-of-the-environment"
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+CALLS = ["${oc.env:SECRET}", "a ${oc.env:SECRET} b", "${oc.env:SECRET,none}", "${ oc.env : SECRET}", "${oc.decode:'1'}",
+         "${oc.select:model}", "${mine:3}", "${mine:}", "${${oc.env:SECRET}}", "${a.${oc.env:SECRET}}", "\\\\${oc.env:SECRET}",
+         "${oc.dict.keys:reward}", "${model}${oc.env:SECRET}", "${oc.env:'SECRET'}"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def resolvers(monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+    calls = []
+    OmegaConf.register_new_resolver("mine", lambda *a: calls.append(a) or "called", replace=True)
+    yield
+    OmegaConf.clear_resolver("mine")
+    assert not calls
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "where", ["model: X", "reward: {name: clip, prompt: X}", "prompt: [a, X]", "reward: [{name: a}, {name: b, c: {d: [X]}}]"]
+)
+def test_a_yaml_calls_nothing(tmp_path, call, where):
+    file = tmp_path / "run.yaml"
+    file.write_text(where.replace("X", "'" + call.replace("'", "''") + "'"))
+    with pytest.raises(ConfigError, match="is not resolved, a configuration reads no environment variable") as error:
+        config.load(SteerConfig, str(file))
+    assert SECRET not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["out", "model", "reward.target", "label", "method.name", "judge"])
+def test_the_command_line_calls_nothing(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for call in ("${oc.env:SECRET}", "x${oc.env:SECRET}", "${mine:1}"):
+        assert cli.main(["steer", f"{key}={call}"]) == 2
+    said = "".join(capsys.readouterr())
+    assert SECRET not in said and said.count("error: ") == 3 and said.count("\n") == 3 and not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_calls_nothing(tmp_path):
+    """`train` reads the config.yaml of the folder that it continues."""
+    file = tmp_path / "config.yaml"
+    file.write_text("name: ${oc.env:SECRET}\n")
+    with pytest.raises(ConfigError, match="not resolved"):
+        config.load(TrainConfig, str(file))
+
+
+def test_keys_may_name_each_other(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: emoji\nout: runs/${model}-${reward.name}\nreward: {name: clip}\n")
+    assert config.load(SteerConfig, str(file)).out == "runs/emoji-clip"
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+HOSTILE = [
+    {"name": "pydoc:pipepager", "cmd": "touch ran"}, {"name": "os:system"}, {"name": "posix:system"}, {"name": "nt:system"},
+    {"name": "subprocess:run"}, {"name": "subprocess:Popen"}, {"name": "builtins:eval"}, {"name": "builtins:exec"},
+    {"name": "functools:partial"}, {"name": "os.path:exists"}, {"name": "shutil:rmtree"}, {"name": "pickle:loads"},
+    {"name": "importlib:import_module"}, {"name": "antigravity:geohash"}, {"name": "this:s"}, {"name": "webbrowser:open"},
+    {"name": "idlelib.idle:x"}, {"name": "test.support:run"}, {"name": "_io:open"}, {"name": "ctypes:CDLL"},
+    {"name": "torch:load"}, {"name": "torch:save", "f": "ran"}, {"name": "torch.hub:load", "model": "x"},
+    {"name": "numpy:fromfile"}, {"name": "numpy:save", "arr": 1}, {"name": "torchvision.utils:save_image", "fp": "ran"},
+    {"name": "torch.nn:Flatten"}, {"name": "omegaconf:OmegaConf"}, {"name": "yaml:unsafe_load"}, {"name": "pip:main"},
+    {"name": "pytest:main"}, {"name": "matplotlib.pyplot:imsave", "arr": 1}, {"name": "PIL.Image:open"},
+    {"name": "steerfm.results:picture_grid", "path": "ran"}, {"name": "steerfm.flowmap:save_weights", "path": "ran", "head": {}},
+    {"name": "steerfm.encoders:efficientnet_lite"}, {"name": "steerfm.emoji:subprocess"}, {"name": "steerfm.cli:main"},
+    {"name": "steerfm:load"}, {"name": "steerfm:__getattr__"}, {"name": "steerfm.rewards:__loader__"}, {"name": ":eval"},
+    {"name": ".os:system"}, {"name": f"{pydoc.__file__}:pipepager", "cmd": "touch ran"}, {"name": f"{torch.__file__}:load"},
+    {"name": "/usr/lib/python3.99/pydoc.py:pipepager", "cmd": "touch ran"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
+def test_a_configuration_cannot_name_what_is_no_reward(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    for told in (value, [{"name": "brightness"}, value], {"name": "normalised", "reward": value}):
+        with pytest.raises((RewardError, ConfigError)) as error:
+            build_reward(told)(torch.rand(2, 1, 4, 4))
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+    ran = {name.split(".")[0] for name in set(sys.modules) - before} & {"antigravity", "this", "pip", "test", "idlelib"}
+    assert not ran, "refused before it is imported"
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
+def test_nor_what_is_no_method(value):
+    with pytest.raises((RewardError, ConfigError)):
+        known_method(value["name"], METHODS)
+
+
+def test_the_command_that_was_run_by_a_yaml(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text('reward: {name: "pydoc:pipepager", cmd: "touch ran"}\nlabel: Bag\nn: 1\n')
+    assert cli.main(["steer", "--config", "run.yaml"]) == 2
+    assert "pydoc belongs to Python itself" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    assert cli.main(["rewards", "os:system"]) == 2
+
+
+OWN = """
+import functools
+import subprocess
+from builtins import eval as evaluate
+from os import system
+from pydoc import pipepager
+from shutil import rmtree
+from numpy import save
+from functools import partial
+from torch import load
+from steerfm_rewards.simple import Brightness
+
+def red(images, power=1.0):
+    return images[:, 0].mean((1, 2)) ** power
+
+@functools.lru_cache
+def cached(images):
+    return red(images)
+
+class Scorer:
+    def __call__(self, pictures):
+        return pictures.mean((1, 2, 3))
+
+    def score(self, pictures):
+        return self(pictures)
+
+def nothing():
+    return 3
+
+def keywords(*, images):
+    return images
+
+squared, scorer, method, lazy = partial(red, power=2.0), Scorer(), Scorer().score, lambda x: x.mean((1, 2, 3))
+shell = partial(system)
+number = 3
+"""
+GOOD = ["red", "cached", "scorer", "method", "lazy", "squared", "Brightness"]
+BAD = ["system", "pipepager", "rmtree", "save", "load", "partial", "shell", "evaluate", "functools", "subprocess", "Scorer",
+       "nothing", "keywords", "number", "__builtins__", "__loader__", "__init__", "__setattr__", "__class__"]  # fmt: skip
+
+
+@pytest.fixture(params=["file", "module", "package"])
+def own(request, tmp_path, monkeypatch):
+    """What a user's own code is called."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = {"file": "own_file.py", "module": "own_module.py", "package": "own_package/inner.py"}[request.param]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(OWN)
+    yield {"file": str(tmp_path / name), "module": "own_module", "package": "own_package.inner"}[request.param]
+    for module in [module for module in sys.modules if module.startswith("own_")]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_own_code_is_a_reward(own, name):
+    value = steerfm.reward(f"{own}:{name}")(torch.full((3, 1, 2, 2), 0.5))
+    assert value.tolist() == [0.25 if name == "squared" else 0.5] * 3
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_own_code_has_from_elsewhere_is_none(own, name):
+    with pytest.raises(RewardError) as error:
+        steerfm.reward(f"{own}:{name}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_module_that_ends_the_program_is_an_error(tmp_path):
+    for number, text in enumerate(("raise SystemExit(0)", "import sys; sys.exit()")):
+        (tmp_path / f"ends{number}.py").write_text(text)
+        with pytest.raises(RewardError, match="cannot import .*SystemExit"):
+            steerfm.reward(f"{tmp_path / f'ends{number}.py'}:red")
+
+
+def test_python_finds_whose_code_it_is():
+    whose = {name: trust._whose(name) for name in ("os", "json.tool", "torch.nn", "steerfm.cli", "no_such_module", __name__)}
+    assert list(whose.values()) == ["python", "python", "package", "package", "nobody", "own"]
+
+
+def installed(tmp_path, monkeypatch, depends: bool) -> None:
+    folder = tmp_path / "site-packages"
+    (folder / "other_rewards").mkdir(parents=True)
+    (folder / "other_rewards" / "__init__.py").write_text(OWN.replace("Scorer", "Other") + "\nBright = Brightness()\n")
+    about = folder / "other_rewards-1.0.dist-info"
+    about.mkdir()
+    needs = "Requires-Dist: steerfm >=0.1 ; extra == 'x'\n" if depends else "Requires-Dist: steerfmx\n"
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: other-rewards\nVersion: 1.0\n{needs}")
+    (about / "top_level.txt").write_text("other_rewards\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.parametrize("depends", [True, False])
+def test_of_an_installed_package_only_rewards_can_be_named_and_only_if_it_is_made_for_this(tmp_path, monkeypatch, depends):
+    installed(tmp_path, monkeypatch, depends)
+    try:
+        for name in ("red", "scorer", "lazy", "system"):
+            with pytest.raises(RewardError):
+                steerfm.reward(f"other_rewards:{name}")
+        if depends:
+            assert steerfm.reward("other_rewards:Bright").name == steerfm.reward("other_rewards:Brightness").name == "brightness"
+        else:
+            with pytest.raises(RewardError, match="not made for steerfm"):
+                steerfm.reward("other_rewards:Bright")
+            assert "other_rewards" not in sys.modules
+    finally:
+        sys.modules.pop("other_rewards", None)
