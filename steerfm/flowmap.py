@@ -445,7 +445,10 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-NETWORK: Check = lambda value: isinstance(value, dict) and value.get("name") in [*NETWORKS], f"name one of {', '.join(NETWORKS)}"
+NETWORK: Check = (
+    lambda value: isinstance(value, dict) and value.get("name") in [*NETWORKS],
+    f"name one of {', '.join(NETWORKS)}",
+)
 SHAPE: Check = lambda value: isinstance(value, list) and bool(value) and all(map(is_count, value)), "a list of sizes"
 CLASSES: Check = is_texts, "a list of texts"
 HEAD: dict[str, Check] = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pydoc
 import sys
 from pathlib import Path
 
-import pydoc
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -216,7 +216,9 @@ def test_of_an_installed_package_only_rewards_can_be_named_and_only_if_it_is_mad
             with pytest.raises(RewardError):
                 steerfm.reward(f"other_rewards:{name}")
         if depends:
-            assert steerfm.reward("other_rewards:Bright").name == steerfm.reward("other_rewards:Brightness").name == "brightness"
+            assert (
+                steerfm.reward("other_rewards:Bright").name == steerfm.reward("other_rewards:Brightness").name == "brightness"
+            )
         else:
             with pytest.raises(RewardError, match="not made for steerfm"):
                 steerfm.reward("other_rewards:Bright")
