@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import platform
+import re
 import runpy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
