@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+from omegaconf import DictConfig, OmegaConf
+
 from steerfm.values import (
     ConfigError,
     Raw,
@@ -316,12 +318,18 @@ NAMED = {"reward", "method", "judge"}
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-def load(schema: type[Schema], source: str | None = None, overrides: Iterable[str] = (), kind: str = "") -> Schema:
+def load(
+    schema: type[Schema],
+    source: str | Mapping[str, Any] | DictConfig | None = None,
+    overrides: Iterable[str] = (),
+    kind: str = "",
+) -> Schema:
     """A configuration from defaults, a yaml file or recipe, and ``key.sub=value`` overrides, in rising precedence.
 
     Args:
         schema: one of the dataclasses above.
-        source: path of a yaml file, or the name of a recipe in ``configs/<kind>``; None for the defaults.
+        source: path of a yaml file, or the name of a recipe in ``configs/<kind>``; a dictionary or OmegaConf's, as an
+            application with Hydra has it (``${...}`` in it is text, as in yaml); None for the defaults.
         overrides: strings ``key=value``; values are read by the type of the key, texts as they stand.
         kind: folder of the recipes, default from the schema's name.
 
@@ -329,7 +337,11 @@ def load(schema: type[Schema], source: str | None = None, overrides: Iterable[st
         ConfigError: unknown key (with the nearest valid one), wrong type, out of range, no such recipe.
     """
     layers: list[Mapping[str, Any]] = []
-    if source is not None:
+    if OmegaConf.is_config(source):
+        source = OmegaConf.to_container(source, resolve=False)  # type: ignore[assignment]
+    if isinstance(source, Mapping):
+        layers.append(source)
+    elif source is not None:
         path = find_recipe(source, kind or schema.__name__.removesuffix("Config").lower())
         content = read_yaml(path)
         content = {content: None} if isinstance(content, str) else content  # a key without a value

@@ -277,3 +277,15 @@ def test_sequence():
 def test_every_schema_is_covered_here():
     schemas = {name for name in vars(config) if name.endswith("Config") and name.removesuffix("Config").lower() in SCHEMAS}
     assert schemas == {schema.__name__ for schema in SCHEMAS.values()}
+
+
+def test_dictionaries_and_omegaconfs_are_taken_as_yaml_is(monkeypatch):
+    from omegaconf import OmegaConf
+
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    told = {"n": 3, "reward": {"name": "clip", "prompt": "${oc.env:MY_SECRET}"}, "method": {"name": "funnel", "steps": 2}}
+    for source in (told, OmegaConf.create(told)):
+        made = load(config.SteerConfig, source, ["n=5"])
+        assert (made.n, made.reward["prompt"], made.method["steps"]) == (5, "${oc.env:MY_SECRET}", 2)
+    with pytest.raises(ConfigError, match="unknown key 'm'; keys: model"):
+        load(config.SteerConfig, OmegaConf.create({"m": 3}))

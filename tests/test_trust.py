@@ -1,4 +1,4 @@
-"""Configurations run nothing and read no environment variable; code by name comes from where the user says, and is of its kind."""
+"""Configurations run nothing and read no environment variable; code by name comes from where the user says, of its kind."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ HOSTILE = [
     {"name": "numpy:fromfile"}, {"name": "numpy:save", "arr": 1}, {"name": "torchvision.utils:save_image", "fp": "ran"},
     {"name": "torch.nn:Flatten"}, {"name": "omegaconf:OmegaConf"}, {"name": "yaml:unsafe_load"}, {"name": "pip:main"},
     {"name": "pytest:main"}, {"name": "matplotlib.pyplot:imsave", "arr": 1}, {"name": "PIL.Image:open"},
-    {"name": "steerfm.results:picture_grid", "path": "ran"}, {"name": "steerfm.flowmap:save_weights", "path": "ran", "head": {}},
+    {"name": "steerfm.results:picture_grid", "path": "ran"},
+    {"name": "steerfm.flowmap:save_weights", "path": "ran", "head": {}},
     {"name": "steerfm.encoders:efficientnet_lite"}, {"name": "steerfm.emoji:subprocess"}, {"name": "steerfm.cli:main"},
     {"name": "steerfm:load"}, {"name": "steerfm:__getattr__"}, {"name": "steerfm.rewards:__loader__"}, {"name": ":eval"},
     {"name": ".os:system"}, {"name": f"{pydoc.__file__}:pipepager", "cmd": "touch ran"}, {"name": f"{torch.__file__}:load"},
@@ -187,7 +188,7 @@ def test_what_own_code_has_from_elsewhere_is_none(own, name):
 def test_a_module_that_ends_the_program_is_an_error(tmp_path):
     for number, text in enumerate(("raise SystemExit(0)", "import sys; sys.exit()")):
         (tmp_path / f"ends{number}.py").write_text(text)
-        with pytest.raises(RewardError, match="cannot import .*SystemExit"):
+        with pytest.raises(RewardError, match=r"cannot import .*SystemExit"):
             steerfm.reward(f"{tmp_path / f'ends{number}.py'}:red")
 
 
