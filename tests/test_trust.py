@@ -1,14 +1,14 @@
-"""Configurations run nothing and read no environment variable; code by name comes from where the user says, of its kind."""
+"""Configurations run nothing and read no environment variable; code by name comes from where the user says."""
 
 from __future__ import annotations
 
+import json
 import pydoc
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import steerfm
 from steerfm import cli, config, trust
@@ -27,29 +27,30 @@ CALLS = ["${oc.env:SECRET}", "a ${oc.env:SECRET} b", "${oc.env:SECRET,none}", "$
 
 
 @pytest.fixture(autouse=True)
-def resolvers(monkeypatch):
+def secret(monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
-    calls = []
-    OmegaConf.register_new_resolver("mine", lambda *a: calls.append(a) or "called", replace=True)
-    yield
-    OmegaConf.clear_resolver("mine")
-    assert not calls
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    "where", ["model: X", "reward: {name: clip, prompt: X}", "prompt: [a, X]", "reward: [{name: a}, {name: b, c: {d: [X]}}]"]
+    "where", ["model: X", "reward: {name: clip, prompt: X}", "prompt: [a, X]", "judge: {name: clip, prompt: X}"]
 )
-def test_a_yaml_calls_nothing(tmp_path, call, where):
+def test_a_yaml_looks_nothing_up(tmp_path, call, where):
+    """Words of OmegaConf, which read environment variables and run functions where it is used, stay words."""
     file = tmp_path / "run.yaml"
     file.write_text(where.replace("X", "'" + call.replace("'", "''") + "'"))
-    with pytest.raises(ConfigError, match="is not resolved, a configuration reads no environment variable") as error:
-        config.load(SteerConfig, str(file))
-    assert SECRET not in str(error.value) and "\n" not in str(error.value)
+    made = config.load(SteerConfig, str(file))
+    assert call in json.dumps(config.plain(made)).replace("\\\\", "\\")
+    assert SECRET not in config.dump(made) and config.load(SteerConfig, dumped(tmp_path, made)) == made
 
 
-@pytest.mark.parametrize("key", ["out", "model", "reward.target", "label", "method.name", "judge"])
-def test_the_command_line_calls_nothing(key, tmp_path, monkeypatch, capsys):
+def dumped(folder: Path, made: object) -> str:
+    (folder / "dumped.yaml").write_text(config.dump(made))
+    return str(folder / "dumped.yaml")
+
+
+@pytest.mark.parametrize("key", ["model", "reward.target", "label", "method", "judge"])
+def test_nor_does_the_command_line(key, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for call in ("${oc.env:SECRET}", "x${oc.env:SECRET}", "${mine:1}"):
         assert cli.main(["steer", f"{key}={call}"]) == 2
@@ -57,18 +58,11 @@ def test_the_command_line_calls_nothing(key, tmp_path, monkeypatch, capsys):
     assert SECRET not in said and said.count("error: ") == 3 and said.count("\n") == 3 and not list(tmp_path.iterdir())
 
 
-def test_a_run_folder_calls_nothing(tmp_path):
+def test_nor_does_a_run_folder(tmp_path):
     """`train` reads the config.yaml of the folder that it continues."""
     file = tmp_path / "config.yaml"
-    file.write_text("name: ${oc.env:SECRET}\n")
-    with pytest.raises(ConfigError, match="not resolved"):
-        config.load(TrainConfig, str(file))
-
-
-def test_keys_may_name_each_other(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("model: emoji\nout: runs/${model}-${reward.name}\nreward: {name: clip}\n")
-    assert config.load(SteerConfig, str(file)).out == "runs/emoji-clip"
+    file.write_text("init: ${oc.env:SECRET}\n")
+    assert config.load(TrainConfig, str(file)).init == "${oc.env:SECRET}"
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
@@ -82,8 +76,7 @@ HOSTILE = [
     {"name": "numpy:fromfile"}, {"name": "numpy:save", "arr": 1}, {"name": "torchvision.utils:save_image", "fp": "ran"},
     {"name": "torch.nn:Flatten"}, {"name": "omegaconf:OmegaConf"}, {"name": "yaml:unsafe_load"}, {"name": "pip:main"},
     {"name": "pytest:main"}, {"name": "matplotlib.pyplot:imsave", "arr": 1}, {"name": "PIL.Image:open"},
-    {"name": "steerfm.results:picture_grid", "path": "ran"},
-    {"name": "steerfm.flowmap:save_weights", "path": "ran", "head": {}},
+    {"name": "steerfm.results:picture_grid", "path": "ran"}, {"name": "steerfm.flowmap:save_weights", "path": "ran"},
     {"name": "steerfm.encoders:efficientnet_lite"}, {"name": "steerfm.emoji:subprocess"}, {"name": "steerfm.cli:main"},
     {"name": "steerfm:load"}, {"name": "steerfm:__getattr__"}, {"name": "steerfm.rewards:__loader__"}, {"name": ":eval"},
     {"name": ".os:system"}, {"name": f"{pydoc.__file__}:pipepager", "cmd": "touch ran"}, {"name": f"{torch.__file__}:load"},
