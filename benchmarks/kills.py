@@ -207,8 +207,8 @@ def prepare(folder: Path) -> None:
     (folder / "suite.yaml").write_text(SUITE)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the trials and print a line for each command; 1 where one of them went wrong."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the trials and print a line for each command; exit code 1 where one of them went wrong."""
     parser = argparse.ArgumentParser(prog="steerfm bench kills", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("commands", nargs="*", metavar="command", help=f"default: all of {', '.join(COMMANDS)}")
     parser.add_argument("--kills", type=int, help="trials of each command")
@@ -244,8 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {kills} runs, {hits} signals, {kills - len(faults)} of {kills} as if left alone", flush=True)
             print("\n".join(faults), end="\n" if faults else "", flush=True)
             failed += len(faults)
-    return int(failed > 0)
+    sys.exit(int(failed > 0))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

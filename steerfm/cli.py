@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
 
 from steerfm import __version__
 from steerfm import config as configs
-from steerfm.signals import Stopped, raised
+from steerfm.signals import Stopped, raised, said
 
 EXAMPLES = {
     "train": """examples:
@@ -118,10 +119,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with raised():
             return _main(options, extra, argv)
-    except KeyboardInterrupt as stop:
-        where = f"{stop.where}: " if isinstance(stop, Stopped) and stop.where else ""
-        print(f"stopped; {where}the same command continues where it was", file=sys.stderr)
-        return 128 + (stop.number if isinstance(stop, Stopped) else 2)
+    except (Stopped, KeyboardInterrupt) as stop:
+        where = stop.where if isinstance(stop, Stopped) else ""
+        if not where and (files := sys.modules.get("steerfm.files")) and (folders := files.claimed()):
+            where = f"what is done is in {folders[0]}"
+        print(said(where), file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
         if options.traceback:
             raise

@@ -101,6 +101,12 @@ def claim(folder: str | Path) -> None:
         left.unlink(missing_ok=True)
 
 
+def claimed() -> list[Path]:
+    """Folders that this process claimed, as seen from where it runs."""
+    here = Path.cwd()
+    return [path.relative_to(here) if path.is_relative_to(here) else path for path in _CLAIMS]
+
+
 def release() -> None:
     """Give up all folders that this process claimed."""
     while _CLAIMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -12,8 +13,8 @@ from types import FrameType
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(KeyboardInterrupt):
-    """A run was asked to stop.
+class Stopped(BaseException):
+    """A run was asked to stop. No `KeyboardInterrupt`: Lightning ends the process itself at one.
 
     Attributes:
         number: of the signal; a process that it ends has the exit code 128 + number.
@@ -29,13 +30,36 @@ class Pending:
 
     number = 0
 
+    def note(self, number: int, _: FrameType | None) -> None:
+        """Handle the first signal; the second has the system's own effect."""
+        _forget()
+        self.number = number
+        print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
+
+    def listen(self) -> None:
+        """Handle signals, again where another library has put itself before."""
+        if not self.number and threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                signal.signal(number, self.note)
+
+
+def said(where: str = "") -> str:
+    """The line that a run which was stopped leaves."""
+    return f"stopped; {where}{': ' if where else ''}the same command continues where it was"
+
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, the first signal raises `Stopped`, where the program stands; a second has the system's own effect."""
+    """Inside, the first signal raises `Stopped`, where the program stands; a second has the system's own effect. In an import,
+    which would make another error of it, the process ends at once: files are whole at any time."""
 
-    def stop(number: int, _: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         _forget()
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                print(said(), file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            frame = frame.f_back
         raise Stopped(number)
 
     with _handled(stop):
@@ -46,13 +70,7 @@ def raised() -> Iterator[None]:
 def held() -> Iterator[Pending]:
     """Inside, the first signal is only noted: a step goes to its end. A second has the system's own effect."""
     pending = Pending()
-
-    def note(number: int, _: FrameType | None) -> None:
-        _forget()
-        pending.number = number
-        print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
-
-    with _handled(note):
+    with _handled(pending.note):
         yield pending
 
 

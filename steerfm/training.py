@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import lightning as L
@@ -532,21 +533,38 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 class Checkpoints(L.Callback):
-    """Saves a checkpoint every ``every`` updates, and one where a signal stops the run: between two updates, never in one."""
+    """Saves a checkpoint every ``every`` updates, and one where a signal stops the run: between two updates, when the average,
+    the judgement, the validation and the log of the first are done and nothing of the second is."""
 
     def __init__(self, folder: Path, every: int, pending: Pending) -> None:
         self.folder, self.every, self.pending = folder, every, pending
+        self.saved = 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.saved = trainer.global_step
+        self.pending.listen()  # Lightning has put a handler of its own before ours
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        step = trainer.global_step
         stop = trainer.strategy.reduce_boolean_decision(bool(self.pending.number), all=False)
-        if stop or (self.every and trainer.global_step % self.every == 0):
+        if step > self.saved and (stop or (self.every and step % self.every == 0)):
             save_checkpoint(trainer, self.folder)
+            self.saved = step
         if stop:
-            raise _Pause
+            raise Stopped(self.pending.number or SIGTERM, f"the run up to step {step} is in {self.folder}")
 
-
-class _Pause(BaseException):
-    """Leaves Lightning, which ends the process itself at a KeyboardInterrupt."""
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lightning knows how to go on from the end of an update, where it saves by itself: so the count of batches says that
+        the last update has just ended, and not that a batch has been fetched since."""
+        loops = checkpoint["loops"]["fit_loop"]
+        counts = loops["epoch_loop.batch_progress"]
+        done = counts["total"]["processed"]
+        if counts["total"]["ready"] != done + 1 or counts["total"]["completed"] != done:
+            return
+        for count in (counts["total"], counts["current"]):
+            done = count["processed"]
+            count |= {"ready": done, "started": done, "completed": done - 1}
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 class Lines(L.Callback):
@@ -610,11 +628,10 @@ def fit(
             enable_model_summary=False,
         )
         newest = newest_checkpoint(kept)
-        try:
-            trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
-        except _Pause:
-            raise Stopped(pending.number, f"the run up to step {module.average.n_averaged} is in {kept}") from None
+        trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
         save_checkpoint(trainer, kept)
+    if pending.number:  # it came in the last update
+        raise Stopped(pending.number, f"all {module.steps} steps are in {kept}")
     if validate_every:
         trainer.validate(module, data, verbose=False)
     return trainer

@@ -91,6 +91,18 @@ def test_the_first_signal_stops_and_the_second_kills(number):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_import_ends_the_process_at_once(tmp_path, number):
+    """Imports make other errors of whatever is raised in them."""
+    (tmp_path / "slow.py").write_text(
+        f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\nexcept BaseException:\n    pass\n"
+    )
+    program = "from steerfm.signals import raised\nwith raised():\n    import slow\n"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", program], check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 128 + number and "same command" in done.stderr and done.stderr.count("\n") == 1
+
+
 STEER = ["steer", "n=2", "method.particles=2", "method.steps=2", "judge=null", "out=run"]
 
 
@@ -113,6 +125,19 @@ def test_a_run_that_fails_at_its_start_can_be_corrected(capsys, tmp_path, monkey
     assert cli.main([*STEER, "reward=mine.py:mine"]) == 2
     reward.write_text("def mine(images):\n    return images.mean((1, 2, 3))\n")
     assert cli.main([*STEER, "reward=mine.py:mine", "strength=2"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_line_that_says_where_the_run_is(capsys, tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    reward = tmp_path / "mine.py"
+    called = "import os\ndef mine(images):\n    if not os.path.exists('again'):\n        os.kill(os.getpid(), {})\n"
+    reward.write_text(called.format(int(number)) + "    return images.mean((1, 2, 3))\n")
+    assert cli.main([*STEER, "reward=mine.py:mine"]) == 128 + number
+    err = capsys.readouterr().err
+    assert "what is done is in run" in err and "same command" in err and err.count("\n") == 1
+    (tmp_path / "again").touch()
+    assert cli.main([*STEER, "reward=mine.py:mine"]) == 0
 
 
 @pytest.mark.parametrize("argv", [["sample", "n=2"], STEER])

@@ -16,7 +16,7 @@ from steerfm import encoders
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import ResNet, UNet
 from steerfm.objectives import FlowMatching, Lagrangian, Progressive, Trajectory
-from steerfm.signals import Stopped
+from steerfm.signals import Stopped, raised
 from steerfm.training import (
     ClassifierTraining,
     FlowMapTraining,
@@ -503,6 +503,54 @@ def test_a_signal_stops_between_two_steps(tmp_path, whole, number):
     fit(trained, Pictures(), tmp_path, **QUICK)
     assert torch.equal(flat(trained.network), flat(whole.module.network))
     assert torch.equal(flat(trained.ema), flat(whole.module.ema))
+    assert not lost(whole.folder, tmp_path)  # step 8 is logged and validated before it stops
+
+
+def lost(whole, folder) -> list[tuple[str, int, float, float | None]]:
+    """Logged numbers of a run that was left alone which another does not have."""
+    expected, after = history(whole), history(folder)
+    found = {name: dict(zip(*after.get(name, ([], [])))) for name in expected}
+    pairs = [(name, step, value) for name, row in expected.items() for step, value in zip(*row)]
+    return [(name, step, value, found[name].get(step)) for name, step, value in pairs if found[name].get(step) != value]
+
+
+class DiesInValidation(FlowMapTraining):
+    """At the step of a checkpoint."""
+
+    def validation_step(self, batch, batch_index):
+        if self.global_step == 8:
+            raise KilledError
+        super().validation_step(batch, batch_index)
+
+
+@pytest.mark.parametrize("every", [4, 8])
+def test_a_kill_in_the_validation_loses_no_line(tmp_path, whole, every):
+    options = QUICK | {"save_every": every}
+    with pytest.raises(KilledError):
+        fit(module(DiesInValidation), Pictures(), tmp_path, **options)
+    fit(module(), Pictures(), tmp_path, **options)
+    assert not lost(whole.folder, tmp_path)
+
+
+class SignalledAtTheEnd(FlowMapTraining):
+    """Gets a signal in the validation after the last step."""
+
+    number = signal.SIGTERM
+
+    def validation_step(self, batch, batch_index):
+        if self.trainer.state.fn == "validate":
+            os.kill(os.getpid(), self.number)
+        super().validation_step(batch, batch_index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_validation_is_no_exit_of_lightnings(tmp_path, number):
+    """Lightning ends the process with 1 at a KeyboardInterrupt."""
+    stopped = module(SignalledAtTheEnd, steps=3)
+    stopped.number = number
+    with pytest.raises(Stopped) as caught, raised():
+        fit(stopped, Pictures(), tmp_path, **QUICK)
+    assert caught.value.number == number
 
 
 class AllPoisoned(FlowMapTraining):
