@@ -409,6 +409,7 @@ def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Re
     found: dict[str, dict[str, list[Tensor]]] = {}
     traces, cost, done = [], Cost(), 0
     output, context = torch.arange(want.n), {"prompts": want.prompts, "labels": want.labels}
+    at_once = reward.groupwise or (judge is not None and judge.groupwise)
     asked_for, drawn = output // want.each, (output % want.each < SHOWN) & (output // want.each < SHOWN)
 
     def score(pictures: Mapping[str, Tensor], rows: slice) -> None:
@@ -417,7 +418,7 @@ def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Re
             of = found.setdefault(name, {})
             of.setdefault("reward", []).append(reward.evaluate(x, **told, groups=asked_for[rows]).total)
             if judge:
-                of.setdefault("held out", []).append(judge(x, **told))
+                of.setdefault("held out", []).append(judge.evaluate(x, **told, groups=asked_for[rows]).total)
             for key, value in ({} if reward.truth is None else restoration(x, reward.truth)).items():
                 of.setdefault(key, []).append(value)
 
@@ -434,11 +435,11 @@ def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Re
             for name, value in part.items():
                 values.setdefault(name, []).append(value)
             for name, x in pictures.items():
-                looks[name].append(x if reward.groupwise else x[drawn[rows]])
-            if not reward.groupwise:
+                looks[name].append(x if at_once else x[drawn[rows]])
+            if not at_once:
                 score(pictures, rows)
         shown = {name: torch.cat(parts) for name, parts in looks.items()}
-        if reward.groupwise:
+        if at_once:
             score(shown, slice(0, want.n))
             shown = {name: x[drawn] for name, x in shown.items()}
     columns = {name: {key: torch.cat(parts) for key, parts in of.items()} for name, of in found.items()}
@@ -587,8 +588,12 @@ def list_rewards(name: str | None = None) -> None:
                 console.print(f"  reward.{key}{default}")
         return
     table = _table("reward", "unit", "range", "gradient", "what")
-    for key, point in rewards.available().items():
-        target = point.load()
+    for key in rewards.available():
+        try:
+            target = rewards.find(key)
+        except rewards.RewardError as error:
+            table.add_row(key, "", "", "", f"broken: {error}")
+            continue
         low, high = getattr(target, "range", (float("-inf"), float("inf")))
         what = re.split(r"[:.]", " ".join((inspect.getdoc(target) or "").split()))[0]
         gradient = "yes" if getattr(target, "differentiable", True) else "black box"

@@ -150,7 +150,9 @@ class Problem:
         with torch.inference_mode():
             pictures = self.flow_map.decode(x)
             told = {"prompts": want.prompts, "labels": want.labels}
-            scores = {"reward": self.reward(pictures, **told), "held_out": self.judge(pictures, **told)}
+            groups = torch.arange(want.n, device=pictures.device) // want.each
+            judges = {"reward": self.reward, "held_out": self.judge}
+            scores = {name: judge.evaluate(pictures, **told, groups=groups).total for name, judge in judges.items()}
             features = self.yardstick.features(pictures)
         facts = [cost.evaluations, cost.forwards, cost.backwards, cost.reward_calls, cost.seconds]
         found = {name: value.float().cpu().clone() for name, value in scores.items()}

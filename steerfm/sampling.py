@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
+from operator import index
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ def time_grid(steps: int, power: float = 1.0) -> list[float]:
     Raises:
         ValueError: steps below 1 or power not positive.
     """
+    whole(steps=steps)
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
     if not power > 0:
@@ -82,15 +84,34 @@ class Noise:
         return out.to(device)
 
 
+def whole(**counts: Any) -> None:
+    """Refuse what is no whole number, by name.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, count in counts.items():
+        if isinstance(count, bool) or not hasattr(type(count), "__index__"):
+            raise ValueError(f"{name}={count!r}: give a whole number")
+
+
 def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
     """``s`` means s, s + 1, ..., s + n - 1; a sequence must hold one seed per output.
 
     Raises:
-        ValueError: another number of seeds than outputs.
+        ValueError: another number of seeds than outputs, or other things than whole numbers.
     """
+    whole(n=n)
     if n < 1:
         raise ValueError(f"n={n}: at least one output is needed")
-    out = [seeds + i for i in range(n)] if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    try:
+        first = None if isinstance(seeds, bool) else index(seeds)  # type: ignore[arg-type]
+        out = [first + i for i in range(n)]  # type: ignore[operator]
+    except TypeError:
+        try:
+            out = [index(seed) for seed in seeds]  # type: ignore[union-attr]
+        except TypeError:
+            raise ValueError(f"seeds={seeds!r}: give one integer, or one seed per output") from None
     if len(out) != n:
         raise ValueError(f"{len(out)} seeds for n={n} outputs: give one integer, or one seed per output")
     return out
@@ -336,9 +357,15 @@ def as_condition(flow_map: FlowMap, cond: Condition | str | int | Sequence[str |
     if cond is None or isinstance(cond, str | int | Sequence):
         return flow_map.condition(cond, n)
 
+    null = flow_map.null if flow_map.class_names and isinstance(cond, Tensor) else None
+
     def check(rows: Tensor) -> Tensor:
         if rows.ndim == 0 or len(rows) != n:
             raise ValueError(f"cond has shape {tuple(rows.shape)} for n={n} outputs: give one row per output")
+        if isinstance(null, Tensor) and not rows.is_floating_point() and rows.shape[1:] == null.shape[1:]:
+            last = int(null.max())
+            if bool(((rows < 0) | (rows > last)).any()):
+                raise ValueError(f"cond={rows.tolist()}: classes are 0 to {last - 1}, and {last} stands for none")
         return rows.to(flow_map.device)
 
     return map_condition(check, cond)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
 import torch
 
 import steerfm
-from steerfm import GaussianMixture, rewards
-from steerfm.finetuning.base import Tasks, spread
+from steerfm import GaussianMixture, commands, rewards
+from steerfm.finetuning.base import Tasks, _ask_for_a_gradient, spread
+from steerfm.finetuning.evaluation import Panel
 from steerfm.flowmap import FlowMap
 from steerfm.rewards import Reward, RewardError, WeightedSum, reward
 from steerfm.steering import DPS, FMRGE, METHODS, BestOfN, FeynmanKac, Funnel
@@ -401,3 +404,77 @@ def test_clip_has_a_weight_of_its_negative_prompt():
         rewards.build(clip | {"negative_weight": 0.25})(x), likes[0] - 0.25 * likes[1], atol=1e-5, rtol=0
     )
     torch.testing.assert_close(rewards.build(clip | {"weight": 0.5})(x), 0.5 * (likes[0] - likes[1]), atol=1e-5, rtol=0)
+
+
+# --- tuning, lists and counts ----------------------------------------------------------------------------------------
+def tasks():
+    return Tasks.of(torch.tensor([0, 1, 0, 1, 0, 1]))
+
+
+def test_groups_of_a_tuning_are_what_is_asked_for():
+    assert tasks().groups().tolist() == [0, 1, 0, 1, 0, 1] and Tasks().groups().tolist() == [0]
+    assert Tasks(4, prompts=["a", "b", "a", "c"]).groups().tolist() == [0, 1, 0, 2]
+    x = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    rw = 2.0 * reward("diversity")
+    got = tasks().problem(Pictures(), rw).score(x).total
+    for rows in (torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])):
+        torch.testing.assert_close(tasks().take(rows).problem(Pictures(), rw).score(x[rows]).total, got[rows])
+
+
+def test_a_panel_compares_all_its_pictures_whatever_their_number():
+    n = 300  # more than go at a time
+    many = Tasks(n, prompts=["a"] * n)
+    panel = Panel(Pictures(), 1.0 * reward("diversity"), None, many, many, lambda x: x.flatten(1))
+    x = torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(panel._score(panel.reward, x), reward("diversity")(Pictures().decode(x)))
+
+
+@pytest.mark.parametrize("blind", [numpy_mean, hidden_mean])
+def test_a_tuning_by_gradient_refuses_a_black_box_that_does_not_say_so(blind):
+    one = Tasks().problem(Pictures(), reward(total) + reward(blind))
+    with pytest.raises(RewardError, match="has no gradient: use weighted or policy") as error:
+        _ask_for_a_gradient(one)
+    assert "\n" not in str(error.value)
+    with pytest.raises(RewardError, match="reward 'three' failed"):
+        _ask_for_a_gradient(Tasks().problem(Pictures(), reward(three)))
+    _ask_for_a_gradient(Tasks().problem(Pictures(), reward(total)))
+
+
+def test_a_broken_plug_in_is_named_and_the_others_are_listed(monkeypatch, capsys):
+    points = [("mean", f"{__name__}:total"), ("lost", "no_such_module:Lost"), ("whole", f"{__name__}:Whole")]
+    found = [EntryPoint(name, value, rewards.GROUP) for name, value in points]
+    monkeypatch.setattr(rewards, "entry_points", lambda group: found)
+    commands.list_rewards()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in ("mean", "whole", "lost", "broken", "no_such_module"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 2.0}, "n=2.0: give a whole number"),
+        ({"n": True}, "n=True: give a whole number"),
+        ({"seeds": None}, "seeds=None: give one integer"),
+        ({"seeds": 1.5}, "seeds=1.5: give one integer"),
+        ({"seeds": [0.5]}, "give one integer"),
+        ({"batch_size": 0.5}, "batch_size=0.5: give a whole number"),
+        ({"micro_batch": 2.5}, "micro_batch=2.5: give a whole number"),
+        ({"cond": torch.tensor([-1, 99]), "n": 2}, "classes are 0 to 1, and 2 stands for none"),
+        ({"cond": torch.tensor([3])}, "classes are 0 to 1"),
+    ],
+)
+def test_counts_seeds_and_classes_are_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        steerfm.steer(Pictures(), total, BestOfN(particles=2, steps=1), **{"n": 1} | given)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_particles_are_whole(name):
+    with pytest.raises(ValueError, match=r"particles=(1|4)\.5"):
+        steerfm.steer(Pictures(), total, METHODS[name](particles=4.5))
+
+
+def test_the_label_after_the_last_class_and_numpy_integers_are_fine():
+    steerfm.steer(
+        Pictures(), total, BestOfN(particles=2, steps=1), n=np.int64(2), seeds=np.arange(2), cond=torch.tensor([0, 2])
+    )

@@ -74,7 +74,15 @@ class Tasks:
         device = flow_map.device
         cond = move_condition(self.cond, device)
         labels = None if self.labels is None else self.labels.to(device)
-        return Problem(flow_map, reward, torch.ones(self.n, device=device), cond, labels, self.prompts)
+        groups = self.groups().to(device) if reward.groupwise else None
+        return Problem(flow_map, reward, torch.ones(self.n, device=device), cond, labels, self.prompts, groups)
+
+    def groups(self) -> Tensor:
+        """(n,): rows that are asked for the same share a number."""
+        labels = [None] * self.n if self.labels is None else self.labels.tolist()
+        numbers: dict[Any, int] = {}
+        asked = zip(labels, self.prompts or [None] * self.n)
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in asked])
 
 
 class TaskData(L.LightningDataModule):
@@ -311,6 +319,8 @@ class FineTuning(Trained):
                 f"batch_size={self.batch_size} cannot be shared out over {world} processes in groups of {self.method.group}"
             )
         self.place(self.device)
+        if self.method.differentiates:
+            _ask_for_a_gradient(self.tasks.take(torch.zeros(1, dtype=torch.long)).problem(self.reference, self.judged[0]))
         if self.scale is None:
             self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
 
@@ -381,3 +391,18 @@ def check(method: Method, reward: Reward, control: float) -> None:
         raise RewardError(
             f"reward {reward.name!r} is a black box and {type(method).__name__} follows its gradient: use weighted or policy"
         )
+
+
+def _ask_for_a_gradient(one: Problem) -> None:
+    """Refuse a reward without a gradient before the first update: a plain function does not say it of itself.
+
+    Raises:
+        RewardError: it has none; or what is wrong with it.
+    """
+    if one.has_gradient():
+        return
+    with torch.no_grad():
+        one.score(one.probe())  # a reward that fails says so itself
+    raise RewardError(
+        f"reward {one.reward.name!r} has no gradient: use weighted or policy, which follow none, and say differentiable = False"
+    )

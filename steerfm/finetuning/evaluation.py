@@ -103,12 +103,13 @@ class Panel:
 
     def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:
         tasks = self.tasks.take(torch.arange(self.tasks.n).repeat_interleave(k))
-        parts = zip(x.split(256), torch.arange(len(x)).split(256))
+        size = len(x) if reward.groupwise else 256
+        parts = zip(x.split(size), torch.arange(len(x)).split(size))
         return torch.cat([tasks.take(rows).problem(self.base, reward).score(part).total for part, rows in parts])
 
     def _look(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
         """Features and classes; without a classifier a class is what was asked for, in words, or everything."""
-        pictures = pictures.cpu().float()
+        pictures = pictures.cpu().float().clone()  # lent
         f = torch.cat([self.features(part).flatten(1) for part in pictures.split(256)])
         if self.classes is not None:
             return f, torch.cat([self.classes(part) for part in pictures.split(256)])

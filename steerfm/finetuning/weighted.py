@@ -128,7 +128,8 @@ class Weighted:
         k = max(2, self.samples // tasks.n)
         x1 = _pool(update, self.law(update.averaged, update.reference), number, k)
         rows = torch.arange(tasks.n).repeat_interleave(k)
-        parts = zip(x1.split(256), rows.split(256))
+        size = len(x1) if update.reward.groupwise else 256
+        parts = zip(x1.split(size), rows.split(size))
         with torch.no_grad():
             scores = [tasks.take(some).problem(update.tuned, update.reward).score(x).total for x, some in parts]
         r = torch.cat(scores).double().cpu().view(tasks.n, k)

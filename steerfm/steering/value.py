@@ -141,15 +141,19 @@ class Problem:
         """Whether the reward has a gradient, tried on one picture: a plain function does not say it of itself."""
         if not self.reward.differentiable:
             return False
-        one, device = self.select(torch.zeros(1, dtype=torch.long, device=self.strength.device)), self.flow_map.device
-        z = torch.randn(1, *self.flow_map.shape, generator=stream(0, "probe"))
+        one = self.select(torch.zeros(1, dtype=torch.long, device=self.strength.device))
         with torch.enable_grad():
-            z = z.to(device, self.flow_map.dtype).requires_grad_()
+            z = self.probe().requires_grad_()
             try:
                 total = one.score(z).total
             except Exception:  # what is wrong with the reward, the run without a gradient will say
                 return False
             return total.requires_grad and torch.autograd.grad(total.sum(), z, allow_unused=True)[0] is not None
+
+    def probe(self) -> Tensor:
+        """A state (1, *shape) to try the reward on."""
+        z = torch.randn(1, *self.flow_map.shape, generator=stream(0, "probe"), dtype=torch.float32)
+        return z.to(self.flow_map.device, self.flow_map.dtype)
 
     def select(self, rows: Tensor) -> Problem:
         """The problem of the given particles (b',)."""

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from steerfm.sampling import whole
+
 Scheme = Callable[[Tensor, Tensor], Tensor]
 EQUAL = 1 - 1e-12
 """Equal weights have an ESS above this: 1, up to rounding."""
@@ -25,11 +27,12 @@ def wide(device: torch.device) -> torch.dtype:
 
 
 def at_least_one(**counts: int) -> None:
-    """Refuse counts below one, by name.
+    """Refuse counts below one, and what is no whole number, by name.
 
     Raises:
         ValueError: naming the argument.
     """
+    whole(**counts)
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}={count}: at least one is needed")

@@ -266,7 +266,7 @@ def test_a_reward_that_breaks_names_the_sample_and_loses_nothing(tmp_path):
     def breaks(x):
         calls.append(1)
         r = linear(x)
-        return torch.where(torch.arange(len(x)) == 3, r / 0 * 0, r) if len(calls) == 7 else r
+        return torch.where(torch.arange(len(x)) == 3, r / 0 * 0, r) if len(calls) == 8 else r  # the first one is a try
 
     m = module(Direct(), reward=breaks, scale=1.0)
     monitor = Monitor(panel(small_map()), panel(small_map()).measure(chain(4)(small_map())), tmp_path, every=100)
