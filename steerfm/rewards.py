@@ -198,6 +198,10 @@ class Reward(nn.Module):
                 raise RewardError(
                     f"reward {self.name!r} takes images in [0, 1], got [{low:.3g}, {high:.3g}]: use FlowMap.decode"
                 )
+        elif not bool(torch.isfinite(images.detach()).all()):
+            row = int((~torch.isfinite(images.detach())).flatten(1).any(1).nonzero()[0])
+            fix = "lower the strength, or guide less"
+            raise RewardError(f"reward {self.name!r} takes finite vectors, but the samples are not finite ({fix})", sample=row)
         for need, given in (("labels", labels), ("prompts", prompts)):
             if need in self.needs and given is None:
                 raise RewardError(f"reward {self.name!r} needs {need}: condition the model, or pass {need}=")

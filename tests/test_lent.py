@@ -294,6 +294,23 @@ def test_a_tilt_is_finite_or_refused(name, strength):
         steerfm.steer(VECTORS, large, METHODS[name](), n=2, strength=strength)
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"tree_search"}))
+@pytest.mark.parametrize("strength", [1e38, 1e300])
+def test_a_strength_that_is_too_large_says_so(name, strength):
+    """All that comes out is finite; what is refused is said to be the strength, and not a reward that is well."""
+
+    def bounded(x):
+        return bent(x).tanh()
+
+    try:
+        result = steerfm.steer(VECTORS, bounded, METHODS[name](), n=2, strength=strength)
+    except RewardError as error:
+        assert "strength" in str(error) and "sample" in str(error) and "'bounded' returned" not in str(error)
+        return
+    for value in (result.samples, result.rewards, result.log_weights):
+        assert value.isfinite().all()
+
+
 # --- nothing to learn ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [0.0, 0.1, -1 / 3, 1e-20, 1234.567, -3e20])
 def test_a_constant_reward_teaches_nothing(value):

@@ -238,9 +238,14 @@ class NoiseAscent(NoiseSearch):
             x = x.detach().clone().requires_grad_()
             found = self._look(problem, x)
             up = torch.autograd.grad(found.objective.sum(), x, allow_unused=True)[0] if found.reward.requires_grad else None
-        if up is None or not bool(torch.isfinite(up).all()):
-            what = "has no gradient" if up is None else "has a gradient that is not finite"
-            raise RewardError(f"reward {problem.reward.name!r} {what}: use ZeroOrderSearch, RandomSearch or BestOfN")
+        free = "use ZeroOrderSearch, RandomSearch or BestOfN"
+        if up is None:
+            raise RewardError(f"reward {problem.reward.name!r} has no gradient: {free}")
+        finite = torch.isfinite(up).flatten(1).all(1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            what = f"the gradient of reward {problem.reward.name!r} times strength {problem.strength[row].item():g}"
+            raise RewardError(f"{what} is not finite: lower the strength, or {free}", sample=row)
         found = self._weigh(found)
         pull = self.prior * (1 - (x[0].numel() - 1) / _norm(found.x).square())
         return found, up - expand_time(pull, found.x) * found.x
