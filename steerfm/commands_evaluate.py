@@ -132,7 +132,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
                 folder.save_part(done, kept, prefix="plan")
             drawn[name], last = kept.pop("pictures"), kept.pop("ends")
             ends = last if euler else ends
-            rows[name] = {key: float(value) for key, value in kept.items()}
+            rows[name] = in_order(kept, examiner.spaces)
             folder.log(sampler=name, **rows[name], once=("sampler",))
     rows[many] = rows.pop(many)
     n = min(PAIRS, config.n)
@@ -160,6 +160,12 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     results.report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
     folder.save_result(summary)  # last: its presence says that the run is finished
     folder.clear_parts()
+
+
+def in_order(numbers: Mapping[str, Tensor], spaces: Mapping[str, Space]) -> dict[str, float]:
+    """Distances by space, the first of which counts, then the others by name: a part that is read again has lost its order."""
+    first = [f"{name}/{kind}" for name in spaces for kind in ("frechet", "kernel")]
+    return {key: float(numbers[key]) for key in [*first, *sorted(numbers.keys() - set(first))]}
 
 
 def _plan(

@@ -12,7 +12,7 @@ from PIL import Image
 import steerfm
 from steerfm import cli, commands_evaluate, emoji, zoo
 from steerfm.commands import can_judge_words
-from steerfm.commands_evaluate import Space, evaluate, examine
+from steerfm.commands_evaluate import Space, evaluate, examine, in_order
 from steerfm.config import EvaluateConfig
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
 from steerfm.metrics import cubic, discrepancy, feature_statistics, frechet_distance, texture
@@ -227,3 +227,12 @@ def test_a_map_of_words_is_measured_by_the_judge_where_it_is_installed_and_by_th
     assert found["texture_of_data"] == pytest.approx(float(texture(pictures[:30].float() / 255).mean()))
     assert 0 < row["texture"] < 1  # the data are noise
     assert found["data"]["emoji-clip"]["n"] == 6
+
+
+def test_numbers_are_in_order_however_they_were_read():
+    """A part that is read again after a kill is sorted by name: the first space would be another one."""
+    names = ["b/frechet", "b/kernel", "a/frechet", "a/kernel", "accuracy", "seconds", "texture", "to_euler"]
+    numbers = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
+    for order in (names, sorted(names), names[::-1]):
+        found = in_order({name: numbers[name] for name in order}, dict.fromkeys("ba"))  # type: ignore[arg-type]
+        assert list(found.items()) == [(name, float(i)) for i, name in enumerate(names)]
