@@ -69,8 +69,8 @@ budgets: [8]
 n: 2
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-TIMES = {"seconds", "peak_bytes", "train/seconds"}
-"""What two runs never share."""
+TIMES = {"seconds", "peak_bytes", "train/seconds", "commit"}
+"""What two runs need not share: times, and the commit of the library."""
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
