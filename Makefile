@@ -8,8 +8,8 @@ BIN := .venv/bin
 demo: .venv/installed  ## install, then steer the shipped model with four methods: a table and a picture
 	$(BIN)/python examples/demo.py
 
-test: .venv/dev  ## the tests, in parallel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread a worker: more would fight for the cores
+test: .venv/dev  ## fetch the data that tests read, where that can be done and STEERFM_DATA hides none; the tests, in parallel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fetch $(TESTS)  # one thread a worker: more would fight for the cores
 
 lint: .venv/dev  ## style, types and layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -24,8 +24,7 @@ bench-check: .venv/installed  ## fail where an overhead is more than 10% above t
 	OMP_NUM_THREADS=1 $(BIN)/steerfm bench speed --steps 4 --repeats 4 --check benchmarks/results/speed.json
 
 data: .venv/installed  ## the training data: Fashion-MNIST from a Debian package, captioned emoji from npm packages
-	[ -d /usr/share/datasets/fashion-mnist ] || { apt-get update -q && apt-get install -y -q dataset-fashion-mnist; }
-	$(BIN)/steerfm data emoji
+	$(BIN)/python tests/fetch.py
 
 clean:
 	rm -rf .venv runs

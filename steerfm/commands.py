@@ -62,7 +62,14 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     if config.data.name not in DATA:
         raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
     data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
-    data.setup()
+    missing = []
+    for check in (lambda: _check_files(config), data.setup):
+        try:
+            check()
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:  # all that is missing, at once
+        raise ConfigError("; ".join(missing))
     with global_stream(config.seed, "weights"):
         module, architecture = _training_module(config, data)
     module.network.to(memory_format=torch.channels_last)
@@ -106,19 +113,24 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
 
 
+def _check_files(config: configs.TrainConfig) -> None:
+    """Raise FileNotFoundError where a model to start from is not there."""
+    keys = {"init": config.init, "objective.teacher": config.objective.teacher, "network.text": config.network.get("text")}
+    for key, file in keys.items():
+        if not isinstance(file, str) or Path(file).exists():
+            continue
+        if (stage := Path(file).parent.name) in configs.recipes("train"):
+            raise FileNotFoundError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
+        if config.task == "flow_map" and not zoo.find(file).is_file():
+            raise FileNotFoundError(f"{key}: no file {file}: train it first, or start from a shipped model, {key}=fashion")
+
+
 def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
     """The LightningModule of a task and the architecture of its network, from its configuration."""
     from steerfm import training
     from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
-    for key, file in {"init": config.init, "objective.teacher": o.teacher, "network.text": config.network.get("text")}.items():
-        if not isinstance(file, str) or Path(file).exists():
-            continue
-        if (stage := Path(file).parent.name) in configs.recipes("train"):
-            raise ConfigError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
-        if config.task == "flow_map" and not zoo.find(file).is_file():
-            raise ConfigError(f"{key}: no file {file}: train it first, or start from a shipped model, {key}=fashion")
     if config.task == "contrastive":
         return _contrastive(config, data, options)
     if config.task not in ("classifier", "flow_map"):
@@ -538,7 +550,7 @@ def prepare_data(name: str, size: int, root: str | None) -> None:
         raise ConfigError(f"unknown data {name!r}{did_you_mean(name, data.DATA)}; data: {', '.join(data.DATA)}")
     if name == "fashion":
         for split in ("train", "test"):
-            pictures, labels = data.fashion_mnist(split, root)
+            pictures, labels = data.fashion_mnist(split, root, fetch=True)
             console.print(f"{split}: {len(pictures):,} pictures, {labels.bincount().tolist()} of each class")
         console.print(f"licence: {data.FashionMnist.licence}")
         return

@@ -61,11 +61,12 @@ class FashionMnist(L.LightningDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test pictures, 28 x 28 grey, 10 classes (Xiao et al. 1708.07747, MIT).
 
     Read from the Debian package ``dataset-fashion-mnist``, from ``root``, or fetched by torchvision where there is a network.
+    Where $STEERFM_DATA is set, it is the only folder that is looked in, and nothing is fetched.
 
     Args:
         batch_size: rows per training batch.
-        root: folder with the four idx .gz files; default: where the Debian package puts them, else torchvision's download
-            in $STEERFM_DATA (or ~/.cache/steerfm).
+        root: folder with the four idx .gz files; default: ``FashionMNIST/raw`` in $STEERFM_DATA, or where that is not set,
+            the Debian package's folder, else torchvision's download in ~/.cache/steerfm.
         augment: pixels of random shift (with mirroring); 0 for none.
         seed: order of the training batches.
     """
@@ -209,32 +210,54 @@ DATA: dict[str, type[FashionMnist] | type[EmojiData]] = {"fashion": FashionMnist
 """Data sets by the name that configurations use."""
 
 
-def fashion_mnist(split: str, root: str | None = None) -> tuple[Tensor, Tensor]:
+def fashion_mnist(split: str, root: str | None = None, fetch: bool = False) -> tuple[Tensor, Tensor]:
     """Pictures (n, 1, 28, 28) uint8 and labels (n,) int64 of the split ``train`` or ``test``.
 
+    Args:
+        split: ``train`` or ``test``.
+        root: see `FashionMnist`.
+        fetch: let torchvision fetch missing files into $STEERFM_DATA too. Where that is not set, it always may.
+
     Raises:
-        FileNotFoundError: naming the two ways to install the data.
+        FileNotFoundError: naming the ways to install the data.
     """
-    prefix = {"train": "train", "test": "t10k"}[split]
-    names = [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
-    cache = Path(os.environ.get("STEERFM_DATA", Path.home() / ".cache" / "steerfm"))
-    folders = [Path(root)] if root else [Path("/usr/share/datasets/fashion-mnist"), cache / "FashionMNIST" / "raw"]
-    for folder in folders:
-        if all((folder / name).is_file() for name in names):
-            pictures, labels = (_read_idx(folder / name) for name in names)
-            return pictures.unsqueeze(1), labels.long()
-    if not root:
+    try:
+        folder = fashion_folder(split, root)
+    except FileNotFoundError:
+        if root or (os.environ.get("STEERFM_DATA") and not fetch):
+            raise
         try:
             from torchvision.datasets import FashionMNIST
 
-            FashionMNIST(str(cache), train=split == "train", download=True)
-            return fashion_mnist(split, str(cache / "FashionMNIST" / "raw"))
+            FashionMNIST(str(emoji.data_root()), download=True)
         except (ImportError, OSError, RuntimeError):
             pass
-    where = ", ".join(str(folder) for folder in folders)
+        folder = fashion_folder(split)
+    pictures, labels = (_read_idx(folder / name) for name in FASHION_FILES[split])
+    return pictures.unsqueeze(1), labels.long()
+
+
+FASHION_FILES = {
+    split: (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz")
+    for split, prefix in (("train", "train"), ("test", "t10k"))
+}
+
+
+def fashion_folder(split: str, root: str | None = None) -> Path:
+    """The first of the folders of `FashionMnist` that holds the files of a split. Nothing is fetched.
+
+    Raises:
+        FileNotFoundError: as for `fashion_mnist`.
+    """
+    folders = [Path(root)] if root else [emoji.data_root() / "FashionMNIST" / "raw"]
+    if not root and not os.environ.get("STEERFM_DATA"):
+        folders.insert(0, Path("/usr/share/datasets/fashion-mnist"))
+    for folder in folders:
+        if all((folder / name).is_file() for name in FASHION_FILES[split]):
+            return folder
     raise FileNotFoundError(
-        f"Fashion-MNIST not found in {where}: run 'apt-get install dataset-fashion-mnist', "
-        "or set data.root to the folder with the four .gz files"
+        f"Fashion-MNIST not found in {', '.join(map(str, folders))}: run 'apt-get install dataset-fashion-mnist', "
+        f"or set data.root to the folder with the four .gz files{emoji.where_set(root)}"
     )
 
 

@@ -90,9 +90,20 @@ class Emoji:
         return texts
 
 
+def data_root(root: str | Path | None = None) -> Path:
+    """Where data are kept: ``root``, else $STEERFM_DATA, else ~/.cache/steerfm."""
+    return Path(root or os.environ.get("STEERFM_DATA") or Path.home() / ".cache" / "steerfm")
+
+
+def where_set(root: str | Path | None = None) -> str:
+    """What an error about missing data says of $STEERFM_DATA, where it decides."""
+    own = os.environ.get("STEERFM_DATA")
+    return f" (STEERFM_DATA={own} is set: no other folder is looked in)" if own and not root else ""
+
+
 def data_folder(root: str | Path | None = None) -> Path:
-    """Where data are kept: ``root``, else $STEERFM_DATA, else ~/.cache/steerfm; and in it ``emoji``."""
-    return Path(root or os.environ.get("STEERFM_DATA", Path.home() / ".cache" / "steerfm")) / "emoji"
+    """Where the pictures are: ``emoji`` in `data_root`."""
+    return data_root(root) / "emoji"
 
 
 def load(root: str | Path | None = None, size: int = 32) -> Emoji:
@@ -103,7 +114,9 @@ def load(root: str | Path | None = None, size: int = 32) -> Emoji:
     """
     file = data_folder(root) / f"emoji-{size}.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"no emoji pictures in {file.parent}: run 'steerfm data emoji' (it fetches four npm packages)")
+        raise FileNotFoundError(
+            f"no emoji pictures in {file.parent}: run 'steerfm data emoji' (it fetches four npm packages){where_set(root)}"
+        )
     with safe_open(file, "pt") as tensors:
         words = json.loads(tensors.metadata()["words"])
         columns = {name: tensors.get_tensor(name) for name in ("pictures", "concept", "style", "tone")}

@@ -1,9 +1,13 @@
-"""What several test files share: seeded generators, networks with weights that matter, z-scores."""
+"""What several test files share: data that may be missing, seeded generators, networks with weights that matter, z-scores."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 
+import fetch
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +15,37 @@ from torch import Tensor, nn
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import Mlp
 
+# --- data that may be missing --------------------------------------------------------------------------------------------
+missing = lru_cache(fetch.missing)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fetch", action="store_true", help="fetch missing data first; not where STEERFM_DATA is set")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "data(name): reads the data set of that name, and is skipped where it is missing")
+    asked = config.getoption("--fetch") and not hasattr(config, "workerinput")  # once, not in every worker
+    config.failures = fetch.fetch() if asked and not os.environ.get("STEERFM_DATA") else {}  # type: ignore[attr-defined]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("data"):
+        if why := missing(*mark.args):
+            pytest.skip(why)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What was skipped and why, and why its data could not be fetched."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, n in reasons.most_common():
+        terminalreporter.write_line(f"skipped {n}: {reason}")
+    for name, why in config.failures.items():  # type: ignore[attr-defined]
+        terminalreporter.write_line(f"could not fetch the data of {name}: {why}")
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +13,6 @@ import pytest
 import torch
 
 from steerfm.data import DATA, FASHION_CLASSES, FashionMnist, TensorBatches, fashion_mnist, shift_and_mirror
-
-INSTALLED = Path("/usr/share/datasets/fashion-mnist")
-installed = pytest.mark.skipif(not INSTALLED.is_dir(), reason="dataset-fashion-mnist is not installed")
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -59,6 +58,35 @@ def test_missing_data_name_the_command(folder, tmp_path_factory, missing):
         FashionMnist(root=str(folder)).setup()
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_the_environment_hides_all_others_and_nothing_is_fetched(folder, tmp_path_factory, monkeypatch):
+    """With STEERFM_DATA the data are in that folder or nowhere, and the error says so; without it, in the usual places."""
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "FashionMNIST").mkdir()
+    (hidden / "FashionMNIST" / "raw").symlink_to(folder)
+    monkeypatch.setenv("STEERFM_DATA", str(hidden))
+    assert len(fashion_mnist("test")[1]) == 6
+    empty = tmp_path_factory.mktemp("empty")
+    monkeypatch.setenv("STEERFM_DATA", str(empty))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # would be an ImportError, were it asked
+    for read, command in (
+        (lambda: fashion_mnist("test"), "apt-get install dataset-fashion-mnist"),
+        (DATA["fashion"]().setup, "apt-get install dataset-fashion-mnist"),
+        (DATA["emoji"]().setup, "steerfm data emoji"),
+    ):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"STEERFM_DATA={empty} is set")) as error:
+            read()
+        assert command in str(error.value) and "/usr/share" not in str(error.value)
+    assert not list(empty.iterdir())
+    assert len(fashion_mnist("test", str(folder))[1]) == 6  # a folder that is named comes first
+    with pytest.raises(FileNotFoundError) as error:
+        fashion_mnist("test", str(empty))
+    assert "STEERFM_DATA" not in str(error.value)
+    monkeypatch.setenv("STEERFM_DATA", "")  # as if it were not set
+    with pytest.raises(FileNotFoundError, match=r"/usr/share/datasets/fashion-mnist.*, .*cache/steerfm"):
+        monkeypatch.setattr(Path, "is_file", lambda self: False)
+        fashion_mnist("test")
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -164,7 +192,7 @@ def test_augmentation_belongs_to_the_seed_and_the_batch(many):
 
 
 # --- the installed data ----------------------------------------------------------------------------------------------
-@installed
+@pytest.mark.data("fashion")
 def test_fashion_mnist_as_installed():
     data = DATA["fashion"](batch_size=64)
     data.setup()

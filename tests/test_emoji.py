@@ -9,8 +9,7 @@ from steerfm import cli, emoji
 from steerfm.commands import read_prompts
 from steerfm.data import EmojiData
 
-PREPARED = (emoji.data_folder() / "emoji-32.safetensors").is_file()
-needs_data = pytest.mark.skipif(not PREPARED, reason="needs the pictures of 'steerfm data emoji'")
+needs_data = pytest.mark.data("emoji")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 import steerfm
-from steerfm import emoji, encoders, zoo
+from steerfm import encoders, zoo
 from steerfm.data import EmojiData
 from steerfm.encoders import Preprocessing, TextEncoder
 from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap, build_network
 
 FOLDER = zoo.FOLDER / "emoji-clip"
-PREPARED = (emoji.data_folder() / "emoji-32.safetensors").is_file()
 PROMPTS = ["red heart", "dog face", "pizza"]
 
 
@@ -87,7 +86,7 @@ def test_the_shipped_model_is_a_folder_of_open_clip(clip):
     assert not clip.training and not any(p.requires_grad for p in clip.train().parameters()) and not clip.training
 
 
-@pytest.mark.skipif(not PREPARED, reason="needs the pictures of 'steerfm data emoji'")
+@pytest.mark.data("emoji")
 def test_the_shipped_model_finds_held_out_concepts(clip):
     """Recall at 5 among the 200 concepts that were not trained on, each style: at least .30 (chance .025)."""
     data = EmojiData()

@@ -18,8 +18,6 @@ from steerfm.config import FinetuneConfig
 from steerfm.flowmap import Guided
 from steerfm.metrics import frechet_distance, texture
 
-DATA = Path("/usr/share/datasets/fashion-mnist")
-
 
 @pytest.fixture(scope="module")
 def fashion():
@@ -36,7 +34,7 @@ def test_every_model_has_its_card_and_keeps_the_limits():
         assert {"data", "licence", "recipe", "command", "commit", "metrics"} <= head["card"].keys()
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_classifiers_reach_their_accuracy(name):
     from steerfm.data import fashion_mnist
@@ -49,7 +47,7 @@ def test_classifiers_reach_their_accuracy(name):
     assert len(names) == 10
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_shipped_statistics_are_those_of_the_test_split(name):
     from steerfm.data import fashion_mnist
