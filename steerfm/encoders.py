@@ -234,6 +234,7 @@ def _own_open_clip(oc: Any, folder: Path, device: str | torch.device, name: str)
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no weights: put open_clip_model.safetensors beside open_clip_config.json")
     source = f"local-dir:{folder}"
+    _check_config(folder / "open_clip_config.json")
     try:
         net = oc.create_model(source, device=str(device))
         weights, tokens, prepare = load_file(file), oc.get_tokenizer(source), preprocessing(_told(net))
@@ -246,6 +247,51 @@ def _own_open_clip(oc: Any, folder: Path, device: str | torch.device, name: str)
     if unfit:
         raise ValueError(f"corrupt model {file}: {sorted(unfit)[0]} is missing, of another shape, unknown or not finite")
     return OpenClip(net, tokens, prepare, name)
+
+
+def _check_config(file: Path) -> None:
+    """What open_clip would only stumble over later, or do at a file's word.
+
+    Raises:
+        ValueError: naming the file and the key.
+    """
+
+    def number(text: str) -> None:
+        raise ValueError(f"it holds {text}")
+
+    def sizes(value: Any) -> bool:
+        pair = value if isinstance(value, list) and len(value) == 2 else [value]
+        return all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 4096 for n in pair)
+
+    def numbers(value: Any, least: float) -> bool:
+        good = isinstance(value, list) and len(value) == 3
+        return good and all(isinstance(n, int | float) and not isinstance(n, bool) and least < n < 1e6 for n in value)
+
+    try:
+        told = json.loads(file.read_text(), parse_constant=number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"corrupt model {file}: {' '.join(str(error).split())}") from None
+    parts: dict[str, Any] = {"": told}
+    for key in ("model_cfg", "preprocess_cfg", "model_cfg.vision_cfg", "model_cfg.text_cfg"):
+        above, _, last = key.rpartition(".")
+        parts[key] = parts[above].get(last, {} if key == "preprocess_cfg" else None) if isinstance(parts[above], dict) else None
+        if not isinstance(parts[key], dict):
+            raise ValueError(f"corrupt model {file}: {key} is {json.dumps(parts[key])[:80]}, it should hold keys of its own")
+    vision, prepare, text = parts["model_cfg.vision_cfg"], parts["preprocess_cfg"], parts["model_cfg.text_cfg"]
+    checks = {
+        "vision_cfg.image_size": (sizes(vision.get("image_size", 224)), "a side of at most 4096, or height and width"),
+        "vision_cfg.timm_model_name": (":" not in str(vision.get("timm_model_name")), "the name of a network, not an address"),
+        "text_cfg.tokenizer_kwargs": ("trust_remote_code" not in json.dumps(text), "free of trust_remote_code"),
+        "preprocess_cfg.size": (sizes(prepare.get("size", 224)), "a side of at most 4096, or height and width"),
+        "preprocess_cfg.mean": (numbers(prepare.get("mean", [0, 0, 0]), -1e6), "three numbers"),
+        "preprocess_cfg.std": (numbers(prepare.get("std", [1, 1, 1]), 0), "three numbers above 0"),
+        "preprocess_cfg.resize_mode": (
+            prepare.get("resize_mode", "shortest") in ["shortest", "longest", "squash"], "shortest, longest or squash"
+        ),
+    }  # fmt: skip
+    for key, (is_good, words) in checks.items():
+        if not is_good:
+            raise ValueError(f"corrupt model {file}: {key} should be {words}")
 
 
 def nearest(word: str, choices: Sequence[str], n: int = 3, cutoff: float = 0.3) -> str:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -335,9 +335,14 @@ class NeuralFlowMap(FlowMap):
         """
         head, weights = read_weights(path, kind="flow_map")
         check_head(head, path, HEAD | (HEAD_TEXT if "text" in head else {}))
-        network, interpolant = build_network(head["network"], path), INTERPOLANTS[head["interpolant"]]()
-        text = TextEncoder(head["text"]["encoder"], head["text"]["width"]) if "text" in head else None
-        load_into(network, weights, path)
+        told, text = head["network"], head.get("text")
+        if told.get("classes", 0) != len(head["class_names"]) or told.get("text", 0) != (text["width"] if text else 0):
+            raise ValueError(
+                f"corrupt checkpoint {Path(path).with_suffix('.json')}: class_names and text do not fit its network, "
+                f"classes={told.get('classes', 0)}, text={told.get('text', 0)}"
+            )
+        network, interpolant = restore(head, weights, path, head["shape"]), INTERPOLANTS[head["interpolant"]]()
+        text = TextEncoder(text["encoder"], text["width"]) if text else None
         flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"], text)
         card = head.get("card")
         flow_map.data = str(card.get("data") or "") if isinstance(card, Mapping) else ""
@@ -426,6 +431,9 @@ class Guided(Wrapped):
 
 # --- files -----------------------------------------------------------------------------------------------------------
 # --- what a file must say of a model ---------------------------------------------------------------------------------
+LARGEST = 2**14
+"""Size that a file may ask for: it must not take more memory or time than a machine has."""
+
 Check = tuple[Callable[[Any], bool], str]
 """Whether the value of a key can be used, and what it should be."""
 
@@ -445,11 +453,11 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-NETWORK: Check = (
-    lambda value: isinstance(value, dict) and value.get("name") in [*NETWORKS],
-    f"name one of {', '.join(NETWORKS)}",
+NETWORK: Check = lambda value: isinstance(value, dict), "a name and its arguments"
+SHAPE: Check = (
+    lambda value: isinstance(value, list) and bool(value) and all(is_count(n) and n <= LARGEST for n in value),
+    "a list of sizes",
 )
-SHAPE: Check = lambda value: isinstance(value, list) and bool(value) and all(map(is_count, value)), "a list of sizes"
 CLASSES: Check = is_texts, "a list of texts"
 HEAD: dict[str, Check] = {
     "network": NETWORK,
@@ -473,12 +481,12 @@ def check_head(head: Mapping[str, Any], path: str | Path, checks: Mapping[str, C
     Raises:
         ValueError: naming the file and the key that is missing or cannot be used.
     """
-    file = Path(path).with_suffix(".json")
     for key, (is_good, words) in checks.items():
         if key not in head:
             raise ValueError(f"corrupt checkpoint {path}: missing {key!r} in its .json, it should be {words}")
         if not is_good(head[key]):
-            raise ValueError(f"corrupt checkpoint {file}: {key} is {json.dumps(head[key])[:80]}, it should be {words}")
+            value = repr(head[key]) if isinstance(head[key], str) else json.dumps(head[key])
+            raise ValueError(f"corrupt checkpoint {path}: {key} {value[:80]} in its .json, it should be {words}")
 
 
 def build_network(architecture: Mapping[str, Any], path: str | Path | None = None) -> nn.Module:
@@ -493,14 +501,71 @@ def build_network(architecture: Mapping[str, Any], path: str | Path | None = Non
     """
     arguments = dict(architecture)
     name = arguments.pop("name", None)
+    where = "" if path is None else f"corrupt checkpoint {Path(path).with_suffix('.json')}: "
     if not isinstance(name, str) or name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}; networks: {', '.join(NETWORKS)}")
+        raise ValueError(f"{where}unknown network {name!r}; networks: {', '.join(NETWORKS)}")
+    check_arguments(NETWORKS[name], arguments, f"{where}network.")
     try:
         network = NETWORKS[name](**arguments)
-    except Exception as error:  # arguments of wrong types fail anywhere
-        where = "" if path is None else f"corrupt checkpoint {Path(path).with_suffix('.json')}: "
-        raise ValueError(f"{where}network {name!r}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # arguments of the right type may still not fit each other
+        raise ValueError(f"{where}network {name!r}: {' '.join(str(error).split())[:200]}") from None
     return network.to(memory_format=torch.channels_last)  # convolutions take 15 to 27% less time on a CPU
+
+
+def check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> None:
+    """Compare the arguments of a network with the types that it declares.
+
+    Raises:
+        ValueError: naming ``where`` and the argument.
+    """
+    checks: dict[Any, Check] = {
+        int: (lambda value: value == 0 or is_count(value), "a whole number"),
+        float: (is_number, "a number"),
+        bool: (lambda value: isinstance(value, bool), "true or false"),
+        str: (lambda value: isinstance(value, str), "a text"),
+        Sequence[int]: (SHAPE[0], "a list of whole numbers above 0"),
+    }
+    for key, hint in get_type_hints(kind.__init__).items():
+        if key not in arguments or hint not in checks:
+            continue
+        value, (is_good, words) = arguments[key], checks[hint]
+        if hint == Sequence[int] and isinstance(value, tuple):
+            value = list(value)
+        numbers = value if isinstance(value, list) else [value]
+        large = any(isinstance(n, int | float) and abs(n) > LARGEST for n in numbers)
+        if isinstance(value, bool) != (hint is bool) or not is_good(value) or large:
+            shown = json.dumps(value, default=str)[:80]
+            raise ValueError(f"{where}{key} is {shown}, it should be {words}" + (f" up to {LARGEST}" if large else ""))
+
+
+def restore(head: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path, shape: Sequence[int]) -> nn.Module:
+    """The network of a file, in evaluation mode and frozen. It is built without memory first, so that what does not fit the
+    weights or the samples is refused before anything is allocated.
+
+    Args:
+        head: its JSON, with the key network. weights: what it holds. path: its name, for errors.
+        shape: of one sample or picture.
+
+    Raises:
+        ValueError: arguments of wrong types; weights or samples that do not fit the architecture.
+    """
+    with torch.device("meta"):
+        plan = build_network(head["network"], path)
+        check_weights(plan, weights, path)
+        x, t = torch.empty(1, *shape), torch.empty(1)
+        try:
+            out = plan(x) if head["kind"] == "classifier" else plan(x, t, t, None)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"corrupt checkpoint {path}: its network takes no samples of shape {list(shape)} ({reason})"
+            ) from None
+    made = tuple(out.shape[1:])
+    if made != ((len(head["class_names"]),) if head["kind"] == "classifier" else tuple(shape)):
+        raise ValueError(f"corrupt checkpoint {path}: its network makes {list(made)} of samples of shape {list(shape)}")
+    network = build_network(head["network"], path)
+    load_into(network, weights, path)
+    return network.eval().requires_grad_(False)
 
 
 def weights_file(path: str | Path) -> Path:
@@ -548,14 +613,29 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], path: str | Pat
     Raises:
         ValueError: names, shapes or types do not fit the architecture, or a number is not finite.
     """
+    check_weights(network, weights, path)
+    network.load_state_dict(dict(weights))
+
+
+def check_weights(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Compare tensors with those of a network.
+
+    Raises:
+        ValueError: as `load_into`.
+    """
     own = network.state_dict()
-    for name, value in weights.items():
-        if name in own and value.is_floating_point() != own[name].is_floating_point():
-            raise ValueError(f"corrupt checkpoint {path}: {name} is {value.dtype}, it should be {own[name].dtype}")
-        if not bool(torch.isfinite(value).all()):
+    for name in [*own, *(name for name in weights if name not in own)]:
+        value, other = weights.get(name), own.get(name)
+        if value is None or other is None or value.shape != other.shape:
+            has = "is missing" if value is None else "is unknown" if other is None else f"is {list(value.shape)}"
+            should = f", it should be {list(other.shape)}" if value is not None and other is not None else ""
+            raise ValueError(f"corrupt checkpoint {path}: the weights do not fit its architecture ({name} {has}{should})")
+        if value.is_floating_point() != other.is_floating_point():
+            raise ValueError(f"corrupt checkpoint {path}: {name} is {value.dtype}, it should be {other.dtype}")
+        if not is_finite(value):
             raise ValueError(f"corrupt checkpoint {path}: {name} holds numbers that are not finite")
-    try:
-        network.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"corrupt checkpoint {path}: the weights do not fit its architecture ({reason})") from None
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite; one pass, no copy."""
+    return not value.numel() or not value.is_floating_point() or all(torch.isfinite(end) for end in value.aminmax())

@@ -237,8 +237,13 @@ def _transformers_clip(folder: Path) -> nn.Module:
     except ImportError:
         raise ImportError("it needs a package: pip install transformers") from None
     try:
-        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        made: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a folder that was edited fails anywhere
         raise FileNotFoundError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
+    model, told = made
+    unfit = [name for kind in ("missing_keys", "mismatched_keys") for name in told.get(kind) or ()]  # they are left random
+    unfit += [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+    if unfit:
+        raise ValueError(f"corrupt model {folder}: {unfit[0]} is missing, of another shape or not finite")
     return _TransformersClip(model, tokenizer)

@@ -16,7 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm.encoders import ImageTextHead
-from steerfm.flowmap import CLASSES, NETWORK, SHAPE, FlowMap, NeuralFlowMap, build_network, check_head, load_into, read_weights
+from steerfm.flowmap import (
+    CLASSES,
+    NETWORK,
+    SHAPE,
+    FlowMap,
+    NeuralFlowMap,
+    check_arguments,
+    check_head,
+    load_into,
+    read_weights,
+    restore,
+)  # fmt: skip
 
 FOLDER = Path(__file__).parent
 
@@ -144,9 +155,8 @@ def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple
     path = find(name)
     head, weights = read_weights(path, kind="classifier")
     check_head(head, path, {"network": NETWORK, "class_names": CLASSES, "shape": SHAPE})
-    network = build_network(head["network"], path)
-    load_into(network, weights, path)
-    return network.eval().requires_grad_(False), tuple(head["class_names"]), tuple(head["shape"])
+    network = restore(head, weights, path, head["shape"])
+    return network, tuple(head["class_names"]), tuple(head["shape"])
 
 
 def load_image_text_head(name: str | Path) -> ImageTextHead:
@@ -157,10 +167,13 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
     """
     path = find(name)
     head, weights = read_weights(path, "image_text_head")
+    check_head(head, path, {"network": (lambda value: isinstance(value, dict), "the arguments of an image_text_head")})
+    where = f"corrupt checkpoint {path.with_suffix('.json')}: network"
+    check_arguments(ImageTextHead, head["network"], f"{where}.")
     try:
         network = ImageTextHead(**head["network"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"corrupt checkpoint {path.with_suffix('.json')}: network: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
     load_into(network, weights, path)
     return network.eval().requires_grad_(False)
 
