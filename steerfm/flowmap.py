@@ -335,13 +335,13 @@ class NeuralFlowMap(FlowMap):
         """
         head, weights = read_weights(path, kind="flow_map")
         check_head(head, path, HEAD | (HEAD_TEXT if "text" in head else {}))
+        network, interpolant = restore(head, weights, path, head["shape"]), INTERPOLANTS[head["interpolant"]]()
         told, text = head["network"], head.get("text")
         if told.get("classes", 0) != len(head["class_names"]) or told.get("text", 0) != (text["width"] if text else 0):
             raise ValueError(
                 f"corrupt checkpoint {Path(path).with_suffix('.json')}: class_names and text do not fit its network, "
                 f"classes={told.get('classes', 0)}, text={told.get('text', 0)}"
             )
-        network, interpolant = restore(head, weights, path, head["shape"]), INTERPOLANTS[head["interpolant"]]()
         text = TextEncoder(text["encoder"], text["width"]) if text else None
         flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"], text)
         card = head.get("card")
@@ -439,8 +439,8 @@ Check = tuple[Callable[[Any], bool], str]
 
 
 def is_number(value: Any) -> bool:
-    """A finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that squares without overflow; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def is_count(value: Any) -> bool:
@@ -552,7 +552,7 @@ def restore(head: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | 
     with torch.device("meta"):
         plan = build_network(head["network"], path)
         check_weights(plan, weights, path)
-        x, t = torch.empty(1, *shape), torch.empty(1)
+        x, t = torch.empty(3, *shape), torch.empty(3)
         try:
             out = plan(x) if head["kind"] == "classifier" else plan(x, t, t, None)
         except Exception as error:

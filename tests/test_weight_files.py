@@ -53,6 +53,71 @@ def test_json_of_wrong_types_is_one_line_that_names_the_file(own):
             steerfm.load(own)
 
 
+@pytest.mark.parametrize("key", ["dim", "width", "depth", "classes", "widths"])
+@pytest.mark.parametrize("value", [*VALUES, 10**30, 3.5, -7, 10**9])
+def test_an_architecture_of_wrong_types_is_refused_before_it_is_built(own, key, value):
+    """10**9 layers would take all the memory there is, 10**30 of them would never end."""
+    head = json.loads(own.with_suffix(".json").read_text())
+    head["network"] |= {key: value}
+    own.with_suffix(".json").write_text(json.dumps(head))
+    with pytest.raises(ValueError, match=r"own\.") as error:
+        steerfm.load(own)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [3]}, {"shape": [2, 2]}, {"class_names": ["a"]}, {"class_names": []}, {"class_names": ["a", "b", "c"]},
+               {"text": {"encoder": "emoji-clip", "width": 2}}, {"shape": [10**30]}, {"mean": 1e30}],
+)  # fmt: skip
+def test_keys_that_do_not_fit_each_other_are_refused(own, change):
+    head = json.loads(own.with_suffix(".json").read_text())
+    own.with_suffix(".json").write_text(json.dumps(head | change))
+    with pytest.raises(ValueError, match=r"corrupt checkpoint .*own\."):
+        steerfm.load(own)
+
+
+CLIP = [
+    ("model_cfg",), ("model_cfg", "embed_dim"), ("model_cfg", "vision_cfg"), ("model_cfg", "vision_cfg", "image_size"),
+    ("model_cfg", "vision_cfg", "timm_drop"), ("model_cfg", "text_cfg"), ("model_cfg", "text_cfg", "context_length"),
+    ("preprocess_cfg",), ("preprocess_cfg", "size"), ("preprocess_cfg", "mean"), ("preprocess_cfg", "std"),
+    ("preprocess_cfg", "resize_mode"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CLIP, ids=".".join)
+@pytest.mark.parametrize("value", [None, -1, float("nan"), "text", [None]], ids=str)
+def test_a_configuration_of_open_clip_of_wrong_types_is_one_line(tmp_path, path, value):
+    (tmp_path / "clip").mkdir()
+    for file in (zoo.FOLDER / "emoji-clip").iterdir():
+        (tmp_path / "clip" / file.name).symlink_to(file)
+    config = tmp_path / "clip" / "open_clip_config.json"
+    told = json.loads(config.read_text())
+    part = told
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    config.unlink()
+    config.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"corrupt model .*clip") as error:
+        encoders.open_clip(str(tmp_path / "clip"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("text_cfg", {"hf_tokenizer_name": "x", "tokenizer_kwargs": {"trust_remote_code": True}}),
+     ("vision_cfg", {"timm_model_name": "hf-hub:someone/something"})],
+)  # fmt: skip
+def test_a_configuration_of_open_clip_runs_and_fetches_nothing(tmp_path, part, change):
+    folder = tmp_path / "clip"
+    shutil.copytree(zoo.FOLDER / "emoji-clip", folder)
+    told = json.loads((folder / "open_clip_config.json").read_text())
+    told["model_cfg"][part] |= change
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=f"corrupt model .*{part}"):
+        encoders.open_clip(str(folder))
+
+
 @pytest.mark.parametrize("std", [0, -1, float("nan"), float("inf"), "1", None])
 def test_a_spread_that_is_none_is_refused(own, std):
     head = json.loads(own.with_suffix(".json").read_text())
