@@ -214,7 +214,7 @@ class Monitor(L.Callback):
         kept = not self._off(numbers)
         self.rows.append({"step": float(step), **numbers, **spent, "kept": float(kept)})
         best = next((row["held_out"] for row in self.rows if row["step"] == self.best_step), None)
-        if not self.patience or (kept and (best is None or numbers["held_out"] > best)):
+        if not self.patience or best is None or (kept and numbers["held_out"] > best):  # at first it is the base itself
             self.best_step = step
             self.best_weights = {name: value.detach().cpu().clone() for name, value in module.ema.state_dict().items()}
         waited = sum(row["step"] > self.best_step for row in self.rows)

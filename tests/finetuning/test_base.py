@@ -239,6 +239,17 @@ def test_without_control_it_collapses_and_the_guard_keeps_a_model_from_before(tm
     assert len(list((tmp_path / "averaged").glob("*.safetensors"))) == len(monitor.rows)
 
 
+def test_a_run_without_a_model_within_the_floor_keeps_the_base(tmp_path):
+    """A floor that nothing reaches, the base neither."""
+    judge, m = panel(small_map()), module(Direct(jumps=1), steps=20, control=0.0, scale=1.0, lr=3e-2)
+    before = torch.cat([p.detach().flatten() for p in m.ema.parameters()]).clone()
+    monitor = Monitor(judge, judge.measure(chain(4)(small_map())), tmp_path, every=5, floor=10.0, patience=3)
+    fit(m, m.data(), tmp_path, **QUICK, callbacks=[monitor])
+    monitor.restore(m)
+    assert monitor.kept_base and monitor.best_step == 0
+    assert torch.equal(torch.cat([p.flatten() for p in m.ema.parameters()]), before)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 def black_box(x):
     return linear(x.detach())
