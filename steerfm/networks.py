@@ -12,7 +12,20 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+
+BEFORE_2_14 = torch.__version__ < "2.14"
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, with a forward derivative in any memory format: before 2.14 it fails on channels-last inputs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if BEFORE_2_14 and forward_ad.unpack_dual(input).tangent is not None:
+            input = input.contiguous()
+        return super().forward(input)
 
 
 class ConditionEmbedding(nn.Module):
@@ -127,7 +140,7 @@ class UNet(nn.Module):
         for level, width in reversed(list(enumerate(widths))):
             stage = [nn.ConvTranspose2d(width, widths[level - 1], 2, stride=2)] if level else []
             self.up.append(nn.ModuleList([*(ResidualBlock(width, embedding) for _ in range(blocks)), *stage]))
-        self.norm = nn.GroupNorm(8, widths[0])
+        self.norm = GroupNorm(8, widths[0])
         self.outputs = _zeroed(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
@@ -156,7 +169,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, embedding: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, width), nn.GroupNorm(8, width)
+        self.norm1, self.norm2 = GroupNorm(8, width), GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = _zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.film = nn.Linear(embedding, 2 * width)
@@ -173,7 +186,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
+        self.norm = GroupNorm(8, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.outputs = _zeroed(nn.Conv2d(width, width, 1))
 
@@ -210,7 +223,7 @@ class ResNet(nn.Module):
             if level:
                 layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
             layers.append(_Residual(width))
-        self.trunk = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU())
+        self.trunk = nn.Sequential(*layers, GroupNorm(8, widths[-1]), nn.SiLU())
         self.num_features = widths[-1]
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(widths[-1], classes)
 
@@ -227,8 +240,8 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

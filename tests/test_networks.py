@@ -105,6 +105,25 @@ def test_forward_derivatives_equal_finite_differences(name, randomise):
     torch.testing.assert_close(along, numeric, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["unet", "resnet"])
+def test_forward_derivatives_in_channels_last_are_those_in_any_format(name, randomise):
+    """Training keeps its networks in channels-last, where torch's group norm before 2.14 has no forward derivative."""
+    network, shape = build(name)
+    randomise(network)
+    x, s, t, labels = batch(shape)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+
+    def tangent(x: torch.Tensor) -> torch.Tensor:
+        call = (lambda x: network(x, s, t, labels)) if name in FLOWS else network
+        return torch.func.jvp(call, (x,), (v,))[1]
+
+    usual = tangent(x)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert usual.abs().max() > 0.01
+    for pictures in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(tangent(pictures), usual, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", FLOWS)
 def test_backward_through_the_tangent(name, randomise):
     """The gradient of |d u/d t|^2 along a random direction of weights, against a finite difference."""
