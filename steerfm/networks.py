@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-
 BEFORE_2_14 = torch.__version__ < "2.14"
 
 
