@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerfm import cli, commands_bench
+from steerfm import cli
 from steerfm.closed_form import GaussianMixture
 from steerfm.commands import Asked
 from steerfm.commands_bench import BASE, Cells, Column, Problem, Yardstick, summary, within_budget
@@ -98,7 +98,6 @@ def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, mon
     assert len(measured) == 5  # its own seeds, nothing else
     held = {row["method"]: row for row in json.loads((out / "summary.json").read_text())["rows"]}
     assert held["mine"]["held_out"] == held["best_of_n"]["held_out"] and held["mine"]["over_best_of_n"] == 0
-    commands_bench._content.cache_clear()  # as in another process
     own.write_text(OWN + "    steps: int = 2\n")
     assert cli.main(["bench", str(suite), f"out={out}", f"methods.mine={{name: '{own}:Mine', steps: 1}}"]) == 0
     assert len(measured) == 10  # an edited file is another method

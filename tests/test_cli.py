@@ -74,7 +74,7 @@ def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch,
         ("return images.mean()", "shape"),
         ("return images.mean((1, 2, 3)) * float('nan')", "sample 0"),
         ("return 1.0", "float"),
-        ("return list(images.mean((1, 2, 3)))", "list"),
+        ("return ['high'] * len(images)", "list"),
     ],
 )
 def test_a_broken_reward_is_named(capsys, tmp_path, monkeypatch, body, fix):

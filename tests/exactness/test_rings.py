@@ -9,7 +9,7 @@ RINGS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "rings.py"
 
 
 def test_the_flow_map_is_ten_times_nearer_than_the_denoiser():
-    found = {name: RINGS["run"]("cycloid", name, 50, 150, 2, 4) for name in ("flow map", "denoiser")}
+    found = {name: RINGS["run"]("cycloid", name, 50, 150, 4, 4) for name in ("flow map", "denoiser")}
     print(found)
     assert found["denoiser"]["mmd"][0] > 10 * abs(found["flow map"]["mmd"][0])
     assert found["denoiser"]["sliced W2"][0] > 2 * found["flow map"]["sliced W2"][0]
