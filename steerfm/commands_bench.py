@@ -394,7 +394,7 @@ def _write(
             for seed, cell in enumerate(found):
                 numbers = [cell["held_out"].mean().item(), cell["reward"].mean().item(), *cell["facts"].tolist()]
                 writer.writerow([*(inert(row[fact]) for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
-    tables, pictures = [], []
+    tables, pictures, stems = [], [], []
     header = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
     for problem in dict.fromkeys(column.problem for column in cells):
         of = {column: row for row, column in zip(rows, cells) if column.problem is problem}
@@ -408,6 +408,8 @@ def _write(
             console.print(table)
             tables.append((f"{problem.title}: {budget} evaluations", header, lines))
         stem = re.sub(r"[^\w.+=-]+", "-", problem.title.replace("strength ", "")).strip("-.") or "problem"
+        stem = stem if stem not in stems else f"{stem}-{len(stems)}"  # "a b" and "a/b" are two problems
+        stems.append(stem)
         plot = results.cost_plot(curves(of.values()), folder.path / f"{stem}.png", problem.title, "held-out reward")
         pictures.append((problem.title, plot))
         first = {c.method: cells[c][0] for c in of if c.budget in (0, config.budgets[-1])}

@@ -288,6 +288,8 @@ class NeuralFlowMap(FlowMap):
         if self.origin is None:
             raise ValueError("with_strength needs a fine-tuned map: load one that `steerfm finetune` wrote")
         network, origin = copy.deepcopy(self.network), self.origin()
+        if any(k not in origin or origin[k].shape != v.shape for k, v in network.state_dict().items()):
+            raise ValueError("with_strength: the base that this map names is of another architecture")
         network.load_state_dict(
             {
                 k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v

@@ -155,6 +155,34 @@ def test_adapters_that_lead_back_to_themselves_are_refused(tmp_path, bases):
         steerfm.load(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("change", ["nan", "int", "down", "up", "more", "none", "rank", "layer", "flat"])
+def test_adapters_are_whole_finite_and_of_their_base(own, tmp_path, change):
+    """inputs is 2 -> 8."""
+    factors = {"inputs.up": torch.ones(8, 1), "inputs.down": torch.ones(1, 2)}
+    changes = {
+        "nan": {"inputs.up": torch.full((8, 1), torch.nan)}, "int": {"inputs.up": torch.ones(8, 1, dtype=torch.int64)},
+        "more": {"inputs.scale": torch.ones(1, 1)}, "rank": {"inputs.down": torch.ones(2, 2)},
+        "layer": {"elsewhere.up": torch.ones(8, 1), "elsewhere.down": torch.ones(1, 2)}, "flat": {"inputs.up": torch.ones(8)},
+    }  # fmt: skip
+    path = tmp_path / "adapter.safetensors"
+    path.with_suffix(".json").write_text(json.dumps({"kind": "adapter", "base": str(own)}))
+    save_file(factors, path)
+    before, after = (steerfm.load(name).network.inputs.weight for name in (own, path))
+    torch.testing.assert_close(after, before + 1)
+    save_file(
+        {k: v for k, v in (factors | changes.get(change, {})).items() if k != f"inputs.{change}" and change != "none"}, path
+    )
+    with pytest.raises(ValueError, match="adapter"):
+        steerfm.load(path)
+
+
+def test_the_strength_of_a_map_whose_base_is_another(own, tmp_path):
+    path = tmp_path / "tuned.safetensors"
+    NeuralFlowMap(Mlp(2, width=4, depth=1), (2,)).save(path, ARCHITECTURE | {"width": 4, "classes": 0}, {}, origin=str(own))
+    with pytest.raises(ValueError, match="another architecture"):
+        steerfm.load(path).with_strength(0.5)
+
+
 @pytest.mark.parametrize("base", [None, 3, "", [], {"a": 1}])
 def test_an_adapter_names_its_base(tmp_path, base):
     save_file({"x.up": torch.zeros(1, 1)}, tmp_path / "a.safetensors")

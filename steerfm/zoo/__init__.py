@@ -24,6 +24,7 @@ from steerfm.flowmap import (
     NeuralFlowMap,
     check_arguments,
     check_head,
+    is_finite,
     load_into,
     read_weights,
     restore,
@@ -134,11 +135,21 @@ def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> Neur
     assert isinstance(base, NeuralFlowMap)
     network = copy.deepcopy(base.network)
     weights = network.state_dict()
-    for name in (key.removesuffix(".up") for key in factors if key.endswith(".up")):
-        up, down, weight = factors[f"{name}.up"], factors.get(f"{name}.down"), weights.get(f"{name}.weight")
-        if weight is None or down is None or up.flatten(1).shape[0] != weight.shape[0] or down[0].numel() != weight[0].numel():
+    names = {key.rpartition(".")[0] for key in factors}
+    for key in sorted({f"{name}.{end}" for name in names for end in ("up", "down")} ^ factors.keys()):
+        raise ValueError(
+            f"corrupt checkpoint {path}: {key} is {'unknown' if key in factors else 'missing'}, a layer has up and down"
+        )
+    for key, value in factors.items():
+        if not (value.is_floating_point() and value.ndim > 1 and is_finite(value)):
+            raise ValueError(f"corrupt checkpoint {path}: {key} is no matrix of finite numbers")
+    if not names:
+        raise ValueError(f"corrupt checkpoint {path}: it holds no adapters")
+    for name in sorted(names):
+        up, down, weight = factors[f"{name}.up"].flatten(1), factors[f"{name}.down"].flatten(1), weights.get(f"{name}.weight")
+        if weight is None or (len(up), *down.shape) != (len(weight), up.shape[1], weight[0].numel()):
             raise ValueError(f"{path} holds adapters of another architecture: layer {name} does not fit the base")
-        weight += (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        weight += (up @ down).view_as(weight)
     tuned = base.with_network(network)
     tuned.origin = base.network.state_dict
     return tuned
