@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable
 from functools import partial
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -109,7 +110,7 @@ def _whose(name: str) -> str:
     if top in OURS:
         return "package"
     try:
-        found = importlib.util.find_spec(top) if top else None
+        found = _spec(top) if top else None
     except (ValueError, ImportError):  # a script, or a module that was made by hand
         return "own"
     if found is None:
@@ -118,6 +119,13 @@ def _whose(name: str) -> str:
     if any(_in(place, _packages()) or _in_packages(place) for place in places):
         return "package"
     return "python" if any(_in_python(place) for place in places) else "own"
+
+
+def _spec(top: str) -> ModuleSpec | None:
+    """Where a module is. Python's own search by path comes first: other finders may act on being asked, such as that of
+    setuptools, which turns itself off for pip."""
+    known = sys.modules.get(top)
+    return (PathFinder.find_spec(top) if known is None else None) or importlib.util.find_spec(top)
 
 
 def _made_for_steerfm(name: str) -> bool:

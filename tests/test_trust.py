@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pydoc
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -219,3 +221,20 @@ def test_of_an_installed_package_only_rewards_can_be_named_and_only_if_it_is_mad
             assert "other_rewards" not in sys.modules
     finally:
         sys.modules.pop("other_rewards", None)
+
+
+def test_refusing_a_name_changes_nothing_for_others():
+    """Setuptools' finder turns itself off where it is asked for pip: torch's compiler then cannot load it."""
+    code = """
+        import sys, steerfm
+        for spec in ("pip:main", "torch:load", "os:system"):
+            try:
+                steerfm.reward(spec)
+            except ValueError:
+                pass
+            else:
+                raise SystemExit(f"{spec} was taken")
+        import setuptools
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-500:]
