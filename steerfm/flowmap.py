@@ -566,7 +566,7 @@ def restore(head: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | 
     if made != ((len(head["class_names"]),) if head["kind"] == "classifier" else tuple(shape)):
         raise ValueError(f"corrupt checkpoint {path}: its network makes {list(made)} of samples of shape {list(shape)}")
     network = build_network(head["network"], path)
-    load_into(network, weights, path)
+    network.load_state_dict(dict(weights))  # checked above
     return network.eval().requires_grad_(False)
 
 

@@ -459,7 +459,7 @@ class RunFolder:
             A run that has no result yet is replaced.
         resume: continue a folder that holds a run with the same configuration; False: such a folder is an error.
         inputs: what else makes the run: digests of the files that it reads, by name; kept as inputs.json.
-        shared: several processes write the folder, each its own files; others are refused while one writes.
+        shared: several processes write the folder, each its own files: nobody is refused.
 
     Raises:
         ValueError: the folder holds another configuration, a run of files that were edited since, a run although ``resume`` is

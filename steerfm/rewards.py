@@ -10,7 +10,6 @@ Rewards are found by entry point (group ``steerfm.rewards``), by ``pkg.mod:Name`
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import textwrap
 import traceback
@@ -455,7 +454,7 @@ def find(spec: str, what: str = "reward") -> Any:
                 where = points[spec].value
                 raise RewardError(f"cannot import reward {spec!r} ({where}): {type(error).__name__}: {error}") from error
         raise RewardError(
-            f"unknown reward {spec!r}{_nearest(spec, points)}; installed: {', '.join(points) or 'none'}; "
+            f"unknown reward {spec!r}{trust.nearest(spec, points)}; installed: {', '.join(points) or 'none'}; "
             "your own: path/to/file.py:name"
         )
     try:
@@ -480,12 +479,7 @@ def check_arguments(name: str, parameters: Mapping[str, inspect.Parameter], argu
     listed = f"arguments: {', '.join(known) or 'none'}"
     for key in arguments:
         if key not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise RewardError(f"reward {name!r} has no argument {key!r}{_nearest(key, known)}; {listed}")
+            raise RewardError(f"reward {name!r} has no argument {key!r}{trust.nearest(key, known)}; {listed}")
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in arguments:
             raise RewardError(f"reward {name!r} is missing its argument {key!r}: pass {key}=...; {listed}")
-
-
-def _nearest(word: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -30,7 +30,7 @@ def time_grid(steps: int, power: float = 1.0) -> list[float]:
     Raises:
         ValueError: steps below 1 or power not positive.
     """
-    whole(steps=steps)
+    whole_numbers(steps=steps)
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
     if not power > 0:
@@ -84,7 +84,7 @@ class Noise:
         return out.to(device)
 
 
-def whole(**counts: Any) -> None:
+def whole_numbers(**counts: Any) -> None:
     """Refuse what is no whole number, by name.
 
     Raises:
@@ -101,7 +101,7 @@ def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
     Raises:
         ValueError: another number of seeds than outputs, or other things than whole numbers.
     """
-    whole(n=n)
+    whole_numbers(n=n)
     if n < 1:
         raise ValueError(f"n={n}: at least one output is needed")
     try:

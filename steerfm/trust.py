@@ -43,7 +43,7 @@ def load(spec: str, what: str) -> Any:
     value = None if attribute.startswith("__") else getattr(module, attribute, None)
     if value is None:
         names = [name for name, member in vars(module).items() if callable(member) and not name.startswith("_")]
-        raise CodeError(f"{place} has no {attribute!r}{_nearest(attribute, names)}")
+        raise CodeError(f"{place} has no {attribute!r}{nearest(attribute, names)}")
     _check_origin(spec, value, what)
     return value
 
@@ -162,6 +162,7 @@ def _in(path: Path, folders: Iterable[Path]) -> bool:
     return any(path.resolve().is_relative_to(folder) for folder in folders)
 
 
-def _nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest choice, or nothing."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -69,6 +69,15 @@ class Tasks:
             None if self.prompts is None else [str(self.prompts[row]) for row in rows.tolist()],
         )
 
+    def repeat(self, k: int) -> Tasks:
+        """Every row ``k`` times, one after the other."""
+        return self.take(torch.arange(self.n).repeat_interleave(k))
+
+    def score(self, flow_map: FlowMap, reward: Reward, x: Tensor) -> Tensor:
+        """Rewards (n,) of samples (n, *shape), one of each row, 256 at a time; all at once where the reward compares them."""
+        rows = torch.arange(self.n).split(self.n if reward.groupwise else 256)
+        return torch.cat([self.take(some).problem(flow_map, reward).score(x[some.to(x.device)]).total for some in rows])
+
     def problem(self, flow_map: FlowMap, reward: Reward) -> Problem:
         """The reward of these rows, for samples of the map; strength 1."""
         device = flow_map.device

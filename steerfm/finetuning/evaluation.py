@@ -102,10 +102,7 @@ class Panel:
         )  # fmt: skip
 
     def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:
-        tasks = self.tasks.take(torch.arange(self.tasks.n).repeat_interleave(k))
-        size = len(x) if reward.groupwise else 256
-        parts = zip(x.split(size), torch.arange(len(x)).split(size))
-        return torch.cat([tasks.take(rows).problem(self.base, reward).score(part).total for part, rows in parts])
+        return self.tasks.repeat(k).score(self.base, reward, x)
 
     def _look(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
         """Features and classes; without a classifier a class is what was asked for, in words, or everything."""
@@ -188,7 +185,7 @@ class Monitor(L.Callback):
         self.best_step, self.best_weights, self.reason = -1, {}, ""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        if any(is_derived(self.panel.seeds + i) for i in range(self.panel.tasks.n)):
+        if is_derived(self.panel.seeds + self.panel.tasks.n - 1):
             raise ValueError(f"panel seeds from {self.panel.seeds}: seeds of 128 bits are trained on, hold out smaller ones")
         module.place(module.device)
         self.panel.place(module.device)

@@ -104,8 +104,6 @@ class Weighted:
             raise ValueError("rounds, samples and jumps are at least 1")
         if not 0 < self.ess <= 1:
             raise ValueError(f"ess={self.ess}: a share in (0, 1]")
-        if isinstance(self.refit, dict):
-            object.__setattr__(self, "refit", Refit(**self.refit))
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return chain(self.jumps)(tuned)
@@ -127,12 +125,8 @@ class Weighted:
         tasks, memory = update.all_tasks, update.memory
         k = max(2, self.samples // tasks.n)
         x1 = _pool(update, self.law(update.averaged, update.reference), number, k)
-        rows = torch.arange(tasks.n).repeat_interleave(k)
-        size = len(x1) if update.reward.groupwise else 256
-        parts = zip(x1.split(size), rows.split(size))
         with torch.no_grad():
-            scores = [tasks.take(some).problem(update.tuned, update.reward).score(x).total for x, some in parts]
-        r = torch.cat(scores).double().cpu().view(tasks.n, k)
+            r = tasks.repeat(k).score(update.tuned, update.reward, x1).double().cpu().view(tasks.n, k)
         done = 0.0 if self.online or not number else float(memory["strength"])
         wanted = update.strength * (1 if self.online else (number + 1) / self.rounds) - done
         step = largest_step(r, wanted, self.ess)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steerfm.flowmap import Microbatched
 from steerfm.rewards import Reward, RewardError
-from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, part, time_grid, whole
+from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, part, time_grid, whole_numbers
 from steerfm.steering.corrections import CORRECTIONS, Correction, Family, Move, Twisted
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead
 from steerfm.steering.value import (
@@ -171,7 +171,7 @@ class Steering:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        whole(particles=self.particles, recurrence=self.recurrence)
+        whole_numbers(particles=self.particles, recurrence=self.recurrence)
         if self.recurrence < 1:
             raise ValueError(f"recurrence={self.recurrence}: each step is taken at least once")
         if self.particles < 1:

@@ -22,7 +22,7 @@ from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
 from steerfm.steering.engine import Outcome, Tick, Trace
-from steerfm.steering.value import Problem
+from steerfm.steering.value import Problem, gradient_of
 from steerfm.steering.weights import at_least_one, wide
 
 
@@ -237,15 +237,7 @@ class NoiseAscent(NoiseSearch):
         with torch.enable_grad():
             x = x.detach().clone().requires_grad_()
             found = self._look(problem, x)
-            up = torch.autograd.grad(found.objective.sum(), x, allow_unused=True)[0] if found.reward.requires_grad else None
-        free = "use ZeroOrderSearch, RandomSearch or BestOfN"
-        if up is None:
-            raise RewardError(f"reward {problem.reward.name!r} has no gradient: {free}")
-        finite = torch.isfinite(up).flatten(1).all(1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            what = f"the gradient of reward {problem.reward.name!r} times strength {problem.strength[row].item():g}"
-            raise RewardError(f"{what} is not finite: lower the strength, or {free}", sample=row)
+            up = gradient_of(problem, found.objective, x, "ZeroOrderSearch, RandomSearch or BestOfN")
         found = self._weigh(found)
         pull = self.prior * (1 - (x[0].numel() - 1) / _norm(found.x).square())
         return found, up - expand_time(pull, found.x) * found.x

@@ -14,7 +14,7 @@ from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward, as_reward
-from steerfm.sampling import Noise, as_condition, seed_list, whole
+from steerfm.sampling import Noise, as_condition, seed_list, whole_numbers
 from steerfm.steering.engine import Method, Outcome, Tick, Trace
 from steerfm.steering.methods import Funnel
 from steerfm.steering.value import Problem
@@ -115,7 +115,7 @@ def steer(
     all_seeds = seed_list(seeds, n)
     rows = as_condition(flow_map, cond, n)
     k = method.particles
-    whole(particles=k)
+    whole_numbers(particles=k)
     tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
     if tilt.ndim > 1 or (tilt.ndim == 1 and len(tilt) != n):
         raise ValueError(f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output")
@@ -132,7 +132,7 @@ def steer(
     if isinstance(reward, torch.nn.Module):
         reward.to(flow_map.device)
     size = n if batch_size is None else batch_size
-    whole(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
+    whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
     if size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one output at a time")
     batches = -(-n // size)

@@ -347,7 +347,7 @@ class MapGradient:
         with torch.enable_grad():
             x = view.x.detach().requires_grad_()
             found = view.value(view.endpoints(x))
-            gradient = _gradient(view.problem, found.value, x)
+            gradient = gradient_of(view.problem, found.value, x)
         return replace(found, value=found.value.detach(), direction=gradient)
 
     def shift(
@@ -383,7 +383,7 @@ class EndpointGradient(MapGradient):
         with torch.enable_grad():
             z = ends.z.detach().requires_grad_()
             found = view.value(replace(ends, z=z))
-            gradient = _gradient(view.problem, found.value, z)
+            gradient = gradient_of(view.problem, found.value, z)
         return replace(found, value=found.value.detach(), direction=gradient.sum(1))
 
 
@@ -451,7 +451,7 @@ class EndpointAscent:
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 found = view.value(Endpoints(z.unsqueeze(1)))
-                gradient = _gradient(view.problem, found.value, z)
+                gradient = gradient_of(view.problem, found.value, z)
             first = first or found
             z = z.detach() + self.rate * _norm(start) * gradient / _norm(gradient).clamp_min(1e-12)
         assert first is not None
@@ -485,15 +485,28 @@ def _norm(x: Tensor) -> Tensor:
     return expand_time(x.flatten(1).norm(dim=1), x)
 
 
-def _gradient(problem: Problem, v: Tensor, x: Tensor) -> Tensor:
+FREE = "a gradient-free method (FeynmanKac with guidance=None, BestOfN)"
+
+
+def gradient_of(problem: Problem, v: Tensor, x: Tensor, instead: str = FREE) -> Tensor:
+    """The gradient (b, *shape) of values v (b,) in x, which the reward of a problem gave.
+
+    Args:
+        problem: with a row for each of x, for errors.
+        v: (b,), with a graph to x where the reward has a gradient.
+        x: (b, *shape).
+        instead: methods that would work, for errors.
+
+    Raises:
+        RewardError: there is none, or it is not finite.
+    """
     gradient = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
-    name, free = problem.reward.name, "use a gradient-free method"
+    name = problem.reward.name
     if gradient is None:
-        raise RewardError(f"reward {name!r} has no gradient: {free} (FeynmanKac with guidance=None, BestOfN)")
+        raise RewardError(f"reward {name!r} has no gradient: use {instead}")
     finite = torch.isfinite(gradient).flatten(1).all(1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
-        strength = f"{problem.strength[row].item():g}"
-        what = f"the gradient of reward {name!r} times strength {strength} is not finite"
-        raise RewardError(f"{what}: lower the strength, {free}, or smooth it", sample=row)
+        what = f"the gradient of reward {name!r} times strength {problem.strength[row].item():g} is not finite"
+        raise RewardError(f"{what}: lower the strength, smooth it, or use {instead}", sample=row)
     return gradient

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steerfm.sampling import whole
+from steerfm.sampling import whole_numbers
 
 Scheme = Callable[[Tensor, Tensor], Tensor]
 EQUAL = 1 - 1e-12
@@ -32,7 +32,7 @@ def at_least_one(**counts: int) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    whole(**counts)
+    whole_numbers(**counts)
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}={count}: at least one is needed")
