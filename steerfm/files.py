@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+HERE = re.sub(r"\W", "-", platform.node())[:32] or "here"
+"""This machine, in the names of temporary files: of a folder that several of them write."""
 _CLAIMS: dict[Path, int] = {}
 """Folders that this process writes, each with the descriptor that holds its lock."""
 
@@ -33,7 +37,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HERE}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -99,6 +103,20 @@ def claim(folder: str | Path) -> None:
     _CLAIMS[folder] = lock
     for left in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
         left.unlink(missing_ok=True)
+
+
+def sweep(folder: str | Path) -> None:
+    """Delete the temporary files that processes of this machine left in a folder that others may write, where they have ended."""
+    if os.name != "posix":  # elsewhere a process cannot be asked for without ending it
+        return
+    for left in Path(folder).rglob(f".*.{HERE}.*.tmp"):
+        number = left.suffixes[-2][1:]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (OSError, ValueError):  # somebody else's, or no number
+            continue
 
 
 def claimed() -> list[Path]:

@@ -478,7 +478,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; choose another out=")
         self.path.mkdir(parents=True, exist_ok=True)
-        if not shared:
+        if shared:
+            files.sweep(self.path)
+        else:
             files.claim(self.path)
         config, known, fix = self.path / "config.yaml", self.path / "inputs.json", "choose another out= or delete it"
         if config.is_file():

@@ -147,3 +147,21 @@ def test_a_name_that_is_too_long_is_one_line(capsys, tmp_path, monkeypatch, argv
     assert cli.main([*argv, *more, f"out={'x' * 300}"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_shared_folder_is_swept_of_what_killed_processes_left(tmp_path):
+    """And of nothing else: others may be writing, here or on another machine."""
+    code = (
+        "import os, signal; from steerfm import files\n"
+        f"with files.whole({str(tmp_path / 'a.png')!r}) as temporary:\n"
+        "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = tmp_path.glob(".*.tmp")
+    elsewhere = left.with_name(left.name.replace(files.HERE, "another-machine"))
+    elsewhere.write_text("half")
+    with files.whole(tmp_path / "mine.png") as mine:
+        mine.write_text("half")
+        RunFolder(tmp_path, "suite: x\n", shared=True)
+        assert not left.exists() and elsewhere.exists() and mine.exists()
+    assert (tmp_path / "mine.png").read_text() == "half"
