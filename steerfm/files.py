@@ -106,7 +106,7 @@ def claim(folder: str | Path) -> None:
 
 
 def sweep(folder: str | Path) -> None:
-    """Delete the temporary files that processes of this machine left in a folder that others may write, where they have ended."""
+    """Delete the temporary files in a folder that others may write of those processes of this machine that have ended."""
     if os.name != "posix":  # elsewhere a process cannot be asked for without ending it
         return
     for left in Path(folder).rglob(f".*.{HERE}.*.tmp"):
