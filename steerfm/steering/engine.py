@@ -19,7 +19,7 @@ from steerfm.flowmap import Microbatched
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, part, time_grid, whole_numbers
 from steerfm.steering.corrections import CORRECTIONS, Correction, Family, Move, Twisted
-from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead
+from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.value import (
     GUIDANCES,
     TEMPERINGS,
@@ -363,11 +363,21 @@ class Steering:
     def _log_z(self, first: Tensor, chain: Tensor) -> Tensor | None:
         """log Z (n,), None where there is no honest one.
 
+        Where the full reward of a guess at the endpoint selects particles from t = 0 on, later steps forget in part why: exp of
+        what the path's weights say is unbiased through events that few runs see. A jump or a rollout from noise is a sample
+        itself, so that its first look says what Z is; that of the other look-aheads does not.
+
         Args:
             first: (n, k) strength * reward of the look-aheads at t = 0; zeros where nobody looked.
             chain: (n,) what the weights along the path say.
         """
-        return chain if self.correction.samples and unbiased(self.resampling) else None  # type: ignore[union-attr,arg-type]
+        if not (self.correction.samples and unbiased(self.resampling)):  # type: ignore[union-attr,arg-type]
+            return None
+        if self.resampling is None or self.lookahead is None or self.tempering(0.0) == 0:  # type: ignore[operator]
+            return chain
+        if isinstance(self.lookahead, (Jump, Rollout)):
+            return log_mean(first)
+        return None if isinstance(self.lookahead, tuple(LOOKAHEADS.values())) else chain  # one's own may be the exact value
 
     def _family(self, parents: Parents, x: Tensor, step: Step, shift: Tensor | None, s: float, t: float) -> Family | None:
         """All that the particles x (b, *shape) of this step could have come from, where a correction asks for it and it costs

@@ -15,7 +15,7 @@ from steerfm.sampling import Bridge, Diffuse, Noise, Transition
 from steerfm.sampling import Jump as JumpTransition
 from steerfm.steering.corrections import Correction, Jarzynski, Marginal, Twisted, Uncorrected
 from steerfm.steering.engine import Method, Outcome, Steering, Tick
-from steerfm.steering.lookahead import Denoise, Jump, Lookahead, Posterior, Renoise, Smooth
+from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
@@ -29,7 +29,7 @@ from steerfm.steering.value import (
     Tempering,
     untempered,
 )
-from steerfm.steering.weights import BestChild, Narrow, Resample, Selection, TopK, Window, at_least_one, log_mean
+from steerfm.steering.weights import BestChild, Narrow, Resample, Selection, TopK, Window, at_least_one
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class FeynmanKac(Steering):
     Parts: look-ahead jump, tempering linear, transition renoise, correction twisted, systematic resampling below ESS 1/2;
     gradient-free, or twisted by a gradient with ``guidance="map"`` or ``"endpoint"``.
     Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased, and
-    steadier with ``correction="marginal"`` where steps forget.
+    steadier with ``correction="marginal"`` where steps forget. Without tempering it is that of the first look, as in `Funnel`.
     """
 
 
@@ -72,7 +72,6 @@ class Funnel(Steering):
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
-    There is none for another look-ahead that selects at t = 0.
     """
 
     steps: int = 5
@@ -110,12 +109,6 @@ class Funnel(Steering):
         wider = problem.select(rows.repeat_interleave(self.first))
         return super()._run(wider, Noise(noise.seeds, self.first), n, lookaheads, tick)
 
-    def _log_z(self, first: Tensor, chain: Tensor) -> Tensor | None:
-        chain_only = super()._log_z(first, chain)
-        if chain_only is None or self.lookahead is None or self.tempering(0.0) == 0:  # type: ignore[operator]
-            return chain_only  # nothing was narrowed by its weight
-        return log_mean(first) if isinstance(self.lookahead, Jump) else None
-
 
 @dataclass(frozen=True)
 class FKSteering(Steering):
@@ -124,8 +117,8 @@ class FKSteering(Steering):
     Parts: look-ahead denoise, no tempering, transition bridge (ancestral), correction twisted with ``potential`` difference,
     max or sum, multinomial resampling below ESS 1/2.
     Samples: yes, as `FeynmanKac`; here the base chain is the ancestral one, right only in the limit of many steps. The full
-    reward at a blurry denoiser misleads: where the target is concentrated, exp(log_z) is unbiased by rare outputs only, and
-    nearly all are too low (docs/benchmarks.md).
+    reward at a blurry denoiser misleads: where the target is concentrated, exp of what the weights say of log Z is unbiased by
+    rare outputs only, and nearly all are too low (docs/benchmarks.md), so there is no log_z.
     """
 
     particles: int = 4
@@ -148,8 +141,7 @@ class TDS(Steering):
 
     Parts: look-ahead denoise, gradient through the network, no tempering, transition bridge (ancestral), correction twisted,
     systematic resampling at every step.
-    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. log_z as in `FKSteering`: low in nearly all outputs of
-    few particles.
+    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. No log_z, as in `FKSteering`.
     """
 
     steps: int = 16
@@ -206,8 +198,8 @@ class DiamondSMC(Steering):
 
     Parts: look-ahead posterior (GLASS inner ODE), no tempering, transition bridge through the drawn endpoint, correction
     twisted, systematic resampling at every step.
-    Samples: yes, the tilt, as particles and inner steps grow, in any number of outer steps. log_z as in `FKSteering`: low in
-    nearly all outputs of few particles.
+    Samples: yes, the tilt, as particles and inner steps grow, in any number of outer steps. No log_z: what the weights
+    say is low in nearly all outputs of few particles.
     """
 
     particles: int = 8

@@ -15,10 +15,15 @@ import torch
 import steerfm
 from steerfm import GaussianMixture
 from steerfm.steering import (
+    DAS,
     FMTT,
+    TDS,
     BestChild,
     BestOfN,
+    DiamondSMC,
+    ExactPosterior,
     FeynmanKac,
+    FKSteering,
     Funnel,
     Marginal,
     Narrow,
@@ -151,7 +156,21 @@ def test_only_an_unbiased_selection_gives_log_z(selection, honest):
 
 @pytest.mark.parametrize(
     ("method", "honest"),
-    [(FMTT(4, 4), False), (TreeSearch(8, 3), False), (TreeSearch(8, 1), True), (TreeSearch(8, 1, greedy=True), False)],
+    [
+        (FMTT(4, 4), False),
+        (TreeSearch(8, 3), False),
+        (TreeSearch(8, 1), True),
+        (TreeSearch(8, 1, greedy=True), False),
+        (FKSteering(), False),
+        (TDS(), False),
+        (DAS(), True),
+        (DiamondSMC(), False),
+        (DiamondSMC(lookahead=ExactPosterior(GRID)), True),
+        (TDS(tempering="linear"), True),
+        (FeynmanKac(8, 4, tempering="none"), True),
+        (FeynmanKac(8, 4, lookahead="renoise", tempering="none"), False),
+        (FeynmanKac(8, 4, lookahead="denoise", tempering="none", resampling=None), True),
+    ],
 )
 def test_a_method_that_is_biased_gives_no_log_z(method, honest):
     result = steerfm.steer(GRID.flow_map(), lambda x: x[:, 0], method, n=2)
@@ -176,6 +195,7 @@ def test_the_first_look_gives_log_z_only_by_a_jump():
     assert torch.equal(first, log_z(steps=2)) and torch.equal(first, log_z(guidance=None, resampling="ssp"))
     assert log_z(lookahead="denoise") is None and log_z(lookahead=Renoise(k=2)) is None
     assert log_z(resampling=TopK(2)) is None and log_z(correction="none") is None
+    assert torch.equal(first, steerfm.steer(GRID.flow_map(), lambda x: x[:, 0], FeynmanKac(64, 5, tempering="none"), n=2).log_z)
     assert log_z(tempering="linear") is not None  # nothing is chosen at t = 0: the path's own weights
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from weighed import weighed
 
 import steerfm
 from steerfm import GaussianMixture
@@ -78,7 +79,7 @@ def test_denoiser_presets_sample_the_tilt_of_their_own_chain(method, strength):
     """The ancestral chain is right only in the limit of many steps: compare with importance sampling of the same chain."""
     plain = BestOfN(64, 8, transition="bridge")
     reference = estimates(steerfm.steer(MIXTURE.flow_map(), reward, plain, n=1500, seeds=50_000, strength=strength))
-    values = estimates(steerfm.steer(MIXTURE.flow_map(), reward, method, n=1500, strength=strength))
+    values = estimates(steerfm.steer(MIXTURE.flow_map(), reward, weighed(method), n=1500, strength=strength))
     check(type(method).__name__, values, reference.mean(1), reference.var(1) / reference.shape[1])
 
 
@@ -166,11 +167,8 @@ def test_the_general_weight_holds_for_a_denoiser_where_the_simple_one_does_not()
 
 
 def test_fmtt_converges_with_steps():
-    class Weighed(FMTT):
-        _log_z = Steering._log_z
-
     def error(steps):
-        result = steerfm.steer(MIXTURE.flow_map(), reward, Weighed(200, steps), n=50)
+        result = steerfm.steer(MIXTURE.flow_map(), reward, weighed(FMTT(200, steps)), n=50)
         return (estimates(result).mean(1)[0] - LOG_Z.exp()).abs().item()
 
     assert error(64) < max(0.1, 0.6 * error(8))
