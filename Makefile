@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-check data clean
+CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sampling weights weight_files rewards lent steering \
+	noise_search search training config cli) tests/finetuning/test_base.py
+
+.PHONY: demo test test-lowest lint bench bench-check data clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed  ## install, then steer the shipped model with four methods: a table and a picture
@@ -10,6 +13,9 @@ demo: .venv/installed  ## install, then steer the shipped model with four method
 
 test: .venv/dev  ## fetch the data that tests read, where that can be done and STEERFM_DATA hides none; the tests, in parallel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fetch $(TESTS)  # one thread a worker: more would fight for the cores
+
+test-lowest: .venv-lowest/installed  ## the tests of the core, with the lowest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(CORE) -k 'not train-emoji'  # those recipes need extras
 
 lint: .venv/dev  ## style, types and layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -27,7 +33,7 @@ data: .venv/installed  ## the training data: Fashion-MNIST from a Debian package
 	$(BIN)/python tests/fetch.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lowest runs
 
 .venv/bin/python:
 	@echo "creating .venv"
@@ -41,4 +47,12 @@ clean:
 .venv/dev: .venv/installed
 	@echo "installing the development tools"
 	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+.venv-lowest/installed: pyproject.toml tests/lowest.py
+	@echo "installing the lowest versions into .venv-lowest (torch is large: minutes)"
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install -q --no-deps -e .
+	.venv-lowest/bin/python tests/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install -q -e . pytest pytest-xdist hypothesis scipy mpmath -c .venv-lowest/constraints.txt
 	@touch $@
