@@ -142,8 +142,6 @@ def left(folder: Path) -> dict[str, Any]:
         if path.is_dir() or name.startswith("tensorboard") or "checkpoints/" in name or path.name == ".lock":
             continue
         reader = READERS.get(path.suffix)
-        if path.name == "metrics.csv":
-            continue
         if path.suffix == ".png":
             if not path.name.startswith("curves"):  # of times, too
                 out[name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -151,9 +149,6 @@ def left(folder: Path) -> dict[str, Any]:
             out[name] = reader(path)
         elif path.suffix not in (".html", ".md") and "tfevents" not in name:
             out[name] = "there"
-    for metrics in {path.parent.parent.parent for path in folder.rglob("metrics.csv")}:
-        logged = training.history(metrics)
-        out[f"{metrics.relative_to(folder)}/metrics"] = {key: value for key, value in logged.items() if key not in TIMES}
     return out
 
 
@@ -175,10 +170,16 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return [_timeless(row) for row in csv.DictReader(file)]
 
 
+def _lines(path: Path) -> Any:
+    """Lines in order; of a training, where a continued run repeats steps, the last of each."""
+    lines = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+    return _timeless(training.history(path.parent)) if lines and next(iter(lines[0])) == "step" else lines
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": _tensors,
     ".json": lambda path: _timeless(json.loads(path.read_text())),
-    ".jsonl": lambda path: [_timeless(json.loads(line)) for line in path.read_text().splitlines()],
+    ".jsonl": _lines,
     ".csv": _rows,
     ".yaml": Path.read_text,
 }

@@ -252,8 +252,7 @@ def _training_folder(config: configs.TrainConfig, data: Any) -> Path:
             if old != new:
                 raise ConfigError(f"{folder} holds a run with another {key} ({old}): choose another out= or delete it")
     if not begun:  # of a run that failed before its first checkpoint
-        for log in folder.glob("metrics/**/metrics.csv"):
-            log.unlink()
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
     if not begun or not (folder / "inputs.json").is_file():
         files.write(folder / "inputs.json", json.dumps(told, indent=1) + "\n")
     files.write(file, configs.dump(config))

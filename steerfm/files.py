@@ -73,6 +73,13 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping
     return Path(path)
 
 
+def drop_cut_line(path: str | Path) -> None:
+    """Drop the last line of a file where a kill cut it."""
+    path = Path(path)
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        write(path, content[: content.rfind(b"\n") + 1])
+
+
 def claim(folder: str | Path) -> None:
     """Make this process the only one that writes to a folder, until `release` or its end; a killed one leaves no lock.
 

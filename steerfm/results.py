@@ -497,14 +497,14 @@ class RunFolder:
             if changed and begun:
                 raise ValueError(f"{self.path}: {', '.join(changed)}: edited since this run began; {fix}")
             if different or changed:  # a run that failed before its first result is in nobody's way
-                for log in (self.path / "metrics.jsonl", *self.path.rglob("metrics.csv")):
+                for log in self.path.rglob("metrics.jsonl"):
                     log.unlink(missing_ok=True)
                 config.unlink()
         if inputs is not None and not (config.is_file() and known.is_file()):
             files.write(known, json.dumps(dict(inputs), indent=1) + "\n")
         if not config.is_file():
             files.write(config, config_yaml)
-        self._drop_unfinished_line()
+        files.drop_cut_line(self.path / "metrics.jsonl")  # the step is logged again
         if (self.path / "result.json").is_file():
             self.clear_parts()
 
@@ -613,12 +613,6 @@ class RunFolder:
 
     def _part(self, index: int, prefix: str) -> Path:
         return self.path / "parts" / f"{prefix}-{index:05d}.safetensors"
-
-    def _drop_unfinished_line(self) -> None:
-        """A kill while logging leaves a line without an end: drop it, the step is logged again."""
-        file = self.path / "metrics.jsonl"
-        if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
-            files.write(file, content[: content.rfind(b"\n") + 1])
 
 
 def edited(folder: Path, inputs: Mapping[str, str]) -> list[str]:

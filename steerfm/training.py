@@ -5,8 +5,8 @@ Automatic optimisation, one loss, one optimiser: precision, devices and strategy
 
 from __future__ import annotations
 
-import csv
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -21,7 +21,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -596,11 +597,10 @@ def fit(
 ) -> L.Trainer:
     """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
 
-    Logs to ``folder/metrics`` as csv, a numbered version for each time it was started (`history` reads them all), and to
-    tensorboard where it is installed. ``callbacks`` come before the checkpoints; ``validate_every`` 0 is never; the remaining
-    arguments are the Trainer's.
+    Logs to ``folder/metrics.jsonl``, which `history` reads, and to tensorboard where it is installed. ``callbacks`` come before
+    the checkpoints; ``validate_every`` 0 is never; the remaining arguments are the Trainer's.
     """
-    loggers: list[Any] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=1)]
+    loggers: list[Any] = [Metrics(folder)]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if module.steps < 1:
@@ -637,13 +637,42 @@ def fit(
     return trainer
 
 
+class Metrics(Logger):
+    """Appends what is logged to ``folder/metrics.jsonl``, a line at a time: a kill cuts the last line at most."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.file = folder / "metrics.jsonl"
+        self.begun = False
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if not self.begun:
+            files.drop_cut_line(self.file)
+            self.begun = True
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **{name: float(value) for name, value in metrics.items()}}) + "\n")
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: they are in config.yaml."""
+
+
 def history(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """What `fit` logged to a run folder, {name: (steps, values)}; where a continued run repeats a step, the later counts."""
     merged: dict[str, dict[int, float]] = {}
-    for file in sorted(Path(folder).glob("metrics/**/metrics.csv"), key=lambda path: (len(str(path)), path)):
-        text = file.read_text()
-        for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):  # a kill cuts the last line
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    merged.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in merged.items()}
+    file = Path(folder) / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():  # a kill cuts the last line
+        row = json.loads(line)
+        for name in row.keys() - {"step", "epoch"}:
+            merged.setdefault(name, {})[row["step"]] = row[name]
+    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in sorted(merged.items())}

@@ -20,6 +20,7 @@ from steerfm.signals import Stopped, raised
 from steerfm.training import (
     ClassifierTraining,
     FlowMapTraining,
+    Metrics,
     NothingTrainedError,
     RobustTraining,
     SampleGrid,
@@ -219,15 +220,15 @@ def test_a_finished_run_stays_finished_and_can_go_on(tmp_path):
 
 # --- the log ---------------------------------------------------------------------------------------------------------
 def test_history_merges_runs(tmp_path):
-    rows = {
-        "metrics.csv": "epoch,step,loss\n0,0,9.0\n0,1,8.0\n",
-        "version_2/metrics.csv": "epoch,step,loss,val\n0,1,7.0,\n0,2,,0.5\n0,3,5.0,\n",
-        "version_10/metrics.csv": "epoch,step,loss\n0,3,4.0\n0,4,nan\n",
-    }
-    for name, text in rows.items():
-        path = tmp_path / "metrics" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    """The second start repeats step 1, the third step 3."""
+    for lines in (
+        [(0, {"loss": 9.0}), (1, {"loss": 8.0})],
+        [(1, {"loss": 7.0}), (2, {"val": 0.5}), (3, {"loss": 5.0})],
+        [(3, {"loss": 4.0}), (4, {"loss": math.nan})],
+    ):
+        log = Metrics(tmp_path)
+        for step, numbers in lines:
+            log.log_metrics(numbers, step)
     merged = history(tmp_path)
     assert merged.keys() == {"loss", "val"}
     assert merged["val"] == ([2], [0.5])
@@ -577,7 +578,21 @@ def test_what_was_skipped_or_blew_up_is_not_trained(tmp_path, whole):
         check_trained(broken)
 
 
-def test_a_line_that_a_kill_cut_is_no_history(tmp_path):
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "metrics.csv").write_text("epoch,step,loss\n0,0,9.0\n0,1,8.12\n0,2,7.")
-    assert history(tmp_path)["loss"] == ([0, 1], [9.0, 8.12])
+def test_a_line_that_a_kill_cut_is_no_history_and_is_gone_at_the_next_start(tmp_path):
+    log = Metrics(tmp_path)
+    for step in range(3):
+        log.log_metrics({"loss": 9.0 - step}, step)
+    lines = log.file.read_bytes()
+    log.file.write_bytes(lines[:-4])
+    assert history(tmp_path)["loss"] == ([0, 1], [9.0, 8.0])
+    Metrics(tmp_path).log_metrics({"loss": 7.0}, 2)
+    assert log.file.read_bytes() == lines
+
+
+def test_what_is_logged_is_never_written_again(tmp_path):
+    """A name that comes later is no reason to: a kill would lose what was there."""
+    log, content = Metrics(tmp_path), b""
+    for step, name in enumerate(("loss", "val", "loss", "rate")):
+        log.log_metrics({name: 1.0}, step)
+        assert log.file.read_bytes().startswith(content) and log.file.read_bytes().count(b"\n") == step + 1
+        content = log.file.read_bytes()
