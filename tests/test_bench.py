@@ -103,6 +103,37 @@ def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, mon
     assert len(measured) == 10  # an edited file is another method
 
 
+MEDDLING = """
+import random
+
+import torch
+
+
+def {name}(images):
+    value = images.flatten(1).mean(1)
+    if {meddles}:
+        images.zero_()
+        torch.manual_seed(1)
+        random.seed(1)
+        torch.set_default_dtype(torch.float64)
+    return value.float()
+"""
+
+
+def test_rewards_and_judges_are_lent_what_a_sweep_gives_them(tmp_path):
+    """The same cells, whatever a reward or a judge does to its arguments and to the process."""
+    cells = []
+    for meddles in (False, True):
+        for name in ("asked", "held_out"):
+            (tmp_path / f"{name}.py").write_text(MEDDLING.format(name=name, meddles=meddles))
+        file = tmp_path / f"meddles_{meddles}.yaml"
+        parts = ", ".join(f'{key}: "{tmp_path}/{name}.py:{name}"' for key, name in (("reward", "asked"), ("judge", "held_out")))
+        file.write_text(SUITE.replace("{reward: {name: classifier, target: Bag}}", f"{{{parts}}}"))
+        assert cli.main(["bench", str(file), f"out={tmp_path / str(meddles)}"]) == 0
+        cells.append(rows(tmp_path / str(meddles)))
+    assert cells[0] == cells[1] and torch.get_default_dtype() == torch.float32
+
+
 def test_best_of_n_is_there_whatever_a_suite_calls_its_own(suite, tmp_path):
     own = tmp_path / "mine.py"
     own.write_text(OWN)
