@@ -1,6 +1,6 @@
 """The reward-divergence frontier of every fine-tuning method, beside best-of-n and steering of the base.
 
-    steerfm bench finetune                                   # the class Bag from no class: five methods, 1 or 2 controls each
+    steerfm bench finetune                                   # the class Bag from no class: five methods, the best control of each
     steerfm bench finetune --task compressible --methods weighted policy
     steerfm bench finetune --methods direct & steerfm bench finetune --methods weighted   # share the work, then run all
 
@@ -41,11 +41,11 @@ TASKS: dict[str, list[str]] = {
     ],
 }
 METHODS: dict[str, tuple[list[str], list[float]]] = {
-    "direct": ([], [1, 3, 10]),
+    "direct": ([], [3]),
     "weighted": ([], [0.2]),
-    "policy": ([], [0.01, 0.03]),
-    "adjoint": ([], [0.1, 0.2]),
-    "noise": ([], [30, 100]),
+    "policy": ([], [0.01]),
+    "adjoint": ([], [0.1]),
+    "noise": ([], [100]),
 }
 
 
