@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
     for name, text in HELP.items():
         keys = ""
         if name in SCHEMAS:
-            keys = f"keys and defaults:\n{_indent(configs.dump(SCHEMAS[name]()))}\n\n"
+            keys = (
+                f"keys, each with its default, what it means and what it takes:\n{_indent(configs.explain(SCHEMAS[name]))}\n\n"
+            )
             recipes = ", ".join(configs.recipes(name))
             keys += f"recipes: {recipes}\n\n" if recipes else ""
             keys += TEXTS if name != "train" else ""

@@ -71,7 +71,7 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
         raise ConfigError(f"unknown benchmark {name!r}{did_you_mean(name, known)}; benchmarks: {', '.join(known)}")
     elif {"-h", "--help"} & set(arguments):
         path = configs.find_recipe(name, "bench")
-        console.print(f"{configs.BenchConfig.__doc__}\n\n{path.read_text()}")
+        print(f"{configs.BenchConfig.__doc__}\n\n{configs.explain(configs.BenchConfig)}\n\n{path}:\n{path.read_text()}")
     else:
         sweep(configs.load(configs.BenchConfig, name, arguments), Path(name).stem, command)
 

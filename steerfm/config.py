@@ -13,33 +13,39 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 from steerfm.values import (
     ConfigError,
+    Range,
     Raw,
     Words,
-    bounds,
     choice,
     convert,
     count,
     finite,
     flow,
+    line,
     members,
     natural,
+    option,
     parse,
     positive,
     ranged,
     read_yaml,
     scalar,
+    section,
     seed_field,
     share,
     shown,
+    type_words,
     untyped,
     wanted,
     write_yaml,
@@ -51,55 +57,52 @@ Schema = TypeVar("Schema")
 # --- what can be configured ------------------------------------------------------------------------------------------
 @dataclass
 class DataConfig:
-    """name: a key of `data.DATA`; root: folder of the files, if not the usual one; augment: pixels of random shift."""
+    """What a network is trained on."""
 
-    name: str = "fashion"
-    batch_size: int = count(128, "picture")
-    root: str | None = None
-    augment: int = natural(0)
+    name: str = option("fashion", "data set: fashion or emoji")
+    batch_size: int = count(128, "picture", "pictures a step")
+    root: str | None = option(None, "folder of the data's files; null for the usual ones")
+    augment: int = natural(0, "largest random shift of a picture, in pixels")
 
 
 @dataclass
 class ObjectiveConfig:
-    """Shares of the batch per off-diagonal objective (the rest is flow matching), and how pairs of times are drawn.
+    """The losses of a training."""
 
-    shares: e.g. {lagrangian: 0.125, progressive: 0.25}; empty means {lagrangian: 0.25}. start: share of the steps with flow
-    matching only; terminal, full, gap: see `objectives.Triangle`; teacher: checkpoint whose velocity `trajectory` follows,
-    frozen (default: the map's own); uses, keep: see `objectives.Trajectory`; drop: probability of the null class; guidance:
-    scale of the classifier-free guidance that is trained into the map (1: none), or the teacher's. smoothing, noise: of a
-    classifier's labels and pictures. radius, samples: of a contrastive training with a teacher (an image_text_head), see
-    `training.RobustTraining`; samples: the flow map that draws them.
-    """
-
-    shares: dict[str, float] = field(default_factory=dict, metadata=bounds(least=0, most=1))
-    start: float = share(0.1)
-    terminal: float = share(0.2)
-    full: float = share(0.1)
-    gap: float = ranged(1.0, above=0, most=1)
-    drop: float = share(0.1)
-    guidance: float = finite(1.0)
-    teacher: str | None = None
-    uses: int = count(8, "use")
-    keep: int = natural(0)
-    smoothing: float = ranged(0.1, least=0, below=1)
-    noise: float = natural(0.0)
-    radius: float = natural(1.0)
-    samples: str | None = None
+    shares: dict[str, float] = option(
+        {}, "share of the batch per off-diagonal objective, the rest is flow matching; {} is {lagrangian: 0.25}",
+        range=Range(least=0, most=1),
+    )  # fmt: skip
+    start: float = share(0.1, "share of the steps, at the start, with flow matching only")
+    terminal: float = share(0.2, "share of the pairs of times (s, t) with t = 1: the look-aheads")
+    full: float = share(0.1, "share of the pairs of times that are (0, 1)")
+    gap: float = ranged(1.0, "largest t - s of the other pairs", above=0, most=1)
+    drop: float = share(0.1, "probability that the class or caption is left out, for classifier-free guidance")
+    guidance: float = finite(1.0, "scale of the classifier-free guidance that is trained into the map; 1 for none")
+    teacher: str | None = option(None, "checkpoint whose velocity, frozen, trajectory follows; null for the map's own")
+    uses: int = count(8, "use", "pairs of times taken from each trajectory, in the mean")
+    keep: int = natural(0, "trajectories kept to draw pairs from; 0 for those of this step only")
+    smoothing: float = ranged(
+        0.1, "label smoothing of a classifier: probability that is spread over all classes", least=0, below=1
+    )
+    noise: float = natural(0.0, "largest standard deviation of the noise on a classifier's pictures, in [0, 1]")
+    radius: float = natural(1.0, "contrastive with a teacher: largest change of a picture, L2 norm over pixels in [0, 1]")
+    samples: str | None = option(None, "contrastive with a teacher: flow map whose pictures are mixed in; null for none")
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW; steps: length of the run; warmup: steps; decay: share of the steps with falling rate; ema: decay."""
+    """AdamW and its schedule."""
 
-    lr: float = positive(1e-3)
-    beta1: float = ranged(0.9, least=0, below=1)
-    beta2: float = ranged(0.99, least=0, below=1)
-    weight_decay: float = natural(0.0)
-    steps: int = count(10_000, "step")
-    warmup: int = natural(200)
-    decay: float = share(0.3)
-    ema: float = ranged(0.999, least=0, below=1)
-    clip: float = natural(1.0)
+    lr: float = positive(1e-3, "learning rate")
+    beta1: float = ranged(0.9, "decay of the mean gradient", least=0, below=1)
+    beta2: float = ranged(0.99, "decay of the mean squared gradient", least=0, below=1)
+    weight_decay: float = natural(0.0, "share, times the learning rate, by which weights shrink a step")
+    steps: int = count(10_000, "step", "length of the run, in steps")
+    warmup: int = natural(200, "steps over which the learning rate rises from 0")
+    decay: float = share(0.3, "share of the steps, at the end, over which the learning rate falls to 0")
+    ema: float = ranged(0.999, "decay a step of the average of the weights, which is what is saved", least=0, below=1)
+    clip: float = natural(1.0, "largest norm of the gradient; 0 for no limit")
 
 
 DEVICES = (r"auto|-1|[1-9]\d*|\d+(,\d+)+", "auto, a number, or a list: 0,1")
@@ -108,182 +111,192 @@ DEVICES = (r"auto|-1|[1-9]\d*|\d+(,\d+)+", "auto, a number, or a list: 0,1")
 
 @dataclass
 class LightningConfig:
-    """Lightning's own keys, and how often to log and to save (in steps)."""
+    """Lightning's own keys, and how often to log and to save."""
 
-    accelerator: str = choice("auto", "cpu", "gpu", "cuda", "mps", "tpu")
-    devices: str = field(default="auto", metadata={"form": DEVICES})
-    strategy: str = "auto"
-    precision: str = choice("32-true", "32", "16-mixed", "bf16-mixed")
-    log_every: int = count(20, "step")
-    save_every: int = count(200, "step")
+    accelerator: str = choice("auto", "cpu", "gpu", "cuda", "mps", "tpu", doc="where to train")
+    devices: str = option("auto", "how many devices, or which", form=DEVICES)
+    strategy: str = option("auto", "Lightning's strategy for several devices, such as ddp")
+    precision: str = choice("32-true", "32", "16-mixed", "bf16-mixed", doc="precision of the network")
+    log_every: int = count(20, "step", "steps between lines of the log")
+    save_every: int = count(200, "step", "steps between checkpoints, from which a killed run goes on")
 
 
 @dataclass
 class TrainerConfig(LightningConfig):
-    """For training, also how often to validate and to draw samples (in steps)."""
+    """Lightning's own keys, and how often to log, to save, to validate and to draw samples."""
 
-    validate_every: int = count(1000, "step")
-    sample_every: int = natural(1000)
+    validate_every: int = count(1000, "step", "steps between validations")
+    sample_every: int = natural(1000, "steps between grids of samples; 0 for none")
 
 
 @dataclass
 class TrainConfig:
-    """task: flow_map, classifier or contrastive; network: {name: a key of `networks.NETWORKS`, ...its arguments}, or for
-    contrastive open_clip's model_cfg; text: encoder of the captions that a flow map is conditioned on, an open_clip model or
-    minilm; init: a checkpoint (zoo name or path) to start from; out: run folder, default runs/train/<name>."""
+    """A training."""
 
-    task: str = choice("flow_map", "classifier", "contrastive", what="task")
-    name: str = "fashion"
-    network: dict[str, Any] = field(default_factory=lambda: {"name": "unet"})
-    text: str | None = None
-    init: str | None = None
-    seed: int = seed_field()
-    out: str | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    task: str = choice("flow_map", "classifier", "contrastive", doc="what to train", what="task")
+    name: str = option("fashion", "name of the model: its files are called after it")
+    network: dict[str, Any] = option(
+        {"name": "unet"}, "name: unet, mlp, resnet ..., and its arguments; for contrastive open_clip's model_cfg"
+    )
+    text: str | None = option(None, "encoder of the captions that a flow map is asked in: an open_clip model, or minilm")
+    init: str | None = option(None, "checkpoint to start from, a shipped model or a path; null for random weights")
+    seed: int = seed_field("seed of weights, batches, noise and dropout")
+    out: str | None = option(None, "run folder; null for runs/train/NAME")
+    data: DataConfig = section(DataConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    trainer: TrainerConfig = section(TrainerConfig)
+
+
+MODEL = "a shipped flow map (steerfm models) or a path to a .safetensors file of your own"
+CODE = "a shipped flow map (steerfm models), a path to a .safetensors file, or FILE.py:NAME for a map that code makes"
+REWARD = "what to raise: a name (steerfm rewards), FILE.py:NAME, or a list of {name, weight, ...}; reward.KEY sets an argument"
+JUDGE = "a second, held-out reward for the report, written as reward; auto for one that fits, null for none"
+GUIDANCE = "scale of classifier-free guidance; 1 for none, above 1 for stronger"
+COMPILE = "compile the network by torch.compile: the first calls take a minute, later ones less"
+DEVICE = "auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps"
+PRECISION = "precision of network and reward"
 
 
 @dataclass
 class SampleConfig:
-    """model: zoo name or path; label: class name or index, None for a mix of all; prompt: as for steer; n: samples (of each
-    prompt); steps: jumps; guidance: scale of classifier-free guidance (1 is off); compile: the network, by torch.compile."""
+    """Unsteered samples."""
 
-    model: str = "fashion"
-    label: str | None = None
-    prompt: Words = None
-    n: int = count(16, "output")
-    seeds: int = seed_field()
-    steps: int = count(4, "step")
-    guidance: float = finite(1.0)
-    device: str = "auto"
-    precision: str = choice("32", "bf16", what="precision")
-    compile: bool = False
-    out: str | None = None
+    model: str = option("fashion", CODE)
+    label: str | None = option(None, "class by name or index; null for a mix of all")
+    prompt: Words = option(None, "what to ask a map of words for: a text, a list of texts, or a file of them")
+    n: int = count(16, "output", "samples, of each prompt where there are several")
+    seeds: int = seed_field("seed of the first sample; the next have seeds + 1, seeds + 2, ...")
+    steps: int = count(4, "step", "jumps from noise to data; each is one network call a sample")
+    guidance: float = finite(1.0, GUIDANCE)
+    device: str = option("auto", DEVICE)
+    precision: str = choice("32", "bf16", doc=PRECISION, what="precision")
+    compile: bool = option(False, COMPILE)
+    out: str | None = option(None, "run folder; null for runs/sample/MODEL")
 
 
 @dataclass
 class SteerConfig:
-    """model: zoo name or path; reward: name, path.py:name or a list of weighted terms; method: a preset's name; label: class
-    that the model is conditioned on, default none, or all in turn where the reward reads it; prompt: for models and rewards
-    that read words: one, a list, or a file (see `steerfm.prompts`); n: outputs (of each prompt); strength: of the tilt p(x)
-    exp(strength * reward); judge: held-out reward, or null; compile: the network, by torch.compile."""
+    """A steering: samples of p(x) exp(strength * reward(x))."""
 
-    model: str = "fashion"
-    reward: Any = field(default_factory=lambda: {"name": "classifier"})
-    method: Any = field(default_factory=lambda: {"name": "funnel"})
-    judge: Any = "auto"
-    label: str | None = None
-    prompt: Words = None
-    n: int = count(16, "output")
-    seeds: int = seed_field()
-    strength: float = finite(10.0)
-    guidance: float = finite(1.0)
-    batch_size: int = count(16, "output")
-    device: str = "auto"
-    precision: str = choice("32", "bf16", what="precision")
-    compile: bool = False
-    lookaheads: bool = True
-    out: str | None = None
+    model: str = option("fashion", CODE)
+    reward: Any = option({"name": "classifier"}, REWARD)
+    method: Any = option(
+        {"name": "funnel"}, "a name (steerfm methods) or FILE.py:CLASS; method.KEY sets an argument (steerfm methods NAME)"
+    )
+    judge: Any = option("auto", JUDGE)
+    label: str | None = option(
+        None, "class that the model is asked for, by name or index; null for none, or for all in turn where the reward reads it"
+    )
+    prompt: Words = option(None, "for models and rewards that read words: a text, a list of texts, or a file of them")
+    n: int = count(16, "output", "outputs, of each prompt where there are several; each has particles of its own")
+    seeds: int = seed_field("seed of the first output; the next have seeds + 1, seeds + 2, ...")
+    strength: float = finite(10.0, "how hard to tilt, in 1 / units of the reward; 0 is the model itself")
+    guidance: float = finite(1.0, GUIDANCE)
+    batch_size: int = count(16, "output", "outputs at a time: memory grows with it, results do not depend on it")
+    device: str = option("auto", DEVICE)
+    precision: str = choice("32", "bf16", doc=PRECISION, what="precision")
+    compile: bool = option(False, COMPILE)
+    lookaheads: bool = option(True, "keep and draw the first particle's look-aheads over time")
+    out: str | None = option(None, "run folder; null for runs/steer/MODEL-REWARD-METHOD")
 
 
 @dataclass
 class EvaluateConfig:
-    """model: zoo name or path; prompt: for models that read words: prompts or a file of them, default the captions of the
-    training data, or with held_out=true those of the concepts kept from it; n: samples; steps: numbers of jumps; euler: steps
-    of the reference ODE solution."""
+    """A measurement of a flow map."""
 
-    model: str = "fashion"
-    prompt: Words = None
-    held_out: bool = False
-    n: int = count(2_000, "samples", least=2)
-    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata=bounds(least=1, of="step"))
-    euler: int = count(128, "step")
-    seeds: int = seed_field()
-    batch_size: int = count(500, "sample")
-    device: str = "auto"
-    out: str | None = None
+    model: str = option("fashion", CODE)
+    prompt: Words = option(
+        None, "for models that read words: prompts or a file of them; null for captions of the training data"
+    )
+    held_out: bool = option(False, "captions of the concepts that were kept from training instead")
+    n: int = count(2_000, "samples", "samples of each number of jumps", least=2)
+    steps: list[int] = option([1, 2, 4, 8], "numbers of jumps to measure", range=Range(least=1, of="step"))
+    euler: int = count(128, "step", "Euler steps of the ODE that the jumps are compared with")
+    seeds: int = seed_field("seed of the first sample; the next have seeds + 1, seeds + 2, ...")
+    batch_size: int = count(500, "sample", "samples at a time")
+    device: str = option("auto", DEVICE)
+    out: str | None = option(None, "run folder; null for runs/evaluate/MODEL")
 
 
 @dataclass
 class TuneOptimizerConfig(OptimizerConfig):
-    """As for training, with a fine-tuning's defaults."""
+    """AdamW and its schedule."""
 
-    lr: float = positive(1e-3)
-    steps: int = count(120, "step")
-    warmup: int = natural(5)
-    ema: float = ranged(0.95, least=0, below=1)
+    lr: float = positive(1e-3, "learning rate")
+    steps: int = count(120, "step", "length of the run, in steps")
+    warmup: int = natural(5, "steps over which the learning rate rises from 0")
+    ema: float = ranged(0.95, "decay a step of the average of the weights, which is what is saved", least=0, below=1)
 
 
 @dataclass
 class TuneTrainerConfig(LightningConfig):
-    """As for training, with a fine-tuning's defaults."""
+    """Lightning's own keys, and how often to log and to save."""
 
-    log_every: int = count(5, "step")
-    save_every: int = count(20, "step")
+    log_every: int = count(5, "step", "steps between lines of the log")
+    save_every: int = count(20, "step", "steps between checkpoints, from which a killed run goes on")
 
 
 @dataclass
 class LoraConfig:
-    """rank: of low-rank adapters, 0 to train all weights; alpha: their scale times the rank, default 2 rank; layers: ends of
-    the names of the layers to adapt, default all convolutions and linear ones."""
+    """Low-rank adapters."""
 
-    rank: int = natural(0)
-    alpha: float | None = positive(None)
-    layers: list[str] | None = None
+    rank: int = natural(0, "rank of the adapters; 0 to train all weights")
+    alpha: float | None = positive(None, "scale of the adapters times the rank; null for 2 rank")
+    layers: list[str] | None = option(
+        None, "ends of the names of the layers to adapt; null for all convolutions and linear ones"
+    )
 
 
 @dataclass
 class DistilConfig:
-    """How what was learnt becomes one flow map: updates, their rate, its decay and EMA, samples in a pool, pools; trajectory:
-    share of the rows that fit jumps. steps=0 leaves the network as it was tuned."""
+    """How what was learnt becomes one flow map."""
 
-    steps: int = natural(200)
-    lr: float = positive(5e-4)
-    decay: float = share(0.7)
-    ema: float = ranged(0.99, least=0, below=1)
-    batch_size: int = count(64, "sample")
-    samples: int = count(1024, "sample")
-    pools: int = count(2, "pool")
-    trajectory: float = share(0.5)
+    steps: int = natural(200, "updates; 0 leaves the network as it was tuned")
+    lr: float = positive(5e-4, "learning rate")
+    decay: float = share(0.7, "share of the updates, at the end, over which the learning rate falls to 0")
+    ema: float = ranged(0.99, "decay a step of the average of the weights", least=0, below=1)
+    batch_size: int = count(64, "sample", "samples an update")
+    samples: int = count(1024, "sample", "samples in a pool")
+    pools: int = count(2, "pool", "pools, drawn one after the other")
+    trajectory: float = share(0.5, "share of the rows that fit jumps; the others fit the velocity")
 
 
 @dataclass
 class WatchConfig:
-    """every: steps between judgements of n samples from these seeds; floor: share of the base's diversity and support that a
-    model must keep; patience: judgements without a better one before the run stops, 0 for never; report: samples of the last
-    table, from seeds that chose nothing, 0 for those that were watched."""
+    """How a fine-tuning is judged while it runs."""
 
-    every: int = count(5, "step")
-    n: int = count(64, "samples", least=2)
-    seeds: int = seed_field()
-    floor: float = share(0.9)
-    patience: int = natural(8)
-    report: int = ranged(0, least=2, off=True)
+    every: int = count(5, "step", "steps between judgements")
+    n: int = count(64, "samples", "samples of each judgement", least=2)
+    seeds: int = seed_field("seed of the first of these samples; the next have seeds + 1, seeds + 2, ...")
+    floor: float = share(0.9, "share of the base's diversity and support that a model must keep to be chosen")
+    patience: int = natural(8, "judgements without a better one before the run stops; 0 for never")
+    report: int = ranged(
+        0, "samples of the last table, from seeds that chose nothing; 0 for those that were watched", least=2, off=True
+    )
 
 
 @dataclass
 class FinetuneConfig:
-    """model: zoo name or path; reward, judge, prompt: as for steer; method: a name of `finetuning.METHODS`; label: a class, a
-    list of them, all, or null for no class (all where the reward reads it); control: lambda, the pull towards the base, in
-    spreads of the reward."""
+    """A fine-tuning."""
 
-    model: str = "fashion"
-    reward: Any = field(default_factory=lambda: {"name": "classifier"})
-    method: Any = field(default_factory=lambda: {"name": "direct"})
-    judge: Any = "auto"
-    label: str | list[str] | None = None
-    prompt: Words = None
-    control: float = natural(3.0)
-    batch_size: int = count(8, "sample")
-    seed: int = seed_field()
-    out: str | None = None
-    optimizer: TuneOptimizerConfig = field(default_factory=TuneOptimizerConfig)
-    distil: DistilConfig = field(default_factory=DistilConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    trainer: TuneTrainerConfig = field(default_factory=TuneTrainerConfig)
+    model: str = option("fashion", MODEL)
+    reward: Any = option({"name": "classifier"}, REWARD)
+    method: Any = option({"name": "direct"}, "a name (steerfm methods); method.KEY sets an argument (steerfm methods NAME)")
+    judge: Any = option("auto", JUDGE)
+    label: str | list[str] | None = option(
+        None, "a class, a list of them, or all; null for no class (all where the reward reads it)"
+    )
+    prompt: Words = option(None, "for models and rewards that read words: a text, a list of texts, or a file of them")
+    control: float = natural(3.0, "lambda, the pull towards the base, in spreads of the reward; smaller tunes harder")
+    batch_size: int = count(8, "sample", "samples a step")
+    seed: int = seed_field("seed of noise, tasks and batches")
+    out: str | None = option(None, "run folder; null for runs/finetune/MODEL-METHOD-REWARD")
+    optimizer: TuneOptimizerConfig = section(TuneOptimizerConfig)
+    distil: DistilConfig = section(DistilConfig)
+    lora: LoraConfig = section(LoraConfig)
+    watch: WatchConfig = section(WatchConfig)
+    trainer: TuneTrainerConfig = section(TuneTrainerConfig)
 
 
 NOTHING = "a suite needs problems and budgets"
@@ -291,26 +304,24 @@ NOTHING = "a suite needs problems and budgets"
 
 @dataclass
 class BenchConfig:
-    """A sweep of models x problems x strengths x budgets x methods x seeds.
+    """A sweep of models x problems x strengths x budgets x methods x seeds."""
 
-    models: zoo names or paths. problems: name -> {reward, judge, label, prompt, strength} as for steer. methods: name -> a
-    preset, or {name: a preset or path.py:Class, ...its arguments}; only: the names of those to run, default all. budgets:
-    network evaluations an output. strengths: of the tilt. seeds: repetitions, at least 4; n: outputs of each (of each
-    prompt). share: 2/4 measures the second of four parts, for several processes on one folder.
-    """
-
-    models: list[str] = field(default_factory=lambda: ["fashion"])
-    problems: dict[str, Any] = field(default_factory=dict, metadata={"of": SteerConfig})
-    methods: dict[str, Any] = field(default_factory=dict, metadata={"of": "method"})
-    only: list[str] = field(default_factory=list)
-    budgets: list[int] = field(default_factory=lambda: [8, 32, 128], metadata=bounds(least=1, of="evaluation", empty=NOTHING))
-    strengths: list[float] = field(default_factory=lambda: [10.0], metadata=bounds())
-    seeds: int = ranged(4, least=1)
-    n: int = count(8, "output")
-    batch_size: int = count(16, "output")
-    share: str = "1/1"
-    device: str = "auto"
-    out: str | None = None
+    models: list[str] = option(["fashion"], CODE)
+    problems: dict[str, Any] = option(
+        {}, "name -> {reward, judge, label, prompt, strength}, as for steerfm steer", of=SteerConfig
+    )
+    methods: dict[str, Any] = option({}, "name -> a method's name or FILE.py:CLASS, or {name: ..., its arguments}", of="method")
+    only: list[str] = option([], "names of the methods to run; [] for all")
+    budgets: list[int] = option(
+        [8, 32, 128], "network evaluations an output", range=Range(least=1, of="evaluation", empty=NOTHING)
+    )
+    strengths: list[float] = option([10.0], "strengths of the tilt, in 1 / units of the reward", range=Range())
+    seeds: int = ranged(4, "repetitions; intervals need at least 4", least=1)
+    n: int = count(8, "output", "outputs of a repetition, of each prompt")
+    batch_size: int = count(16, "output", "outputs at a time: memory grows with it, results do not depend on it")
+    share: str = option("1/1", "which part to measure: 2/4 is the second of four, for several processes on one folder")
+    device: str = option("auto", DEVICE)
+    out: str | None = option(None, "run folder; null for runs/bench/NAME")
 
 
 NAMED = {"reward", "method", "judge"}
@@ -337,8 +348,9 @@ def load(
         ConfigError: unknown key (with the nearest valid one), wrong type, out of range, no such recipe.
     """
     layers: list[Mapping[str, Any]] = []
-    if OmegaConf.is_config(source):
-        source = OmegaConf.to_container(source, resolve=False)  # type: ignore[assignment]
+    omegaconf = sys.modules.get("omegaconf")  # it is slow to import, and who has something of it has it
+    if omegaconf is not None and omegaconf.OmegaConf.is_config(source):
+        source = omegaconf.OmegaConf.to_container(source, resolve=False)
     if isinstance(source, Mapping):
         layers.append(source)
     elif source is not None:
@@ -372,6 +384,29 @@ def dump(config: Any) -> str:
 def plain(config: Any) -> dict[str, Any]:
     """The configuration as plain dictionaries and lists."""
     return asdict(config)
+
+
+def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, Any]]:
+    """(dotted name, field, type, default) of every key of a schema, those of its sections behind the section."""
+    hints, defaults = get_type_hints(schema), schema()
+    for f in fields(schema):
+        yield f"{prefix}{f.name}", f, hints[f.name], getattr(defaults, f.name)
+        if is_dataclass(hints[f.name]):
+            yield from keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+
+
+def explain(schema: type) -> str:
+    """A line a key: name and default as they are written on the command line, type and range in words, and what it means."""
+    rows = []
+    for name, f, kind, default in keys(schema):
+        if is_dataclass(kind):
+            rows.append((f"{name}.", f.metadata["doc"].rstrip(".")))
+        else:
+            choices, form = f.metadata.get("choices"), f.metadata.get("form")
+            words = " | ".join(choices) if choices else form[1] if form else type_words(kind, f.metadata.get("range"))
+            rows.append((f"{name}={line(default)}", f"{f.metadata['doc']} ({words})"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
 
 
 def recipes(kind: str) -> dict[str, Path]:

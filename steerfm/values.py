@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -10,9 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
+
+Section = TypeVar("Section")
 
 Words = str | list[str] | None
 """Texts that are asked for: always taken as they stand; on the command line ``[a, b]`` is a list of them."""
@@ -56,60 +59,82 @@ class Range:
             raise ConfigError(f"{key}={value}: {self.words()}")
 
     def words(self) -> str:
-        """The range in words."""
+        """The range in words, for who is outside of it."""
         if self.of:
             return f"at least one {self.of} is needed" if self.least == 1 else f"at least {self.least:g} {self.of} are needed"
+        return f"must be {self.limits()}"
+
+    def limits(self) -> str:
+        """The range in words: "above 0 and at most 1"."""
         parts = [
-            f"{word} {bound:g}"
+            f"{word} {_bound(bound)}"
             for word, bound in {"above": self.above, "at least": self.least, "below": self.below, "at most": self.most}.items()
             if math.isfinite(bound)
         ]
-        return f"must be {'0, or ' if self.off else ''}{' and '.join(parts)}"
+        return f"{'0, or ' if self.off else ''}{' and '.join(parts)}"
 
 
-def bounds(**limits: Any) -> dict[str, Range]:
-    """The metadata of a field with a `Range`."""
-    return {"range": Range(**limits)}
+def _bound(bound: float) -> str:
+    return "2^64 - 1" if bound == 2**64 - 1 else f"{bound:g}"
 
 
-def ranged(default: Any, **limits: Any) -> Any:
-    """A field with a `Range`."""
-    return field(default=default, metadata=bounds(**limits))
+def option(default: Any, doc: str, **metadata: Any) -> Any:
+    """A key of a configuration.
+
+    Args:
+        default: its value where none is given; of lists and dictionaries every configuration gets a copy.
+        doc: what it means, in a line, with its unit. Its type, range and default are said beside it, see `config.explain`.
+        metadata: what else it has to be, see `config.make`.
+    """
+    metadata = {"doc": doc, **metadata}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def count(default: int, of: str, least: int = 1) -> Any:
-    """A field that counts things, of which there is at least one."""
-    return ranged(default, least=least, of=of)
+def section(kind: type[Section]) -> Section:
+    """Keys that stand together, under one name; they are explained as their class is."""
+    return field(default_factory=kind, metadata={"doc": kind.__doc__})
 
 
-def share(default: float) -> Any:
-    """A field from 0 to 1."""
-    return ranged(default, least=0, most=1)
+def ranged(default: Any, doc: str, **limits: Any) -> Any:
+    """A key with a `Range`."""
+    return option(default, doc, range=Range(**limits))
 
 
-def positive(default: float | None) -> Any:
-    """A field above 0."""
-    return ranged(default, above=0)
+def count(default: int, of: str, doc: str, least: int = 1) -> Any:
+    """A key that counts things, of which there is at least one."""
+    return ranged(default, doc, least=least, of=of)
 
 
-def natural(default: float) -> Any:
-    """A field of at least 0."""
-    return ranged(default, least=0)
+def share(default: float, doc: str) -> Any:
+    """A key from 0 to 1."""
+    return ranged(default, doc, least=0, most=1)
 
 
-def finite(default: float) -> Any:
-    """A field of any finite number."""
-    return ranged(default)
+def positive(default: float | None, doc: str) -> Any:
+    """A key above 0."""
+    return ranged(default, doc, above=0)
 
 
-def choice(default: str, *others: str, what: str = "") -> Any:
-    """A field with one of a few values."""
-    return field(default=default, metadata={"choices": (default, *others), "what": what})
+def natural(default: float, doc: str) -> Any:
+    """A key of at least 0."""
+    return ranged(default, doc, least=0)
 
 
-def seed_field() -> Any:
-    """The field of a seed: 0 to 2^64 - 1."""
-    return ranged(0, least=0, most=2**64 - 1)
+def finite(default: float, doc: str) -> Any:
+    """A key of any finite number."""
+    return ranged(default, doc)
+
+
+def choice(default: str, *others: str, doc: str, what: str = "") -> Any:
+    """A key with one of a few values."""
+    return option(default, doc, choices=(default, *others), what=what)
+
+
+def seed_field(doc: str = "of all random numbers") -> Any:
+    """The key of a seed: 0 to 2^64 - 1."""
+    return ranged(0, doc, least=0, most=2**64 - 1)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -297,6 +322,26 @@ def wanted(kinds: set[Any]) -> str:
     return "give " + " or ".join(name for one, name in names.items() if one in kinds and not (one is float and int in kinds))
 
 
+def type_words(kind: Any, limits: Range | None = None) -> str:
+    """A type in plain words, with the range of its numbers: "whole number, at least 1"; "list of texts, or null"."""
+    names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+    of = {key: f"{name}s" for key, name in names.items()}
+    words = []
+    for one in sorted(members(kind) - {type(None)}, key=lambda one: one is not str):
+        if get_origin(one) in (list, Sequence):
+            words.append(f"list of {of[get_args(one)[0]]}")
+        elif get_origin(one) is dict:
+            words.append(f"{{name: {names.get(get_args(one)[1], '...')}}}")
+        else:
+            words.append(names.get(one, "name, or {name: NAME, ...}"))
+    said = " or ".join(words)
+    if limits is not None and math.isfinite(limits.least) and math.isfinite(limits.most):
+        said += f", {limits.least:g} to {_bound(limits.most)}"
+    elif limits is not None and limits.limits():
+        said += f", {limits.limits()}"
+    return f"{said}, or null" if type(None) in members(kind) else said
+
+
 # --- yaml ------------------------------------------------------------------------------------------------------------
 LEAVES = 100_000
 """Values that a file may unfold to: anchors can make a few lines endless."""
@@ -365,3 +410,10 @@ def read_yaml(path: Path) -> Any:
 def write_yaml(value: Any) -> str:
     """Dictionaries, lists and scalars as yaml that any reader takes for the same."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def line(value: Any) -> str:
+    """A value as it may be written behind ``key=``, in one line."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=math.inf).split(
+        "\n"
+    )[0]
