@@ -1,6 +1,6 @@
 """The reward-divergence frontier of every fine-tuning method, beside best-of-n and steering of the base.
 
-    steerfm bench finetune                                   # the class Bag from no class: five methods, the best control of each
+    steerfm bench finetune                                   # the class Bag from no class: five methods, one control each
     steerfm bench finetune --task compressible --methods weighted policy
     steerfm bench finetune --methods direct & steerfm bench finetune --methods weighted   # share the work, then run all
 

@@ -45,8 +45,8 @@ from steerfm.randomness import derive, global_stream, stream
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
-from steerfm.steering.engine import Trace
 from steerfm.steering.noise import NoiseAscent
+from steerfm.steering.outcome import Trace
 
 console = Console(highlight=False, markup=False, emoji=False)
 """Prints texts as they are: a name in brackets is no style. What is to be bold is a `Text`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from operator import index
@@ -64,6 +65,12 @@ class Noise:
     def other(self, purpose: str = "look-ahead") -> Noise:
         """An unrelated stream for the same outputs."""
         return Noise([derive(seed, purpose) for seed in self.seeds], self.k)
+
+    def of(self, k: int) -> Noise:
+        """The same streams, going on with ``k`` particles an output."""
+        out = copy(self)
+        out.k = k
+        return out
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal (n * k, *shape), drawn in float32, on the device and in the dtype of ``like``."""

@@ -1,7 +1,6 @@
 """Steering: four orthogonal parts (look-ahead, value, transition, correction and selection), one engine, many presets."""
 
 from steerfm.steering.corrections import Jarzynski, Marginal, Twisted, Uncorrected
-from steerfm.steering.engine import Method, Outcome, Steering, Trace
 from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Rollout, Smooth, residual
 from steerfm.steering.methods import (
     DAS,
@@ -29,7 +28,9 @@ from steerfm.steering.methods import (
     WeightedDiamond,
 )
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
-from steerfm.steering.run import SteeringResult, steer
+from steerfm.steering.outcome import Method, Outcome, Trace
+from steerfm.steering.run import SteeringResult, steer, steps
+from steerfm.steering.sampler import State, Steering
 from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
     Adaptive,
@@ -47,7 +48,7 @@ __all__ = [
     "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "EndpointAscent",
     "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM",
     "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
-    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "Steering",
-    "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
-    "ZeroOrderSearch", "residual", "steer",
+    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "State",
+    "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
+    "ZeroOrderSearch", "residual", "steer", "steps",
 ]  # fmt: skip

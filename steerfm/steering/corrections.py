@@ -8,18 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from steerfm.sampling import Diffuse, Jump, Noise, Step
+from steerfm.sampling import Diffuse, Jump, Noise, Step, Transition
 from steerfm.steering import lookahead
-from steerfm.steering.value import Adaptive, Evaluation, MapGradient, View
-from steerfm.steering.weights import wide
+from steerfm.steering.value import Adaptive, Evaluation, Guidance, MapGradient, Tempering, View
+from steerfm.steering.weights import Selection, wide
 
-if TYPE_CHECKING:
-    from steerfm.steering.engine import Steering
+
+class Parts(Protocol):
+    """The parts of a method, of which a correction says whether they fit."""
+
+    @property
+    def lookahead(self) -> lookahead.Lookahead | None: ...
+
+    @property
+    def guidance(self) -> Guidance | None: ...
+
+    @property
+    def tempering(self) -> Tempering: ...
+
+    @property
+    def transition(self) -> Transition: ...
+
+    @property
+    def correction(self) -> Correction: ...
+
+    @property
+    def resampling(self) -> Selection | None: ...
 
 
 @dataclass
@@ -80,11 +99,11 @@ class Correction(Protocol):
     @property
     def differentiates(self) -> bool: ...
 
-    def check(self, steering: Steering) -> None:
+    def check(self, parts: Parts) -> None:
         """Raise a ValueError that says why, if the other parts do not fit."""
         ...
 
-    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+    def remember(self, parts: Parts, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
         """The evaluation ``after`` a step (or at the start), with what the correction carries along the path."""
         ...
 
@@ -152,18 +171,17 @@ class Twisted:
         if self.potential not in POTENTIALS:
             raise ValueError(f"unknown potential {self.potential!r}; potentials: {', '.join(POTENTIALS)}")
 
-    def check(self, steering: Steering) -> None:
-        transition = steering.transition
-        assert not isinstance(transition, str)
-        if steering.guidance is not None and not transition.stochastic:
+    def check(self, parts: Parts) -> None:
+        transition = parts.transition
+        if parts.guidance is not None and not transition.stochastic:
             raise ValueError(
                 "a twisted correction needs the density of a guided step: use transition renoise, diffuse or bridge, or no "
                 "guidance, or correction none (ascent, not sampling)"
             )
-        if self.potential != "difference" and isinstance(steering.tempering, Adaptive):
+        if self.potential != "difference" and isinstance(parts.tempering, Adaptive):
             raise ValueError("adaptive tempering chooses the value of the next step: it needs potential difference")
 
-    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+    def remember(self, parts: Parts, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
         return POTENTIALS[self.potential](before, after)
 
     def start(self, evaluation: Evaluation) -> Tensor:
@@ -234,8 +252,8 @@ class Jarzynski:
     def differentiates(self) -> bool:
         return self.general
 
-    def check(self, steering: Steering) -> None:
-        guidance, transition = steering.guidance, steering.transition
+    def check(self, parts: Parts) -> None:
+        guidance, transition = parts.guidance, parts.transition
         drift = (
             isinstance(transition, Diffuse)
             and type(guidance) is MapGradient
@@ -248,11 +266,11 @@ class Jarzynski:
                 "a Jarzynski weight holds only for transition jump without guidance, or for transition diffuse with guidance "
                 "MapGradient(scale=0.5, cap=None), which is FMTT's drift: use correction twisted for anything else"
             )
-        if isinstance(steering.tempering, Adaptive):
+        if isinstance(parts.tempering, Adaptive):
             raise ValueError("a Jarzynski weight needs the tempering as a function of time: adaptive needs correction twisted")
         if self.general:
             return
-        if not isinstance(steering.lookahead, lookahead.Jump):
+        if not isinstance(parts.lookahead, lookahead.Jump):
             raise ValueError(
                 "the simple Jarzynski weight holds only for a flow-map look-ahead: use lookahead jump, correction "
                 "Jarzynski(general=True), or correction twisted"
@@ -263,18 +281,18 @@ class Jarzynski:
                 "Jarzynski(general=True), or no ascent"
             )
 
-    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+    def remember(self, parts: Parts, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
         """Carries the rate of the weight where it is general: d log w / dt at this state."""
-        return replace(after, memory=self._rate(steering, view)) if self.general else after
+        return replace(after, memory=self._rate(parts, view)) if self.general else after
 
-    def _rate(self, steering: Steering, view: View) -> Tensor:
-        flow_map, cond, guidance = view.problem.flow_map, view.problem.cond, steering.guidance
+    def _rate(self, parts: Parts, view: View) -> Tensor:
+        flow_map, cond, guidance = view.problem.flow_map, view.problem.cond, parts.guidance
         chi = guidance.ascent(view.t) if isinstance(guidance, MapGradient) and guidance.ascent is not None else 0.0
         b = flow_map.velocity(view.x, view.t, cond)
         with torch.enable_grad():
             x = view.x.detach().requires_grad_()
             t = torch.full((len(x),), view.t, dtype=x.dtype, device=x.device, requires_grad=True)
-            beta = steering.tempering(t)  # type: ignore[operator, arg-type]
+            beta = parts.tempering(t)  # type: ignore[arg-type]
             here = replace(view, t=t, beta=lambda ends, tilt: torch.as_tensor(beta).to(tilt).expand(len(tilt)))  # type: ignore[arg-type]
             value = here.value(here.endpoints(x)).value.sum()
             gradient, rate = torch.autograd.grad(value, (x, t), create_graph=bool(chi), allow_unused=True)
@@ -319,11 +337,11 @@ class Uncorrected:
     samples = False
     looks_untempered = differentiates = False
 
-    def check(self, steering: Steering) -> None:
-        if isinstance(steering.tempering, Adaptive):
+    def check(self, parts: Parts) -> None:
+        if isinstance(parts.tempering, Adaptive):
             raise ValueError("adaptive tempering follows the weights: it needs correction twisted")
 
-    def remember(self, steering: Steering, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
+    def remember(self, parts: Parts, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
         return after
 
     def start(self, evaluation: Evaluation) -> Tensor:

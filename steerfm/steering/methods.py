@@ -14,9 +14,10 @@ from torch import Tensor
 from steerfm.sampling import Bridge, Diffuse, Noise, Transition
 from steerfm.sampling import Jump as JumpTransition
 from steerfm.steering.corrections import Correction, Jarzynski, Marginal, Twisted, Uncorrected
-from steerfm.steering.engine import Method, Outcome, Steering, Tick
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.outcome import Method
+from steerfm.steering.sampler import Begin, State, Steering
 from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
     Adaptive,
@@ -104,10 +105,10 @@ class Funnel(Steering):
         particles = budget // (2 * max(steps, 2)) if steps else budget
         return replace(self, particles=particles, steps=1 + steps, first=budget - particles * steps)
 
-    def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
-        rows = torch.arange(0, n * self.particles, self.particles, device=problem.strength.device)
+    def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
+        rows = torch.arange(0, len(noise.seeds) * self.particles, self.particles, device=problem.strength.device)
         wider = problem.select(rows.repeat_interleave(self.first))
-        return super()._run(wider, Noise(noise.seeds, self.first), n, lookaheads, tick)
+        return super().start(wider, Noise(noise.seeds, self.first), begin)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from steerfm.flowmap import repeat_rows
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
-from steerfm.steering.engine import Outcome, Tick, Trace
+from steerfm.steering.outcome import Outcome, Tick, Trace
 from steerfm.steering.value import Problem, gradient_of
 from steerfm.steering.weights import at_least_one, wide
 

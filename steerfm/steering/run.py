@@ -1,9 +1,9 @@
-"""Running a method on a problem: `steer`, and the result it returns."""
+"""Running a method on a problem: `steer`, the result it returns, and `steps`, which shows each step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward, as_reward
 from steerfm.sampling import Noise, as_condition, seed_list, whole_numbers
-from steerfm.steering.engine import Method, Outcome, Tick, Trace
 from steerfm.steering.methods import Funnel
+from steerfm.steering.outcome import Method, Outcome, Tick, Trace
+from steerfm.steering.sampler import Begin, Callback, State, Steering
 from steerfm.steering.value import Problem
 from steerfm.steering.weights import Resample, wide
 
@@ -84,6 +85,10 @@ def steer(
     micro_batch: int | None = None,
     lookaheads: bool = False,
     progress: Tick | None = None,
+    x0: Tensor | None = None,
+    start: tuple[Tensor, float] | None = None,
+    times: Sequence[float] | None = None,
+    callback: Callback | None = None,
 ) -> SteeringResult:
     """Steer samples of a flow map towards a reward: q(x) proportional to p_1(x) exp(strength * r(x)).
 
@@ -102,6 +107,11 @@ def steer(
             caches do not hold more (4,096 rows at once take 1.5 times as long); where memory does not hold them, half as many.
         lookaheads: keep the first particle's look-ahead pictures in the trace.
         progress: called with (steps done, steps in all).
+        x0: (n, *shape) noise to begin with in place of that of the seeds, or (n, k, *shape) for each particle.
+        start: pictures in [0, 1], (n, c, h, w) or one for all (vectors for toy maps), and a time t in [0, 1): particles begin
+            at alpha_t picture + sigma_t noise; the later the time, the more of the picture stays.
+        times: ascending, from 0 (or the time of ``start``) to 1, in place of the method's own grid.
+        callback: called with the `State` after each step; where it returns something true, one jump ends the run.
 
     Returns:
         A `SteeringResult` with all particles, their log-weights, the trace and the cost.
@@ -109,60 +119,211 @@ def steer(
     Raises:
         ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
     """
-    reward = as_reward(reward)
-    method = Funnel() if method is None else method
-    method.check(reward)
-    all_seeds = seed_list(seeds, n)
-    rows = as_condition(flow_map, cond, n)
-    k = method.particles
-    whole_numbers(particles=k)
-    tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
-    if tilt.ndim > 1 or (tilt.ndim == 1 and len(tilt) != n):
-        raise ValueError(f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output")
-    if not bool(torch.isfinite(tilt).all()):
-        raise ValueError(f"strength={strength}: must be finite")
-    tilt = tilt.expand(n)
-    if labels is None and isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
-        labels = rows
-    if prompts is None and isinstance(flow_map.null, Mapping) and isinstance(cond, str | list | tuple):
-        prompts = cond  # type: ignore[assignment]  # a map of texts is asked in words, and a reward may read them
-    texts = [prompts] * n if isinstance(prompts, str) else prompts
-    if texts is not None and len(texts) != n:
-        raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
-    if isinstance(reward, torch.nn.Module):
-        reward.to(flow_map.device)
-    size = n if batch_size is None else batch_size
-    whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
-    if size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least one output at a time")
-    batches = -(-n // size)
-    if micro_batch is None and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
-        micro_batch = CPU_ROWS
-    outcomes = []
+    job = _Job.of(
+        flow_map, reward, method, n, seeds, strength, cond, prompts, labels, batch_size, micro_batch, x0, start, times,
+        needs_states=callback is not None,
+    )  # fmt: skip
+    outcomes, micro_batch, watch = [], job.micro_batch, None if callback is None else _lent(callback)
     with Ledger() as ledger:
-        for index, begin in enumerate(range(0, n, size)):
-            part = slice(begin, min(begin + size, n))
-            problem = Problem(
-                flow_map,
-                reward,
-                tilt[part].repeat_interleave(k),
-                repeat_rows(take_rows(rows, part), k),
-                None if labels is None else labels[part].repeat_interleave(k),
-                None if texts is None else [text for text in texts[part] for _ in range(k)],
-                torch.arange(part.stop - part.start, device=flow_map.device).repeat_interleave(k),
-            )
+        for index, rows in enumerate(job.batches):
 
             def tick(done: int, steps: int, index: int = index) -> None:
                 if progress is not None:
                     with untouched():
-                        progress(index * steps + done, batches * steps)
+                        progress(index * steps + done, len(job.batches) * steps)
 
-            def run(problem: Problem, part: slice = part, tick: Tick = tick) -> Outcome:
-                return method.run(problem, Noise(all_seeds[part], k), part.stop - part.start, lookaheads, tick)
+            def run(problem: Problem, rows: slice = rows, tick: Tick = tick) -> Outcome:
+                noise, many = job.noise(rows), rows.stop - rows.start
+                if watch is None and job.begin is None:
+                    return job.method.run(problem, noise, many, lookaheads, tick)
+                assert isinstance(job.method, Steering)
+                return job.method.run(
+                    problem, noise, many, lookaheads, tick, None if job.begin is None else job.begin[rows], watch
+                )
 
-            outcome, micro_batch = _fitting(run, problem, micro_batch)
+            outcome, micro_batch = _fitting(run, job.problem(rows), micro_batch)
             outcomes.append(outcome)
-    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, strength=tilt.clone(), flow_map=flow_map)
+    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, strength=job.strength.clone(), flow_map=flow_map)
+
+
+def steps(
+    flow_map: FlowMap,
+    reward: Reward | Callable[..., Tensor],
+    method: Method | None = None,
+    n: int = 1,
+    seeds: int | Sequence[int] = 0,
+    strength: float | Sequence[float] | Tensor = 1.0,
+    cond: Condition | str | int | Sequence[str | int] = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: Tensor | None = None,
+    micro_batch: int | None = None,
+    x0: Tensor | None = None,
+    start: tuple[Tensor, float] | None = None,
+    times: Sequence[float] | None = None,
+) -> Iterator[State]:
+    """Steer step by step: the `State` after each step, of all outputs at once. The arguments are those of `steer`.
+
+    >>> for state in steerfm.steps(flow_map, reward, FeynmanKac(particles=16, steps=8), n=4):
+    ...     print(state.t, state.ess, state.lookahead_images().shape)
+    """
+    job = _Job.of(
+        flow_map, reward, method, n, seeds, strength, cond, prompts, labels, None, micro_batch, x0, start, times, True
+    )  # fmt: skip
+    (rows,) = job.batches
+    problem = job.problem(rows)
+    if job.micro_batch is not None:
+        problem = replace(problem, flow_map=Microbatched(flow_map, job.micro_batch))
+    assert isinstance(job.method, Steering)
+    return job.method.steps_of(problem, job.noise(rows), job.begin)
+
+
+def _lent(callback: Callback) -> Callback:
+    """The callback, which leaves the process as it was."""
+
+    def call(state: State) -> Any:
+        with untouched():
+            return callback(state)
+
+    return call
+
+
+@dataclass
+class _Job:
+    """What `steer` is asked for, checked: a row for each output, cut in batches."""
+
+    flow_map: FlowMap
+    reward: Reward
+    method: Method
+    seeds: list[int]
+    strength: Tensor
+    cond: Condition
+    labels: Tensor | None
+    prompts: Sequence[str] | None
+    begin: Begin | None
+    batches: list[slice]
+    micro_batch: int | None
+
+    @classmethod
+    def of(
+        cls,
+        flow_map: FlowMap,
+        reward: Any,
+        method: Method | None,
+        n: int,
+        seeds: Any,
+        strength: Any,
+        cond: Any,
+        prompts: Any,
+        labels: Tensor | None,
+        batch_size: int | None,
+        micro_batch: int | None,
+        x0: Tensor | None,
+        start: tuple[Tensor, float] | None,
+        times: Sequence[float] | None,
+        needs_states: bool,
+    ) -> _Job:
+        """See `steer`."""
+        rw = as_reward(reward)
+        method = Funnel() if method is None else method
+        method.check(rw)
+        all_seeds = seed_list(seeds, n)
+        begin = _begin(flow_map, n, x0, start, times)
+        if (needs_states or begin is not None) and not isinstance(method, Steering):
+            raise ValueError(
+                f"{type(method).__name__} does not walk from noise to data: x0, start, times, callback and steps need a "
+                "method that does, such as FeynmanKac or Funnel"
+            )
+        rows = as_condition(flow_map, cond, n)
+        k = method.particles
+        whole_numbers(particles=k)
+        tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
+        if tilt.ndim > 1 or (tilt.ndim == 1 and len(tilt) != n):
+            raise ValueError(f"strength has shape {tuple(tilt.shape)} for n={n} outputs: give one number, or one per output")
+        if not bool(torch.isfinite(tilt).all()):
+            raise ValueError(f"strength={strength}: must be finite")
+        tilt = tilt.expand(n)
+        if labels is None and isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
+            labels = rows
+        if prompts is None and isinstance(flow_map.null, Mapping) and isinstance(cond, str | list | tuple):
+            prompts = cond  # type: ignore[assignment]  # a map of texts is asked in words, and a reward may read them
+        texts = [prompts] * n if isinstance(prompts, str) else prompts
+        if texts is not None and len(texts) != n:
+            raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
+        if isinstance(module := rw, torch.nn.Module):
+            module.to(flow_map.device)
+        size = n if batch_size is None else batch_size
+        whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
+        if size < 1:
+            raise ValueError(f"batch_size={batch_size}: at least one output at a time")
+        batches = [slice(first, min(first + size, n)) for first in range(0, n, size)]
+        if micro_batch is None and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
+            micro_batch = CPU_ROWS
+        return cls(flow_map, rw, method, all_seeds, tilt, rows, labels, texts, begin, batches, micro_batch)
+
+    def noise(self, rows: slice) -> Noise:
+        return Noise(self.seeds[rows], self.method.particles)
+
+    def problem(self, rows: slice) -> Problem:
+        """That of some outputs, a row for each particle."""
+        k, of = self.method.particles, self.flow_map.device
+        return Problem(
+            self.flow_map,
+            self.reward,
+            self.strength[rows].repeat_interleave(k),
+            repeat_rows(take_rows(self.cond, rows), k),
+            None if self.labels is None else self.labels[rows].repeat_interleave(k),
+            None if self.prompts is None else [text for text in self.prompts[rows] for _ in range(k)],
+            torch.arange(rows.stop - rows.start, device=of).repeat_interleave(k),
+        )
+
+
+def _begin(
+    flow_map: FlowMap, n: int, x0: Tensor | None, start: tuple[Tensor, float] | None, times: Sequence[float] | None
+) -> Begin | None:
+    """Where the particles begin; None for noise of the seeds and the method's own times.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if x0 is None and start is None and times is None:
+        return None
+    if x0 is not None and start is not None:
+        raise ValueError("x0 and start: give one, the noise or the pictures to begin with")
+    t, x = 0.0, None
+    if start is not None:
+        try:
+            pictures, t = start
+            t = float(t)
+        except (TypeError, ValueError):
+            raise ValueError("start: give (pictures, t)") from None
+        if not 0 <= t < 1:
+            raise ValueError(f"start=(pictures, {t:g}): a time in [0, 1)")
+        x = flow_map.encode(_states("start", pictures, flow_map, n, per_particle=False))
+    elif x0 is not None:
+        x = _states("x0", x0, flow_map, n, per_particle=True)
+    grid = None if times is None else tuple(float(time) for time in times)
+    if grid is not None and not (
+        len(grid) > 1 and grid[0] == t and grid[-1] == 1 and all(a < b for a, b in zip(grid, grid[1:]))
+    ):
+        raise ValueError(f"times={list(grid)}: ascending times from {t:g} to 1")
+    return Begin(x, t, start is not None, grid)
+
+
+def _states(name: str, x: Tensor, flow_map: FlowMap, n: int, per_particle: bool) -> Tensor:
+    """(n, *shape), or (n, k, *shape), checked."""
+    x, shape = torch.as_tensor(x), tuple(flow_map.shape)
+    if tuple(x.shape) == shape or tuple(x.shape) == (1, *shape):
+        x = x.reshape(1, *shape).expand(n, *shape)
+    fits = x.shape[:1] == (n,) and (tuple(x.shape[1:]) == shape or (per_particle and tuple(x.shape[2:]) == shape))
+    if not fits:
+        more = f", or (n, particles, {', '.join(map(str, shape))})" if per_particle else ", or one for all"
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} for n={n} outputs: give ({', '.join(map(str, (n, *shape)))}){more}"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} is not finite")
+    return x
 
 
 def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | None) -> tuple[Outcome, int | None]:

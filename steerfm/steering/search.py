@@ -19,8 +19,8 @@ from torch import Tensor
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise, time_grid
-from steerfm.steering.engine import Outcome, Tick
 from steerfm.steering.noise import Found, search_trace
+from steerfm.steering.outcome import Outcome, Tick
 from steerfm.steering.value import Problem
 from steerfm.steering.weights import at_least_one, effective_sample_size, multinomial, normalise, wide
 

@@ -1,0 +1,559 @@
+"""The sampler: every step takes all particles of all outputs as one batch from t_i to t_{i+1}.
+
+    look ahead -> value (and direction) -> transition (guided) -> correction of the log-weights -> selection
+
+`Steering` is a method given by its parts, `State` what it carries from step to step. Presets are in `methods.py`; `run.py` runs
+any of them on a problem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from steerfm import sampling
+from steerfm.flowmap import Microbatched
+from steerfm.rewards import Reward, RewardError
+from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, part, time_grid, whole_numbers
+from steerfm.steering.corrections import CORRECTIONS, Correction, Family, Move, Parts, Twisted
+from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
+from steerfm.steering.outcome import Outcome, Tick, Trace
+from steerfm.steering.value import (
+    GUIDANCES,
+    TEMPERINGS,
+    Adaptive,
+    Evaluation,
+    Guidance,
+    Power,
+    Problem,
+    Tempering,
+    View,
+    evaluate,
+    look,
+    needs_gradient,
+)
+from steerfm.steering.weights import (
+    Candidates,
+    Resample,
+    Selected,
+    Selection,
+    effective_sample_size,
+    largest,
+    log_mean,
+    log_mean_exp,
+    normalise,
+    unbiased,
+    wide,
+)
+
+
+# --- where the particles are -------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """Where the particles begin, and the times that they visit; by default noise at t = 0, and the method's own grid.
+
+    Attributes:
+        x: (n, *shape), or (n, k, *shape) for each particle; None for noise.
+        t: time of x.
+        noised: x is data, and particles begin at alpha_t x + sigma_t noise.
+        times: ascending, from t to 1.
+    """
+
+    x: Tensor | None = None
+    t: float = 0.0
+    noised: bool = False
+    times: tuple[float, ...] | None = None
+
+    def __getitem__(self, rows: slice) -> Begin:
+        """That of some outputs."""
+        return self if self.x is None else replace(self, x=self.x[rows])
+
+    def states(self, problem: Problem, noise: Noise) -> Tensor:
+        """(n k, *shape) the particles at t."""
+        flow_map, n, k = problem.flow_map, len(noise.seeds), noise.k
+        if self.x is None:
+            return noise.start(flow_map)
+        x = self.x.to(flow_map.device, flow_map.dtype)
+        x = x.unsqueeze(1) if x.ndim == len(flow_map.shape) + 1 else x
+        if x.shape[1] not in (1, k):
+            raise ValueError(f"{x.shape[1]} particles to begin with, where the method begins with {k}: give (n, *shape) or {k}")
+        x = x.expand(n, k, *flow_map.shape).flatten(0, 1)
+        if not self.noised:
+            return x.clone()
+        return flow_map.interpolant.interpolate(noise.start(flow_map), x, self.t)
+
+    def grid(self, times: list[float]) -> list[float]:
+        """The times to visit, where a method by itself visits ``times``."""
+        if self.times is not None:
+            return list(self.times)
+        return times if self.t == 0 else [self.t + (1 - self.t) * t for t in times]
+
+
+@dataclass
+class Parents:
+    """The particles before a selection, and who of them went on; without ``selected`` all did."""
+
+    x: Tensor
+    now: Evaluation
+    problem: Problem
+    log_w: Tensor
+    selected: Selected | None = None
+
+
+@dataclass
+class State:
+    """All particles of all outputs of a batch, after a step and the selection that follows it.
+
+    Attributes:
+        problem: what is steered, a row for each particle.
+        noise, looks: the streams of the path and of look-aheads that draw.
+        times: that are visited; ``done`` steps are taken.
+        x: (n k, *shape) the particles, in model space.
+        now: what is known about them.
+        log_w: (n, k) log-weights. log_z: (n,) what resampling has moved out of them.
+        first: (n, k) strength * reward of the look-aheads at the start; zeros where nobody looked.
+        parents: the particles before the last selection. selected: who went on.
+        info: what the last step did, a row of the `Trace`.
+    """
+
+    problem: Problem
+    noise: Noise
+    looks: Noise
+    times: list[float]
+    done: int
+    x: Tensor
+    now: Evaluation
+    log_w: Tensor
+    log_z: Tensor
+    first: Tensor
+    parents: Parents
+    selected: Selected
+    info: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def t(self) -> float:
+        """The time of the particles."""
+        return self.times[self.done]
+
+    @property
+    def finished(self) -> bool:
+        return self.done == len(self.times) - 1
+
+    @property
+    def ess(self) -> Tensor:
+        """(n,) effective sample size as a share of the particles, before the selection."""
+        return self.info["ess"] if self.info else effective_sample_size(self.log_w)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """(n, k) with logsumexp = 0 over the particles of each output."""
+        return normalise(self.log_w)
+
+    def images(self) -> Tensor:
+        """(n, k, c, h, w) the particles as they are, as pictures (vectors stay as they are)."""
+        return self._pictures(self.x)
+
+    def lookahead_images(self) -> Tensor:
+        """(n, k, c, h, w) pictures of where the particles are going; one network call each where the method did not look."""
+        z = self.now.endpoint
+        return self._pictures(self.problem.flow_map.lookahead(self.x, self.t, self.problem.cond) if z is None else z)
+
+    def _pictures(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.problem.flow_map.decode(z).unflatten(0, self.log_w.shape)
+
+
+Callback = Callable[[State], Any]
+"""Sees the state after each step; what is true ends the run: a jump takes the particles to t = 1."""
+
+
+# --- the method by parts ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Steering:
+    """A steering method given by its parts; parts may be objects, their names, or dictionaries of their arguments:
+    ``guidance={"scale": 0.5}`` changes the method's own, ``{"name": "map", "scale": 0.5}`` takes another.
+
+    Samples: what its correction says; with the default, the tilt of the base chain's own law, as the particles grow.
+
+    Attributes:
+        particles: per output.
+        steps: transitions from t = 0 to t = 1.
+        lookahead: denoise, jump, rollout, smooth, renoise or posterior, or None: the reward is only seen at the end.
+        guidance: map, endpoint, free or ascent, or None: no gradient.
+        tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
+        transition: jump, renoise, diffuse or bridge.
+        correction: twisted, marginal, jarzynski or none.
+        resampling: a scheme's name or any `Selection`; None for no selection. Asked before steps with noise only: elsewhere
+            copies would stay copies.
+        threshold: resample below this ESS, as a share of the particles.
+        power: of the time grid, t_i = (i / steps)^power.
+        recurrence: times each step but the last is taken, going back by noising in between (FreeDoM's time travel).
+        stop: guide only at times below this.
+    """
+
+    particles: int = 16
+    steps: int = 8
+    lookahead: Lookahead | str | None = field(default_factory=Jump)
+    guidance: Guidance | str | None = None
+    tempering: Tempering | str | float = field(default_factory=Power)
+    transition: Transition | str = field(default_factory=Renoise)
+    correction: Correction | str = field(default_factory=Twisted)
+    resampling: Selection | str | None = "systematic"
+    threshold: float = 0.5
+    power: float = 1.0
+    recurrence: int = 1
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        whole_numbers(particles=self.particles, recurrence=self.recurrence)
+        if self.recurrence < 1:
+            raise ValueError(f"recurrence={self.recurrence}: each step is taken at least once")
+        if self.particles < 1:
+            raise ValueError(f"particles={self.particles}: at least one particle is needed")
+        time_grid(self.steps, self.power)
+        resolved: dict[str, Any] = {
+            "lookahead": part(self.lookahead, LOOKAHEADS, "lookahead", self._default("lookahead")),
+            "guidance": part(self.guidance, GUIDANCES, "guidance", self._default("guidance")),
+            "transition": part(self.transition, TRANSITIONS, "transition", self._default("transition")),
+            "correction": part(self.correction, CORRECTIONS, "correction", self._default("correction")),
+            "tempering": Power(float(self.tempering))
+            if isinstance(self.tempering, float | int)
+            else part(self.tempering, TEMPERINGS, "tempering", self._default("tempering")),
+            "resampling": Resample(self.resampling, self.threshold)
+            if isinstance(self.resampling, str)
+            else part(self.resampling, {}, "resampling", Resample(threshold=self.threshold)),
+        }
+        for name, value in resolved.items():
+            if value is None and name in ("transition", "correction", "tempering"):
+                raise ValueError(f"{name}=None: give one, such as {self._default(name)}")
+            object.__setattr__(self, name, value)
+        if self.guidance is not None and self.lookahead is None:
+            raise ValueError("guidance needs a look-ahead: lookahead=jump or lookahead=denoise")
+        if self.lookahead is None and self.resampling is not None and self.resampling.ranks:  # type: ignore[union-attr]
+            raise ValueError("this selection ranks look-aheads: lookahead=jump or lookahead=denoise")
+        self.correction.check(self)  # type: ignore[union-attr]
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        """The part that this method has by itself."""
+        field = cls.__dataclass_fields__[name]
+        return field.default if field.default_factory is MISSING else field.default_factory()
+
+    def check(self, reward: Reward) -> None:
+        if needs_gradient(self.guidance) and not reward.differentiable:  # type: ignore[arg-type]
+            raise RewardError(
+                f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use BestOfN, or "
+                "FeynmanKac with guidance=None"
+            )
+
+    def times(self) -> list[float]:
+        """The times visited, t_0 = 0 to t_end = 1; with ``recurrence`` they go back and forth."""
+        grid = time_grid(self.steps, self.power)
+        out = grid[:1]
+        for s, t in zip(grid, grid[1:]):
+            out += [t] if t == 1 else [t, s] * (self.recurrence - 1) + [t]
+        return out
+
+    def fitted(self, problem: Problem) -> Steering:
+        """This method, without its guidance where that is optional and the reward has no gradient."""
+        guidance = self.parts.guidance
+        optional = guidance is not None and guidance.differentiates and not needs_gradient(guidance)
+        return replace(self, guidance=None) if optional and not problem.has_gradient() else self
+
+    @property
+    def parts(self) -> Parts:
+        """The parts as objects, which they are once a method is made."""
+        return cast(Parts, self)
+
+    # --- a run ---------------------------------------------------------------------------------------------------------
+    def run(
+        self,
+        problem: Problem,
+        noise: Noise,
+        n: int,
+        lookaheads: bool,
+        tick: Tick,
+        begin: Begin | None = None,
+        callback: Callback | None = None,
+    ) -> Outcome:
+        """See `Method.run`.
+
+        Args:
+            begin: where the particles begin.
+            callback: sees the state after each step, and may end the run.
+        """
+        method = self.fitted(problem)
+        state = method.start(problem, noise, begin)
+        first, records = state.selected, []
+        while not state.finished:
+            state = method.step(state)
+            records.append({name: row for name, row in state.info.items() if lookaheads or name != "lookaheads"})
+            tick(len(records), len(state.times) - 1)
+            if callback is not None and callback(state) and not state.finished:
+                method, state = method.landing(), replace(state, times=[*state.times[: state.done + 1], 1.0])
+        return method._outcome(state, first, records)
+
+    def steps_of(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> Iterator[State]:
+        """The state after each step."""
+        method = self.fitted(problem)
+        state = method.start(problem, noise, begin)
+        while not state.finished:
+            state = method.step(state)
+            yield state
+
+    def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
+        """The state before the first step: particles, what a look ahead says of them, and who of them goes on."""
+        begin = begin or Begin()
+        with self._mode():
+            x, times, looks = begin.states(problem, noise), begin.grid(self.times()), noise.other()
+            zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
+            now = self._look(problem, looks, x, times, 0, None, zero)
+            log_w = self.parts.correction.start(now).view(-1, noise.k)
+            parents, nobody = Parents(x, now, problem, log_w), Selected.none(log_w)
+            log_z, first = log_w.new_zeros(len(log_w)), now.tilt.view_as(log_w)
+            return self._select(State(problem, noise, looks, times, 0, x, now, log_w, log_z, first, parents, nobody))
+
+    def step(self, state: State) -> State:
+        """The state one step later. Gradient-free methods run in inference mode: no graph is ever kept."""
+        with self._mode():
+            s, t = state.times[state.done : state.done + 2]
+            kernel = self._kernel(state, s, t)
+            shift = self._shift(state, kernel, s, t)
+            z = state.noise.normal(state.problem.flow_map.shape, state.x) if kernel.std else None
+            x = (kernel if shift is None else type(kernel)(kernel.mean + shift, kernel.std)).sample(z)
+            family = self._family(state.parents, x, kernel, shift, s, t) if t > s else None
+            move = Move(state.now, state.now, kernel, shift, z, t - s, family)
+            last = state.done + 2 == len(state.times)
+            if last:
+                move.after = self._arrive(state, x)
+            else:
+                move.after = self._look(state.problem, state.looks, x, state.times, state.done + 1, move, state.log_w)
+            log_w = state.log_w + self.parts.correction.increment(move).view_as(state.log_w)
+            info = self._info(move, state.x, log_w, state.problem.flow_map.shape)
+            state = replace(state, done=state.done + 1, x=x, now=move.after, log_w=log_w, info=info)
+            if last:
+                state = replace(state, parents=Parents(x, move.after, state.problem, log_w), selected=Selected.none(log_w))
+            else:
+                state = self._select(state)
+            state.info |= {"resampled": state.selected.resampled, "ancestors": state.selected.ancestors}
+            return state
+
+    def landing(self) -> Steering:
+        """This method for a last step that a callback asks for: a jump to the data, which nothing guides."""
+        return replace(self, transition=sampling.Jump(), guidance=None)
+
+    def _mode(self) -> AbstractContextManager[Any]:
+        guidance = self.parts.guidance
+        graph = self.parts.correction.differentiates or (guidance is not None and guidance.differentiates)
+        return torch.no_grad() if graph else torch.inference_mode()
+
+    # --- the parts of a step ---------------------------------------------------------------------------------------------
+    def _kernel(self, state: State, s: float, t: float) -> Step:
+        """The unguided step from s to t; back in time it is the noising kernel."""
+        flow_map, x = state.problem.flow_map, state.x
+        if t < s:
+            scale, std = flow_map.interpolant.renoise(s, t)
+            return Step(scale * x, std)
+        return self.parts.transition.step(flow_map, x, s, t, state.problem.cond, self._shared(state.now))
+
+    def _shift(self, state: State, kernel: Step, s: float, t: float) -> Tensor | None:
+        """What the guidance adds to the mean of a step, (n k, *shape); back in time nothing."""
+        guidance, now = self.parts.guidance, state.now
+        if guidance is None or now.direction is None or s >= min(t, self.stop) or not self.parts.correction.guides(kernel):
+            return None
+        return guidance.shift(state.problem.flow_map, now, state.x, kernel.mean, s, t, kernel.std)
+
+    def _arrive(self, state: State, x: Tensor) -> Evaluation:
+        """The evaluation at t = 1: the reward itself, which is known where the last look-ahead is what comes out."""
+        scores = state.now.scores if x is self._shared(state.now) else None
+        scores = state.problem.score(x) if scores is None else scores
+        tilt = state.problem.tilt(scores.total)
+        return Evaluation(tilt, tilt, torch.ones_like(tilt), x, scores=scores)
+
+    def _info(self, move: Move, x: Tensor, log_w: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+        """A row of the trace, without the selection that is to come; ``x`` are the particles before the step."""
+        zero = torch.zeros(len(x), dtype=log_w.dtype, device=log_w.device)
+        ratio, norm = zero, zero
+        if move.shift is not None and move.before.direction is not None:
+            ratio = move.shift.flatten(1).norm(dim=1) / (move.step.mean - x).flatten(1).norm(dim=1).clamp_min(1e-12)
+            norm = move.before.direction.flatten(1).norm(dim=1)
+        info = {
+            "ess": effective_sample_size(log_w),
+            "value": move.after.value.view_as(log_w),
+            "guidance_ratio": ratio.view_as(log_w),
+            "gradient_norm": norm.view_as(log_w),
+            "beta": move.after.beta.view_as(log_w)[:, 0],
+        }
+        if self.lookahead is not None and move.after.endpoint is not None:
+            info["lookaheads"] = move.after.endpoint.view(*log_w.shape, *shape)[:, 0]
+        return info
+
+    def _select(self, state: State) -> State:
+        """Ask the selection before the next step; without noise in that, copies would stay copies."""
+        s, t = state.times[state.done : state.done + 2]
+        selection, log_w = self.parts.resampling, state.log_w
+        state = replace(state, parents=Parents(state.x, state.now, state.problem, log_w), selected=Selected.none(log_w))
+        scatters = t < s or (t < 1 and self.parts.transition.stochastic)
+        if selection is None or not (scatters or selection.prunes):
+            return state
+        n, k = log_w.shape
+        u = state.noise.uniform(k, log_w.device)
+        selected = selection.select(Candidates(log_w, state.now.tilt.view(n, k), u, state.done, s, scatters))
+        if not bool(selected.resampled.any()):
+            return replace(state, selected=selected)
+        rows = (torch.arange(n, device=log_w.device).unsqueeze(1) * k + selected.ancestors).flatten()
+        again = selected.resampled.unsqueeze(1)
+        if (left := selected.ancestors.shape[1]) < k:
+            state = replace(state, problem=state.problem.select(rows), noise=state.noise.of(left), looks=state.looks.of(left))
+        return replace(
+            state,
+            x=state.x[rows],
+            now=state.now.select(rows),
+            log_w=torch.where(again, 0.0, log_w.gather(1, selected.ancestors)),
+            log_z=torch.where(selected.resampled, state.log_z + log_mean(log_w), state.log_z),
+            parents=replace(state.parents, selected=selected),
+            selected=selected,
+        )
+
+    def _look(
+        self, problem: Problem, noise: Noise, x: Tensor, times: Sequence[float], i: int, move: Move | None, log_w: Tensor
+    ) -> Evaluation:
+        """The evaluation at times[i], or zeros where nobody would use it; ``move`` led here, None at the start."""
+        parts, t = self.parts, times[i]
+        correction, tempering = parts.correction, parts.tempering
+        hottest = 1.0 if t >= 1 else float(tempering(t))
+        ranks = parts.resampling is not None and parts.resampling.ranks
+        guided = parts.guidance is not None and t < self.stop and times[i + 1] > t
+        if guided and t >= times[-2] and getattr(parts.transition, "lands", False):
+            guided = correction.guides(Step(x, 0.0))
+        wanted = guided or correction.samples or ranks
+        untempered = correction.looks_untempered or ranks or self._drawn()
+        if parts.lookahead is None or not (wanted or self._drawn()) or (hottest == 0 and not untempered):
+            zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
+            return Evaluation(zero, zero, torch.full_like(zero, hottest))
+
+        def beta(ends: Endpoints, tilt: Tensor) -> Tensor:
+            if move is None or not isinstance(tempering, Adaptive):
+                return tilt.new_full((len(tilt),), hottest)  # of these rows, which may be a part of all
+            return adapt(ends, tilt, move, log_w, correction, tempering.ess)
+
+        view = View(problem, parts.lookahead, noise, x, t, beta)
+        network = problem.flow_map
+        rows = network.rows if isinstance(network, Microbatched) and not isinstance(tempering, Adaptive) else None  # of all
+        after = evaluate(parts.guidance, view, rows) if guided and parts.guidance is not None else look(view)
+        return correction.remember(parts, None if move is None else move.before, after, view)
+
+    def _outcome(self, state: State, first: Selected, records: list[dict[str, Tensor]]) -> Outcome:
+        """The result of a finished run; ``first`` is the selection at its start, which the trace counts to the first step."""
+        scores, shape = state.now.scores, state.log_w.shape
+        assert scores is not None
+        records[0]["resampled"] = first.resampled | records[0]["resampled"]
+        records[0]["ancestors"] = first.ancestors.gather(1, records[0]["ancestors"])
+        looks = [record.pop("lookaheads") for record in records if "lookaheads" in record]
+        with torch.inference_mode(False):  # tensors that autograd takes, without another copy later
+            trace = Trace(
+                t=torch.tensor(state.times[1:]),
+                lookaheads=torch.stack(looks) if len(looks) == len(records) else None,
+                **{name: _stack([record[name] for record in records]) for name in records[0]},
+            )
+        return Outcome(
+            samples=state.x.unflatten(0, shape),
+            rewards=scores.total.view(shape),
+            components={name: value.view(shape) for name, value in scores.components.items()},
+            log_weights=state.log_weights,
+            log_z=self._log_z(state.first, state.log_z + log_mean(state.log_w)),
+            trace=trace,
+        )
+
+    def _log_z(self, first: Tensor, chain: Tensor) -> Tensor | None:
+        """log Z (n,), None where there is no honest one.
+
+        Where the full reward of a guess at the endpoint selects particles from t = 0 on, later steps forget in part why: exp of
+        what the path's weights say is unbiased through events that few runs see. A jump or a rollout from noise is a sample
+        itself, so that its first look says what Z is; that of the other look-aheads does not.
+
+        Args:
+            first: (n, k) strength * reward of the look-aheads at t = 0; zeros where nobody looked.
+            chain: (n,) what the weights along the path say.
+        """
+        if not (self.parts.correction.samples and unbiased(self.parts.resampling)):
+            return None
+        if self.resampling is None or self.lookahead is None or self.parts.tempering(0.0) == 0:
+            return chain
+        if isinstance(self.lookahead, (Jump, Rollout)):
+            return log_mean(first)
+        return None if isinstance(self.lookahead, tuple(LOOKAHEADS.values())) else chain  # one's own may be the exact value
+
+    def _family(self, parents: Parents, x: Tensor, step: Step, shift: Tensor | None, s: float, t: float) -> Family | None:
+        """All that the particles x (b, *shape) of this step could have come from, where a correction asks for it and it costs
+        no network call."""
+        transition, guidance = self.parts.transition, self.parts.guidance
+        free = self._shared(parents.now) is not None and getattr(transition, "gamma", 1.0) == 1.0
+        if not (getattr(self.parts.correction, "mixes", False) and step.std and free):
+            return None
+        problem, now, log_w, selected = parents.problem, parents.now, parents.log_w, parents.selected
+        n, m = log_w.shape
+        if selected is None:
+            log_odds, carried = torch.full_like(log_w, -math.log(m)), log_w
+        else:
+            step = transition.step(problem.flow_map, parents.x, s, t, problem.cond, self._shared(now))
+            if shift is not None and guidance is not None:
+                shift = guidance.shift(problem.flow_map, now, parents.x, step.mean, s, t, step.std)
+            log_odds, moved = selected.odds(m), log_mean(log_w).unsqueeze(1)
+            carried = torch.where(selected.resampled.unsqueeze(1), moved, log_w.gather(1, selected.ancestors))
+
+        def rows(of: Tensor) -> Tensor:
+            return of.view(n, -1, x[0].numel()).to(log_w)
+
+        mean = rows(step.mean)
+        log_base = log_w - now.value.view(n, m) - math.log(m)
+        return Family(rows(x), mean, mean if shift is None else mean + rows(shift), log_base, log_odds, carried)
+
+    def _drawn(self) -> bool:
+        """Whether the transition lives on endpoints that only the look-ahead draws."""
+        return getattr(self.transition, "endpoint", "") == "posterior"
+
+    def _shared(self, now: Evaluation) -> Tensor | None:
+        """The first endpoint of the look-ahead, where it saves the transition its network call."""
+        wanted = getattr(self.transition, "endpoint", "")
+        return now.endpoint if wanted and wanted == getattr(self.lookahead, "kind", "") else None
+
+
+def adapt(ends: Endpoints, tilt: Tensor, move: Move, log_w: Tensor, correction: Correction, share: float) -> Tensor:
+    """The largest beta (b,) that leaves each output ``share`` of its effective sample size, and is not below the last one.
+
+    Args:
+        ends, tilt: endpoints with their log-weights, and strength * r (b, m), of the b = n k particles.
+        move: the step that led here, without its ``after``.
+        log_w: (n, k) log-weights before it.
+    """
+    n, k = log_w.shape
+    log_v = ends.log_w
+    assert log_v is not None
+    fixed = correction.increment(replace(move, after=replace(move.before, value=torch.zeros_like(move.before.value))))
+    floor = share * effective_sample_size(log_w)
+
+    def enough(beta: Tensor) -> Tensor:
+        value = log_mean_exp(log_v, beta.repeat_interleave(k).unsqueeze(1) * tilt)
+        return effective_sample_size(log_w + (fixed + value).view(n, k)) >= floor
+
+    low = move.before.beta.view(n, k)[:, 0]
+    return largest(enough, low, torch.ones_like(low)).repeat_interleave(k)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Records of all steps, (steps, ...); where there are fewer particles later on, NaN or -1 stand for the missing."""
+    widest = max(part.shape[-1] for part in parts)
+    fill = float("nan") if parts[0].is_floating_point() else -1
+    return torch.stack(
+        [
+            part if part.shape[-1] == widest else torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=fill)
+            for part in parts
+        ]
+    )
