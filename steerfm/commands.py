@@ -8,10 +8,9 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,9 @@ from steerfm.prompts import ENDINGS, read_texts
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
-from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer
+from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer, steer_batches
 from steerfm.steering.noise import NoiseAscent
-from steerfm.steering.outcome import Trace
+from steerfm.steering.result import facts as result_facts
 
 console = Console(highlight=False, markup=False, emoji=False)
 """Prints texts as they are: a name in brackets is no style. What is to be bold is a `Text`."""
@@ -367,41 +366,47 @@ SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
 
 
-def run_steer(
+def steered(
     config: configs.SteerConfig, folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, method: Method
-) -> None:
-    """Steer in batches of outputs, each kept as a part of the folder as soon as it is done, beside plain samples of the same
-    seeds: memory does not grow with the number of outputs."""
-    seeds, size = want_seeds(want, config.seeds), max(1, config.batch_size)
+) -> Iterator[tuple[SteeringResult, Tensor]]:
+    """A batch of outputs at a time: its result, and plain samples (n, *shape) of the same seeds. Both are a part of the folder
+    as soon as they are there; those that a killed run left are read."""
+    seeds, size, there = want_seeds(want, config.seeds), config.batch_size, set()
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
-    finished = set(folder.parts())
     with _progress("steering", len(batches)) as tick:
+        fresh = steer_batches(
+            flow_map, reward, method, want.n, seeds, config.strength, want.cond, prompts=want.prompts, labels=want.labels,
+            batch_size=size, lookaheads=config.lookaheads, progress=tick, skip=there,
+        )  # fmt: skip
         for index, rows in enumerate(batches):
-            if index not in finished:
+            file = folder.part(index)
+            try:
+                result = SteeringResult.load(file, flow_map)
+                base = results.read_tensor(file, "base")
+                there.add(index)
+            except (FileNotFoundError, ValueError):  # not there, or torn
                 with _autocast(flow_map, config.precision):
-                    part = want.take(rows)
-                    result = steer(
-                        flow_map, reward, method, part.n, seeds[rows], config.strength, part.cond, prompts=part.prompts,
-                        labels=part.labels, lookaheads=config.lookaheads and rows.start < SHOWN,
-                        progress=lambda done, steps, index=index: tick(index * steps + done, len(batches) * steps),
-                    )  # fmt: skip
-                base = draw(flow_map, part.n, getattr(method, "steps", 4), seeds[rows], part.cond, batch_size=500).cpu()
-                kept = _tensors(result, traced=rows.start < SHOWN) | {"base": base, "best": result.best().cpu()}
-                means = result.rewards.mean().item(), result.rewards.gather(1, result.best_index().unsqueeze(1)).mean().item()
-                told = {"reward_mean": means[0], "reward_best": means[1], "seconds": result.cost.seconds}
+                    result = next(fresh)
+                if rows.start >= SHOWN:
+                    result.trace.lookaheads = None
+                steps = getattr(method, "steps", 4)
+                base = draw(flow_map, len(result), steps, seeds[rows], take_rows(want.cond, rows), batch_size=500).cpu()
+                best = result.rewards.gather(1, result.best_index().unsqueeze(1))
+                told = {"reward_mean": result.rewards.mean().item(), "reward_best": best.mean().item()}
+                told["seconds"] = result.cost.seconds
                 folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
-                folder.save_part(index, kept)
-            tick(index + 1, len(batches))
+                result.save(file, base=base)
+            yield result, base
 
 
 @dataclass
 class Steered:
-    """What the parts of a run add up to.
+    """What the batches of a run add up to.
 
     Attributes:
         values: per output or particle, all outputs: rewards, log_weights, component.*, and log_z where there is one.
         scores, held_out, near: {"base", "steered"} to the reward (n,), the judge's, and distances to a known truth.
-        pictures: of the first outputs of the first prompts. trace: of the first outputs. cost: of all.
+        pictures: of the first outputs of the first prompts. first: the result of the first outputs. cost: of all.
     """
 
     values: dict[str, Tensor]
@@ -409,59 +414,72 @@ class Steered:
     held_out: dict[str, Tensor]
     near: dict[str, dict[str, Tensor]]
     pictures: dict[str, Tensor]
-    trace: dict[str, Tensor]
+    first: SteeringResult
     cost: Cost
 
 
-def gather(folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, judge: Reward | None) -> Steered:
-    """Score what the parts hold, a part at a time; a reward that compares pictures sees all of them at once."""
+def gather(
+    batches: Iterable[tuple[SteeringResult, Tensor]], flow_map: FlowMap, want: Asked, reward: Reward, judge: Reward | None,
+    precision: torch.autocast,
+) -> Steered:  # fmt: skip
+    """Add up the batches. What the results do not know is scored: plain samples, and what the judge says; a reward that
+    compares pictures sees all of them at once."""
     values: dict[str, list[Tensor]] = {}
     looks: dict[str, list[Tensor]] = {"base": [], "steered": []}
-    found: dict[str, dict[str, list[Tensor]]] = {}
-    traces, cost, done = [], Cost(), 0
+    columns: dict[str, dict[str, list[Tensor]]] = {"base": {}, "steered": {}}
+    first, cost, done, device = [], Cost(), 0, flow_map.device
     output, context = torch.arange(want.n), {"prompts": want.prompts, "labels": want.labels}
     at_once = reward.groupwise or (judge is not None and judge.groupwise)
     asked_for, drawn = output // want.each, (output % want.each < SHOWN) & (output // want.each < SHOWN)
 
-    def score(pictures: Mapping[str, Tensor], rows: slice) -> None:
-        told = {name: None if value is None else value[rows] for name, value in context.items()}
-        for name, x in pictures.items():
-            of = found.setdefault(name, {})
-            of.setdefault("reward", []).append(reward.evaluate(x, **told, groups=asked_for[rows]).total)
-            if judge:
-                of.setdefault("held out", []).append(judge.evaluate(x, **told, groups=asked_for[rows]).total)
-            for key, value in ({} if reward.truth is None else restoration(x, reward.truth)).items():
-                of.setdefault(key, []).append(value)
+    def add(name: str, key: str, value: Tensor) -> None:
+        columns[name].setdefault(key, []).append(value.cpu())
 
-    with torch.inference_mode():
-        for index in count():
-            if (part := folder.load_part(index)) is None:
-                break
-            spent = dict(zip([f.name for f in fields(Cost)], part.pop("cost").tolist()))
-            cost = cost + Cost(**{name: value if name == "seconds" else int(value) for name, value in spent.items()})
-            pictures = {"base": flow_map.decode(part.pop("base")), "steered": flow_map.decode(part.pop("best"))}
-            rows = slice(done, done := done + len(part["rewards"]))
-            traces += [{k.removeprefix("trace."): part.pop(k) for k in list(part) if k.startswith("trace.")}]
-            part.pop("samples")
-            for name, value in part.items():
-                values.setdefault(name, []).append(value)
-            for name, x in pictures.items():
+    judged = at_once or judge is not None or reward.truth is not None
+
+    def score(name: str, x: Tensor, rows: slice, known: Tensor | None = None) -> None:
+        told = {key: None if value is None else value[rows] for key, value in context.items()}
+        told["groups"] = asked_for[rows].to(device)
+        add(name, "reward", reward.evaluate(x, **told).total if known is None else known)
+        if judge:
+            add(name, "held out", judge.evaluate(x, **told).total)
+        for key, value in ({} if reward.truth is None else restoration(x, reward.truth)).items():
+            add(name, key, value)
+
+    for result, base in batches:
+        rows = slice(done, done := done + len(result))
+        cost = cost + result.cost
+        first += [result] if rows.start < SHOWN else []
+        of = {"rewards": result.rewards, "log_weights": result.log_weights, "log_z": result.log_z}
+        of |= {f"component.{name}": value for name, value in result.components.items()}
+        for name, value in of.items():
+            if value is not None:
+                values.setdefault(name, []).append(value.cpu())
+        with torch.inference_mode(), precision:
+            best = result.rewards.gather(1, result.best_index().unsqueeze(1)).squeeze(1)
+            for name, z, known in (("base", base.to(device), None), ("steered", result.best(), best)):
+                if known is not None and not (judged or drawn[rows].any()):
+                    add(name, "reward", known)  # nobody looks at the pictures
+                    continue
+                x = flow_map.decode(z)
                 looks[name].append(x if at_once else x[drawn[rows]])
-            if not at_once:
-                score(pictures, rows)
-        shown = {name: torch.cat(parts) for name, parts in looks.items()}
-        if at_once:
-            score(shown, slice(0, want.n))
-            shown = {name: x[drawn] for name, x in shown.items()}
-    columns = {name: {key: torch.cat(parts) for key, parts in of.items()} for name, of in found.items()}
-    keys = [key for key in columns["base"] if key not in ("reward", "held out")]
+                if not at_once:
+                    score(name, x, rows, known)
+    shown = {name: torch.cat(parts) for name, parts in looks.items()}
+    if at_once:
+        with torch.inference_mode(), precision:
+            for name, x in shown.items():
+                score(name, x, slice(0, want.n))
+        shown = {name: x[drawn] for name, x in shown.items()}
+    of = {name: {key: torch.cat(parts) for key, parts in column.items()} for name, column in columns.items()}
+    keys = [key for key in of["base"] if key not in ("reward", "held out")]
     return Steered(
         {name: torch.cat(parts) for name, parts in values.items()},
-        {name: of["reward"] for name, of in columns.items()},
-        {name: of["held out"] for name, of in columns.items()} if judge else {},
-        {key: {name: of[key] for name, of in columns.items()} for key in keys},
+        {name: column["reward"] for name, column in of.items()},
+        {name: column["held out"] for name, column in of.items()} if judge else {},
+        {key: {name: column[key] for name, column in of.items()} for key in keys},
         shown,
-        _join_traces([trace for trace in traces if trace]),
+        SteeringResult.cat(first),
         cost,
     )
 
@@ -482,8 +500,10 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         return
     if judge is None and config.judge == "auto":
         console.print(NO_JUDGE)
-    run_steer(config, folder, flow_map, want, reward, method)
-    run = gather(folder, flow_map.cpu(), want, reward.cpu(), judge)
+    if judge is not None:
+        judge.to(flow_map.device)
+    batches = steered(config, folder, flow_map, want, reward, method)
+    run = gather(batches, flow_map, want, reward, judge, _autocast(flow_map, config.precision))
     log_weights, weights = run.values["log_weights"], run.values["log_weights"].exp()
     restored = {key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()}
     components = {k.removeprefix("component."): v for k, v in run.values.items() if k.startswith("component.")}
@@ -501,15 +521,15 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
         "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
         "cost": run.cost.as_dict(),
     }
-    folder.merge_parts("samples", ("samples", "rewards", "log_weights", "base"))
+    folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
     drawn = [
-        *_draw_steering(folder.path, run.pictures, run.scores, reward.name, want), _draw_trace(folder.path, run, flow_map),
+        *_draw_steering(folder.path, run.pictures, run.scores, reward.name, want), _draw_trace(folder.path, run),
     ]  # fmt: skip
     columns = [run.scores, *([run.held_out] if judge else []), *restored.values()]
     rows = {"base": "base", "steered": "steered (best)"}
     table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
     header = ["", reward.name, *([f"held out: {judge.name}"] if judge else []), *restored]
-    facts = {"command": command, "cost": _cost_line(run.cost)}
+    facts = {"command": command, "cost": str(run.cost)}
     results.report(
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
         [(name, path) for name, path in drawn if path is not None],
@@ -522,22 +542,6 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     console.print(show)
     console.print("cost: " + facts["cost"])
     console.print(f"pictures, numbers and report.html in {folder.path}")
-
-
-def _tensors(result: SteeringResult, traced: bool) -> dict[str, Tensor]:
-    """A result as a flat dictionary of tensors on the CPU, for a file."""
-    tensors = {name: getattr(result, name) for name in ("samples", "rewards", "log_weights", "log_z")}
-    tensors |= {f"component.{name}": value for name, value in result.components.items()}
-    if traced:
-        tensors |= {f"trace.{f.name}": getattr(result.trace, f.name) for f in fields(Trace)}
-    tensors["cost"] = torch.tensor(list(result.cost.as_dict().values()), dtype=torch.float64)
-    return {name: value.cpu() for name, value in tensors.items() if value is not None}
-
-
-def _join_traces(traces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Traces of consecutive outputs as one."""
-    times = {"t": traces[0].pop("t")}
-    return times | {name: torch.cat([trace[name] for trace in traces], 1) for name in traces[0]}
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------
@@ -901,11 +905,11 @@ def _by_prompt(want: Asked, scores: Mapping[str, Tensor], held_out: Mapping[str,
     return out
 
 
-def _draw_trace(folder: Path, run: Steered, flow_map: FlowMap) -> tuple[str, Path | None]:
+def _draw_trace(folder: Path, run: Steered) -> tuple[str, Path | None]:
     """trace.png: value, effective sample size, guidance and look-ahead pictures over time."""
-    drawn: dict[str, Any] = run.trace | {"rewards": run.values["rewards"]}
-    looks = drawn.pop("lookaheads", None)
-    if looks is not None and len(flow_map.shape) == 3 and len(looks) == len(drawn["t"]):
+    drawn: dict[str, Any] = vars(run.first.trace) | {"rewards": run.values["rewards"]}
+    looks, flow_map = drawn.pop("lookaheads"), run.first.flow_map
+    if looks is not None and flow_map is not None and len(flow_map.shape) == 3:
         drawn["lookaheads"] = flow_map.decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
     return "over time", results.trace_plot(drawn, folder / "trace.png")
 
@@ -917,14 +921,6 @@ def _table(*columns: str, title: str = "") -> Table:
     for column in table.columns[1:]:
         column.overflow = "fold"  # a figure that is cut is lost
     return table
-
-
-def _cost_line(cost: Cost) -> str:
-    counts = ", ".join(
-        f"{value:,} {name.replace('_', ' ')}" for name, value in cost.as_dict().items()
-        if name not in ("seconds", "peak_bytes") and value
-    )  # fmt: skip
-    return f"{counts}, {cost.seconds:.2f} s, {cost.peak_bytes / 2**20:,.0f} MiB"
 
 
 def _slug(value: Any) -> str:

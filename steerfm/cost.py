@@ -42,6 +42,13 @@ class Cost:
         total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         return Cost(**total | {"peak_bytes": max(self.peak_bytes, other.peak_bytes)})
 
+    def __str__(self) -> str:
+        counts = (
+            f"{value:,} {name.replace('_', ' ')}" for name, value in self.as_dict().items()
+            if value and name not in ("seconds", "peak_bytes")
+        )  # fmt: skip
+        return ", ".join((*counts, f"{self.seconds:.2f} s", f"{self.peak_bytes / 2**20:,.0f} MiB"))
+
     @property
     def evaluations(self) -> int:
         """Network evaluations, a backward pass counted as two: what methods are compared at."""

@@ -327,21 +327,30 @@ def frontier_plot(
     return _save(fig, path)
 
 
+def levels(pictures: Tensor) -> np.ndarray:
+    """Pictures (..., c, h, w) in [0, 1], others are clipped, as bytes (..., h, w, c) with c = 1 or 3; NaN is black, other
+    channels stand side by side in grey."""
+    return (_visible(pictures) * 255).round().byte().movedim(-3, -1).numpy()
+
+
+def _visible(pictures: Tensor) -> Tensor:
+    if pictures.shape[-3] not in (1, 3):
+        pictures = pictures.movedim(-3, -2).flatten(-2).unsqueeze(-3)
+    return pictures.detach().float().cpu().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+
+
 def _cells(pictures: Tensor, size: int) -> np.ndarray:
     """Pictures (rows, columns, c, h, w) in [0, 1] as (rows, columns, h', w', 3) uint8, about ``size`` pixels wide."""
     if pictures.ndim != 5 or not pictures.numel():
         raise ValueError(f"pictures must be (rows, columns, c, h, w), got {tuple(pictures.shape)}")
-    if pictures.shape[2] not in (1, 3):
-        pictures = pictures.movedim(2, 3).flatten(3, 4).unsqueeze(2)
-    pictures = pictures.detach().float().cpu().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+    pictures = _visible(pictures)
     height, width = pictures.shape[-2:]
     if width > 3 * size:  # large pictures are averaged down, so that a grid stays a file to mail
         small = (max(1, round(height * 3 * size / width)), 3 * size)
         pictures = adaptive_avg_pool2d(pictures.flatten(0, 1), small).unflatten(0, pictures.shape[:2])
-    levels = (pictures * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
     scale = max(1, round(size / width))
-    levels = levels.repeat(scale, axis=2).repeat(scale, axis=3)
-    return np.broadcast_to(levels, (*levels.shape[:4], 3))
+    cells = levels(pictures).repeat(scale, axis=2).repeat(scale, axis=3)
+    return np.broadcast_to(cells, (*cells.shape[:4], 3))
 
 
 def _lookahead_strip(lookaheads: np.ndarray, rows: int = 3, columns: int = 10) -> tuple[np.ndarray, list[int], int]:
@@ -564,12 +573,12 @@ class RunFolder:
     # --- parts: batches of an unfinished run -------------------------------------------------------------------------
     def save_part(self, index: int, tensors: Mapping[str, Tensor], prefix: str = "part") -> Path:
         """Keep one batch of an unfinished run: parts/``prefix``-``index``.safetensors."""
-        return files.write(self._part(index, prefix), _pack(tensors))
+        return files.write(self.part(index, prefix), _pack(tensors))
 
     def load_part(self, index: int, prefix: str = "part") -> dict[str, Tensor] | None:
         """The tensors of a part, or None where it is missing or corrupt and has to be done (again)."""
         try:
-            return load(self._part(index, prefix).read_bytes())
+            return load(self.part(index, prefix).read_bytes())
         except (FileNotFoundError, SafetensorError):
             return None
 
@@ -577,25 +586,34 @@ class RunFolder:
         """Indices of the parts that can be loaded, in order."""
         return [index for index in self._indices(prefix) if self.load_part(index, prefix) is not None]
 
-    def merge_parts(self, name: str, keys: Sequence[str], prefix: str = "part") -> Path:
-        """Write ``name``.safetensors: tensors of all parts, joined along their first axis, a part at a time in memory."""
-        parts = [self._part(index, prefix) for index in self._indices(prefix)]
-        facts = []  # of each part, of each key: type and shape
+    def merge_parts(
+        self, name: str, keys: Sequence[str] = (), prefix: str = "part", told: Mapping[str, str] | None = None
+    ) -> Path:
+        """Write ``name``.safetensors: tensors of all parts, joined along their first axis, a part at a time in memory.
+
+        Args:
+            keys: names of the tensors; default those that all parts have.
+            told: what the file says of itself beside them.
+        """
+        parts = [self.part(index, prefix) for index in self._indices(prefix)]
+        facts: list[dict[str, tuple[str, list[int]]]] = []  # of each part, of each key: type and shape
         for file in parts:
             with safe_open(file, "pt") as tensors:
-                facts.append({key: (tensors.get_slice(key).get_dtype(), tensors.get_slice(key).get_shape()) for key in keys})
-        header: dict[str, Any] = {}
+                views = {key: tensors.get_slice(key) for key in keys or tensors.keys()}
+                facts.append({key: (view.get_dtype(), view.get_shape()) for key, view in views.items()})
+        kinds = {key: kind for key, (kind, _) in facts[0].items() if all(key in part for part in facts)}
+        keys = sorted(kinds, key=lambda key: (-BYTES[kinds[key]], key))  # large types first: each stays aligned
+        header: dict[str, Any] = {"__metadata__": dict(told)} if told else {}
         end = 0
         for key in keys:
-            kind, shape = facts[0][key]
-            shape = [sum(part[key][1][0] for part in facts), *shape[1:]]
-            begin, end = end, end + math.prod(shape) * BYTES[kind]
-            header[key] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-        told = json.dumps(header).encode()
-        told += b" " * (-len(told) % 8)
+            shape = [sum(part[key][1][0] for part in facts), *facts[0][key][1][1:]]
+            begin, end = end, end + math.prod(shape) * BYTES[kinds[key]]
+            header[key] = {"dtype": kinds[key], "shape": shape, "data_offsets": [begin, end]}
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
 
         def content() -> Iterator[bytes]:
-            yield len(told).to_bytes(8, "little") + told
+            yield len(head).to_bytes(8, "little") + head
             for key in keys:
                 for file in parts:
                     with safe_open(file, "pt") as tensors:
@@ -611,8 +629,22 @@ class RunFolder:
         parts = (self.path / "parts").glob(f"{prefix}-*.safetensors")
         return sorted(int(end) for file in parts if (end := file.stem.removeprefix(f"{prefix}-")).isdigit())
 
-    def _part(self, index: int, prefix: str) -> Path:
+    def part(self, index: int, prefix: str = "part") -> Path:
+        """Where a part is, once it is there."""
         return self.path / "parts" / f"{prefix}-{index:05d}.safetensors"
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, torn, or has no such tensor.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt ({error})") from None
 
 
 def edited(folder: Path, inputs: Mapping[str, str]) -> list[str]:

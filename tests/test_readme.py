@@ -35,7 +35,8 @@ def test_commands(command, tmp_path):
 
 
 @pytest.mark.parametrize("snippet", blocks("python"), ids=lambda snippet: snippet.splitlines()[0][:30])
-def test_snippets(snippet, capsys):
+def test_snippets(snippet, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out
 

@@ -29,7 +29,8 @@ from steerfm.steering.methods import (
 )
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Method, Outcome, Trace
-from steerfm.steering.run import SteeringResult, steer, steps
+from steerfm.steering.result import SteeringResult
+from steerfm.steering.run import steer, steer_batches, steps
 from steerfm.steering.sampler import State, Steering
 from steerfm.steering.search import BudgetForcing, TreeSearch
 from steerfm.steering.value import (
@@ -50,5 +51,5 @@ __all__ = [
     "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
     "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "State",
     "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
-    "ZeroOrderSearch", "residual", "steer", "steps",
+    "ZeroOrderSearch", "residual", "steer", "steer_batches", "steps",
 ]  # fmt: skip

@@ -1,73 +1,29 @@
-"""Running a method on a problem: `steer`, the result it returns, and `steps`, which shows each step."""
+"""Running a method on a problem: `steer`, `steer_batches`, which yields a batch of outputs at a time, and `steps`, which shows
+each step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerfm.cost import Cost, Ledger
+from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward, as_reward
 from steerfm.sampling import Noise, as_condition, seed_list, whole_numbers
 from steerfm.steering.methods import Funnel
-from steerfm.steering.outcome import Method, Outcome, Tick, Trace
+from steerfm.steering.outcome import Method, Outcome, Tick
+from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Begin, Callback, State, Steering
 from steerfm.steering.value import Problem
-from steerfm.steering.weights import Resample, wide
+from steerfm.steering.weights import wide
 
 CPU_ROWS = 128
-
-
-@dataclass
-class SteeringResult(Outcome):
-    """The result of `steer`.
-
-    Attributes:
-        samples: (n, k, *shape) all particles, in model space.
-        rewards: (n, k); components: {name: (n, k)} raw values of every term of the reward.
-        log_weights: (n, k) with logsumexp = 0 over the particles of each output.
-        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None; its docstring says of which law,
-            and whether it is unbiased.
-        trace: see `Trace`. cost: see `steerfm.cost.Cost`.
-        strength: (n,) of the tilt.
-    """
-
-    cost: Cost
-    strength: Tensor
-    flow_map: FlowMap
-
-    def images(self) -> Tensor:
-        """(n, k, c, h, w) pictures in [0, 1] (vectors stay as they are)."""
-        n, k = self.samples.shape[:2]
-        return self.flow_map.decode(self.samples.flatten(0, 1)).unflatten(0, (n, k))
-
-    def best(self) -> Tensor:
-        """(n, *shape): the particle of highest reward of each output, of the lowest where ``strength`` is negative.
-
-        This is a search, not a sample of the target.
-        """
-        return self.samples[torch.arange(len(self.samples), device=self.samples.device), self.best_index()]
-
-    def best_index(self) -> Tensor:
-        """(n,): which particle of each output `best` takes."""
-        return torch.where(self.strength.unsqueeze(1) < 0, -self.rewards, self.rewards).argmax(1)
-
-    def resample(self, generator: torch.Generator) -> Tensor:
-        """(n, k, *shape) equally weighted particles, drawn by systematic resampling.
-
-        Args:
-            generator: a CPU generator.
-        """
-        n, k = self.log_weights.shape
-        u = torch.rand(n, k, generator=generator).to(self.log_weights)
-        ancestors = Resample("systematic").draw(self.log_weights, u)
-        return self.samples[torch.arange(n, device=self.samples.device).unsqueeze(1), ancestors]
 
 
 def steer(
@@ -119,31 +75,68 @@ def steer(
     Raises:
         ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
     """
+    results = steer_batches(
+        flow_map, reward, method, n, seeds, strength, cond, prompts=prompts, labels=labels, batch_size=batch_size,
+        micro_batch=micro_batch, lookaheads=lookaheads, progress=progress, x0=x0, start=start, times=times, callback=callback,
+    )  # fmt: skip
+    return SteeringResult.cat(list(results))
+
+
+def steer_batches(
+    flow_map: FlowMap,
+    reward: Reward | Callable[..., Tensor],
+    method: Method | None = None,
+    n: int = 1,
+    seeds: int | Sequence[int] = 0,
+    strength: float | Sequence[float] | Tensor = 1.0,
+    cond: Condition | str | int | Sequence[str | int] = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: Tensor | None = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    lookaheads: bool = False,
+    progress: Tick | None = None,
+    x0: Tensor | None = None,
+    start: tuple[Tensor, float] | None = None,
+    times: Sequence[float] | None = None,
+    callback: Callback | None = None,
+    skip: Container[int] = (),
+) -> Iterator[SteeringResult]:
+    """As `steer`, but the outputs come a batch at a time, each with its own cost, so that many of them need no more memory than
+    few: ``for part in steer_batches(...): part.save(...)``. What is wrong is said before the first batch.
+
+    Args:
+        skip: numbers of the batches to leave out, looked up when each one's turn comes. The others: see `steer`.
+
+    Yields:
+        A `SteeringResult` of ``batch_size`` outputs, the last one of those that are left over.
+    """
     job = _Job.of(
         flow_map, reward, method, n, seeds, strength, cond, prompts, labels, batch_size, micro_batch, x0, start, times,
         needs_states=callback is not None,
     )  # fmt: skip
-    outcomes, micro_batch, watch = [], job.micro_batch, None if callback is None else _lent(callback)
-    with Ledger() as ledger:
-        for index, rows in enumerate(job.batches):
+    watch = None if callback is None else _lent(callback)
 
-            def tick(done: int, steps: int, index: int = index) -> None:
-                if progress is not None:
-                    with untouched():
-                        progress(index * steps + done, len(job.batches) * steps)
+    def batch(index: int, rows: slice) -> SteeringResult:
+        def tick(done: int, steps: int) -> None:
+            if progress is not None:
+                with untouched():
+                    progress(index * steps + done, len(job.batches) * steps)
 
-            def run(problem: Problem, rows: slice = rows, tick: Tick = tick) -> Outcome:
-                noise, many = job.noise(rows), rows.stop - rows.start
-                if watch is None and job.begin is None:
-                    return job.method.run(problem, noise, many, lookaheads, tick)
-                assert isinstance(job.method, Steering)
-                return job.method.run(
-                    problem, noise, many, lookaheads, tick, None if job.begin is None else job.begin[rows], watch
-                )
+        def run(problem: Problem) -> Outcome:
+            noise, many = job.noise(rows), rows.stop - rows.start
+            if watch is None and job.begin is None:
+                return job.method.run(problem, noise, many, lookaheads, tick)
+            assert isinstance(job.method, Steering)
+            return job.method.run(problem, noise, many, lookaheads, tick, None if job.begin is None else job.begin[rows], watch)
 
-            outcome, micro_batch = _fitting(run, job.problem(rows), micro_batch)
-            outcomes.append(outcome)
-    return SteeringResult(**vars(join(outcomes)), cost=ledger.cost, strength=job.strength.clone(), flow_map=flow_map)
+        with Ledger() as ledger:
+            outcome, job.micro_batch = _fitting(run, job.problem(rows), job.micro_batch)
+        made = SteeringResult(**vars(outcome), cost=ledger.cost, strength=job.strength[rows].clone(), flow_map=flow_map)
+        return SteeringResult.cat([made])  # out of inference mode
+
+    return (batch(index, rows) for index, rows in enumerate(job.batches) if index not in skip)
 
 
 def steps(
@@ -341,26 +334,3 @@ def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | No
         warnings.warn(f"out of memory: going on with micro_batch={rows}", stacklevel=3)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def join(outcomes: Sequence[Outcome]) -> Outcome:
-    """The outcomes of consecutive outputs as one; tensors leave inference mode."""
-
-    def cat(parts: Sequence[Tensor | None], axis: int = 0) -> Any:
-        tensors = [part for part in parts if part is not None]
-        if len(tensors) < len(parts):
-            return None
-        if len(tensors) == 1:
-            return tensors[0].clone() if tensors[0].is_inference() else tensors[0]
-        return torch.cat(tensors, axis)
-
-    traces = [outcome.trace for outcome in outcomes]
-    trace = {f.name: cat([getattr(trace, f.name) for trace in traces], 1) for f in fields(Trace) if f.name != "t"}
-    return Outcome(
-        samples=cat([outcome.samples for outcome in outcomes]),
-        rewards=cat([outcome.rewards for outcome in outcomes]),
-        components={name: cat([o.components[name] for o in outcomes]) for name in outcomes[0].components},
-        log_weights=cat([outcome.log_weights for outcome in outcomes]),
-        log_z=cat([outcome.log_z for outcome in outcomes]),
-        trace=Trace(t=traces[0].t.clone(), **trace),
-    )

@@ -1,0 +1,340 @@
+"""What `steer` returns: all particles with weights, rewards, trace and cost. It saves, loads, joins, draws and shows itself.
+
+As a file, and wherever results are joined or indexed, a result is a dictionary of tensors with one row per output.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from steerfm import files
+from steerfm.cost import Cost
+from steerfm.flowmap import FlowMap, Wrapped
+from steerfm.steering.outcome import Outcome, Trace
+from steerfm.steering.weights import Resample, effective_sample_size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FILE = "samples.safetensors"
+"""Of a result in a folder; `steerfm steer` writes the same."""
+KIND = "steerfm.SteeringResult"
+SHOWN = 64
+"""Outputs that a grid draws at most."""
+
+
+@dataclass
+class SteeringResult(Outcome):
+    """The result of `steer`. ``len(result)`` is the number of outputs; ``result[3]``, ``result[:8]`` and ``result[[2, 5]]`` are
+    the results of some of them, with the cost of the whole run.
+
+    Attributes:
+        samples: (n, k, *shape) all particles, in model space.
+        rewards: (n, k); components: {name: (n, k)} raw values of every term of the reward.
+        log_weights: (n, k) with logsumexp = 0 over the particles of each output.
+        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None; its docstring says of which law,
+            and whether it is unbiased.
+        trace: see `Trace`. cost: see `steerfm.cost.Cost`.
+        strength: (n,) of the tilt.
+        flow_map: the model, which decodes the samples; None where a file does not say how (see `load`).
+    """
+
+    cost: Cost
+    strength: Tensor
+    flow_map: FlowMap | None
+
+    # --- pictures ------------------------------------------------------------------------------------------------
+    def images(self) -> Tensor:
+        """(n, k, c, h, w) pictures in [0, 1] (vectors stay as they are).
+
+        Raises:
+            ValueError: the result was loaded without the model that knows how to decode its samples.
+        """
+        n, k = self.samples.shape[:2]
+        return self._decode(self.samples.flatten(0, 1)).unflatten(0, (n, k))
+
+    def best(self) -> Tensor:
+        """(n, *shape): the particle of highest reward of each output, of the lowest where ``strength`` is negative.
+
+        This is a search, not a sample of the target.
+        """
+        return self.samples[torch.arange(len(self), device=self.samples.device), self.best_index()]
+
+    def best_index(self) -> Tensor:
+        """(n,): which particle of each output `best` takes."""
+        return self._wanted().argmax(1)
+
+    def resample(self, generator: torch.Generator) -> Tensor:
+        """(n, k, *shape) equally weighted particles, drawn by systematic resampling.
+
+        Args:
+            generator: a CPU generator.
+        """
+        n, k = self.log_weights.shape
+        u = torch.rand(n, k, generator=generator).to(self.log_weights)
+        ancestors = Resample("systematic").draw(self.log_weights, u)
+        return self.samples[torch.arange(n, device=self.samples.device).unsqueeze(1), ancestors]
+
+    def pil(self) -> list[Image]:
+        """The best of each output as a PIL picture, n of them, in the size of the model.
+
+        Raises:
+            ValueError: the samples are no pictures; see `images`.
+        """
+        from PIL import Image
+
+        from steerfm.results import levels
+
+        pictures = levels(self._pictures(self.best()))
+        return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pictures]
+
+    def grid(self, path: str | Path, particles: int = 1, columns: int = 8) -> Path:
+        """Draw the pictures with their rewards, of the first 64 outputs; ``result[64:]`` has the next.
+
+        Args:
+            path: of the png.
+            particles: 1 for the best of each output, side by side; more for a row an output, the best first.
+            columns: pictures a row, where ``particles`` is 1.
+
+        Raises:
+            ValueError: no such number of particles; the samples are no pictures; see `images`.
+        """
+        from steerfm.results import picture_grid
+
+        k = self.rewards.shape[1]
+        if not 1 <= particles <= k:
+            raise ValueError(f"particles={particles}: there are {k} of each output")
+        if columns < 1:
+            raise ValueError(f"columns={columns}: at least one picture a row")
+        some = self[:SHOWN] if len(self) > SHOWN else self
+        order = some._wanted().argsort(dim=1, descending=True, stable=True)[:, :particles]
+        rows = torch.arange(len(some), device=order.device).unsqueeze(1)
+        pictures = self._pictures(some.samples[rows, order].flatten(0, 1)).float().cpu()
+        captions = [f"{value:.4g}" for value in some.rewards.gather(1, order).flatten().tolist()]
+        if particles == 1:
+            captions = [f"output {number}\n{text}" for number, text in enumerate(captions)]
+            particles = min(columns, len(some))
+            missing = -len(pictures) % particles
+            pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
+            captions, labels = captions + [""] * missing, []
+        else:
+            labels = [f"output {number}" for number in range(len(some))]
+        some_of = "" if len(some) == len(self) else f", the first {SHOWN} of {len(self)} outputs"
+        title = f"best of {k} particles, the reward below: {', '.join(self.components)}{some_of}"
+        texts = [captions[begin : begin + particles] for begin in range(0, len(captions), particles)]
+        return picture_grid(pictures.unflatten(0, (-1, particles)), path, labels, texts, title)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+    def save(self, path: str | Path, **more: Tensor) -> Path:
+        """Write everything but the model, whole or not at all.
+
+        Args:
+            path: a file, ``x.safetensors``, or a folder, which then holds ``samples.safetensors``.
+            more: further tensors (n, ...) to keep beside, which `load` leaves alone.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: a name that is taken, or another number of rows. OSError: no room.
+        """
+        own = self._rows()
+        if wrong := [name for name, value in more.items() if name in own or len(value) != len(self)]:
+            raise ValueError(f"{wrong[0]} cannot be kept beside: give another name, and {len(self)} rows, one per output")
+        # clone: safetensors refuses tensors that share memory, such as views of one batch
+        rows = {name: value.detach().cpu().contiguous().clone() for name, value in (own | more).items()}
+        return files.write_tensors(_file(path), rows, facts(self.cost, self.flow_map))
+
+    @classmethod
+    def load(cls, path: str | Path, flow_map: FlowMap | None = None) -> SteeringResult:
+        """Read what `save`, or `steerfm steer`, wrote.
+
+        Args:
+            path: the file, or its folder.
+            flow_map: the model; only one that decodes in its own way, as latent models do, is missed by `images`.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: the file is torn, no such result, or of another shape than the model.
+        """
+        file = _file(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"no such file: {file}")
+        try:
+            with safe_open(file, "pt") as tensors:
+                facts = tensors.metadata() or {}
+                rows = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is torn or no safetensors file ({error})") from None
+        try:
+            if facts["kind"] != KIND:
+                raise KeyError(facts["kind"])
+            cost = Cost(**json.loads(facts["cost"]))
+            if flow_map is None and facts["decode"] == "plain":
+                flow_map = FlowMap(rows["samples"].shape[2:])  # of a map, only what turns samples into pictures
+            n, k = rows["samples"].shape[:2]
+            if any(len(value) != n for value in rows.values()) or rows["rewards"].shape != (n, k):
+                raise ValueError("rows")
+            made = cls._of(rows, cost, flow_map)
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise ValueError(f"{file} holds no steering result: give a file that SteeringResult.save wrote") from None
+        if flow_map is None:
+            return made
+        if tuple(flow_map.shape) != tuple(made.samples.shape[2:]):
+            raise ValueError(f"{file} holds samples of {tuple(made.samples.shape[2:])}, flow_map makes {tuple(flow_map.shape)}")
+        return made.to(flow_map.device)
+
+    @classmethod
+    def cat(cls, results: Sequence[SteeringResult]) -> SteeringResult:
+        """Results of the same method on further outputs as one; costs add up. What one of them lacks, such as look-ahead
+        pictures, the whole lacks.
+
+        Raises:
+            ValueError: none are given; they differ in particles, shape, steps or terms of the reward.
+        """
+        if not results:
+            raise ValueError("no results to join")
+        parts = [result._rows() for result in results]
+        for name in parts[0]:
+            if name.startswith("component.") or all(name in part for part in parts):
+                shapes = [tuple(part[name].shape[1:]) if name in part else None for part in parts]
+                if different := [shape for shape in shapes if shape != shapes[0]]:
+                    raise ValueError(f"results cannot be joined: {name} has {shapes[0]} and {different[0]} for each output")
+        if different := [name for part in parts for name in part if name.startswith("component.") and name not in parts[0]]:
+            raise ValueError(f"results cannot be joined: {different[0]} is not in all of them")
+        rows = {name: _joined([part[name] for part in parts]) for name in parts[0] if all(name in part for part in parts)}
+        return cls._of(rows, sum((result.cost for result in results), Cost()), results[0].flow_map)
+
+    def to(self, device: torch.device | str) -> SteeringResult:
+        """The same result on another device; the model stays where it is."""
+        return self._of({name: value.to(device) for name, value in self._rows().items()}, self.cost, self.flow_map)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> SteeringResult:
+        if isinstance(index, tuple):
+            raise TypeError(f"result[{', '.join(map(str, index))}]: give one index of outputs; particles: result.samples[...]")
+        if not isinstance(index, slice):  # on the CPU, from where it indexes tensors of any device
+            index = torch.as_tensor(index, device="cpu").reshape(-1)
+        picked = torch.arange(len(self))[index]
+        if not len(picked):
+            raise IndexError(f"no outputs left: there are {len(self)}")
+        rows = {name: value[picked.to(value.device)] for name, value in self._rows().items()}
+        return self._of(rows, self.cost, self.flow_map)
+
+    def __iter__(self) -> Iterator[SteeringResult]:
+        return (self[index] for index in range(len(self)))
+
+    # --- for people ----------------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        return "\n  ".join(["SteeringResult", *(f"{name:<11}{value}" for name, value in self._summary().items())])
+
+    def _repr_html_(self) -> str:
+        picture = self._repr_png_()
+        image = "" if picture is None else f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
+        return f"<pre>{html.escape(repr(self))}</pre>{image}"
+
+    def _repr_png_(self) -> bytes | None:
+        if len(self.samples.shape) != 5 or self.flow_map is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return self.grid(Path(folder) / "grid.png").read_bytes()
+
+    def _summary(self) -> dict[str, str]:
+        n, k, *shape = self.samples.shape
+        best = self.rewards.gather(1, self.best_index().unsqueeze(1))
+        values = [float(value) for value in self.strength.unique()]
+        share = effective_sample_size(self.log_weights)
+        told = {
+            "outputs": f"{n} of {k} particles, each {tuple(shape)} {str(self.samples.dtype).removeprefix('torch.')}",
+            "reward": f"mean {self.rewards.mean():.4g}, best {best.mean():.4g} (of each output, mean over outputs)",
+        }
+        if len(self.components) > 1:
+            terms = [f"{name} {value.float().mean():.4g}" for name, value in self.components.items()]
+            more = f" and {len(terms) - 6} more" if len(terms) > 6 else ""
+            told["terms"] = f"mean {', '.join(terms[:6])}{more}"
+        told["strength"] = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+        told["ESS"] = f"{share.mean():.0%} of the particles, lowest {share.min():.0%}"
+        if self.log_z is not None:
+            told["log Z"] = f"{self.log_z.mean():.4g} (mean over outputs)"
+        return told | {"steps": str(len(self.trace.t)), "cost": str(self.cost)}
+
+    # --- pieces --------------------------------------------------------------------------------------------------
+    def _wanted(self) -> Tensor:
+        """(n, k) higher is better, also where the tilt is downwards."""
+        return torch.where(self.strength.unsqueeze(1) < 0, -self.rewards, self.rewards)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if self.flow_map is None:
+            raise ValueError("this result does not know how its model decodes: SteeringResult.load(path, flow_map=...)")
+        return self.flow_map.decode(z)
+
+    def _pictures(self, z: Tensor) -> Tensor:
+        pictures = self._decode(z)
+        if pictures.ndim != 4:
+            raise ValueError(f"each sample is {tuple(pictures.shape[1:])}, not a picture (c, h, w): nothing to draw")
+        return pictures
+
+    def _rows(self) -> dict[str, Tensor]:
+        """All tensors by name, each with one row per output."""
+        n = len(self)
+        rows = {name: getattr(self, name) for name in ("samples", "rewards", "log_weights", "log_z", "strength")}
+        rows |= {f"component.{name}": value for name, value in self.components.items()}
+        steps = {f.name: getattr(self.trace, f.name) for f in fields(Trace)}
+        rows |= {f"trace.{name}": None if value is None else _first(value, n) for name, value in steps.items()}
+        return {name: value for name, value in rows.items() if value is not None}
+
+    @classmethod
+    def _of(cls, rows: Mapping[str, Tensor], cost: Cost, flow_map: FlowMap | None) -> SteeringResult:
+        """The inverse of `_rows`; rows of other names are left alone."""
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in rows.items() if name.startswith(prefix)}
+
+        steps = {name: value[0] if name == "t" else value.transpose(0, 1) for name, value in named("trace.").items()}
+        return cls(
+            samples=rows["samples"],
+            rewards=rows["rewards"],
+            components=named("component."),
+            log_weights=rows["log_weights"],
+            log_z=rows.get("log_z"),
+            trace=Trace(**steps),
+            cost=cost,
+            strength=rows["strength"],
+            flow_map=flow_map,
+        )
+
+
+def facts(cost: Cost, flow_map: FlowMap | None) -> dict[str, str]:
+    """What the file of a result says beside its tensors: the cost, and whether pictures are samples in [-1, 1]."""
+    while isinstance(flow_map, Wrapped):
+        flow_map = flow_map.flow_map
+    plain = flow_map is not None and type(flow_map).decode is FlowMap.decode
+    return {"kind": KIND, "cost": json.dumps(cost.as_dict()), "decode": "plain" if plain else "own"}
+
+
+def _first(value: Tensor, n: int) -> Tensor:
+    """A tensor (steps, n, ...) of a trace, or (steps,), as (n, steps, ...)."""
+    return value.expand(n, -1) if value.ndim == 1 else value.transpose(0, 1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other, out of inference mode, so that autograd takes them."""
+    if len(parts) > 1:
+        return torch.cat(list(parts))
+    return parts[0].clone() if parts[0].is_inference() else parts[0]
+
+
+def _file(path: str | Path) -> Path:
+    return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE
