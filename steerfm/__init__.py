@@ -104,6 +104,8 @@ def __getattr__(name: str) -> Any:
     for module, names in _WHERE.items():
         if name in names:
             return getattr(import_module(f"steerfm.{module}"), name)
+    if name == "testing":
+        return import_module("steerfm.testing")
     raise AttributeError(f"module 'steerfm' has no attribute {name!r}")
 
 

@@ -40,7 +40,11 @@ EXAMPLES = {
   steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32
   steerfm evaluate model=emoji n=1000 steps=[1,2,4] euler=64 held_out=true""",
     "models": "examples:\n  steerfm models",
-    "rewards": "examples:\n  steerfm rewards\n  steerfm rewards classifier",
+    "rewards": """examples:
+  steerfm rewards
+  steerfm rewards classifier
+  steerfm rewards my_reward.py:mine --check                   whether it keeps the contract, and if not, what mends it
+  steerfm rewards target_image --check reward.target=a.png model=emoji   with arguments, on a model's shape of pictures""",
     "methods": "examples:\n  steerfm methods\n  steerfm methods das",
     "bench": """examples:
   steerfm bench                                       what there is
@@ -100,6 +104,11 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
         elif name in ("rewards", "methods"):
             sub.add_argument("name", nargs="?", help="the one to explain")
+            if name == "rewards":
+                sub.add_argument("--check", action="store_true", help="check that it keeps the contract (steerfm.testing)")
+                sub.add_argument(
+                    "settings", nargs="*", metavar="key=value", help="reward.KEY=, model=, prompt= or label= of a check"
+                )
             if name == "methods":
                 sub.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
         elif name == "data":
@@ -145,6 +154,10 @@ def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int
             return 0
     elif options.command == "bench":
         options.arguments += extra
+    elif options.command == "rewards":  # settings may stand on both sides of --check
+        options.settings += extra
+        if options.settings and not options.check:
+            raise ValueError(f"{options.settings[0]}: only a check takes settings: steerfm rewards {options.name} --check")
     elif extra:
         parser().error(f"unrecognized arguments: {' '.join(extra)}")
     return _run(options, argv, config if hasattr(options, "overrides") else None)
@@ -158,7 +171,12 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
         case "models":
             commands.list_models()
         case "rewards":
-            commands.list_rewards(options.name)
+            if options.check:
+                from steerfm.commands_check import check_reward
+
+                check_reward(options.name, options.settings)
+            else:
+                commands.list_rewards(options.name)
         case "methods":
             commands.list_methods(options.name, options.markdown)
         case "data":

@@ -1,0 +1,221 @@
+"""The contract of a steering method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfm.closed_form import GaussianMixture
+from steerfm.flowmap import FlowMap
+from steerfm.randomness import untouched
+from steerfm.rewards import Reward
+from steerfm.steering import Method, SteeringResult, steer
+from steerfm.testing.contract import ContractError, after_seed, failing, moves_global_state, near, require
+
+N = 3
+BUDGETS = (4, 32, 128)
+
+
+class Slope(Reward):
+    """The sum of what a model draws: a reward with a gradient, for pictures and for vectors."""
+
+    unit = "sum"
+
+    def score(self, images: Tensor, prompts: Any = None, labels: Tensor | None = None) -> Tensor:
+        return images.flatten(1).mean(1)
+
+
+class BlackBox(Slope):
+    """The same without a gradient."""
+
+    differentiable = False
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Any = None, labels: Tensor | None = None) -> Tensor:
+        return super().score(images)
+
+
+def two_modes() -> FlowMap:
+    """The exact map of two Gaussians in the plane."""
+    return GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], [[0.1, 0.1], [0.2, 0.1]]).flow_map()
+
+
+@dataclass
+class Probe:
+    """A method, and the problem that it is run on.
+
+    Attributes:
+        result: of N outputs, with the seeds 0 ... N - 1.
+    """
+
+    method: Method
+    flow_map: FlowMap
+    cond: Any
+    result: SteeringResult = field(init=False)
+
+    @property
+    def name(self) -> str:
+        return f"method {type(self.method).__name__!r}"
+
+    def run(
+        self, method: Method | None = None, reward: Reward | None = None, n: int = N, seeds: Any = 0, **options: Any
+    ) -> Any:
+        with failing(self.name):
+            return steer(self.flow_map, reward or Slope(), method or self.method, n, seeds, cond=self.cond, **options)
+
+
+def check_method(method: Method, flow_map: FlowMap | None = None, cond: Any = None) -> None:
+    """Check that a steering method keeps the contract of `steerfm.steer` and of the bench.
+
+    Args:
+        method: an object of the `Method` protocol; a dozen short runs of it are made.
+        flow_map: to run it on; default an exact map of two Gaussians in the plane.
+        cond: a label or prompt for a model that needs one.
+
+    Raises:
+        ContractError: the first thing that is wrong, and how to mend it, in one sentence.
+    """
+    require(not isinstance(method, type), f"{method} is a class", "check an object of it, with the arguments that it needs")
+    probe = Probe(method, flow_map or two_modes(), cond)
+    with untouched():
+        for check in CHECKS:
+            check(probe)
+
+
+def protocol(probe: Probe) -> None:
+    """It has particles, check and run, and takes a reward with a gradient."""
+    for part in ("particles", "check", "run"):
+        require(
+            hasattr(probe.method, part), f"{probe.name} has no {part}", "see steerfm.steering.Method: particles, check, run"
+        )
+    k = probe.method.particles
+    require(
+        isinstance(k, int) and not isinstance(k, bool) and k > 0,
+        f"{probe.name} has particles = {k!r}",
+        "particles is the whole number that an output has, at least 1",
+    )
+    with failing(probe.name):
+        probe.method.check(Slope())
+
+
+def outcome(probe: Probe) -> None:
+    """All outputs come back, with the rewards of their samples and normalised weights."""
+    probe.result = result = probe.run()
+    shape, fix = (
+        probe.flow_map.shape,
+        f"run returns an Outcome of samples (n, k, *shape), here ({N}, k, *{probe.flow_map.shape})",
+    )
+    n, k = result.samples.shape[:2]
+    require(n == N, f"{probe.name} returns {n} outputs where {N} are asked for", fix)
+    require(
+        tuple(result.samples.shape[2:]) == shape and k > 0, f"{probe.name} returns samples {tuple(result.samples.shape)}", fix
+    )
+    for name in ("rewards", "log_weights"):
+        value = getattr(result, name)
+        require(
+            value.shape == (N, k),
+            f"{probe.name} returns {name} {tuple(value.shape)} for samples {tuple(result.samples.shape)}",
+            f"{name} has a number for each particle, (n, k)",
+        )
+    require(
+        torch.isfinite(result.samples).all(), f"{probe.name} returns samples of NaN or inf", "lower the guidance, or cap it"
+    )
+    seen = result.images().flatten(0, 1)
+    require(
+        near(result.rewards.flatten(), Slope()(seen.detach()), 1e-3),
+        f"{probe.name} returns rewards that are not those of its samples",
+        "score the samples that are returned, problem.score(x).total, in their order",
+    )
+    total = result.log_weights.double().logsumexp(1)
+    require(
+        not result.log_weights.isnan().any() and near(total, torch.zeros_like(total), 1e-3),
+        f"{probe.name} returns log-weights whose exponentials sum to {total[0].exp():.4g} for an output",
+        "steerfm.steering.weights.normalise makes them sum to 1",
+    )
+    require(
+        result.log_z is None or result.log_z.shape == (N,),
+        f"{probe.name} returns log_z {tuple(getattr(result.log_z, 'shape', ()))}",
+        "log_z has a number for each output, (n,), or is None",
+    )
+
+
+def seeds(probe: Probe) -> None:
+    """Each output follows its seed, and nothing else: not the global random state, nor the other outputs."""
+    first, noise = probe.result, "draw from the noise that run is given, and its streams noise.other(purpose)"
+    again, other = (after_seed(7, lambda seed=seed: probe.run(seeds=seed)) for seed in (0, 1000))
+    require(near(first.samples, again.samples, 1e-6), f"{probe.name} draws other samples for the same seeds", noise)
+    require(not near(first.samples, other.samples, 1e-6), f"{probe.name} draws the same samples for other seeds", noise)
+    require(not moves_global_state(probe.run), f"{probe.name} seeds or draws from a global random state", noise)
+    alone = probe.run(n=1, seeds=[1])
+    same = near(first.samples[1:2], alone.samples, 1e-4) and near(first.log_weights[1:2].exp(), alone.log_weights.exp(), 1e-3)
+    require(
+        same,
+        f"{probe.name} gives an output among {N} otherwise than alone",
+        "keep outputs apart: select and average within the particles of one",
+    )
+    parts = probe.run(batch_size=2)
+    require(
+        near(first.samples, parts.samples, 1e-4),
+        f"{probe.name} gives other samples with batch_size = 2",
+        "use the n that run is given, and nothing that a run leaves on self",
+    )
+
+
+def progress(probe: Probe) -> None:
+    """It says how far it is, up to the end."""
+    said: list[tuple[int, int]] = []
+    probe.run(n=1, progress=lambda done, steps: said.append((done, steps)))
+    fix = "call tick(steps done, steps in all) after every step"
+    require(said, f"{probe.name} never says how far it is", fix)
+    done = [i for i, _ in said]
+    require(
+        done == sorted(done) and said[-1][0] == said[-1][1], f"{probe.name} ends at step {said[-1][0]} of {said[-1][1]}", fix
+    )
+
+
+def black_boxes(probe: Probe) -> None:
+    """It works with a black box, or refuses one before the work."""
+    try:
+        probe.method.check(BlackBox())
+    except ValueError:
+        return
+    try:
+        probe.run(reward=BlackBox())
+    except ContractError as error:
+        raise ContractError(
+            f"{probe.name} accepts a reward without a gradient and then fails ({error}): "
+            "raise a ValueError in check, or do without"
+        ) from error
+
+
+def budget(probe: Probe) -> None:
+    """What fits itself into a budget of network evaluations keeps to it."""
+    fit = getattr(probe.method, "within", None) or getattr(probe.method, "sized", None)
+    if fit is None:
+        return
+    sizes = {}
+    for most in BUDGETS:
+        try:
+            sizes[most] = fit(most)
+        except ValueError:  # it says what it needs at least
+            continue
+    require(
+        sizes,
+        f"{probe.name} refuses budgets of {', '.join(map(str, BUDGETS))}",
+        "within(budget) returns the method in that size",
+    )
+    for most, sized in sizes.items():
+        if sized is not None:
+            spent = probe.run(sized).cost.evaluations / N
+            require(
+                spent <= most,
+                f"{probe.name} within {most} spends {spent:g} network evaluations an output",
+                "count a backward pass as two, and round steps and particles down",
+            )
+
+
+CHECKS = (protocol, outcome, seeds, progress, black_boxes, budget)
+"""What `check_method` looks at, in this order; the first line of each says what holds."""

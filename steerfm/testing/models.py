@@ -1,0 +1,224 @@
+"""The contract of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steerfm.cost import Ledger
+from steerfm.flowmap import Condition, FlowMap, expand_rows, repeat_rows, take_rows
+from steerfm.randomness import untouched
+from steerfm.testing.contract import after_seed, failing, furthest, moves_global_state, near, pictures, require
+
+N = 4
+SMALL = 1e-3
+"""Of a jump that is compared with the velocity."""
+
+
+@dataclass
+class Probe:
+    """A map, and what it is asked about.
+
+    Attributes:
+        x: (N, *shape) states. s, t: (N,) times, s < t, different in every row. cond: one row per state, or None.
+    """
+
+    flow_map: FlowMap
+    x: Tensor
+    s: Tensor
+    t: Tensor
+    cond: Condition
+
+    @property
+    def name(self) -> str:
+        return f"model {type(self.flow_map).__name__!r}"
+
+    def u(self, s: Tensor, t: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What its author wrote."""
+        with failing(self.name), torch.no_grad():
+            cond = take_rows(self.cond, rows)
+            return self.flow_map.average_velocity(self.x[rows], s[rows], t[rows], cond)
+
+
+def check_model(flow_map: FlowMap, cond: Condition | str | int = None) -> None:
+    """Check that a flow map keeps the contract that sampling, steering and tuning rely on.
+
+    Args:
+        flow_map: the model, in evaluation mode.
+        cond: a condition of one row, a label or a prompt, for a model that cannot do without; default its first classes, or a
+            prompt.
+
+    Raises:
+        ContractError: the first thing that is wrong, and how to mend it, in one sentence.
+    """
+    require(isinstance(flow_map, FlowMap), f"a {type(flow_map).__name__} is no model", "derive it from steerfm.FlowMap")
+    name = f"model {type(flow_map).__name__!r}"
+    shape = getattr(flow_map, "shape", ())
+    require(
+        shape and all(isinstance(size, int) and size > 0 for size in shape),
+        f"{name} has the shape {shape}",
+        "call super().__init__(shape), with the shape of one sample such as (3, 32, 32)",
+    )
+    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(row)) for row in range(N)])
+    x = x.to(flow_map.device, flow_map.dtype)
+    times = torch.tensor([[0.0, 0.3, 0.55, 0.8], [0.4, 0.6, 1.0, 0.95]]).to(x)
+    with failing(name), untouched():
+        probe = Probe(flow_map, x, times[0], times[1], _condition(flow_map, cond))
+    with untouched():
+        for check in CHECKS:
+            check(probe)
+
+
+def _condition(flow_map: FlowMap, cond: Condition | str | int) -> Condition:
+    if isinstance(cond, str | int):
+        return flow_map.condition(cond, N)
+    if cond is not None:
+        return repeat_rows(cond, N)
+    if flow_map.class_names:
+        return flow_map.condition([row % len(flow_map.class_names) for row in range(N)], N)
+    return None if flow_map.null is None else flow_map.condition("a red heart", N)
+
+
+def velocities(probe: Probe) -> None:
+    """average_velocity gives a finite velocity of the state's shape and dtype, at all times 0 <= s <= t <= 1."""
+    zero, one = torch.zeros_like(probe.s), torch.ones_like(probe.s)
+    for s, t in ((probe.s, probe.t), (zero, zero), (zero, one), (one, one), (probe.s, probe.s)):
+        u, when = probe.u(s, t), f"from s = {s[0]:g} to t = {t[0]:g}"
+        require(
+            isinstance(u, Tensor) and u.shape == probe.x.shape,
+            f"{probe.name} answers states {tuple(probe.x.shape)} with {tuple(u.shape) if isinstance(u, Tensor) else type(u)}",
+            "average_velocity returns (b, *shape), a row for each state",
+        )
+        require(u.dtype == probe.x.dtype, f"{probe.name} answers {probe.x.dtype} with {u.dtype}", "cast back to the dtype of x")
+        require(torch.isfinite(u).all(), f"{probe.name} is not finite {when}", "divide by no time that can be 0, nor by t - s")
+
+
+def rows(probe: Probe) -> None:
+    """Every state is moved by itself, from its own time to its own, under its own condition."""
+    whole = probe.u(probe.s, probe.t)
+    alone = torch.cat([probe.u(probe.s, probe.t, slice(i, i + 1)) for i in range(N)])
+    row = furthest(whole, alone)
+    require(
+        near(whole, alone, 1e-3),
+        f"{probe.name} moves row {row} of {N} otherwise than alone",
+        "s and t hold a time for each row, s.view(-1, 1, 1, 1), and no row may read another (batch norm in training mode does)",
+    )
+
+
+def repeats(probe: Probe) -> None:
+    """It gives the same again, whatever the global random state is, and leaves its input alone."""
+    before = probe.x.clone()
+    first, other = (after_seed(seed, lambda: probe.u(probe.s, probe.t)) for seed in (0, 1))
+    require(
+        near(first, other, 1e-6),
+        f"{probe.name} gives different jumps for the same state",
+        "take it out of training mode, flow_map.eval(), and draw nothing in it",
+    )
+    moved = moves_global_state(lambda: probe.u(probe.s, probe.t))
+    require(
+        not moved, f"{probe.name} seeds or draws from a global random state", "a flow map is deterministic: draw nothing in it"
+    )
+    require(
+        probe.x.equal(before),
+        f"{probe.name} writes into the state that it is given",
+        "compute a new tensor, x = x * 2 and not x *= 2",
+    )
+
+
+def identity(probe: Probe) -> None:
+    """A jump from a time to the same time stays where it is."""
+    with failing(probe.name), torch.no_grad():
+        for where in (probe.s, probe.s.clone()):
+            stayed = probe.flow_map.jump(probe.x, probe.s, where, probe.cond)
+        floats = probe.flow_map.jump(probe.x, 0.5, 0.5, probe.cond)
+    fix = "leave jump to FlowMap, which is x + (t - s) u, and write average_velocity"
+    for x in (stayed, floats):
+        require(near(x, probe.x, 1e-5), f"{probe.name} moves in a jump from a time to the same time", fix)
+
+
+def jumps(probe: Probe) -> None:
+    """Times may be numbers or one for each row, a small jump is one along the velocity, and calls are counted."""
+    flow_map, x, cond, t = probe.flow_map, probe.x, probe.cond, 0.4
+    with failing(probe.name), torch.no_grad(), Ledger() as ledger:
+        by_number = flow_map.jump(x, 0.2, t, cond)
+        calls = ledger.cost.forwards
+        by_row = flow_map.jump(x, torch.full((N,), 0.2).to(x), torch.full((N,), t).to(x), cond)
+        velocity = flow_map.velocity(x, t, cond)
+        short = (flow_map.jump(x, t, t + SMALL, cond) - x) / SMALL
+    require(
+        near(by_number, by_row), f"{probe.name} jumps elsewhere for s = 0.2 than for a tensor of 0.2", "leave jump to FlowMap"
+    )
+    require(
+        calls == N * flow_map.evaluations,
+        f"{probe.name} counts {calls} network calls for {N} states",
+        "leave jump and velocity to FlowMap, and set evaluations where a call is several",
+    )
+    off = (short - velocity).norm() / velocity.norm().clamp_min(1e-6)
+    require(
+        off < 0.1,
+        f"{probe.name} has a velocity that is off by {off:.0%} from a jump over {SMALL:g}",
+        "average_velocity(x, t, t) is the velocity that short jumps tend to, dx/dt with noise at t = 0 and data at t = 1",
+    )
+
+
+def gradients(probe: Probe) -> None:
+    """A gradient passes through a look-ahead to the state."""
+    x = probe.x.clone().requires_grad_()
+    with failing(probe.name), torch.enable_grad():
+        end = probe.flow_map.lookahead(x, 0.3, probe.cond)
+        direct = end.grad_fn is not None
+        (gradient,) = torch.autograd.grad(end.sum(), x) if direct else (torch.zeros_like(x),)
+    require(direct, f"{probe.name} cuts the gradient", "compute with torch, without no_grad, detach or numpy")
+    require(torch.isfinite(gradient).all(), f"{probe.name} has a gradient of NaN or inf", "add an epsilon to roots and norms")
+
+
+def decoding(probe: Probe) -> None:
+    """decode gives pictures (b, c, h, w) in [0, 1], or vectors as they are, and encode leads back."""
+    flow_map, shape = probe.flow_map, probe.flow_map.shape
+    with failing(probe.name), torch.no_grad(), Ledger() as ledger:
+        seen = flow_map.decode(probe.x)
+    require(
+        len(seen) == N and seen.ndim in (2, 4),
+        f"{probe.name} decodes states {tuple(probe.x.shape)} to {tuple(seen.shape)}",
+        "decode returns pictures (b, c, h, w) or vectors (b, d)",
+    )
+    if seen.ndim == 4:
+        require(
+            seen.min() >= -1e-3 and seen.max() <= 1 + 1e-3,
+            f"{probe.name} decodes to pictures in [{seen.min():.3g}, {seen.max():.3g}]",
+            "decode returns them in [0, 1]: ((z + 1) / 2).clamp(0, 1) where the model's are in [-1, 1]",
+        )
+    require(
+        ledger.cost.decodes == N,
+        f"{probe.name} counts {ledger.cost.decodes} decodes for {N} states",
+        'begin decode with steerfm.cost.count("decodes", len(z))',
+    )
+    if tuple(seen.shape[1:]) == shape:  # no autoencoder, which loses something
+        given = pictures(N, shape).to(probe.x)
+        with failing(probe.name), torch.no_grad():
+            back = flow_map.decode(flow_map.encode(given))
+        require(near(back, given), f"{probe.name} does not decode what it encodes", "write encode as the inverse of decode")
+
+
+def conditions(probe: Probe) -> None:
+    """A model with classes has a null condition of one row, which runs beside them."""
+    flow_map, null = probe.flow_map, probe.flow_map.null
+    if null is None:
+        return
+    with failing(probe.name), torch.no_grad():
+        rows_of = [null] if isinstance(null, Tensor) else list(null.values())
+        require(
+            all(len(row) == 1 for row in rows_of),
+            f"{probe.name} has a null condition of {len(rows_of[0])} rows",
+            "null is a condition of one row",
+        )
+        without = flow_map.jump(probe.x, 0.2, 0.7, expand_rows(null, N, probe.x.device))
+    require(
+        torch.isfinite(without).all(), f"{probe.name} is not finite under its null condition", "train it with some rows of null"
+    )
+
+
+CHECKS = (velocities, repeats, rows, identity, jumps, gradients, decoding, conditions)
+"""What `check_model` looks at, in this order; the first line of each says what holds."""
