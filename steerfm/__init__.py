@@ -10,104 +10,48 @@ torch.Size([4, 1, 28, 28])
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from steerfm.closed_form import GaussianMixture
-    from steerfm.cost import Cost, Ledger
-    from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
-    from steerfm.interpolant import Interpolant, Trigonometric
-    from steerfm.rewards import Reward, RewardError, reward
-    from steerfm.sampling import Diffuse, Renoise, sample
-    from steerfm.steering import (
-        DPS,
-        FMRGE,
-        FMRGJ,
-        BestOfN,
-        Denoise,
-        EndpointAscent,
-        EndpointGradient,
-        FeynmanKac,
-        Funnel,
-        Jump,
-        MapGradient,
-        Steering,
-        SteeringResult,
-        steer,
-    )
-    from steerfm.zoo import load
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DPS",
-    "FMRGE",
-    "FMRGJ",
-    "BestOfN",
-    "Cost",
-    "Denoise",
-    "Diffuse",
-    "EndpointAscent",
-    "EndpointGradient",
-    "FeynmanKac",
-    "FlowMap",
-    "Funnel",
-    "GaussianMixture",
-    "Guided",
-    "Interpolant",
-    "Jump",
-    "Ledger",
-    "MapGradient",
-    "NeuralFlowMap",
-    "Renoise",
-    "Reward",
-    "RewardError",
-    "Steering",
-    "SteeringResult",
-    "Trigonometric",
-    "load",
-    "reward",
-    "sample",
-    "steer",
-]  # fmt: skip
-
-_WHERE = {
-    "closed_form": ("GaussianMixture",),
-    "cost": ("Cost", "Ledger"),
-    "flowmap": ("FlowMap", "Guided", "NeuralFlowMap"),
-    "interpolant": ("Interpolant", "Trigonometric"),
-    "rewards": ("Reward", "RewardError", "reward"),
-    "sampling": ("Diffuse", "Renoise", "sample"),
-    "steering": (
-        "DPS",
-        "FMRGE",
-        "FMRGJ",
-        "BestOfN",
-        "Denoise",
-        "EndpointAscent",
-        "EndpointGradient",
-        "FeynmanKac",
-        "Funnel",
-        "Jump",
-        "MapGradient",
-        "Steering",
-        "SteeringResult",
-        "steer",
-    ),
-    "zoo": ("load",),
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported on first use, so that ``steerfm --help`` does not wait for torch."""
-    for module, names in _WHERE.items():
-        if name in names:
-            return getattr(import_module(f"steerfm.{module}"), name)
-    if name == "testing":
-        return import_module("steerfm.testing")
-    raise AttributeError(f"module 'steerfm' has no attribute {name!r}")
+    """Names and modules are imported on first use, so that ``steerfm --help`` does not wait for torch."""
+    if name == "__all__":
+        return sorted(_names())
+    if not name.startswith("_"):
+        if name in _names():
+            return getattr(import_module(_names()[name]), name)
+        if name in _modules():
+            return import_module(f"steerfm.{name}")
+    raise AttributeError(f"module 'steerfm' has no attribute {name!r}{_near(name)}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return ["__all__", "__version__", *sorted({*_names(), *_modules()})]
+
+
+@cache
+def _names() -> dict[str, str]:
+    """Public names, each with its module, from the one table of them: the stub beside this file."""
+    import ast  # as little as can be is imported before it is needed
+    from pathlib import Path
+
+    stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+    return {alias.name: str(line.module) for line in stub.body if isinstance(line, ast.ImportFrom) for alias in line.names}
+
+
+@cache
+def _modules() -> list[str]:
+    from pkgutil import iter_modules
+
+    return [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
+
+
+def _near(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = [] if name.startswith("_") else get_close_matches(name, [*_names(), *_modules()], n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

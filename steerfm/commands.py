@@ -23,9 +23,9 @@ from rich.text import Text
 from torch import Tensor
 
 from steerfm import config as configs
-from steerfm import encoders, files, results, rewards, zoo
+from steerfm import encoders, files, registry, results, rewards, zoo
 from steerfm.closed_form import GaussianMixture
-from steerfm.config import ConfigError, did_you_mean, named
+from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import (
     Condition,
@@ -41,9 +41,10 @@ from steerfm.flowmap import (
 from steerfm.metrics import feature_statistics, restoration, texture
 from steerfm.prompts import ENDINGS, read_texts
 from steerfm.randomness import derive, global_stream, stream
+from steerfm.registry import named
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
-from steerfm.steering import METHODS, MapGradient, Method, SteeringResult, steer, steer_batches
+from steerfm.steering import METHOD, METHODS, MapGradient, Method, SteeringResult, steer, steer_batches
 from steerfm.steering.noise import NoiseAscent
 from steerfm.steering.result import facts as result_facts
 
@@ -288,11 +289,14 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
         pictures = flow_map.decode(x).float().cpu()
         tick(1, 1)
     folder.save_tensors("samples", {"samples": x.float()})
-    path = folder.path / "grid.png"
-    rows, captions = _rows(pictures, want.names)
-    results.picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
+    path, shown = folder.path / "samples.safetensors", []
+    if pictures.ndim == 4:  # samples of a map of vectors are no pictures
+        path = folder.path / "grid.png"
+        rows, captions = _rows(pictures, want.names)
+        results.picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
+        shown = [("samples", path)]
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
-    results.report(folder, f"Samples of {config.model}", {"command": command}, pictures=[("samples", path)])
+    results.report(folder, f"Samples of {config.model}", {"command": command}, pictures=shown)
     console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
 
 
@@ -302,26 +306,9 @@ def build_reward(value: Any) -> Reward:
     return rewards.build(value)
 
 
-def build_method(value: Any, methods: Mapping[str, type] = METHODS) -> Any:
-    """A method from a configuration: a name of ``methods``, or a name with arguments."""
-    name, arguments = named(value, "method")
-    return configs.build(known_method(name, methods), arguments, "method")
-
-
-def known_method(name: str, methods: Mapping[str, type]) -> type:
-    """The method of a name.
-
-    Raises:
-        ConfigError: there is none; with the nearest.
-    """
-    if ":" in name and methods is METHODS:  # one's own: path.py:Class
-        found = rewards.find(name, "method")
-        if not (isinstance(found, type) and hasattr(found, "run") and is_dataclass(found)):
-            raise ConfigError(f"method {name!r} is not a dataclass with the interface of steerfm.steering.Method")
-        return found
-    if name not in methods:
-        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, methods)}; methods: {', '.join(methods)}")
-    return methods[name]
+def build_method(value: Any, kind: registry.Kind = METHOD) -> Any:
+    """A method from a configuration: a name, or a name with arguments; ``kind`` says of steering or of fine-tuning."""
+    return registry.build(value, kind)
 
 
 def build_judge(config: configs.SteerConfig | configs.FinetuneConfig, flow_map: FlowMap) -> Reward | None:
@@ -638,7 +625,7 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         console.print(table)
         console.print("use one: steerfm finetune --config NAME")
         return
-    kind = known_method(name, METHODS | finetuning.METHODS)
+    kind = registry.find(name, replace(METHOD, named=METHODS | finetuning.METHODS))
     method = kind()
     console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
     console.print(inspect.getdoc(kind) or "")

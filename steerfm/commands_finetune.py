@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import config as configs
-from steerfm import encoders, results, training, zoo
+from steerfm import encoders, registry, results, training, zoo
 from steerfm.commands import (
     FINISHED,
     NO_JUDGE,
@@ -31,7 +31,7 @@ from steerfm.commands import (
     schedule,
 )  # fmt: skip
 from steerfm.config import ConfigError
-from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
+from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
 from steerfm.flowmap import NeuralFlowMap, write_weights
@@ -46,10 +46,14 @@ PER_PROMPT = 8
 
 def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     """Fine-tune a flow map towards a reward; the same command continues a killed run."""
+    if registry.is_code(config.model):
+        raise ConfigError(
+            f"model={config.model}: what code makes cannot be tuned: save it, flow_map.save(FILE, network), model=FILE"
+        )
     base = zoo.load(config.model)
     if not isinstance(base, NeuralFlowMap):
         raise ConfigError(f"model={config.model} cannot be fine-tuned: it has no network")
-    reward, method = build_reward(config.reward), build_method(config.method, METHODS)
+    reward, method = build_reward(config.reward), build_method(config.method, METHOD)
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")

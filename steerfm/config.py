@@ -282,7 +282,9 @@ class FinetuneConfig:
 
     model: str = option("fashion", MODEL)
     reward: Any = option({"name": "classifier"}, REWARD)
-    method: Any = option({"name": "direct"}, "a name (steerfm methods); method.KEY sets an argument (steerfm methods NAME)")
+    method: Any = option(
+        {"name": "direct"}, "a name (steerfm methods) or FILE.py:CLASS; method.KEY sets an argument (steerfm methods NAME)"
+    )
     judge: Any = option("auto", JUDGE)
     label: str | list[str] | None = option(
         None, "a class, a list of them, or all; null for no class (all where the reward reads it)"
@@ -432,36 +434,6 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest choice, or nothing."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def named(value: Any, what: str) -> tuple[str, dict[str, Any]]:
-    """(name, arguments) of a `NAMED` key's value.
-
-    Raises:
-        ConfigError: no name.
-    """
-    if isinstance(value, str):
-        return value, {}
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"{what} needs a name: {what}=NAME")
-    arguments = {str(key): item for key, item in value.items() if key != "name"}
-    return value["name"], arguments
-
-
-def build(kind: type, arguments: Mapping[str, Any], what: str) -> Any:
-    """An instance of a dataclass from its arguments, with errors that name the nearest field.
-
-    Raises:
-        ConfigError: unknown argument or refused value.
-    """
-    known = [f.name for f in fields(kind) if f.init]
-    for key in arguments:
-        if key not in known:
-            raise ConfigError(f"unknown key '{what}.{key}'{did_you_mean(key, known)}; keys: {', '.join(known)}")
-    try:
-        return kind(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{what}: {error}") from None
 
 
 def shipped(folder: str) -> Path:

@@ -212,6 +212,23 @@ def label_index(label: str | int, names: Sequence[str]) -> int:
     raise ValueError(f"unknown class {label!r}; classes: {known}")
 
 
+def by_label(flow_map: FlowMap, label: str | int | Sequence[str | int] | None, cond: Any) -> Any:
+    """What a map is asked for, as a condition or by the names of its classes.
+
+    Raises:
+        ValueError: both are given; the map is asked in words, or for nothing at all.
+    """
+    if label is None:
+        return cond
+    if cond is not None:
+        raise ValueError(f"label={label!r} and cond= are given: label= is the class, cond= any condition; give one of them")
+    if isinstance(flow_map.null, Mapping):
+        raise ValueError(f"label={label!r}: this model is asked in words: cond={label!r}")
+    if not flow_map.class_names:
+        raise ValueError(f"label={label!r}: this model has no classes")
+    return label
+
+
 class NeuralFlowMap(FlowMap):
     """A flow map given by a network, preconditioned with the exact map of one isotropic Gaussian.
 

@@ -14,12 +14,14 @@ from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from operator import index
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, map_condition, take_rows
+from steerfm import zoo
+from steerfm.flowmap import Condition, FlowMap, by_label, map_condition, take_rows
 from steerfm.interpolant import Interpolant
 from steerfm.randomness import derive, stream
 
@@ -317,33 +319,37 @@ class Bridge:
 
 # --- plain sampling --------------------------------------------------------------------------------------------------
 def sample(
-    flow_map: FlowMap,
-    n: int,
+    flow_map: FlowMap | str | Path,
+    n: int = 1,
     steps: int = 4,
     seeds: int | Sequence[int] = 0,
-    cond: Condition = None,
+    cond: Condition | str | int | Sequence[str | int] = None,
     transition: Transition | None = None,
     batch_size: int | None = None,
     power: float = 1.0,
+    *,
+    label: str | int | Sequence[str | int] | None = None,
 ) -> Tensor:
     """Unsteered samples.
 
     Args:
-        flow_map: the map.
+        flow_map: the map, or its name, as `steerfm.load` takes it.
         n: number of samples.
         steps: transitions from t = 0 to t = 1.
         seeds: an integer s for s, s + 1, ..., or one seed per sample.
-        cond: one row per sample, a class name or index (repeated), or None.
+        cond: one row per sample; a class name, index or prompt for all or for each; or None.
         transition: default `Jump()`.
         batch_size: rows per network call; default all. The result does not depend on it.
         power: of the time grid.
+        label: in place of ``cond``: the class, by name or index, of all or of each.
 
     Returns:
         (n, *shape) in model space; `FlowMap.decode` makes pictures of it.
     """
     move: Transition = transition or Jump()
+    flow_map = zoo.load(flow_map)
     all_seeds, times = seed_list(seeds, n), time_grid(steps, power)
-    cond = as_condition(flow_map, cond, n)
+    cond = as_condition(flow_map, by_label(flow_map, label, cond), n)
     size = n if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one sample at a time")

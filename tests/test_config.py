@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +14,15 @@ from steerfm.config import (
     SampleConfig,
     SteerConfig,
     TrainConfig,
-    build,
     did_you_mean,
     dump,
     find_recipe,
     load,
-    named,
     plain,
     recipes,
     sequence,
 )
+from steerfm.registry import named
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "steer": SteerConfig, "evaluate": EvaluateConfig}
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -237,35 +236,6 @@ def test_dump_and_load(write, schema, overrides):
     c = load(schema, None, overrides)
     assert load(schema, write(dump(c))) == c
     assert plain(c).keys() == schema.__dataclass_fields__.keys()
-
-
-# --- building --------------------------------------------------------------------------------------------------------
-@dataclass
-class Widget:
-    size: int
-    colour: str = "red"
-
-    def __post_init__(self) -> None:
-        if self.size < 0:
-            raise ValueError("size must not be negative")
-
-
-def test_build():
-    assert build(Widget, {"size": 3, "colour": "blue"}, "widget") == Widget(3, "blue")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": 3, "color": "blue"}, r"unknown key 'widget\.color' .did you mean 'colour'.*keys: size, colour"),
-        ({"size": -1}, "widget: size must not be negative"),
-        ({}, "widget: .*size"),
-        ({"size": "big"}, "widget: "),
-    ],
-)
-def test_build_errors(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        build(Widget, arguments, "widget")
 
 
 def test_sequence():

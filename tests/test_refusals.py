@@ -26,7 +26,7 @@ from steerfm.config import (
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.networks import UNet
 from steerfm.results import picture_grid
-from steerfm.steering import METHODS, EndpointGradient, Jump
+from steerfm.steering import METHOD, METHODS, EndpointGradient, Jump
 
 SCHEMAS = [TrainConfig, SampleConfig, SteerConfig, EvaluateConfig, FinetuneConfig, BenchConfig]
 TINY = ["method=best_of_n", "method.particles=2", "method.steps=1", "n=1"]
@@ -99,8 +99,8 @@ def test_refused_before_there_is_a_folder(capsys, tmp_path, monkeypatch, command
 
 
 # --- methods and their parts -----------------------------------------------------------------------------------------
-def method(*overrides: str, schema=SteerConfig, methods=METHODS):
-    return build_method(load(schema, None, list(overrides)).method, methods)
+def method(*overrides: str, schema=SteerConfig, kind=METHOD):
+    return build_method(load(schema, None, list(overrides)).method, kind)
 
 
 def test_arguments_of_a_part():
@@ -113,7 +113,7 @@ def test_arguments_of_a_part():
     assert method("method=feynman_kac", "method.resampling.scheme=ssp", "method.threshold=.25").resampling.threshold == 0.25
     assert method("method=feynman_kac", "method.tempering.p=2").tempering.p == 2
     assert steerfm.FeynmanKac(guidance={"name": "map", "scale": 3}).guidance.scale == 3  # and in Python
-    tuned = method("method=weighted", "method.refit.anchor=2", schema=FinetuneConfig, methods=finetuning.METHODS)
+    tuned = method("method=weighted", "method.refit.anchor=2", schema=FinetuneConfig, kind=finetuning.METHOD)
     assert tuned.refit.anchor == 2 and tuned.refit.trajectory == 0.5
 
 

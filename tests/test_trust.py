@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import cli, config, trust
-from steerfm.commands import build_reward, known_method
+from steerfm import cli, config, registry, trust
+from steerfm.commands import build_reward
 from steerfm.config import ConfigError, SteerConfig, TrainConfig
 from steerfm.rewards import RewardError
-from steerfm.steering import METHODS
+from steerfm.steering import METHOD
 
 SECRET = "s3cret-of-the-environment"
 
@@ -101,8 +101,17 @@ def test_a_configuration_cannot_name_what_is_no_reward(value, tmp_path, monkeypa
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
 def test_nor_what_is_no_method(value):
-    with pytest.raises((RewardError, ConfigError)):
-        known_method(value["name"], METHODS)
+    with pytest.raises(ConfigError) as error:
+        registry.build(value, METHOD)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
+def test_nor_what_is_no_model(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        steerfm.load(value["name"])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_the_command_that_was_run_by_a_yaml(tmp_path, monkeypatch, capsys):

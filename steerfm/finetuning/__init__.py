@@ -7,6 +7,7 @@ from steerfm.finetuning.lora import LoRA
 from steerfm.finetuning.noise import HyperNoise
 from steerfm.finetuning.policy import DDPO, NFT, FlowGRPO, Policy
 from steerfm.finetuning.weighted import ORWCFM, Distil, Refit, Weighted
+from steerfm.registry import Kind
 
 METHODS: dict[str, type] = {
     "direct": Direct,
@@ -27,8 +28,16 @@ METHODS: dict[str, type] = {
 }
 """Fine-tuning methods by the name that configurations use."""
 
+METHOD = Kind(
+    "method",
+    lambda thing: all(hasattr(thing, name) for name in ("loss", "law", "law_is_map")),
+    "an object with the interface of steerfm.finetuning.Method",
+    "steerfm methods",
+    METHODS,
+)
+
 __all__ = [
-    "DDPO", "METHODS", "NFT", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct", "Distil",
-    "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms",
+    "DDPO", "METHOD", "METHODS", "NFT", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct",
+    "Distil", "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms",
     "Update", "Weighted", "chain", "check", "draw", "spread",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from steerfm.steering.methods import (
     MultiRound,
     WeightedDiamond,
 )
+from steerfm.steering.names import METHOD, method, methods
 from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Method, Outcome, Trace
 from steerfm.steering.result import SteeringResult
@@ -45,11 +46,12 @@ from steerfm.steering.value import (
 from steerfm.steering.weights import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
 
 __all__ = [
-    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive", "Beam",
+    "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHOD", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
+    "Beam",
     "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "EndpointAscent",
     "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM",
     "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
     "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "State",
     "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
-    "ZeroOrderSearch", "residual", "steer", "steer_batches", "steps",
+    "ZeroOrderSearch", "method", "methods", "residual", "steer", "steer_batches", "steps",
 ]  # fmt: skip

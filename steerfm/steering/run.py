@@ -6,17 +6,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerfm import registry, rewards, zoo
 from steerfm.cost import Ledger
-from steerfm.flowmap import Condition, FlowMap, Microbatched, repeat_rows, take_rows
+from steerfm.flowmap import Condition, FlowMap, Microbatched, by_label, repeat_rows, take_rows
 from steerfm.randomness import untouched
-from steerfm.rewards import Reward, as_reward
+from steerfm.rewards import Reward
 from steerfm.sampling import Noise, as_condition, seed_list, whole_numbers
 from steerfm.steering.methods import Funnel
+from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Begin, Callback, State, Steering
@@ -27,14 +30,15 @@ CPU_ROWS = 128
 
 
 def steer(
-    flow_map: FlowMap,
-    reward: Reward | Callable[..., Tensor],
-    method: Method | None = None,
+    flow_map: FlowMap | str | Path,
+    reward: Reward | Callable[..., Tensor] | str | Mapping[str, Any] | Sequence[Any],
+    method: Method | str | Mapping[str, Any] | None = None,
     n: int = 1,
     seeds: int | Sequence[int] = 0,
     strength: float | Sequence[float] | Tensor = 1.0,
     cond: Condition | str | int | Sequence[str | int] = None,
     *,
+    label: str | int | Sequence[str | int] | None = None,
     prompts: str | Sequence[str] | None = None,
     labels: Tensor | None = None,
     batch_size: int | None = None,
@@ -48,15 +52,22 @@ def steer(
 ) -> SteeringResult:
     """Steer samples of a flow map towards a reward: q(x) proportional to p_1(x) exp(strength * r(x)).
 
+    >>> steerfm.steer("fashion", "brightness", "funnel", n=2, label="Bag")
+
+    A map, a reward and a method may be given by name, as in configurations.
+
     Args:
-        flow_map: the model.
-        reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps).
-        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; default `Funnel()`,
-            which takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
+        flow_map: the model, or its name, as `steerfm.load` takes it.
+        reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps); or its
+            name, {name: NAME, weight: ..., its arguments}, or a list of such terms, as `rewards.build` takes it.
+        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; or its name, or {name:
+            NAME, its arguments}, as `steerfm.method` takes it; default `Funnel()`, which takes any reward and costs 128 network
+            calls an output; `Funnel.within(512)` for more.
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
         strength: of the tilt, finite; one number, or one per output.
         cond: one row per output, or a class name, index or prompt for all or for each.
+        label: in place of ``cond``: the class, by name or index, of all or of each.
         prompts, labels: for rewards that read them; default what ``cond`` asks for, in words or by labels.
         batch_size: outputs at a time; the result does not depend on it.
         micro_batch: rows per network call; the result does not depend on it. Default: all, but 128 pictures on a CPU, whose
@@ -76,21 +87,22 @@ def steer(
         ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
     """
     results = steer_batches(
-        flow_map, reward, method, n, seeds, strength, cond, prompts=prompts, labels=labels, batch_size=batch_size,
+        flow_map, reward, method, n, seeds, strength, cond, label=label, prompts=prompts, labels=labels, batch_size=batch_size,
         micro_batch=micro_batch, lookaheads=lookaheads, progress=progress, x0=x0, start=start, times=times, callback=callback,
     )  # fmt: skip
     return SteeringResult.cat(list(results))
 
 
 def steer_batches(
-    flow_map: FlowMap,
-    reward: Reward | Callable[..., Tensor],
-    method: Method | None = None,
+    flow_map: FlowMap | str | Path,
+    reward: Reward | Callable[..., Tensor] | str | Mapping[str, Any] | Sequence[Any],
+    method: Method | str | Mapping[str, Any] | None = None,
     n: int = 1,
     seeds: int | Sequence[int] = 0,
     strength: float | Sequence[float] | Tensor = 1.0,
     cond: Condition | str | int | Sequence[str | int] = None,
     *,
+    label: str | int | Sequence[str | int] | None = None,
     prompts: str | Sequence[str] | None = None,
     labels: Tensor | None = None,
     batch_size: int | None = None,
@@ -113,7 +125,7 @@ def steer_batches(
         A `SteeringResult` of ``batch_size`` outputs, the last one of those that are left over.
     """
     job = _Job.of(
-        flow_map, reward, method, n, seeds, strength, cond, prompts, labels, batch_size, micro_batch, x0, start, times,
+        flow_map, reward, method, n, seeds, strength, cond, label, prompts, labels, batch_size, micro_batch, x0, start, times,
         needs_states=callback is not None,
     )  # fmt: skip
     watch = None if callback is None else _lent(callback)
@@ -133,21 +145,22 @@ def steer_batches(
 
         with Ledger() as ledger:
             outcome, job.micro_batch = _fitting(run, job.problem(rows), job.micro_batch)
-        made = SteeringResult(**vars(outcome), cost=ledger.cost, strength=job.strength[rows].clone(), flow_map=flow_map)
+        made = SteeringResult(**vars(outcome), cost=ledger.cost, strength=job.strength[rows].clone(), flow_map=job.flow_map)
         return SteeringResult.cat([made])  # out of inference mode
 
     return (batch(index, rows) for index, rows in enumerate(job.batches) if index not in skip)
 
 
 def steps(
-    flow_map: FlowMap,
-    reward: Reward | Callable[..., Tensor],
-    method: Method | None = None,
+    flow_map: FlowMap | str | Path,
+    reward: Reward | Callable[..., Tensor] | str | Mapping[str, Any] | Sequence[Any],
+    method: Method | str | Mapping[str, Any] | None = None,
     n: int = 1,
     seeds: int | Sequence[int] = 0,
     strength: float | Sequence[float] | Tensor = 1.0,
     cond: Condition | str | int | Sequence[str | int] = None,
     *,
+    label: str | int | Sequence[str | int] | None = None,
     prompts: str | Sequence[str] | None = None,
     labels: Tensor | None = None,
     micro_batch: int | None = None,
@@ -161,12 +174,12 @@ def steps(
     ...     print(state.t, state.ess, state.lookahead_images().shape)
     """
     job = _Job.of(
-        flow_map, reward, method, n, seeds, strength, cond, prompts, labels, None, micro_batch, x0, start, times, True
+        flow_map, reward, method, n, seeds, strength, cond, label, prompts, labels, None, micro_batch, x0, start, times, True
     )  # fmt: skip
     (rows,) = job.batches
     problem = job.problem(rows)
     if job.micro_batch is not None:
-        problem = replace(problem, flow_map=Microbatched(flow_map, job.micro_batch))
+        problem = replace(problem, flow_map=Microbatched(job.flow_map, job.micro_batch))
     assert isinstance(job.method, Steering)
     return job.method.steps_of(problem, job.noise(rows), job.begin)
 
@@ -200,13 +213,14 @@ class _Job:
     @classmethod
     def of(
         cls,
-        flow_map: FlowMap,
+        flow_map: Any,
         reward: Any,
-        method: Method | None,
+        method: Any,
         n: int,
         seeds: Any,
         strength: Any,
         cond: Any,
+        label: Any,
         prompts: Any,
         labels: Tensor | None,
         batch_size: int | None,
@@ -217,9 +231,10 @@ class _Job:
         needs_states: bool,
     ) -> _Job:
         """See `steer`."""
-        rw = as_reward(reward)
-        method = Funnel() if method is None else method
+        rw = rewards.build(reward)
+        method = Funnel() if method is None else registry.build(method, METHOD)
         method.check(rw)
+        flow_map = zoo.load(flow_map)
         all_seeds = seed_list(seeds, n)
         begin = _begin(flow_map, n, x0, start, times)
         if (needs_states or begin is not None) and not isinstance(method, Steering):
@@ -227,6 +242,7 @@ class _Job:
                 f"{type(method).__name__} does not walk from noise to data: x0, start, times, callback and steps need a "
                 "method that does, such as FeynmanKac or Funnel"
             )
+        cond = by_label(flow_map, label, cond)
         rows = as_condition(flow_map, cond, n)
         k = method.particles
         whole_numbers(particles=k)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from steerfm import registry, trust
 from steerfm.encoders import ImageTextHead
 from steerfm.flowmap import (
     CLASSES,
@@ -50,23 +50,34 @@ def find(name: str | Path) -> Path:
     known = [path.stem for path in sorted(FOLDER.glob("*.json"))]
     if str(name) in known:
         return FOLDER / f"{name}.safetensors"
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown model {str(name)!r}{hint}; models: {', '.join(known)}, or a path to a .safetensors file")
+    hint = trust.nearest(str(name), known)
+    raise ValueError(
+        f"unknown model {str(name)!r}{hint}; models: {', '.join(known)}, a path to a .safetensors file, or FILE.py:NAME"
+    )
 
 
-def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
-    """A flow map from the zoo, from a path, or as it is.
+MODEL = registry.Kind(
+    "model",
+    lambda thing: issubclass(thing, FlowMap) if isinstance(thing, type) else isinstance(thing, FlowMap),
+    "a FlowMap",
+    "steerfm models",
+)
+
+
+def load(name: str | Path | FlowMap, device: str | torch.device | None = None) -> FlowMap:
+    """A flow map from the zoo, from a path, from code, or as it is.
 
     Args:
-        name: a shipped name, a path to a ``.safetensors`` file with its ``.json`` beside, or a FlowMap.
-        device: where to put it.
+        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside; ``FILE.py:NAME`` of a FlowMap, or of
+            a class or function that makes one; or a FlowMap.
+        device: where to put it; default the CPU for what is read from a file, and where it is for what is a FlowMap already.
 
     Raises:
         ValueError, FileNotFoundError: unknown, missing, corrupt or not a flow map; nothing is ever unpickled.
     """
-    if isinstance(name, FlowMap):
-        return name.to(device)
+    if not isinstance(name, str | Path) or registry.is_code(str(name)):
+        flow_map = registry.build(name, MODEL)
+        return flow_map if device is None else flow_map.to(device)
     path = find(name)
     file = path.with_suffix(".json")
     try:
@@ -79,7 +90,7 @@ def load(name: str | Path | FlowMap, device: str = "cpu") -> FlowMap:
         flow_map = NeuralFlowMap.load(path)
         if isinstance(head, dict) and "base" in head:
             flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
-    return flow_map.to(device)
+    return flow_map.to(device or "cpu")
 
 
 def _base(path: Path) -> Path:

@@ -1,0 +1,23 @@
+"""The public names of steerfm, each with the module that it comes from: for type checkers, and for `__init__.py` itself."""
+
+# ruff: noqa: I001
+# fmt: off
+from steerfm.closed_form import GaussianMixture as GaussianMixture
+from steerfm.cost import Cost as Cost, Ledger as Ledger
+from steerfm.flowmap import FlowMap as FlowMap, Guided as Guided, NeuralFlowMap as NeuralFlowMap
+from steerfm.interpolant import Interpolant as Interpolant, Trigonometric as Trigonometric
+from steerfm.rewards import Reward as Reward, RewardError as RewardError, reward as reward
+from steerfm.sampling import Diffuse as Diffuse, Renoise as Renoise, sample as sample
+from steerfm.steering import (
+    DAS as DAS, DPS as DPS, FMRGE as FMRGE, FMRGJ as FMRGJ, FMTT as FMTT, LGDMC as LGDMC, MFMG as MFMG, MFMGF as MFMGF,
+    MPGD as MPGD, SVDD as SVDD, TDS as TDS, Beam as Beam, BestOfN as BestOfN, BudgetForcing as BudgetForcing, CoDe as CoDe,
+    Denoise as Denoise, DFlow as DFlow, DiamondSMC as DiamondSMC, EndpointAscent as EndpointAscent,
+    EndpointGradient as EndpointGradient, FeynmanKac as FeynmanKac, FKSteering as FKSteering, FMTTSearch as FMTTSearch,
+    FreeDoM as FreeDoM, Funnel as Funnel, Jump as Jump, MapGradient as MapGradient, MultiRound as MultiRound,
+    RandomSearch as RandomSearch, ReNO as ReNO, State as State, Steering as Steering, SteeringResult as SteeringResult,
+    TreeSearch as TreeSearch, WeightedDiamond as WeightedDiamond, ZeroOrderSearch as ZeroOrderSearch, method as method,
+    methods as methods, steer as steer, steps as steps,
+)
+from steerfm.zoo import load as load
+
+__version__: str

@@ -1,0 +1,139 @@
+"""Names to objects, once, at the edge: what is behind this module takes objects only.
+
+>>> build("funnel", METHOD)                                   # a name
+>>> build({"name": "funnel", "particles": 8}, METHOD)         # a name and arguments
+>>> build("my_file.py:Mine", METHOD)                          # code of one's own, or of a package that is made for steerfm
+>>> build(Funnel(particles=8), METHOD)                        # an object stays as it is
+
+A `Kind` stands beside what it names: `steering.METHOD`, `finetuning.METHOD`, `zoo.MODEL`. Rewards can also be weighted and
+listed: `rewards.build`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from steerfm import trust
+from steerfm.randomness import untouched
+from steerfm.values import ConfigError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of things that have names.
+
+    Attributes:
+        what: it is called in messages and in configurations: "method".
+        fits: whether an object, or the objects of a class, are of this kind.
+        form: what they are, for messages: "a FlowMap".
+        listed: what lists the names: "steerfm.methods()".
+        named: classes, or objects, by name.
+    """
+
+    what: str
+    fits: Callable[[Any], bool]
+    form: str
+    listed: str
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(spec: Any, kind: Kind, arguments: Mapping[str, Any] | None = None) -> Any:
+    """The object that a name stands for.
+
+    Args:
+        spec: a name; {name: NAME, argument: value, ...}; FILE.py:NAME or package.module:NAME, of a class, a function that
+            makes an object, or an object; or an object.
+        kind: what it is to be.
+        arguments: of the class or function, beside those of ``spec``.
+
+    Raises:
+        ConfigError: no such name or argument (with the nearest), a value that is refused, an object of another kind.
+    """
+    given = dict(arguments or {})
+    if isinstance(spec, Mapping):
+        spec, own = named(spec, kind.what)
+        given = own | given
+    if not isinstance(spec, str):
+        if isinstance(spec, type) and kind.fits(spec):
+            raise ConfigError(f"{kind.what}={spec.__name__} is a class: call it, {spec.__name__}(...)")
+        if not kind.fits(spec):
+            forms = f"give a name ({kind.listed} lists them), {{name: NAME, ...}}, FILE.py:NAME or {kind.form}"
+            raise ConfigError(f"{kind.what}={spec!r}: {forms}")
+        target = spec
+    else:
+        target = find(spec, kind)
+    if not isinstance(target, type) and kind.fits(target):
+        if given:
+            raise ConfigError(f"{kind.what} {spec!r} is an object already, and takes no arguments: {', '.join(given)}")
+        return target
+    made = make(target, given, kind.what)
+    if not kind.fits(made):
+        raise ConfigError(f"{kind.what} {spec!r} makes a {type(made).__name__}: {kind.form} is needed")
+    return made
+
+
+def find(name: str, kind: Kind) -> Any:
+    """What a name stands for: a class, a function that makes an object, or an object; nothing is made.
+
+    Raises:
+        ConfigError: there is none; with the nearest.
+    """
+    if not is_code(name):
+        if name in kind.named:
+            return kind.named[name]
+        known = f"{kind.what}s: {', '.join(kind.named)}; your own: FILE.py:NAME"
+        raise ConfigError(f"unknown {kind.what} {name!r}{trust.nearest(name, kind.named)}; {known}")
+    try:
+        with untouched():
+            target = trust.load(name, kind.what)
+    except trust.CodeError as error:
+        raise ConfigError(str(error)) from error.__cause__
+    makes = callable(target) and not isinstance(target, type) and trust.is_own(name)  # of packages, only what fits is called
+    if not (kind.fits(target) or makes):
+        raise ConfigError(f"{kind.what} {name!r} is not {kind.form}, nor a function of yours that makes one")
+    return target
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is FILE.py:NAME or package.module:NAME."""
+    _, colon, attribute = name.rpartition(":")
+    return bool(colon) and not {"/", "\\"} & set(attribute) and not attribute.endswith(".safetensors")
+
+
+def named(value: Any, what: str) -> tuple[str, dict[str, Any]]:
+    """(name, arguments) of a name or of {name: NAME, argument: value, ...}.
+
+    Raises:
+        ConfigError: no name.
+    """
+    if isinstance(value, str):
+        return value, {}
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"{what} needs a name: {what}=NAME")
+    return value["name"], {str(key): item for key, item in value.items() if key != "name"}
+
+
+def make(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
+    """What a class or function makes of its arguments.
+
+    Raises:
+        ConfigError: unknown argument (with the nearest), or refused value.
+    """
+    if isinstance(target, type) and is_dataclass(target):
+        known = [f.name for f in fields(target) if f.init]
+    else:
+        parameters = inspect.signature(target).parameters.values()
+        known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            known += arguments
+    for key in arguments:
+        if key not in known:
+            listed = f"keys: {', '.join(known) or 'none'}"
+            raise ConfigError(f"unknown key '{what}.{key}'{trust.nearest(key, known)}; {listed}")
+    try:
+        return target(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: {error}") from error

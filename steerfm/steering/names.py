@@ -1,0 +1,36 @@
+"""Steering methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from steerfm.registry import Kind, build
+from steerfm.steering.methods import METHODS
+from steerfm.steering.outcome import Method
+
+METHOD = Kind(
+    "method",
+    lambda thing: all(callable(getattr(thing, name, None)) for name in ("run", "check")),
+    "an object with the interface of steerfm.steering.Method",
+    "steerfm.methods()",
+    METHODS,
+)
+
+
+def method(spec: str | Mapping[str, Any] | Method, /, **arguments: Any) -> Method:
+    """A steering method by name.
+
+    Args:
+        spec: a name of `methods`; ``FILE.py:NAME`` of a class of your own; {name: NAME, ...}; or a method.
+        arguments: of its class; a part by name or as a dictionary of its arguments.
+
+    Raises:
+        ValueError: no such method or argument (with the nearest one).
+    """
+    return build(spec, METHOD, arguments)
+
+
+def methods() -> list[str]:
+    """The names of the steering methods; ``steering`` is a free mix of the parts."""
+    return list(METHODS)
