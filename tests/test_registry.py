@@ -208,6 +208,8 @@ def test_steps_and_sample_take_names_too(fashion, own):
     assert len(states) == 2
     x = steerfm.sample("fashion", n=3, steps=2, label=["Bag", 1, "Dress"])
     assert torch.equal(x, steerfm.sample(fashion, n=3, steps=2, cond=torch.tensor([8, 1, 3])))
+    guided = steerfm.Guided(fashion, 2.0)
+    assert torch.equal(steerfm.sample(guided, label="Bag"), steerfm.sample(guided, 1, cond=torch.tensor([8])))
     assert torch.equal(steerfm.sample("fashion", steps=2, label="bag"), steerfm.sample(fashion, 1, 2, cond="Bag"))
     assert steerfm.sample(f"{own}:toy", n=4).shape == (4, 1)
     assert steerfm.sample(Path(zoo.find("fashion")), steps=1).shape == (1, 1, 28, 28)
