@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from steerfm import config as configs
-from steerfm import encoders, files, registry, results, rewards, zoo
+from steerfm import encoders, files, registry, results, rewards, trust, zoo
 from steerfm.closed_form import GaussianMixture
 from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Cost, Ledger
@@ -721,7 +721,8 @@ def _named_files(text: str) -> list[Path]:
     for file in (path, *([code] if code.suffix == ".py" else []), *shipped):
         if os.path.isfile(file):
             head = file.with_suffix(".json")
-            return [file, head] if file.suffix == ".safetensors" and head.is_file() else [file]
+            beside = trust.neighbours(file) if file.suffix == ".py" else []
+            return [file, head] if file.suffix == ".safetensors" and head.is_file() else [file, *beside]
     return []
 
 

@@ -6,6 +6,7 @@ has the rules in words.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -59,6 +60,7 @@ def _run_file(path: Path, what: str) -> ModuleType:
         raise CodeError(f"no such {what} file: {path}")
     if _in_python(path):
         raise CodeError(f"{path} belongs to Python or to an installed package: name a file of your own, path/to/file.py:name")
+    _open_folder(path)
     loader = importlib.util.spec_from_file_location(f"steerfm_user_{path.stem}", path)
     assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
@@ -68,6 +70,58 @@ def _run_file(path: Path, what: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         raise CodeError(f"cannot import {path}: {type(error).__name__}: {error}") from error
     return module
+
+
+# --- what lies beside a file -----------------------------------------------------------------------------------------
+_FOLDERS: dict[str, frozenset[str]] = {}
+"""Those of the files that were run, with the modules that there were before; the last is looked in first, and all of them after
+Python's and the packages'."""
+
+
+def neighbours(path: Path) -> list[Path]:
+    """The files beside a file that it imports, and those that they import; nothing is run."""
+    seen, rest = {path.resolve()}, [path.resolve()]
+    while rest:
+        for name in _imported(rest.pop()):
+            for file in (path.resolve().parent / f"{name}.py", *sorted((path.resolve().parent / name).glob("*.py"))):
+                if file.is_file() and file not in seen:
+                    seen.add(file)
+                    rest.append(file)
+    return sorted(seen - {path.resolve()})
+
+
+def _imported(path: Path) -> set[str]:
+    """First parts of the names that a file imports; none where it cannot be read."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def _open_folder(path: Path) -> None:
+    """Let a file import what lies beside it: read anew, as the file itself is, and never in place of a package."""
+    opened = list(_FOLDERS.items())
+    for name in [name for name in sys.modules if any(name not in before and _lies_in(name, place) for place, before in opened)]:
+        del sys.modules[name]
+    folder = str(path.resolve().parent)
+    if folder in sys.path and folder not in _FOLDERS:  # Python's own search has it
+        return
+    others = {other: before for other, before in _FOLDERS.items() if other != folder}
+    before = _FOLDERS.get(folder, frozenset(sys.modules))
+    sys.path[:] = [place for place in sys.path if place != folder and place not in others] + [folder, *others]
+    _FOLDERS.clear()
+    _FOLDERS.update({folder: before} | others)
+    importlib.invalidate_caches()
+
+
+def _lies_in(name: str, folder: str) -> bool:
+    """Whether a module is a file of that folder itself, or of a package in it; not what is installed somewhere below."""
+    top = name.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None)
+    return file is not None and top not in OURS and Path(file) in (Path(folder, f"{top}.py"), Path(folder, top, "__init__.py"))
 
 
 def _import(name: str, what: str) -> ModuleType:

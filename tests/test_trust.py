@@ -14,7 +14,7 @@ import torch
 
 import steerfm
 from steerfm import cli, config, registry, trust
-from steerfm.commands import build_reward
+from steerfm.commands import build_reward, inputs
 from steerfm.config import ConfigError, SteerConfig, TrainConfig
 from steerfm.rewards import RewardError
 from steerfm.steering import METHOD
@@ -247,3 +247,63 @@ def test_refusing_a_name_changes_nothing_for_others():
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-500:]
+
+
+# --- what lies beside a file -----------------------------------------------------------------------------------------
+def place(folder: Path, shade: float, body: str = "from tints import red") -> str:
+    """A reward file whose neighbour says by how much it shifts."""
+    folder.mkdir()
+    (folder / "tints.py").write_text(
+        "from depths import SHADE\n\ndef red(images):\n    return images[:, 0].mean((1, 2)) + SHADE\n"
+    )
+    (folder / "depths.py").write_text(f"SHADE = {shade}\n")
+    lazy = "    from tints import red\n" if not body else ""
+    (folder / "mine.py").write_text(f"{body}\n\ndef mine(images):\n{lazy}    return red(images)\n")
+    return f"{folder / 'mine.py'}:mine"
+
+
+@pytest.mark.parametrize("body", ["from tints import red", "import tints\nred = tints.red", ""])
+def test_a_reward_imports_the_file_beside_it_and_not_one_of_that_name_elsewhere(tmp_path, monkeypatch, body):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    black = torch.zeros(2, 3, 4, 4)
+    for number, shade in enumerate((1.0, 2.0)):
+        assert steerfm.reward(place(tmp_path / str(number), shade, body))(black).tolist() == [shade] * 2
+    (tmp_path / "1" / "depths.py").write_text("SHADE = 3.25\n")  # edited: read anew
+    assert steerfm.reward(f"{tmp_path / '1' / 'mine.py'}:mine")(black).tolist() == [3.25] * 2
+
+
+def test_modules_that_were_there_before_stay(tmp_path, monkeypatch):
+    """A folder of rewards may hold an environment, and this package."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(trust, "_FOLDERS", {})
+    root = Path(steerfm.__file__).parent.parent
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != root])
+    before = dict(sys.modules)
+    for _ in range(2):
+        trust._open_folder(root / "mine.py")
+        steerfm.reward(place(tmp_path / str(_), 1.0))
+    assert all(sys.modules[name] is module for name, module in before.items() if not name.startswith("steerfm_user_mine"))
+
+
+def test_a_neighbour_stands_in_for_no_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = place(tmp_path / "own", 1.0)
+    for name in ("torch", "json"):
+        (tmp_path / "own" / f"{name}.py").write_text("raise RuntimeError('ran')\n")
+    (tmp_path / "own" / "mine.py").write_text(
+        "import json, torch\nfrom tints import red\ndef mine(images): return red(images)\n"
+    )
+    assert steerfm.reward(spec)(torch.ones(1, 3, 4, 4)).tolist() == [2.0]
+    with pytest.raises(RewardError, match="which is no reward"):
+        (tmp_path / "own" / "tints.py").write_text("from os import system as red\n")
+        (tmp_path / "own" / "mine.py").write_text("from tints import red as mine\n")
+        steerfm.reward(spec)
+
+
+def test_a_run_is_also_what_lies_beside_its_reward(tmp_path):
+    spec = place(tmp_path / "own", 1.0)
+    before = inputs(SteerConfig(reward=spec))
+    assert {Path(name).name for name in before} >= {"mine.py", "tints.py", "depths.py"}
+    (tmp_path / "own" / "depths.py").write_text("SHADE = 2.5\n")
+    after = inputs(SteerConfig(reward=spec))
+    assert [Path(name).name for name in before if before[name] != after[name]] == ["depths.py"]
