@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 import warnings
@@ -166,7 +167,7 @@ def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int
 def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
     from steerfm import commands  # torch takes seconds to import: not for --help or a misspelt key
 
-    command = " ".join(["steerfm", *argv])
+    command = shlex.join(["steerfm", *argv])  # to be pasted into a shell
     match options.command:
         case "models":
             commands.list_models()

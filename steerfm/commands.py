@@ -241,22 +241,35 @@ def _training_folder(config: configs.TrainConfig, data: Any) -> Path:
         raise ConfigError(f"{folder} is a file; choose another out=")
     folder.mkdir(parents=True, exist_ok=True)
     files.claim(folder)
-    file, begun = folder / "config.yaml", any((folder / "checkpoints").glob("*.ckpt"))
+    files.keep_list(folder)
     told = inputs(config) | {f"data {config.data.name}": hashlib.sha256(data.train[0].numpy()).hexdigest()}
-    if begun and (edited := results.edited(folder, told)):
-        raise ConfigError(f"{folder}: {', '.join(edited)}: edited since this run began; choose another out= or delete it")
-    if begun and file.is_file() and file.stat().st_size:
-        before = configs.load(configs.TrainConfig, str(file))
-        for key in ("task", "network", "data.name"):
-            old, new = (configs.plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
-            if old != new:
-                raise ConfigError(f"{folder} holds a run with another {key} ({old}): choose another out= or delete it")
+    other = _another_training(config, folder, told)
+    if config.force and (other or (folder / "README.md").is_file()):  # which comes last
+        files.clear(folder)
+    elif other:
+        raise ConfigError(f"{folder}{other}; {results.ANEW}")
+    begun = any((folder / "checkpoints").glob("*.ckpt"))
     if not begun:  # of a run that failed before its first checkpoint
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     if not begun or not (folder / "inputs.json").is_file():
         files.write(folder / "inputs.json", json.dumps(told, indent=1) + "\n")
-    files.write(file, configs.dump(config))
+    files.write(folder / "config.yaml", configs.kept(config))
     return folder
+
+
+def _another_training(config: configs.TrainConfig, folder: Path, told: Mapping[str, str]) -> str:
+    """In what a folder holds another training; nothing where it does not."""
+    file = folder / "config.yaml"
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        return ""
+    if edited := results.edited(folder, told):
+        return f": {', '.join(edited)}: edited since this run began"
+    before = configs.load(configs.TrainConfig, str(file)) if file.is_file() and file.stat().st_size else config
+    for key in ("task", "network", "data.name"):
+        old, new = (configs.plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
+        if old != new:
+            return f" holds a run with another {key} ({old})"
+    return ""
 
 
 def _statistics(network: Any, test: Tensor, train: Tensor, rows: int = 2000) -> dict[str, Tensor]:
@@ -282,8 +295,7 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
     flow_map = _model(config.model, config.device, config.guidance, config.compile)
     want = asked(flow_map, config.label, config.prompt, config.n)
     seeds, precision = want_seeds(want, config.seeds), _autocast(flow_map, config.precision)
-    path = config.out or f"runs/sample/{_stem(config.model)}"
-    folder = results.RunFolder(path, configs.dump(config), inputs=inputs(config))
+    folder = run_folder(config, f"runs/sample/{_stem(config.model)}")
     with Ledger() as ledger, _progress("sampling", 1) as tick, precision:
         x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
         pictures = flow_map.decode(x).float().cpu()
@@ -481,7 +493,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     want = asked(flow_map, config.label, config.prompt, config.n, reward)
     check_needs((reward, judge), want.labels, want.prompts)
     _autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
-    folder = results.RunFolder(config.out or default, configs.dump(config), inputs=inputs(config))
+    folder = run_folder(config, default)
     if folder.load_result() is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
@@ -693,7 +705,13 @@ def describe_part(value: Any) -> str:
 
 
 # --- shared pieces ---------------------------------------------------------------------------------------------------
-FINISHED = "finished already: {} (delete it to run again, or choose another out=)"
+FINISHED = "finished already: {} (force=true runs it again; out= names another folder)"
+
+
+def run_folder(config: Any, default: str) -> results.RunFolder:
+    """The folder of a run: that of ``out``, or by default."""
+    told = configs.kept(config)
+    return results.RunFolder(config.out or default, told, inputs=inputs(config), force=config.force)
 
 
 def inputs(config: Any) -> dict[str, str]:

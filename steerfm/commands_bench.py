@@ -211,8 +211,10 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
     part, parts = _share(config.share)
     path = Path(config.out or f"runs/bench/{suite}")
     told = f"suite: {suite}\n"  # one folder takes further methods, problems and budgets, and several processes
-    folder = results.RunFolder(path, told, shared=True)
-    files.write(path / "suite.yaml", configs.dump(config))
+    if config.force and parts > 1:
+        raise ConfigError(f"force=true share={config.share}: would delete what the other shares measure; start anew with one")
+    folder = results.RunFolder(path, told, shared=True, force=config.force)
+    files.write(path / "suite.yaml", configs.kept(config))
     columns = [
         column
         for problem in problems
@@ -262,7 +264,7 @@ def _cell(folder: results.RunFolder, column: Column, method: Any, seed: int) -> 
 def _file(column: Column, method: Any, seed: int) -> str:
     """A name for a cell that changes with what its numbers depend on, files of one's own included, and with nothing else."""
     told = configs.plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
-    for neutral in ("out", "device", "lookaheads", "batch_size"):
+    for neutral in ("out", "force", "device", "lookaheads", "batch_size"):
         told.pop(neutral)
     text = json.dumps(told | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode())

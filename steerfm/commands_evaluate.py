@@ -23,8 +23,8 @@ from steerfm.commands import (
     _table,
     can_judge_words,
     console,
-    inputs,
     read_prompts,
+    run_folder,
 )  # fmt: skip
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
@@ -110,8 +110,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
     flow_map = _model(config.model, config.device)
     examiner = examine(flow_map, config)
-    path = config.out or f"runs/evaluate/{_stem(config.model)}"
-    folder = results.RunFolder(path, configs.dump(config), inputs=inputs(config))
+    folder = run_folder(config, f"runs/evaluate/{_stem(config.model)}")
     if folder.load_result() is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return

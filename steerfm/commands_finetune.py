@@ -26,8 +26,8 @@ from steerfm.commands import (
     build_reward,
     check_needs,
     console,
-    inputs,
     read_prompts,
+    run_folder,
     schedule,
 )  # fmt: skip
 from steerfm.config import ConfigError
@@ -65,7 +65,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     if lora is not None:
         lora.targets(base.network)
     default = f"runs/finetune/{_stem(config.model)}-{_slug(config.method)}-{_slug(config.reward)}"
-    folder = results.RunFolder(config.out or default, configs.dump(config), inputs=inputs(config))
+    folder = run_folder(config, default)
     if folder.load_result() is not None:
         drop_checkpoints(folder)
         console.print(FINISHED.format(folder.path), markup=False)

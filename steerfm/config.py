@@ -15,7 +15,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
@@ -129,6 +129,9 @@ class TrainerConfig(LightningConfig):
     sample_every: int = natural(1000, "steps between grids of samples; 0 for none")
 
 
+FORCE = "start anew where out= holds another run or a finished one: what that wrote is deleted, nothing else"
+
+
 @dataclass
 class TrainConfig:
     """A training."""
@@ -142,6 +145,7 @@ class TrainConfig:
     init: str | None = option(None, "checkpoint to start from, a shipped model or a path; null for random weights")
     seed: int = seed_field("seed of weights, batches, noise and dropout")
     out: str | None = option(None, "run folder; null for runs/train/NAME")
+    force: bool = option(False, FORCE)
     data: DataConfig = section(DataConfig)
     objective: ObjectiveConfig = section(ObjectiveConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
@@ -173,6 +177,7 @@ class SampleConfig:
     precision: str = choice("32", "bf16", doc=PRECISION, what="precision")
     compile: bool = option(False, COMPILE)
     out: str | None = option(None, "run folder; null for runs/sample/MODEL")
+    force: bool = option(False, FORCE)
 
 
 @dataclass
@@ -199,6 +204,7 @@ class SteerConfig:
     compile: bool = option(False, COMPILE)
     lookaheads: bool = option(True, "keep and draw the first particle's look-aheads over time")
     out: str | None = option(None, "run folder; null for runs/steer/MODEL-REWARD-METHOD")
+    force: bool = option(False, FORCE)
 
 
 @dataclass
@@ -217,6 +223,7 @@ class EvaluateConfig:
     batch_size: int = count(500, "sample", "samples at a time")
     device: str = option("auto", DEVICE)
     out: str | None = option(None, "run folder; null for runs/evaluate/MODEL")
+    force: bool = option(False, FORCE)
 
 
 @dataclass
@@ -294,6 +301,7 @@ class FinetuneConfig:
     batch_size: int = count(8, "sample", "samples a step")
     seed: int = seed_field("seed of noise, tasks and batches")
     out: str | None = option(None, "run folder; null for runs/finetune/MODEL-METHOD-REWARD")
+    force: bool = option(False, FORCE)
     optimizer: TuneOptimizerConfig = section(TuneOptimizerConfig)
     distil: DistilConfig = section(DistilConfig)
     lora: LoraConfig = section(LoraConfig)
@@ -324,6 +332,7 @@ class BenchConfig:
     share: str = option("1/1", "which part to measure: 2/4 is the second of four, for several processes on one folder")
     device: str = option("auto", DEVICE)
     out: str | None = option(None, "run folder; null for runs/bench/NAME")
+    force: bool = option(False, FORCE)
 
 
 NAMED = {"reward", "method", "judge"}
@@ -381,6 +390,11 @@ def make(schema: type[Schema], values: Mapping[str, Any], prefix: str = "") -> S
 def dump(config: Any) -> str:
     """The configuration as yaml."""
     return write_yaml(asdict(config))
+
+
+def kept(config: Any) -> str:
+    """The configuration as a run folder keeps it, as yaml: to load it again deletes nothing."""
+    return dump(replace(config, force=False))
 
 
 def plain(config: Any) -> dict[str, Any]:

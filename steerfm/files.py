@@ -7,11 +7,12 @@ renamed, so a reader sees the old one or the new one, never a part.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,16 @@ HERE = re.sub(r"\W", "-", platform.node())[:32] or "here"
 """This machine, in the names of temporary files: of a folder that several of them write."""
 _CLAIMS: dict[Path, int] = {}
 """Folders that this process writes, each with the descriptor that holds its lock."""
+LIST = ".files"
+"""In a run folder: the files that its runs wrote, a line each, so that nobody else's are deleted with them."""
+_LISTED: dict[Path, set[str]] = {}
+"""Folders of which this process keeps such a list, with the lines that are in it."""
+UNLISTED = [
+    f"{stage}{name}" for stage in ("", "tune/", "distil/")
+    for name in ("metrics.jsonl", "checkpoints/*.ckpt", "tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml")
+] + ["parts/*-[0-9]*.safetensors", "result.json", "inputs.json", "config.yaml"]  # fmt: skip
+"""Files of a run that are appended to or renamed, and those of a run without a list, of an earlier version. The last ones make
+it that run: they go last."""
 
 
 @contextmanager
@@ -42,6 +53,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        _list(path)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -126,6 +138,53 @@ def sweep(folder: str | Path) -> None:
             continue
 
 
+def keep_list(folder: str | Path) -> None:
+    """List from now on the files that this process writes into a folder."""
+    folder = Path(folder).resolve()
+    file = folder / LIST
+    _LISTED[folder] = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
+
+
+def _list(path: Path) -> None:
+    """Put a file that is about to appear on the list of its folder."""
+    for folder, lines in _LISTED.items():
+        if (where := path.resolve()).is_relative_to(folder):
+            line = json.dumps(where.relative_to(folder).as_posix())
+            if line not in lines:
+                lines.add(line)
+                with (folder / LIST).open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+
+
+def listed(folder: str | Path) -> list[Path]:
+    """The files of a folder that its runs wrote, in the order in which to delete them; nothing outside it."""
+    folder = Path(folder).resolve()
+    file = folder / LIST
+    names = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with suppress(ValueError):  # a line that a kill cut
+            names.append(str(json.loads(line)))
+    last = [path for pattern in UNLISTED for path in sorted(folder.glob(pattern))]
+    paths = [path for name in sorted(names) if (path := folder / name) not in last] + last
+    return [path for path in paths if path.is_file() and path.parent.resolve().is_relative_to(folder)]
+
+
+def clear(folder: str | Path) -> None:
+    """Delete what its runs wrote into a folder, and the folders in it that this leaves empty: nobody else's files."""
+    folder = Path(folder).resolve()
+    paths = listed(folder)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for path in paths:
+        for parent in path.parents:
+            if parent == folder or not parent.is_relative_to(folder):
+                break
+            with suppress(OSError):  # somebody else's files are in it
+                parent.rmdir()
+    (folder / LIST).unlink(missing_ok=True)
+    keep_list(folder)
+
+
 def claimed() -> list[Path]:
     """Folders that this process claimed, as seen from where it runs."""
     here = Path.cwd()
@@ -134,6 +193,7 @@ def claimed() -> list[Path]:
 
 def release() -> None:
     """Give up all folders that this process claimed."""
+    _LISTED.clear()
     while _CLAIMS:
         os.close(_CLAIMS.popitem()[1])
 

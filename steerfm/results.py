@@ -14,8 +14,8 @@ import json
 import math
 import mimetypes
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from string import Template
@@ -39,6 +39,9 @@ BLUE, ORANGE, TEAL = "#2563eb", "#ea580c", "#0d9488"
 DPI = 100
 RESULTS = ("*.safetensors", "result.json", "*.ckpt", "parts/*", "cells/*", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
 """Files of a run folder that are worth something."""
+NEUTRAL = {"out", "force"}
+"""Keys of a configuration that do not make it another run."""
+ANEW = "choose another out= or delete it, or start anew with force=true"
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 """Sizes of safetensors' types."""
 
@@ -464,11 +467,13 @@ class RunFolder:
     Args:
         path: of the folder; made if missing.
         config_yaml: the run's configuration, kept as config.yaml. It decides whether an existing folder is continued;
-            its key ``out`` is ignored, so that a folder can be moved.
+            its keys ``out`` and ``force`` are ignored, so that a folder can be moved.
             A run that has no result yet is replaced.
         resume: continue a folder that holds a run with the same configuration; False: such a folder is an error.
         inputs: what else makes the run: digests of the files that it reads, by name; kept as inputs.json.
         shared: several processes write the folder, each its own files: nobody is refused.
+        force: start anew in a folder that holds another run, or this one and finished: what it wrote is deleted, nothing else.
+            An unfinished run of the same configuration goes on.
 
     Raises:
         ValueError: the folder holds another configuration, a run of files that were edited since, a run although ``resume`` is
@@ -482,6 +487,7 @@ class RunFolder:
         resume: bool = True,
         inputs: Mapping[str, str] | None = None,
         shared: bool = False,
+        force: bool = False,
     ) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
@@ -491,24 +497,10 @@ class RunFolder:
             files.sweep(self.path)
         else:
             files.claim(self.path)
-        config, known, fix = self.path / "config.yaml", self.path / "inputs.json", "choose another out= or delete it"
+        files.keep_list(self.path)
+        config, known = self.path / "config.yaml", self.path / "inputs.json"
         if config.is_file():
-            before, now = _read_yaml(config.read_text(encoding="utf-8")), _read_yaml(config_yaml)
-            different = _differences(before, now)
-            changed = edited(self.path, inputs or {})
-            begun = self._holds_results()
-            if not resume and (begun or not different):
-                raise ValueError(f"{self.path} holds a run already; {fix}")
-            own = isinstance(before, dict) and isinstance(now, dict) and before.keys() - {"out"} == now.keys() - {"out"}
-            if different and (begun or not own):
-                names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
-                raise ValueError(f"{self.path} holds a run with another configuration (differs in: {names}); {fix}")
-            if changed and begun:
-                raise ValueError(f"{self.path}: {', '.join(changed)}: edited since this run began; {fix}")
-            if different or changed:  # a run that failed before its first result is in nobody's way
-                for log in self.path.rglob("metrics.jsonl"):
-                    log.unlink(missing_ok=True)
-                config.unlink()
+            self._continue(config_yaml, resume, inputs or {}, force)
         if inputs is not None and not (config.is_file() and known.is_file()):
             files.write(known, json.dumps(dict(inputs), indent=1) + "\n")
         if not config.is_file():
@@ -516,6 +508,30 @@ class RunFolder:
         files.drop_cut_line(self.path / "metrics.jsonl")  # the step is logged again
         if (self.path / "result.json").is_file():
             self.clear_parts()
+
+    def _continue(self, config_yaml: str, resume: bool, inputs: Mapping[str, str], force: bool) -> None:
+        """Make room for a run in a folder that holds one, or refuse."""
+        config = self.path / "config.yaml"
+        before, now = _read_yaml(config.read_text(encoding="utf-8")), _read_yaml(config_yaml)
+        different, changed, begun = _differences(before, now), edited(self.path, inputs), self._holds_results()
+        own = isinstance(before, dict) and isinstance(now, dict) and before.keys() - NEUTRAL == now.keys() - NEUTRAL
+        ours = own or (self.path / files.LIST).is_file()
+        finished = any((self.path / name).is_file() for name in ("result.json", "summary.json"))
+        if force and ours and (different or changed or finished):
+            files.clear(self.path)
+            return
+        fix = ANEW if ours else "choose another out= or delete it"
+        if not resume and (begun or not different):
+            raise ValueError(f"{self.path} holds a run already; {fix}")
+        if different and (begun or not own):
+            names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
+            raise ValueError(f"{self.path} holds a run with another configuration (differs in: {names}); {fix}")
+        if changed and begun:
+            raise ValueError(f"{self.path}: {', '.join(changed)}: edited since this run began; {fix}")
+        if different or changed:  # a run that failed before its first result is in nobody's way
+            for log in self.path.rglob("metrics.jsonl"):
+                log.unlink(missing_ok=True)
+            config.unlink()
 
     def _holds_results(self) -> bool:
         """Whether there is something that a run could go on from, or that would be lost."""
@@ -623,7 +639,11 @@ class RunFolder:
 
     def clear_parts(self) -> None:
         """Delete all parts: the run is finished."""
-        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        parts = self.path / "parts"
+        for file in parts.glob("*-[0-9]*.safetensors"):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or somebody else's files are in it
+            parts.rmdir()
 
     def _indices(self, prefix: str) -> list[int]:
         parts = (self.path / "parts").glob(f"{prefix}-*.safetensors")
@@ -690,7 +710,7 @@ def _read_yaml(text: str) -> Any:
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two configurations differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in {**a, **b} if prefix or key != "out"]
+        keys = [key for key in {**a, **b} if prefix or key not in NEUTRAL]
         missing = object()
         return [name for key in keys for name in _differences(a.get(key, missing), b.get(key, missing), f"{prefix}{key}.")]
     return [] if a == b else [prefix.rstrip(".") or "everything"]

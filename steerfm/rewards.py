@@ -232,6 +232,11 @@ class Reward(nn.Module):
         self.truth = next((member.truth for member in members if member.truth is not None), None)
         self.batch_size = min((member.batch_size for member in members if member.batch_size), default=None)
 
+    def __repr__(self) -> str:  # not what it is made of, as nn.Module does
+        facts = [self.unit, "" if self.differentiable else "a black box", *(f"needs {need}" for need in sorted(self.needs))]
+        told = ", ".join(fact for fact in facts if fact)
+        return f"<{type(self).__name__} {self.name!r}{': ' if told else ''}{told}>"
+
     # --- composition ---------------------------------------------------------------------------------------------
     def __add__(self, other: Reward) -> WeightedSum:
         return WeightedSum([*_terms(self), *_terms(as_reward(other))])
