@@ -5,7 +5,7 @@ BIN := .venv/bin
 CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sampling weights weight_files rewards lent steering \
 	noise_search search training config cli) tests/finetuning/test_base.py
 
-.PHONY: demo test test-lowest lint bench bench-check data clean
+.PHONY: demo quick test test-lowest lint bench bench-check data clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed  ## install, then steer the shipped model with four methods: a table and a picture
@@ -13,6 +13,9 @@ demo: .venv/installed  ## install, then steer the shipped model with four method
 
 test: .venv/dev  ## fetch the data that tests read, where that can be done and STEERFM_DATA hides none; the tests, in parallel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fetch $(TESTS)  # one thread a worker: more would fight for the cores
+
+quick: .venv/dev  ## the tests but the slow ones and those that need the network
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not net' $(TESTS)
 
 test-lowest: .venv-lowest/installed  ## the tests of the core, with the lowest versions that pyproject.toml admits
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(CORE) -k 'not train-emoji'  # those recipes need extras

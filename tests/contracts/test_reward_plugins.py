@@ -67,7 +67,12 @@ def describe(name: str, arguments: dict) -> str:
     return "-".join([name, *(text for text in told if "http" not in text and "/" not in text)])
 
 
-@pytest.fixture(params=CASES, ids=[describe(*case) for case in CASES])
+SLOW_REWARDS = {"ocr"}
+
+
+@pytest.fixture(
+    params=[pytest.param(case, id=describe(*case), marks=pytest.mark.slow if case[0] in SLOW_REWARDS else ()) for case in CASES]
+)
 def plugin(request) -> Iterator[Reward]:
     name, arguments = request.param
     made = reward(name, **arguments)
