@@ -137,8 +137,19 @@ MAPS = [
 ]
 TRANSITIONS = [steerfm.sampling.Jump(), steerfm.sampling.Jump(2), Renoise(1.0), Renoise(0.4), Diffuse(), Diffuse(0.0)]
 
+
+def walk(**parts) -> FeynmanKac:
+    """The method; settings that would do nothing beside the others, which are refused, stay as they are."""
+    idle = ["threshold"] if parts["resampling"] is None else []
+    if not parts["transition"].stochastic:
+        idle += ["resampling", "threshold"]
+    if parts["lookahead"] is None or isinstance(parts["correction"], Uncorrected):
+        idle += ["tempering"]
+    return FeynmanKac(**{name: part for name, part in parts.items() if name not in idle})
+
+
 methods = st.builds(
-    FeynmanKac,
+    walk,
     particles=st.integers(1, 6),
     steps=st.integers(1, 4),
     lookahead=st.sampled_from([None, Denoise(), Jump(), Jump(2)]),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from steerfm.rewards import Reward
 from steerfm.sampling import Bridge, Diffuse, Noise, Transition
 from steerfm.sampling import Jump as JumpTransition
 from steerfm.steering.corrections import Correction, Jarzynski, Marginal, Twisted, Uncorrected
@@ -150,7 +151,7 @@ class TDS(Steering):
     guidance: Guidance | str | None = field(default_factory=MapGradient)
     tempering: Tempering | str | float = untempered
     transition: Transition | str = field(default_factory=Bridge)
-    threshold: float = 1.0
+    resampling: Selection | str | None = field(default_factory=lambda: Resample(threshold=1.0))
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class DiamondSMC(Steering):
     lookahead: Lookahead | str | None = field(default_factory=Posterior)
     tempering: Tempering | str | float = untempered
     transition: Transition | str = field(default_factory=lambda: Bridge(endpoint="posterior"))
-    threshold: float = 1.0
+    resampling: Selection | str | None = field(default_factory=lambda: Resample(threshold=1.0))
 
 
 # --- guidance: one trajectory ----------------------------------------------------------------------------------------
@@ -291,6 +292,11 @@ class WarmedAscent(Ascent):
 
     steps: int = 8
     warmup: int = 0
+
+    def check(self, reward: Reward) -> None:
+        if self.warmup and self.particles == 1:
+            raise ValueError(f"warmup={self.warmup} does nothing with one particle: give particles=")
+        super().check(reward)
 
     def __post_init__(self) -> None:
         if self.warmup:

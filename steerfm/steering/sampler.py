@@ -50,6 +50,7 @@ from steerfm.steering.weights import (
     normalise,
     unbiased,
     wide,
+    with_threshold,
 )
 
 
@@ -191,7 +192,7 @@ class Steering:
         correction: twisted, marginal, jarzynski or none.
         resampling: a scheme's name or any `Selection`; None for no selection. Asked before steps with noise only: elsewhere
             copies would stay copies.
-        threshold: resample below this ESS, as a share of the particles.
+        threshold: resample below this ESS, as a share of the particles; None for that of ``resampling``, which takes it.
         power: of the time grid, t_i = (i / steps)^power.
         recurrence: times each step but the last is taken, going back by noising in between (FreeDoM's time travel).
         stop: guide only at times below this.
@@ -205,7 +206,7 @@ class Steering:
     transition: Transition | str = field(default_factory=Renoise)
     correction: Correction | str = field(default_factory=Twisted)
     resampling: Selection | str | None = "systematic"
-    threshold: float = 0.5
+    threshold: float | None = None
     power: float = 1.0
     recurrence: int = 1
     stop: float = 1.0
@@ -225,10 +226,13 @@ class Steering:
             "tempering": Power(float(self.tempering))
             if isinstance(self.tempering, float | int)
             else part(self.tempering, TEMPERINGS, "tempering", self._default("tempering")),
-            "resampling": Resample(self.resampling, self.threshold)
+            "resampling": Resample(self.resampling)
             if isinstance(self.resampling, str)
-            else part(self.resampling, {}, "resampling", Resample(threshold=self.threshold)),
+            else part(self.resampling, {}, "resampling", self._selection()),
+            "threshold": None,
         }
+        if self.threshold is not None:
+            resolved["resampling"] = with_threshold(resolved["resampling"], self.threshold)
         for name, value in resolved.items():
             if value is None and name in ("transition", "correction", "tempering"):
                 raise ValueError(f"{name}=None: give one, such as {self._default(name)}")
@@ -245,7 +249,34 @@ class Steering:
         field = cls.__dataclass_fields__[name]
         return field.default if field.default_factory is MISSING else field.default_factory()
 
+    @classmethod
+    def _selection(cls) -> Any:
+        """The selection that this method has by itself."""
+        default = cls._default("resampling")
+        return Resample(default) if isinstance(default, str) else default
+
+    def _idle(self) -> dict[str, str]:
+        """Settings that change nothing beside the other parts, and why."""
+        parts, why = self.parts, {}
+        if parts.guidance is None:
+            why["stop"] = "nothing is guided"
+        if parts.lookahead is None or not (parts.guidance is not None or parts.correction.samples):
+            why["tempering"] = "no weight and no gradient depends on a value before the end"
+        stays = not parts.transition.stochastic and self.recurrence == 1
+        if stays and parts.resampling is not None and not parts.resampling.prunes:
+            why["resampling"] = "particles are copied before steps with noise only: transition=renoise, diffuse or bridge"
+        return why
+
     def check(self, reward: Reward) -> None:
+        """See `Method.check`.
+
+        Raises:
+            ValueError: a setting that would do nothing, or a black box where a gradient is needed.
+        """
+        for name, why in self._idle().items():
+            usual = self._selection() if name == "resampling" else self._default(name)
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name}={getattr(self, name)!r} does nothing in this {type(self).__name__}: {why}")
         if needs_gradient(self.guidance) and not reward.differentiable:  # type: ignore[arg-type]
             raise RewardError(
                 f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use BestOfN, or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -396,3 +396,18 @@ class Window:
         if candidates.step and candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
             return self.selection.select(candidates)
         return Selected.none(candidates.log_w)
+
+
+def with_threshold(selection: Selection | None, threshold: float) -> Selection:
+    """The selection, which resamples below another ESS.
+
+    Raises:
+        ValueError: it has no threshold.
+    """
+    if isinstance(selection, Resample):
+        return replace(selection, threshold=threshold)
+    if isinstance(selection, Narrow):
+        return replace(selection, then=with_threshold(selection.then, threshold))
+    if isinstance(selection, Window):
+        return replace(selection, selection=with_threshold(selection.selection, threshold))
+    raise ValueError(f"threshold={threshold}: this method does not resample below an ESS; resampling={selection!r}")
