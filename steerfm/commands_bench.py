@@ -246,12 +246,19 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
 
 
 def _affordable(method: Method, column: Column) -> Method | None:
-    """What the column's budget buys; None also for a method that follows a gradient which the reward does not have."""
+    """What the column's budget buys; None also for a method that follows a gradient which the reward does not have, and where
+    too few particles are left for its settings, such as one for a warm-up."""
     try:
         method.check(column.problem.reward)
     except RewardError:
         return None
-    return within_budget(method, column.problem.evaluations, column.budget)
+    sized = within_budget(method, column.problem.evaluations, column.budget)
+    try:
+        if sized is not None:
+            sized.check(column.problem.reward)
+    except ValueError:
+        return None
+    return sized
 
 
 def _cell(folder: results.RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:

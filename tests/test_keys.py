@@ -87,3 +87,17 @@ def test_an_optional_gradient_goes_with_its_settings():
     """A black box takes the guidance of the default away, and what was set of it does not stand in the way."""
     reward = steerfm.reward(lambda x: x.detach()[:, 0])
     assert steerfm.steer(MAP, reward, Funnel(stop=0.5), n=1).rewards.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "shown"),
+    [
+        (FeynmanKac(), "FeynmanKac(particles=16, steps=8)"),
+        (FeynmanKac(threshold=0.9, guidance="endpoint"), "FeynmanKac(particles=16, steps=8, guidance=EndpointGradient("),
+        (TDS(particles=4), "TDS(particles=4, steps=16)"),
+        (FeynmanKac(tempering="none"), "tempering=untempered"),
+        (TDS(threshold=0.2), "resampling=Resample(scheme='systematic', threshold=0.2)"),
+    ],
+)
+def test_a_method_shows_what_is_not_as_usual(method, shown):
+    assert shown in repr(method) and len(repr(method)) < 250

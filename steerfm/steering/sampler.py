@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -248,6 +248,20 @@ class Steering:
         """The part that this method has by itself."""
         field = cls.__dataclass_fields__[name]
         return field.default if field.default_factory is MISSING else field.default_factory()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Steering.__repr__  # in place of the one that a dataclass makes
+
+    def __repr__(self) -> str:
+        """The particles, the steps, and what is not as usual for this method."""
+        shown = []
+        for name in (each.name for each in fields(self) if each.init and each.name != "threshold"):
+            value, usual = getattr(self, name), self._selection() if name == "resampling" else self._default(name)
+            if name in ("particles", "steps") or value != usual:
+                shown.append(f"{name}={getattr(value, '__name__', None) or repr(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @classmethod
     def _selection(cls) -> Any:
