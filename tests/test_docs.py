@@ -28,6 +28,13 @@ def test_the_snippets_of_fine_tuning_run(capsys):
     assert "NeuralFlowMap 8" in capsys.readouterr().out
 
 
+def test_the_snippet_of_steps_runs(capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "methods.md").read_text(), re.DOTALL)
+    exec(compile(snippet, "methods.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("t = 0.25") and lines[3].endswith("looks like (2, 8, 1, 28, 28)") and lines[4].startswith("3 [0.7")
+
+
 def test_the_snippets_of_rewards_run(capsys):
     snippets = re.findall(r"```python\n(.*?)```", (DOCS / "rewards.md").read_text(), re.DOTALL)
     assert len(snippets) == 2 and all(len(snippet.splitlines()) <= 22 for snippet in snippets)
