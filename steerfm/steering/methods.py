@@ -56,7 +56,8 @@ class FeynmanKac(Steering):
     Parts: look-ahead jump, tempering linear, transition renoise, correction twisted, systematic resampling below ESS 1/2;
     gradient-free, or twisted by a gradient with ``guidance="map"`` or ``"endpoint"``.
     Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased, but
-    where steps forget by few large outputs: take ``correction="marginal"`` for log_z. Without tempering it is that of the first look, as in `Funnel`.
+    where steps forget by few large outputs: take ``correction="marginal"`` for it. Without tempering log_z is that of the first
+    look, as in `Funnel`.
     """
 
 
