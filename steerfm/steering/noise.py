@@ -121,7 +121,7 @@ class NoiseSearch:
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`."""
         flow_map, values, looks = problem.flow_map, [], []
-        x = noise.normal(flow_map.shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
+        x = noise.start(flow_map)
         with torch.no_grad():
             walk = self._walk(problem, noise, x)
             best = next(walk)

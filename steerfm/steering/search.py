@@ -171,7 +171,7 @@ class TreeSearch:
 
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         flow_map, k, width = problem.flow_map, self.particles, self.width
-        z = noise.normal(flow_map.shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
+        z = noise.start(flow_map)
         tree, z = Tree.rooted(n, k + 1, z), z.unflatten(0, (n, k))
         iterations, row = k // width, torch.arange(n, device=z.device)
         u = noise.uniform(iterations * self.steps, z.device).view(n, iterations, self.steps)
