@@ -333,24 +333,24 @@ class Steering:
             begin: where the particles begin.
             callback: sees the state after each step, and may end the run.
         """
-        method = self.fitted(problem)
-        state = method.start(problem, noise, begin)
-        first, records = state.selected, []
-        while not state.finished:
-            state = method.step(state)
+        records, state = [], None
+        for state in self.steps_of(problem, noise, begin, callback):
             records.append({name: row for name, row in state.info.items() if lookaheads or name != "lookaheads"})
             tick(len(records), len(state.times) - 1)
-            if callback is not None and callback(state) and not state.finished:
-                method, state = method.landing(), replace(state, times=[*state.times[: state.done + 1], 1.0])
-        return method._outcome(state, first, records)
+        assert state is not None
+        return self._outcome(state, records)
 
-    def steps_of(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> Iterator[State]:
-        """The state after each step."""
+    def steps_of(
+        self, problem: Problem, noise: Noise, begin: Begin | None = None, callback: Callback | None = None
+    ) -> Iterator[State]:
+        """The state after each step; the arguments are those of `run`."""
         method = self.fitted(problem)
         state = method.start(problem, noise, begin)
         while not state.finished:
             state = method.step(state)
             yield state
+            if callback is not None and callback(state) and not state.finished:
+                method, state = method.landing(), replace(state, times=[*state.times[: state.done + 1], 1.0])
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
         """The state before the first step: particles, what a look ahead says of them, and who of them goes on."""
@@ -368,6 +368,7 @@ class Steering:
         """The state one step later. Gradient-free methods run in inference mode: no graph is ever kept."""
         with self._mode():
             s, t = state.times[state.done : state.done + 2]
+            before = state.selected
             kernel = self._kernel(state, s, t)
             shift = self._shift(state, kernel, s, t)
             z = state.noise.normal(state.problem.flow_map.shape, state.x) if kernel.std else None
@@ -386,7 +387,10 @@ class Steering:
                 state = replace(state, parents=Parents(x, move.after, state.problem, log_w), selected=Selected.none(log_w))
             else:
                 state = self._select(state)
-            state.info |= {"resampled": state.selected.resampled, "ancestors": state.selected.ancestors}
+            resampled, ancestors = state.selected.resampled, state.selected.ancestors
+            if state.done == 1:  # the selection at the start counts to the first step
+                resampled, ancestors = before.resampled | resampled, before.ancestors.gather(1, ancestors)
+            state.info |= {"resampled": resampled, "ancestors": ancestors}
             return state
 
     def landing(self) -> Steering:
@@ -494,12 +498,10 @@ class Steering:
         after = evaluate(parts.guidance, view, rows) if guided and parts.guidance is not None else look(view)
         return correction.remember(parts, None if move is None else move.before, after, view)
 
-    def _outcome(self, state: State, first: Selected, records: list[dict[str, Tensor]]) -> Outcome:
-        """The result of a finished run; ``first`` is the selection at its start, which the trace counts to the first step."""
+    def _outcome(self, state: State, records: list[dict[str, Tensor]]) -> Outcome:
+        """The result of a finished run, with the ``info`` of each step."""
         scores, shape = state.now.scores, state.log_w.shape
         assert scores is not None
-        records[0]["resampled"] = first.resampled | records[0]["resampled"]
-        records[0]["ancestors"] = first.ancestors.gather(1, records[0]["ancestors"])
         looks = [record.pop("lookaheads") for record in records if "lookaheads" in record]
         with torch.inference_mode(False):  # tensors that autograd takes, without another copy later
             trace = Trace(
