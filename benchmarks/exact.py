@@ -227,7 +227,7 @@ def hard_cases() -> dict[str, tuple[Case, float]]:
 CLAIMS: dict[str, Method] = {
     **{name: method() for name, method in METHODS.items() if "Samples: yes" in (method.__doc__ or "")},
     **{name: METHODS[name]() for name in ("fmtt", "tree_search")},  # which claim it in a limit only
-    "feynman_kac, marginal": FeynmanKac(correction="marginal"),
+    "feynman_kac, twisted": FeynmanKac(correction="twisted"),
     "feynman_kac, map": FeynmanKac(guidance="map"),
     "feynman_kac, residual": FeynmanKac(resampling="residual", threshold=0.9),
     "feynman_kac, ssp": FeynmanKac(resampling="ssp", threshold=0.9),

@@ -53,12 +53,15 @@ class BestOfN(Steering):
 class FeynmanKac(Steering):
     """Sequential Monte Carlo along the path of a flow map (FK steering 2501.06848 with the twisted weights of 2306.17775).
 
-    Parts: look-ahead jump, tempering linear, transition renoise, correction twisted, systematic resampling below ESS 1/2;
-    gradient-free, or twisted by a gradient with ``guidance="map"`` or ``"endpoint"``.
-    Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased, but
-    where steps forget by few large outputs: take ``correction="marginal"`` for it. Without tempering log_z is that of the first
-    look, as in `Funnel`.
+    Parts: look-ahead jump, tempering linear, transition renoise, correction marginal (twisted where the kernels of all parents
+    are not known), systematic resampling below ESS 1/2; gradient-free, or twisted by a gradient with ``guidance="map"`` or
+    ``"endpoint"``.
+    Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased. With
+    ``correction="twisted"`` it is so by few large outputs where steps forget, and nearly all are too low. Without tempering
+    log_z is that of the first look, as in `Funnel`.
     """
+
+    correction: Correction | str = field(default_factory=Marginal)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Funnel(Steering):
     One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
     particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
 
-    Parts: as `FeynmanKac`, with no tempering and correction marginal; the selection is `Narrow` before the first step,
+    Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step,
     ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
