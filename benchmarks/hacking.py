@@ -26,15 +26,15 @@ from rich.table import Table
 from torch import Tensor
 
 from steerfm import GaussianMixture
-from steerfm.data import MixtureData
 from steerfm.finetuning import Direct, FineTuning, HyperNoise, Method, Tasks, chain, draw
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import interval
 from steerfm.networks import Mlp
-from steerfm.objectives import Trajectory, Triangle
 from steerfm.randomness import global_stream
 from steerfm.rewards import as_reward
 from steerfm.training import FlowMapTraining
+from steerfm.training.data import MixtureData
+from steerfm.training.objectives import Trajectory, Triangle
 
 STD, RADIUS = 0.2, 2.0
 

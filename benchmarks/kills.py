@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from steerfm import cli, commands_bench, commands_evaluate, commands_finetune, data, training  # noqa: F401  for the forks
+from steerfm import cli, commands_bench, commands_evaluate, commands_finetune, training  # noqa: F401  for the forks
 
 COMMANDS: dict[str, tuple[int, list[str]]] = {
     "train": (

@@ -57,7 +57,7 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
     """Train a flow map, a classifier or an image-text model; the same command continues a killed run, with more steps if
     asked."""
     from steerfm import training
-    from steerfm.data import DATA
+    from steerfm.training.data import DATA
 
     if config.data.name not in DATA:
         raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
@@ -128,7 +128,7 @@ def _check_files(config: configs.TrainConfig) -> None:
 def _training_module(config: configs.TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
     """The LightningModule of a task and the architecture of its network, from its configuration."""
     from steerfm import training
-    from steerfm.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
+    from steerfm.training.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     if config.task == "contrastive":
@@ -546,7 +546,8 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
 # --- data ---------------------------------------------------------------------------------------------------------------
 def prepare_data(name: str, size: int, root: str | None) -> None:
     """Prepare and check a data set, and say what there is of it and under which licence."""
-    from steerfm import data, emoji
+    from steerfm import emoji
+    from steerfm.training import data
 
     if name not in data.DATA:
         raise ConfigError(f"unknown data {name!r}{did_you_mean(name, data.DATA)}; data: {', '.join(data.DATA)}")

@@ -29,6 +29,7 @@ from steerfm.commands import (
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.metrics import (
+    consistency_errors,
     cubic,
     discrepancy,
     feature_statistics,
@@ -40,7 +41,6 @@ from steerfm.metrics import (
 from steerfm.randomness import stream
 from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
-from steerfm.training import consistency_errors
 
 POOL = 100
 """Prompts among which the right one is looked for."""
@@ -173,7 +173,7 @@ def _plan(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Metrics of one sampler over all batches, its first pictures and ``ends``; those of the Euler steps where there are none
     to compare with."""
-    from steerfm.distances import FrechetDistance, KernelDistance  # seconds, which benchmarks need not wait
+    from steerfm.metrics import FrechetDistance, KernelDistance  # seconds, which benchmarks need not wait
 
     metrics = {  # features are computed once, for both
         name: (FrechetDistance(nn.Identity(), (space.mean, space.cov)), KernelDistance(nn.Identity(), space.rows))

@@ -35,9 +35,9 @@ from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, c
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
 from steerfm.flowmap import NeuralFlowMap, write_weights
+from steerfm.metrics import semigroup_error
 from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
-from steerfm.training import semigroup_error
 
 JUMPS = (1, 2, 4, 8)
 PER_PROMPT = 8

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from steerfm import emoji
-from steerfm.data import fashion_folder, fashion_mnist
+from steerfm.training.data import fashion_folder, fashion_mnist
 
 PACKAGE = "dataset-fashion-mnist"
 

@@ -193,7 +193,7 @@ def test_every_shipped_recipe_parses(kind, path):
     assert c != SCHEMAS[kind]()  # a recipe that says nothing is not a recipe
     if kind == "train":
         from steerfm.flowmap import build_network
-        from steerfm.objectives import OFF_DIAGONAL
+        from steerfm.training.objectives import OFF_DIAGONAL
 
         if c.task == "contrastive":
             from steerfm.commands import _training_module

@@ -7,7 +7,7 @@ import torch
 
 from steerfm import cli, emoji
 from steerfm.commands import read_prompts
-from steerfm.data import EmojiData
+from steerfm.training.data import EmojiData
 
 needs_data = pytest.mark.data("emoji")
 

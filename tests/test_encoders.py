@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import steerfm
 from steerfm import encoders, zoo
-from steerfm.data import EmojiData
 from steerfm.encoders import Preprocessing, TextEncoder
 from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap, build_network
+from steerfm.training.data import EmojiData
 
 FOLDER = zoo.FOLDER / "emoji-clip"
 PROMPTS = ["red heart", "dog face", "pizza"]

@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import steerfm
-from steerfm.data import MixtureData, epoch_rows
 from steerfm.finetuning import Adjoint, Direct, FineTuning, HyperNoise, Tasks, Weighted
 from steerfm.finetuning.evaluation import Monitor, Panel
 from steerfm.finetuning.policy import NFT, Policy
@@ -21,6 +20,7 @@ from steerfm.randomness import derive, global_stream, is_derived, stream
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.training import ClassifierTraining, FlowMapTraining
+from steerfm.training.data import MixtureData, epoch_rows
 
 BIG = [2**32, 2**39, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 

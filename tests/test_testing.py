@@ -16,10 +16,10 @@ from torch import nn
 
 import steerfm
 from steerfm import cli
-from steerfm.data import MixtureData, TensorBatches, endless
 from steerfm.randomness import stream
 from steerfm.steering import Outcome
 from steerfm.testing import ContractError, check_data, check_method, check_model, check_reward
+from steerfm.training.data import MixtureData, TensorBatches, endless
 
 
 def said(check, *given: Any, **options: Any) -> str:

@@ -37,7 +37,7 @@ def test_every_model_has_its_card_and_keeps_the_limits():
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_classifiers_reach_their_accuracy(name):
-    from steerfm.data import fashion_mnist
+    from steerfm.training.data import fashion_mnist
 
     network, names, _ = zoo.load_classifier(name)
     pictures, labels = fashion_mnist("test")
@@ -50,7 +50,7 @@ def test_classifiers_reach_their_accuracy(name):
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_shipped_statistics_are_those_of_the_test_split(name):
-    from steerfm.data import fashion_mnist
+    from steerfm.training.data import fashion_mnist
 
     network, pictures = zoo.load_classifier(name)[0], fashion_mnist("test")[0].float() / 255
     with torch.inference_mode():

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from steerfm.cost import Cost, Ledger
-from steerfm.data import endless
 from steerfm.finetuning.lora import LoRA, LoRAOff
 from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, take_rows
 from steerfm.randomness import derive, stream
@@ -30,6 +29,7 @@ from steerfm.rewards import Prompts, Reward, RewardError
 from steerfm.sampling import Jump, Noise, Transition, time_grid, walk
 from steerfm.steering.value import Problem
 from steerfm.training import Trained
+from steerfm.training.data import endless
 
 Law = Callable[[Noise, Condition], Tensor]
 """How samples are drawn: noise of b rows and their condition to (b, *shape)."""

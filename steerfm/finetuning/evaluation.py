@@ -14,12 +14,12 @@ from torch import Tensor
 from steerfm.files import write_tensors
 from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
 from steerfm.flowmap import FlowMap, move_condition
-from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision
+from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision, semigroup_error
 from steerfm.randomness import derive, is_derived
 from steerfm.results import picture_grid
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
-from steerfm.training import save_checkpoint, semigroup_error
+from steerfm.training import save_checkpoint
 
 Features = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
-from steerfm.objectives import mean_square
 from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, part, time_grid
+from steerfm.training.objectives import mean_square
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def loaders(module: Any, name: str) -> None:
     """Training gives batch 0, 1, 2, ... without end, validation some batches that are not trained on."""
     with failing(name):
         read = list(islice(iter(module.train_dataloader()), 3))
-    fix = "return steerfm.data.endless(self, self.batch, shared=False)"
+    fix = "return steerfm.training.data.endless(self, self.batch, shared=False)"
     require(len(read) == 3, f"{name} ends its training after {len(read)} batches", fix)
     for number, batch in enumerate(read):
         require(

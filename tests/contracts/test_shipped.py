@@ -9,9 +9,9 @@ import pytest
 
 import steerfm
 from steerfm import zoo
-from steerfm.data import DATA
 from steerfm.steering import METHODS
 from steerfm.testing import check_data, check_method, check_model
+from steerfm.training.data import DATA
 
 MAPS = [name for name, head in zoo.models().items() if head["kind"] == "flow_map"]
 SMALL = {"particles": 4, "steps": 2, "children": 2, "first": 8, "budget": 6, "rounds": 2, "iterations": 2}

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from steerfm import GaussianMixture
-from steerfm.data import MixtureData
 from steerfm.finetuning import Adjoint, Distil, FineTuning, Refit, Tasks, Weighted, chain, draw
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import sliced_wasserstein
 from steerfm.networks import Mlp
-from steerfm.objectives import Trajectory, Triangle
 from steerfm.rewards import as_reward
 from steerfm.training import FlowMapTraining
+from steerfm.training.data import MixtureData
+from steerfm.training.objectives import Trajectory, Triangle
 
 N, SEEDS = 3000, 4
 MIXTURE = GaussianMixture([[-1.5, 0.0], [1.0, 1.2], [0.8, -1.0]], [[0.15, 0.3], [0.2, 0.1], [0.1, 0.2]], [0.5, 0.25, 0.25])

@@ -12,10 +12,10 @@ from steerfm import GaussianMixture
 from steerfm.finetuning import DDPO, METHODS, NFT, Adjoint, FlowGRPO, Policy, Tasks, Update, Weighted
 from steerfm.finetuning.weighted import Anchored, largest_step
 from steerfm.flowmap import Wrapped
-from steerfm.objectives import FlowMatching
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering.weights import effective_sample_size
+from steerfm.training.objectives import FlowMatching
 
 
 def linear(x):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from steerfm import metrics
-from steerfm.distances import FrechetDistance, KernelDistance, TextureRatio
+from steerfm.metrics import FrechetDistance, KernelDistance, TextureRatio
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

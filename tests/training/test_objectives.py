@@ -11,7 +11,7 @@ from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.interpolant import Interpolant, Trigonometric, expand_time
 from steerfm.networks import Mlp
-from steerfm.objectives import (
+from steerfm.training.objectives import (
     OFF_DIAGONAL,
     Eulerian,
     FlowMatching,

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from steerfm import encoders
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import ResNet, UNet
-from steerfm.objectives import FlowMatching, Lagrangian, Progressive, Trajectory
 from steerfm.signals import Stopped, raised
 from steerfm.training import (
     ClassifierTraining,
@@ -28,6 +27,7 @@ from steerfm.training import (
     fit,
     history,
 )  # fmt: skip
+from steerfm.training.objectives import FlowMatching, Lagrangian, Progressive, Trajectory
 
 STEPS = 12
 QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}

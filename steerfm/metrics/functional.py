@@ -1,16 +1,12 @@
 """Distances between samples, diversity, coverage, texture and reward statistics.
 
-Functions take features (n, d) (or vectors, or pictures), compute in float64 and return floats; `FrechetDistance`,
-`KernelDistance` and `TextureRatio` (of `steerfm.distances`, found here too) accumulate over batches and ranks. What the
-features are is the caller's choice: numbers are only comparable within one feature network and, for the Fréchet distance,
-within one sample size.
+Functions take features (n, d) (or vectors, or pictures), compute in float64 and return floats. What the features are is the
+caller's choice: numbers are only comparable within one feature network and, for the Fréchet distance, within one sample size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +15,6 @@ from steerfm.randomness import stream
 
 BLOCK = 1024
 """Rows of a kernel or distance matrix that are held at once."""
-
-
-def __getattr__(name: str) -> Any:
-    """The accumulated distances, on first use: torchmetrics takes as long to import as torch and all the rest."""
-    if name in ("FrechetDistance", "KernelDistance", "TextureRatio"):
-        return getattr(import_module("steerfm.distances"), name)
-    raise AttributeError(f"module 'steerfm.metrics' has no attribute {name!r}")
 
 
 # --- Fréchet distance ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Fréchet and kernel distance and texture, accumulated over batches and ranks as `torchmetrics.Metric`.
 
-Their formulas are in `steerfm.metrics`; a module of their own, since torchmetrics takes seconds to import.
+Their formulas are in `steerfm.metrics.functional`; a module of their own, since torchmetrics takes seconds to import.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from steerfm import metrics
+from steerfm.metrics.functional import cubic, discrepancy, float64, frechet_distance, texture
 
 
 class _FeatureMetric(Metric):
@@ -32,7 +32,7 @@ class _FeatureMetric(Metric):
         if isinstance(self.features, nn.Module):
             self.features.eval()  # a parent's .train() must not switch batch norm or dropout on
         device = self.device if self.device.type != "mps" else torch.device("cpu")
-        features = metrics.float64(self.features(pictures))
+        features = float64(self.features(pictures))
         return features.reshape(len(features), -1).to(device)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
@@ -58,7 +58,7 @@ class FrechetDistance(_FeatureMetric):
 
     def __init__(self, features: Callable[[Tensor], Tensor], reference: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__(features)
-        self.reference = None if reference is None else tuple(metrics.float64(part).cpu() for part in reference)
+        self.reference = None if reference is None else tuple(float64(part).cpu() for part in reference)
         for side in ("fake", "real"):
             for name in ("sum", "outer", "count"):  # scalars broadcast to the features' size at the first update
                 self.add_state(f"{side}_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -84,7 +84,7 @@ class FrechetDistance(_FeatureMetric):
         """
         fake = self._statistics("fake")
         real = self._statistics("real") if self.reference is None else self.reference
-        return torch.tensor(metrics.frechet_distance(*fake, *(part.to(fake[0].device) for part in real)), dtype=torch.float64)
+        return torch.tensor(frechet_distance(*fake, *(part.to(fake[0].device) for part in real)), dtype=torch.float64)
 
     def _statistics(self, side: str) -> tuple[Tensor, Tensor]:
         total, outer, count = (getattr(self, f"{side}_{name}") for name in ("sum", "outer", "count"))
@@ -109,7 +109,7 @@ class KernelDistance(_FeatureMetric):
 
     def __init__(self, features: Callable[[Tensor], Tensor], reference: Tensor | None = None) -> None:
         super().__init__(features)
-        self.reference = None if reference is None else metrics.float64(reference).cpu()
+        self.reference = None if reference is None else float64(reference).cpu()
         self.add_state("fake", [], dist_reduce_fx="cat")
         self.add_state("real", [], dist_reduce_fx="cat")
 
@@ -131,11 +131,11 @@ class KernelDistance(_FeatureMetric):
         """
         fake = dim_zero_cat(self.fake) if len(self.fake) else torch.zeros(0, 1)
         real = self.reference if self.reference is not None else dim_zero_cat(self.real) if len(self.real) else fake[:0]
-        return torch.tensor(metrics.discrepancy(fake, real.to(fake.device), metrics.cubic), dtype=torch.float64)
+        return torch.tensor(discrepancy(fake, real.to(fake.device), cubic), dtype=torch.float64)
 
 
 class TextureRatio(_FeatureMetric):
-    """Mean `metrics.texture` of samples over that of real pictures, accumulated over batches and ranks: 1 is the data's.
+    """Mean `texture` of samples over that of real pictures, accumulated over batches and ranks: 1 is the data's.
 
     Args:
         reference: mean texture of real data; None to collect it with ``update(pictures, real=True)``.
@@ -144,7 +144,7 @@ class TextureRatio(_FeatureMetric):
     higher_is_better = None
 
     def __init__(self, reference: float | None = None) -> None:
-        super().__init__(metrics.texture)
+        super().__init__(texture)
         self.reference = reference
         for side in ("fake", "real"):
             for name in ("sum", "count"):

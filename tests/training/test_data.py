@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from steerfm.data import DATA, FASHION_CLASSES, FashionMnist, TensorBatches, fashion_mnist, shift_and_mirror
+from steerfm.training.data import DATA, FASHION_CLASSES, FashionMnist, TensorBatches, fashion_mnist, shift_and_mirror
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

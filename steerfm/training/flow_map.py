@@ -1,0 +1,126 @@
+"""Training of flow maps, and pictures of how they come on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from steerfm.flowmap import Condition, NeuralFlowMap, replace_rows, take_rows
+from steerfm.randomness import stream
+from steerfm.results import picture_grid
+from steerfm.sampling import sample
+from steerfm.training.module import Trained
+from steerfm.training.objectives import FlowMatching, Objective, Trajectory
+
+
+class FlowMapTraining(Trained):
+    """Train a flow map: flow matching on the diagonal, self-distillation off it (Boffi et al. 2505.18825).
+
+    Each batch is split: a share goes to the off-diagonal objective, the rest to flow matching. Both are averaged over the
+    whole batch, so the shares are the weights.
+
+    Args:
+        flow_map: the map; its network is trained in place.
+        off_diagonal: objectives with their shares of the batch, e.g. {Lagrangian(): 0.25}; the rest is flow matching.
+        diagonal: the flow-matching objective.
+        start: share of the steps with flow matching only.
+        null: condition of one row that replaces another with probability ``drop``, for classifier-free guidance; None for a
+            map without conditions.
+        options: arguments of `Trained`.
+    """
+
+    def __init__(
+        self,
+        flow_map: NeuralFlowMap,
+        off_diagonal: Mapping[Objective, float],
+        diagonal: Objective | None = None,
+        start: float = 0.1,
+        null: Condition = None,
+        drop: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(flow_map.network, **options)
+        if sum(off_diagonal.values()) > 1:
+            raise ValueError(f"shares of the off-diagonal objectives sum to {sum(off_diagonal.values())}, above 1")
+        self.flow_map = [flow_map]  # in a list: the network is registered once, as self.network
+        self.off_diagonal, self.diagonal = dict(off_diagonal), diagonal or FlowMatching()
+        self.start, self.null, self.drop = start, null, drop
+
+    def condition(self, batch: Sequence[Any]) -> Condition:
+        """What the rows of a batch, (pictures, labels or captions, ...), are asked for."""
+        if self.null is None:
+            return None
+        return batch[1] if isinstance(batch[1], Tensor) else self.flow_map[0].condition(batch[1], len(batch[1]))
+
+    def training_step(self, batch: Sequence[Any], batch_index: int) -> Tensor:
+        (flow_map,) = self.flow_map
+        x1, cond = flow_map.encode(batch[0]), self.condition(batch)
+        if cond is not None and self.drop:
+            dropped = torch.rand(len(x1), generator=self.generator) < self.drop
+            cond = replace_rows(cond, dropped.to(x1.device), self.null)
+        parts = {} if self.global_step < self.start * self.steps else self.off_diagonal
+        sizes = [round(share * len(x1)) for share in parts.values()]
+        total, begin = torch.zeros((), device=x1.device), 0
+        for objective, size in [*zip(parts, sizes), (self.diagonal, len(x1) - sum(sizes))]:
+            if size <= 0:  # a small batch, or shares that leave nothing
+                continue
+            rows = slice(begin, begin := begin + size)
+            mixed = objective is self.diagonal and torch.is_autocast_enabled(x1.device.type)
+            with torch.autocast(x1.device.type, enabled=mixed):  # off the diagonal, tangents need float32
+                losses = objective(flow_map, x1[rows], take_rows(cond, rows), self.generator)
+            total = total + losses.float().sum() / len(x1)
+            self.log(f"train/{type(objective).__name__}", losses.detach().mean())
+        self.log("train/loss", total.detach(), prog_bar=True)
+        return total
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["trajectories"] = [objective.pool.state_dict() for objective in self._pooled()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for objective, state in zip(self._pooled(), checkpoint.get("trajectories", ())):
+            objective.pool.load_state_dict(state)
+
+    def _pooled(self) -> list[Trajectory]:
+        return [objective for objective in self.off_diagonal if isinstance(objective, Trajectory)]
+
+    def averaged(self) -> NeuralFlowMap:
+        """The flow map with the averaged weights: the one to sample from and to ship."""
+        (flow_map,) = self.flow_map
+        return flow_map.with_network(self.ema.eval())
+
+    def validation_step(self, batch: Sequence[Any], batch_index: int) -> None:
+        """Flow-matching loss of the averaged network on held-out data, with fixed noise and times."""
+        flow_map, generator = self.averaged(), stream(0, "validation", batch_index)
+        even = FlowMatching(lambda n, _: (torch.arange(n) + 0.5) / n)
+        losses = even(flow_map, flow_map.encode(batch[0]), self.condition(batch), generator)
+        self.log("val/flow_matching", losses.mean(), prog_bar=True, batch_size=len(batch[0]), sync_dist=True)
+
+
+class SampleGrid(L.Callback):
+    """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``.
+
+    Args:
+        asked: a class or prompt for each column; default each class, or eight columns of none.
+    """
+
+    def __init__(self, folder: Path, every: int, asked: Sequence[str | int] = ()) -> None:
+        self.folder, self.every, self.asked = folder, every, asked
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: object) -> None:
+        step = trainer.global_step
+        if not self.every or step % self.every or not trainer.is_global_zero:
+            return
+        flow_map = module.averaged()
+        asked = self.asked or flow_map.class_names
+        n = len(asked) or 8
+        cond = flow_map.condition(asked, n) if asked and module.null is not None else None
+        pictures = [flow_map.decode(sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
+        labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
+        picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)

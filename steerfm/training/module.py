@@ -1,0 +1,119 @@
+"""What every training is: a LightningModule with AdamW, a schedule, and the EMA as part of its own state.
+
+Automatic optimisation, one loss, one optimiser: precision, devices and strategy are the Lightning Trainer's own arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from steerfm.randomness import global_stream, stream
+
+
+class Trained(L.LightningModule):
+    """What both trainings share: AdamW, warm-up and linear decay, gradient clipping, an EMA and a noise generator.
+
+    The EMA lives in the module's state, not in a callback, so a checkpoint can never hold swapped weights. Its decay warms
+    up as min(decay, (1 + n)/(10 + n)). Every update has a generator of its own, on the CPU: a continued run draws what an
+    uninterrupted one does.
+
+    Args:
+        network: the network to train.
+        lr, betas, weight_decay: AdamW.
+        steps: length of the schedule; resuming with a larger or smaller value moves the decay.
+        warmup: steps of linear warm-up.
+        decay: share of the steps over which the rate falls linearly to zero, at the end.
+        ema: decay of the average.
+        seed: of the noise, of the times and of dropout.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        steps: int = 10_000,
+        warmup: int = 200,
+        decay: float = 0.3,
+        ema: float = 0.999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        average = _ema(ema)
+        self.average = AveragedModel(network, avg_fn=average, use_buffers=False).requires_grad_(False)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.steps, self.warmup, self.decay, self.seed = steps, warmup, decay, seed
+        self.skipped = 0
+        self._generator: tuple[int, torch.Generator] | None = None
+        self._global = ExitStack()
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of this update and this process."""
+        if self._generator is None or self._generator[0] != self.global_step:
+            self._generator = self.global_step, stream(self.seed, "training", self.global_step, self.global_rank)
+        return self._generator[1]
+
+    @property
+    def ema(self) -> nn.Module:
+        """The averaged network."""
+        return self.average.module
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is optimised, as AdamW takes it."""
+        return [{"params": [p for p in self.network.parameters() if p.requires_grad]}]
+
+    def _rate(self, step: int) -> float:
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, left))
+
+    def on_train_batch_start(self, *_: Any) -> None:  # dropout draws from torch's own generators
+        self._global.enter_context(global_stream(self.seed, "dropout", self.global_step, self.global_rank))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._global.close()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step whose gradient is not finite is skipped and counted."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            optimizer.zero_grad()
+            self.skipped += 1
+        self.log("train/skipped", float(self.skipped))
+        self.log("train/gradient_norm", norm)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """The average follows at once: callbacks that save a checkpoint run before any later hook of a module."""
+        super().optimizer_step(*arguments, **options)
+        self.average.update_parameters(self.network)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped"] = self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = checkpoint["skipped"]
+
+
+def _ema(decay: float):
+    """The averaging rule with warm-up, for `AveragedModel`."""
+
+    def average(averaged: Tensor, current: Tensor, seen: Tensor | int) -> Tensor:
+        n = float(seen)
+        d = min(decay, (1 + n) / (10 + n))
+        return torch.lerp(current, averaged, d) if math.isfinite(d) else averaged
+
+    return average

@@ -1,0 +1,99 @@
+"""The run of a training: from where it stopped, with its log, its checkpoints and its end."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from steerfm.signals import Stopped, held
+from steerfm.training.checkpoints import Checkpoints, WholeCheckpoints, newest_checkpoint, save_checkpoint
+from steerfm.training.log import Lines, Metrics
+from steerfm.training.module import Trained
+
+
+class NothingTrainedError(ValueError):
+    """A training that left no model."""
+
+    exit_code = 1
+
+
+def check_trained(module: Trained) -> None:
+    """Refuse to call a network trained that is not.
+
+    Raises:
+        NothingTrainedError: no step was taken, all were skipped, or the averaged weights are not finite.
+    """
+    steps = int(module.average.n_averaged)  # type: ignore[arg-type]
+    if not steps:
+        raise NothingTrainedError("nothing was trained: no step was taken")
+    if module.skipped >= steps:
+        raise NothingTrainedError(
+            f"nothing was trained: all of {steps} steps were skipped, their gradients were not finite; try a smaller "
+            "optimizer.lr, or trainer.precision=32-true"
+        )
+    for name, value in module.ema.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NothingTrainedError(f"the training blew up: {name} is not finite; delete the run, try a smaller optimizer.lr")
+
+
+def fit(
+    module: Trained,
+    data: L.LightningDataModule,
+    folder: Path,
+    accelerator: str = "auto",
+    devices: str = "auto",
+    strategy: str = "auto",
+    precision: str = "32-true",
+    clip: float = 1.0,
+    log_every: int = 20,
+    validate_every: int = 1000,
+    save_every: int = 200,
+    progress: bool = True,
+    callbacks: Sequence[L.Callback] = (),
+) -> L.Trainer:
+    """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
+
+    Logs to ``folder/metrics.jsonl``, which `history` reads, and to tensorboard where it is installed. ``callbacks`` come before
+    the checkpoints; ``validate_every`` 0 is never; the remaining arguments are the Trainer's.
+    """
+    loggers: list[Any] = [Metrics(folder)]
+    if importlib.util.find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    if module.steps < 1:
+        raise NothingTrainedError(f"nothing was trained: optimizer.steps={module.steps}")
+    kept = folder / "checkpoints"
+    with held() as pending:
+        shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
+        trainer = L.Trainer(
+            accelerator=accelerator,
+            devices=int(devices) if devices.isdigit() else devices,
+            strategy=strategy,
+            precision=precision,  # type: ignore[arg-type]
+            max_steps=module.steps,
+            max_epochs=-1,
+            gradient_clip_val=clip,
+            log_every_n_steps=log_every,
+            val_check_interval=validate_every or None,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=loggers,
+            plugins=[WholeCheckpoints()],
+            callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
+            enable_checkpointing=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+        )
+        newest = newest_checkpoint(kept)
+        trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
+        save_checkpoint(trainer, kept)
+    if pending.number:  # it came in the last update
+        raise Stopped(pending.number, f"all {module.steps} steps are in {kept}")
+    if validate_every:
+        trainer.validate(module, data, verbose=False)
+    return trainer
