@@ -27,8 +27,8 @@ from rich.table import Table
 
 import steerfm
 from steerfm.metrics import interval, mmd, sliced_wasserstein
-from steerfm.sampling import Diffuse
 from steerfm.steering import Denoise, Jarzynski, Jump, MapGradient, Resample, Steering
+from steerfm.transitions import Diffuse
 
 EXACT = runpy.run_path(str(Path(__file__).with_name("exact.py")))
 CASES = EXACT["CASES"]

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 import steerfm
-from steerfm.steering.weights import SCHEMES
+from steerfm.steering.resampling import SCHEMES
 
 MEAN, VARIANCE = 0.5, 0.36
 LINEAR, QUADRATIC, STRENGTH = 1.2, 0.5, 2.0

@@ -33,7 +33,7 @@ import steerfm
 from steerfm.finetuning import Direct, FineTuning
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
 from steerfm.sampling import time_grid
-from steerfm.steering.run import CPU_ROWS
+from steerfm.steering.steer import CPU_ROWS
 from steerfm.training import fit
 
 TOLERANCE = 1.10

@@ -7,7 +7,8 @@ from steerfm.cost import Cost as Cost, Ledger as Ledger
 from steerfm.flowmap import FlowMap as FlowMap, Guided as Guided, NeuralFlowMap as NeuralFlowMap
 from steerfm.interpolant import Interpolant as Interpolant, Trigonometric as Trigonometric
 from steerfm.rewards import Reward as Reward, RewardError as RewardError, reward as reward
-from steerfm.sampling import Diffuse as Diffuse, Renoise as Renoise, sample as sample
+from steerfm.sampling import sample as sample
+from steerfm.transitions import Diffuse as Diffuse, Renoise as Renoise
 from steerfm.steering import (
     DAS as DAS, DPS as DPS, FMRGE as FMRGE, FMRGJ as FMRGJ, FMTT as FMTT, LGDMC as LGDMC, MFMG as MFMG, MFMGF as MFMGF,
     MPGD as MPGD, SVDD as SVDD, TDS as TDS, Beam as Beam, BestOfN as BestOfN, BudgetForcing as BudgetForcing, CoDe as CoDe,

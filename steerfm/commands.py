@@ -45,7 +45,7 @@ from steerfm.registry import named
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHOD, METHODS, MapGradient, Method, SteeringResult, steer, steer_batches
-from steerfm.steering.noise import NoiseAscent
+from steerfm.steering.noise_search import NoiseAscent
 from steerfm.steering.result import facts as result_facts
 
 console = Console(highlight=False, markup=False, emoji=False)

@@ -39,8 +39,8 @@ from steerfm.metrics import (
     texture,
 )  # fmt: skip
 from steerfm.randomness import stream
-from steerfm.sampling import Diffuse
 from steerfm.sampling import sample as draw
+from steerfm.transitions import Diffuse
 
 POOL = 100
 """Prompts among which the right one is looked for."""

@@ -12,8 +12,8 @@ listed: `rewards.build`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from steerfm import trust
@@ -137,3 +137,37 @@ def make(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         return target(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what}: {error}") from error
+
+
+def part(value: Any, table: Mapping[str, Any], what: str, default: Any = None) -> Any:
+    """A part of a method.
+
+    Args:
+        value: its name; a dictionary of its arguments, with its ``name`` if it is not the default; or the part itself.
+        table: parts by name, or their classes.
+        what: it is, for errors.
+        default: the part whose arguments a dictionary without a name changes.
+
+    Raises:
+        ValueError: no such part or argument; with those that there are.
+    """
+    if isinstance(value, int | float | Sequence) and not isinstance(value, str):
+        names = f" ({', '.join(table)})" if table else ""
+        raise ValueError(f"{what}={value}: give a name{names} or a dictionary of arguments")
+    if not isinstance(value, str | Mapping):
+        return value
+    arguments = {} if isinstance(value, str) else dict(value)
+    name = value if isinstance(value, str) else arguments.pop("name", None)
+    if name is not None and name not in table:
+        raise ValueError(f"unknown {what} {name!r}; {what}s: {', '.join(table)}")
+    made = default if name is None else table[name]
+    if made is None:
+        raise ValueError(f"{what}={value}: this method has none by default: give it a name, {what}.name={'|'.join(table)}")
+    known = [f.name for f in fields(made) if f.init] if is_dataclass(made) else []
+    for key in arguments:
+        if key not in known:
+            raise ValueError(f"{what} has no argument {key!r}; arguments: {', '.join(known) or 'none'}")
+    try:
+        return made(**arguments) if isinstance(made, type) else replace(made, **arguments) if arguments else made
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from None

@@ -9,7 +9,7 @@ import torch
 import steerfm
 from steerfm import GaussianMixture
 from steerfm.rewards import Reward, RewardError
-from steerfm.steering.noise import Curvature, DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.noise_search import Curvature, DFlow, RandomSearch, ReNO, ZeroOrderSearch
 
 D = 5
 MEAN, VARIANCE = torch.linspace(-1.0, 1.0, D), torch.linspace(0.2, 1.5, D)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerfm
-from steerfm.sampling import Diffuse, Renoise
 from steerfm.steering import Denoise, FeynmanKac, Jump, Resample, Uncorrected
-from steerfm.steering.weights import SCHEMES, Candidates
+from steerfm.steering.resampling import SCHEMES
+from steerfm.steering.selection import Candidates
+from steerfm.transitions import Diffuse, Renoise
 
 FLOOR_OR_CEIL = ("systematic", "ssp")
 AT_LEAST_FLOOR = (*FLOOR_OR_CEIL, "residual")

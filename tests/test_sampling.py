@@ -12,7 +12,8 @@ from steerfm.closed_form import GaussianMixture
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant, Trigonometric
-from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Jump, Noise, Renoise, Step, sample, seed_list, time_grid
+from steerfm.sampling import Noise, sample, seed_list, time_grid
+from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Jump, Renoise, Step
 
 LIKE = torch.empty(0)
 PATHS = [Interpolant(), Trigonometric()]

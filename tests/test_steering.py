@@ -14,8 +14,7 @@ from steerfm import GaussianMixture
 from steerfm.flowmap import FlowMap, NeuralFlowMap, Wrapped
 from steerfm.networks import Mlp
 from steerfm.rewards import Reward, RewardError
-from steerfm.sampling import Diffuse, Noise, Renoise, Step
-from steerfm.sampling import Jump as JumpTransition
+from steerfm.sampling import Noise
 from steerfm.steering import (
     DPS,
     FMRGE,
@@ -40,8 +39,12 @@ from steerfm.steering import (
     Steering,
     Twisted,
 )
-from steerfm.steering.value import Problem, View, needs_gradient
-from steerfm.steering.weights import Selected, effective_sample_size, log_mean, log_mean_exp
+from steerfm.steering.guidance import needs_gradient
+from steerfm.steering.selection import Selected
+from steerfm.steering.value import Problem, View
+from steerfm.steering.weights import effective_sample_size, log_mean, log_mean_exp
+from steerfm.transitions import Diffuse, Renoise, Step
+from steerfm.transitions import Jump as JumpTransition
 
 # float32, elementwise, closed form: fast, and its bits do not depend on the batch
 GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -1.0, 0.0]]), torch.tensor([[0.36, 0.5, 1.2]]))

@@ -8,18 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerfm.steering.weights import (
-    SCHEMES,
-    BestChild,
-    Candidates,
-    Resample,
-    TopK,
-    Window,
-    effective_sample_size,
-    log_mean,
-    normalise,
-    wide,
-)
+from steerfm.steering.resampling import SCHEMES
+from steerfm.steering.selection import BestChild, Candidates, Resample, TopK, Window
+from steerfm.steering.weights import effective_sample_size, log_mean, normalise, wide
 
 WEIGHTS = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.0, 0.17, 0.13], dtype=torch.float64)
 SORTED = ["stratified", "systematic", "ssp"]

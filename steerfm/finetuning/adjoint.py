@@ -8,7 +8,8 @@ import torch
 
 from steerfm.finetuning.base import Law, Terms, Update, ode
 from steerfm.flowmap import FlowMap
-from steerfm.sampling import Bridge, time_grid
+from steerfm.sampling import time_grid
+from steerfm.transitions import Bridge
 
 
 @dataclass(frozen=True)

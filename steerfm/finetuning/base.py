@@ -26,10 +26,11 @@ from steerfm.finetuning.lora import LoRA, LoRAOff
 from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, take_rows
 from steerfm.randomness import derive, stream
 from steerfm.rewards import Prompts, Reward, RewardError
-from steerfm.sampling import Jump, Noise, Transition, time_grid, walk
+from steerfm.sampling import Noise, time_grid, walk
 from steerfm.steering.value import Problem
 from steerfm.training import Trained
 from steerfm.training.data import endless
+from steerfm.transitions import Jump, Transition
 
 Law = Callable[[Noise, Condition], Tensor]
 """How samples are drawn: noise of b rows and their condition to (b, *shape)."""

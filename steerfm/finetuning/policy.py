@@ -10,8 +10,10 @@ from torch import Tensor
 from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
-from steerfm.sampling import TRANSITIONS, Bridge, Diffuse, Renoise, Transition, part, time_grid
+from steerfm.registry import part
+from steerfm.sampling import time_grid
 from steerfm.training.objectives import mean_square
+from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Renoise, Transition
 
 
 @dataclass(frozen=True)

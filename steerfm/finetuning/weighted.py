@@ -15,7 +15,7 @@ from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.randomness import derive, stream
-from steerfm.sampling import part
+from steerfm.registry import part
 from steerfm.steering.weights import effective_sample_size, largest, normalise
 from steerfm.training.objectives import FlowMatching, Trajectory, Triangle, mean_square
 

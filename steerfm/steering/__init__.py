@@ -1,8 +1,12 @@
 """Steering: four orthogonal parts (look-ahead, value, transition, correction and selection), one engine, many presets."""
 
-from steerfm.steering.corrections import Jarzynski, Marginal, Twisted, Uncorrected
+from steerfm.steering.correction import Jarzynski, Marginal, Twisted, Uncorrected
+from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, MapGradient
 from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Rollout, Smooth, residual
-from steerfm.steering.methods import (
+from steerfm.steering.names import METHOD, method, methods
+from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.outcome import Method, Outcome, Trace
+from steerfm.steering.presets import (
     DAS,
     DPS,
     FMRGE,
@@ -27,23 +31,12 @@ from steerfm.steering.methods import (
     MultiRound,
     WeightedDiamond,
 )
-from steerfm.steering.names import METHOD, method, methods
-from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
-from steerfm.steering.outcome import Method, Outcome, Trace
 from steerfm.steering.result import SteeringResult
-from steerfm.steering.run import steer, steer_batches, steps
 from steerfm.steering.sampler import State, Steering
-from steerfm.steering.search import BudgetForcing, TreeSearch
-from steerfm.steering.value import (
-    Adaptive,
-    EndpointAscent,
-    EndpointGradient,
-    Exponential,
-    FreeGradient,
-    MapGradient,
-    Power,
-)
-from steerfm.steering.weights import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
+from steerfm.steering.selection import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
+from steerfm.steering.steer import steer, steer_batches, steps
+from steerfm.steering.tempering import Adaptive, Exponential, Power
+from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 
 __all__ = [
     "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHOD", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from steerfm import sampling
+from steerfm.checks import at_least_one
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import Condition, FlowMap, repeat_rows
 from steerfm.sampling import Noise
-from steerfm.steering.weights import at_least_one
 
 
 @dataclass

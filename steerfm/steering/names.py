@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from steerfm.registry import Kind, build
-from steerfm.steering.methods import METHODS
 from steerfm.steering.outcome import Method
+from steerfm.steering.presets import METHODS
 
 METHOD = Kind(
     "method",

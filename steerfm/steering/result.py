@@ -22,7 +22,8 @@ from steerfm import files
 from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap, Wrapped
 from steerfm.steering.outcome import Outcome, Trace
-from steerfm.steering.weights import Resample, effective_sample_size
+from steerfm.steering.selection import Resample
+from steerfm.steering.weights import effective_sample_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,8 +2,8 @@
 
     look ahead -> value (and direction) -> transition (guided) -> correction of the log-weights -> selection
 
-`Steering` is a method given by its parts, `State` what it carries from step to step. Presets are in `methods.py`; `run.py` runs
-any of them on a problem.
+`Steering` is a method given by its parts, `State` what it carries from step to step. Presets are in `presets.py`; `steer.py`
+runs any of them on a problem.
 """
 
 from __future__ import annotations
@@ -18,40 +18,20 @@ import torch
 from torch import Tensor
 
 from steerfm import sampling
+from steerfm.checks import whole_numbers
 from steerfm.flowmap import Microbatched
+from steerfm.registry import part
 from steerfm.rewards import Reward, RewardError
-from steerfm.sampling import TRANSITIONS, Noise, Renoise, Step, Transition, part, time_grid, whole_numbers
-from steerfm.steering.corrections import CORRECTIONS, Correction, Family, Move, Parts, Twisted
+from steerfm.sampling import Noise, time_grid
+from steerfm.steering.correction import CORRECTIONS, Correction, Family, Move, Parts, Twisted
+from steerfm.steering.guidance import GUIDANCES, Guidance, evaluate, needs_gradient
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.outcome import Outcome, Tick, Trace
-from steerfm.steering.value import (
-    GUIDANCES,
-    TEMPERINGS,
-    Adaptive,
-    Evaluation,
-    Guidance,
-    Power,
-    Problem,
-    Tempering,
-    View,
-    evaluate,
-    look,
-    needs_gradient,
-)
-from steerfm.steering.weights import (
-    Candidates,
-    Resample,
-    Selected,
-    Selection,
-    effective_sample_size,
-    largest,
-    log_mean,
-    log_mean_exp,
-    normalise,
-    unbiased,
-    wide,
-    with_threshold,
-)
+from steerfm.steering.selection import Candidates, Resample, Selected, Selection, unbiased, with_threshold
+from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
+from steerfm.steering.value import Evaluation, Problem, View, look
+from steerfm.steering.weights import effective_sample_size, largest, log_mean, log_mean_exp, normalise, wide
+from steerfm.transitions import TRANSITIONS, Renoise, Step, Transition
 
 
 # --- where the particles are -------------------------------------------------------------------------------------------

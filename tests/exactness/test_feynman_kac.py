@@ -15,7 +15,6 @@ import torch
 
 import steerfm
 from steerfm import FlowMap, GaussianMixture
-from steerfm.sampling import Diffuse, Renoise, Step
 from steerfm.steering import (
     BestOfN,
     Denoise,
@@ -27,7 +26,9 @@ from steerfm.steering import (
     MapGradient,
     Steering,
 )
-from steerfm.steering.value import Problem, View, look, untempered
+from steerfm.steering.tempering import untempered
+from steerfm.steering.value import Problem, View, look
+from steerfm.transitions import Diffuse, Renoise, Step
 
 LIMIT = 4.0
 STRONG = MapGradient(scale=4.0), EndpointGradient(scale=4.0)  # so that a wrong correction is seen: z = 5 to 9 without it

@@ -34,7 +34,7 @@ from steerfm.steering import (
     TreeSearch,
     Window,
 )
-from steerfm.steering.weights import Selected
+from steerfm.steering.selection import Selected
 
 LIMIT = 4.0
 AT = torch.tensor([-4.0, 0.0, 4.0], dtype=torch.float64)

@@ -10,7 +10,7 @@ from steerfm import GaussianMixture
 from steerfm.cost import Ledger
 from steerfm.flowmap import Wrapped
 from steerfm.interpolant import Trigonometric
-from steerfm.sampling import Bridge, Diffuse, Noise
+from steerfm.sampling import Noise
 from steerfm.steering import (
     ExactPosterior,
     FreeGradient,
@@ -23,7 +23,9 @@ from steerfm.steering import (
     Steering,
     residual,
 )
-from steerfm.steering.value import Evaluation, Problem, View, look, untempered
+from steerfm.steering.tempering import untempered
+from steerfm.steering.value import Evaluation, Problem, View, look
+from steerfm.transitions import Bridge, Diffuse
 
 LIMIT = 4.0
 A, B = 1.2, 0.3

@@ -8,7 +8,6 @@ from weighed import weighed
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.sampling import Diffuse, Renoise
 from steerfm.steering import (
     DAS,
     FMTT,
@@ -26,6 +25,7 @@ from steerfm.steering import (
     MapGradient,
     Steering,
 )
+from steerfm.transitions import Diffuse, Renoise
 
 LIMIT = 4.0
 A, B = 1.2, 0.3

@@ -26,7 +26,6 @@ from weighed import weighed
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.sampling import Bridge
 from steerfm.steering import (
     DAS,
     FMTT,
@@ -42,6 +41,7 @@ from steerfm.steering import (
     Posterior,
 )
 from steerfm.steering import Steering as Method
+from steerfm.transitions import Bridge
 
 LIMIT = 4.0
 OUTPUTS = 50  # of the runs with many particles; those with a 16th of the particles have four times as many

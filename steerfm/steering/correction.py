@@ -13,10 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steerfm.sampling import Diffuse, Jump, Noise, Step, Transition
+from steerfm.sampling import Noise
 from steerfm.steering import lookahead
-from steerfm.steering.value import Adaptive, Evaluation, Guidance, MapGradient, Tempering, View
-from steerfm.steering.weights import Selection, wide
+from steerfm.steering.guidance import Guidance, MapGradient
+from steerfm.steering.selection import Selection
+from steerfm.steering.tempering import Adaptive, Tempering
+from steerfm.steering.value import Evaluation, View
+from steerfm.steering.weights import wide
+from steerfm.transitions import Diffuse, Jump, Step, Transition
 
 
 class Parts(Protocol):

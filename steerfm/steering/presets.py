@@ -1,7 +1,7 @@
 """Presets: published methods as settings of the four parts. Each docstring gives the paper, the parts and what it samples.
 
 Every field of `Steering` may be changed: ``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
-Methods that do not walk from noise to data once have files of their own: `noise.py` and `search.py`.
+Methods that do not walk from noise to data once have files of their own: `noise_search.py` and `tree_search.py`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,21 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from steerfm.checks import at_least_one
 from steerfm.rewards import Reward
-from steerfm.sampling import Bridge, Diffuse, Noise, Transition
-from steerfm.sampling import Jump as JumpTransition
-from steerfm.steering.corrections import Correction, Jarzynski, Marginal, Twisted, Uncorrected
+from steerfm.sampling import Noise
+from steerfm.steering.correction import Correction, Jarzynski, Marginal, Twisted, Uncorrected
+from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, Guidance, MapGradient
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
-from steerfm.steering.noise import DFlow, RandomSearch, ReNO, ZeroOrderSearch
+from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Method
 from steerfm.steering.sampler import Begin, State, Steering
-from steerfm.steering.search import BudgetForcing, TreeSearch
-from steerfm.steering.value import (
-    Adaptive,
-    EndpointAscent,
-    EndpointGradient,
-    FreeGradient,
-    Guidance,
-    MapGradient,
-    Problem,
-    Tempering,
-    untempered,
-)
-from steerfm.steering.weights import BestChild, Narrow, Resample, Selection, TopK, Window, at_least_one
+from steerfm.steering.selection import BestChild, Narrow, Resample, Selection, TopK, Window
+from steerfm.steering.tempering import Adaptive, Tempering, untempered
+from steerfm.steering.tree_search import BudgetForcing, TreeSearch
+from steerfm.steering.value import Problem
+from steerfm.transitions import Bridge, Diffuse, Transition
+from steerfm.transitions import Jump as JumpTransition
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from steerfm import registry, rewards, zoo
+from steerfm.checks import whole_numbers
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, Microbatched, by_label, repeat_rows, take_rows
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward
-from steerfm.sampling import Noise, as_condition, seed_list, whole_numbers
-from steerfm.steering.methods import Funnel
+from steerfm.sampling import Noise, as_condition, seed_list
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
+from steerfm.steering.presets import Funnel
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Begin, Callback, State, Steering
 from steerfm.steering.value import Problem

@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from steerfm.checks import at_least_one
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise, time_grid
-from steerfm.steering.noise import Found, search_trace
+from steerfm.steering.noise_search import Found, search_trace
 from steerfm.steering.outcome import Outcome, Tick
+from steerfm.steering.resampling import multinomial
 from steerfm.steering.value import Problem
-from steerfm.steering.weights import at_least_one, effective_sample_size, multinomial, normalise, wide
+from steerfm.steering.weights import effective_sample_size, normalise, wide
 
 
 def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, gamma: float, z: Tensor) -> Found:

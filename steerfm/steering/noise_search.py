@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from steerfm.checks import at_least_one
 from steerfm.flowmap import repeat_rows
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
+from steerfm.steering.guidance import gradient_of
 from steerfm.steering.outcome import Outcome, Tick, Trace
-from steerfm.steering.value import Problem, gradient_of
-from steerfm.steering.weights import at_least_one, wide
+from steerfm.steering.value import Problem
+from steerfm.steering.weights import wide
 
 
 # --- what is found ---------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 import steerfm
 from steerfm import GaussianMixture
 from steerfm.rewards import Reward
-from steerfm.steering.noise import Found
-from steerfm.steering.search import BudgetForcing, Tree, TreeSearch
+from steerfm.steering.noise_search import Found
+from steerfm.steering.tree_search import BudgetForcing, Tree, TreeSearch
 
 # one Gaussian, r = 1.2 x - .25 x^2: elementwise and exact
 A, B = 1.2, 0.5

@@ -1,0 +1,254 @@
+"""Guidance: how a step is pushed uphill, by the gradient of the value, at the endpoint only, or without any gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from steerfm.checks import at_least_one
+from steerfm.flowmap import FlowMap
+from steerfm.interpolant import expand_time
+from steerfm.rewards import RewardError
+from steerfm.steering.lookahead import Endpoints
+from steerfm.steering.value import Evaluation, Problem, Shared, View
+from steerfm.steering.weights import log_mean_exp
+
+
+def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
+    """`Guidance.evaluate`, at most ``rows`` particles at a time where it follows a gradient: the graph of a part is freed
+    before the next one is built. A reward that compares particles sees them all, whatever ``rows``."""
+    if rows is None or len(view.x) <= rows or not guidance.differentiates or view.problem.reward.groupwise:
+        return guidance.evaluate(view)
+    shared, index, parts = Shared(view.noise), torch.arange(len(view.x), device=view.x.device), []
+    for begin in range(0, len(view.x), rows):
+        part = slice(begin, begin + rows)
+        of = replace(view, problem=view.problem.select(index[part]), x=view.x[part], noise=shared.part(part))
+        try:
+            parts.append(guidance.evaluate(of))
+        except RewardError as error:
+            error.sample = None if error.sample is None else error.sample + begin
+            raise
+    return Evaluation.join(parts)
+
+
+def needs_gradient(guidance: Guidance | None) -> bool:
+    """Whether a reward without a gradient cannot be steered by it."""
+    return guidance is not None and guidance.differentiates and getattr(guidance, "required", True)
+
+
+class Guidance(Protocol):
+    """How a step is pushed uphill; any object with these members is one.
+
+    Attributes:
+        differentiates: whether it follows the gradient of the reward. A guidance that does may also have ``required``: whether
+            a reward without one is an error (so it is where it has no such member); if not, it is steered without guidance.
+    """
+
+    differentiates: bool
+
+    def evaluate(self, view: View) -> Evaluation:
+        """Value and direction."""
+        ...
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        """What is added to the step's mean, (b, *shape)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MapGradient:
+    """grad_x V_t(x) by backpropagation through the reward, the decoder and the look-ahead.
+
+    The shift is scale * std^2 grad V for a stochastic transition (the optimal shift of a Gaussian under a locally linear
+    value) and scale * (t - s) kappa_s grad V for a deterministic one (the exact tilted velocity, kappa = (1 - t)/t, capped).
+    With `Posterior` endpoints this is MFM-G (2601.14430), with `Renoise` weighted Diamond guidance (2602.05993).
+
+    Args:
+        scale: multiplies the shift; 1 is the theory's.
+        normalised: make the shift ``scale`` times as long as the step's displacement, whatever the reward's scale (FMRG).
+        cap: longest shift, relative to the displacement: gradients of look-aheads are heavy-tailed at basin borders.
+        ascent: chi(t), a further drift chi grad V (FMTT's extra ascent); a bias, unless the correction pays for it.
+        largest: cap of kappa, which is infinite at t = 0 (the releases cap it at 20 to 25). For an exact V it is a bias, since
+            kappa grad V is finite: take it large there.
+    """
+
+    scale: float = 1.0
+    normalised: bool = False
+    cap: float | None = 1.0
+    ascent: Callable[[float], float] | None = None
+    largest: float = 20.0
+    differentiates = True
+
+    def evaluate(self, view: View) -> Evaluation:
+        with torch.enable_grad():
+            x = view.x.detach().requires_grad_()
+            found = view.value(view.endpoints(x))
+            gradient = gradient_of(view.problem, found.value, x)
+        return replace(found, value=found.value.detach(), direction=gradient)
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        assert evaluation.direction is not None
+        coefficient = self.scale * (std**2 if std else (t - s) * self._kappa(flow_map, s))
+        if self.ascent is not None:
+            coefficient += (t - s) * self.ascent(s)
+        displacement = _norm(mean - x)
+        if self.normalised:
+            return self.scale * displacement * evaluation.direction / _norm(evaluation.direction).clamp_min(1e-12)
+        return capped(coefficient * evaluation.direction, displacement, self.cap)
+
+    def _kappa(self, flow_map: FlowMap, t: float) -> float:
+        return self.largest if t <= 0 else min(self.largest, flow_map.interpolant.score_coefficient(t))
+
+
+@dataclass(frozen=True)
+class EndpointGradient(MapGradient):
+    """As `MapGradient`, but the gradient stops at the endpoint: dz/dx is taken as the identity, no network backward.
+
+    FlowChef's approximation (2412.00100), good where trajectories are straight.
+
+    Args:
+        required: whether a reward without a gradient is an error; if not, it is steered without one.
+    """
+
+    required: bool = True
+
+    def evaluate(self, view: View) -> Evaluation:
+        ends = view.endpoints(view.x)
+        with torch.enable_grad():
+            z = ends.z.detach().requires_grad_()
+            found = view.value(replace(ends, z=z))
+            gradient = gradient_of(view.problem, found.value, z)
+        return replace(found, value=found.value.detach(), direction=gradient.sum(1))
+
+
+@dataclass(frozen=True)
+class FreeGradient:
+    """grad V without any derivative, so for black-box rewards too: MFM-GF (Potaptchik et al. 2601.14430).
+
+        grad V = (alpha/sigma^2) (E_q[x_1 | x_t] - E[x_1 | x_t]) = (alpha/sigma^2) (sum_k softmax(log_w + beta r)_k z_k - mean)
+
+    exact for samples of the posterior as their number grows: use look-ahead `Posterior`, or `Renoise`; one endpoint has no
+    gradient at all.
+
+    Args:
+        scale, cap: as in `MapGradient`.
+    """
+
+    scale: float = 1.0
+    cap: float | None = 1.0
+    differentiates = False
+
+    def evaluate(self, view: View) -> Evaluation:
+        ends = view.endpoints(view.x)
+        found = view.weigh(ends)
+        moved = ((found.log_w + found.tempered).softmax(1) - found.log_w.softmax(1)).to(ends.z)
+        direction = torch.einsum("bk,bk...->b...", moved, ends.z)
+        value = log_mean_exp(found.log_w, found.tempered)
+        return Evaluation(value, found.tilt[:, 0], found.beta, ends.z[:, 0], direction, scores=found.scores)
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        assert evaluation.direction is not None
+        path = flow_map.interpolant
+        alpha, sigma = path.alpha(s), path.sigma(s)
+        d_alpha, d_sigma = path.derivatives(s)
+        # kappa alpha / sigma^2 in one piece: finite at t = 0, where kappa is not
+        coefficient = std**2 * alpha / sigma**2 if std else (t - s) * (d_alpha * sigma - alpha * d_sigma) / sigma
+        return capped(self.scale * coefficient * evaluation.direction, _norm(mean - x), self.cap)
+
+
+@dataclass(frozen=True)
+class EndpointAscent:
+    """Improve the endpoint itself by a few reward-gradient steps, then move towards it (FMRG-E, 2604.27147).
+
+        x' = X_{s,t}(x) + w (z_opt - z),      w = (1 - s) t, zero at both ends
+
+    Args:
+        iterations: gradient steps on the endpoint; each costs a reward call and a reward backward, no network.
+        rate: length of each step, relative to the norm of the endpoint.
+        cap: longest shift, relative to the displacement; None for no cap.
+    """
+
+    iterations: int = 3
+    rate: float = 0.1
+    cap: float | None = None
+    differentiates = True
+
+    def __post_init__(self) -> None:
+        at_least_one(iterations=self.iterations)
+
+    def evaluate(self, view: View) -> Evaluation:
+        start = z = view.endpoints(view.x).z[:, 0].detach()
+        first = None
+        for _ in range(self.iterations):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                found = view.value(Endpoints(z.unsqueeze(1)))
+                gradient = gradient_of(view.problem, found.value, z)
+            first = first or found
+            z = z.detach() + self.rate * _norm(start) * gradient / _norm(gradient).clamp_min(1e-12)
+        assert first is not None
+        return replace(first, value=first.value.detach(), direction=z - start)
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        assert evaluation.direction is not None
+        return capped((1 - s) * t * evaluation.direction, _norm(mean - x), self.cap)
+
+
+GUIDANCES: dict[str, Any] = {
+    "map": MapGradient(),
+    "endpoint": EndpointGradient(),
+    "free": FreeGradient(),
+    "ascent": EndpointAscent(),
+}
+"""Guidances by the name that configurations use."""
+
+
+def capped(shift: Tensor, displacement: Tensor, cap: float | None) -> Tensor:
+    """``shift`` with its norm, per row, cut at cap * displacement."""
+    if cap is None:
+        return shift
+    return shift * (cap * displacement / _norm(shift).clamp_min(1e-12)).clamp_max(1.0)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm of every row, broadcastable against x."""
+    return expand_time(x.flatten(1).norm(dim=1), x)
+
+
+FREE = "a gradient-free method (FeynmanKac with guidance=None, BestOfN)"
+
+
+def gradient_of(problem: Problem, v: Tensor, x: Tensor, instead: str = FREE) -> Tensor:
+    """The gradient (b, *shape) of values v (b,) in x, which the reward of a problem gave.
+
+    Args:
+        problem: with a row for each of x, for errors.
+        v: (b,), with a graph to x where the reward has a gradient.
+        x: (b, *shape).
+        instead: methods that would work, for errors.
+
+    Raises:
+        RewardError: there is none, or it is not finite.
+    """
+    gradient = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
+    name = problem.reward.name
+    if gradient is None:
+        raise RewardError(f"reward {name!r} has no gradient: use {instead}")
+    finite = torch.isfinite(gradient).flatten(1).all(1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        what = f"the gradient of reward {name!r} times strength {problem.strength[row].item():g} is not finite"
+        raise RewardError(f"{what}: lower the strength, smooth it, or use {instead}", sample=row)
+    return gradient

@@ -1,0 +1,278 @@
+"""Selection: which particles go on, by their weights (sampling) or by their look-aheads (search)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from steerfm.checks import at_least_one
+from steerfm.steering.resampling import SCHEMES, Scheme, multinomial, systematic
+from steerfm.steering.weights import effective_sample_size, wide
+
+EQUAL = 1 - 1e-12
+"""Equal weights have an ESS above this: 1, up to rounding."""
+
+
+@dataclass
+class Candidates:
+    """What a selection sees of n outputs of k particles.
+
+    Attributes:
+        log_w: (n, k) log-weights.
+        tilt: (n, k) strength * reward of the look-ahead, untempered: what a search ranks by.
+        u: (n, k) uniform numbers.
+        step: transitions done. t: time.
+        parts: whether the next step has noise; without it copies stay copies.
+    """
+
+    log_w: Tensor
+    tilt: Tensor
+    u: Tensor
+    step: int
+    t: float
+    parts: bool = True
+
+
+@dataclass
+class Selected:
+    """ancestors: (n, k') indices into the particles of each output; resampled: (n,) where that was done.
+
+    The weights of a resampled output start anew. k' may be smaller than k, where ``resampled`` holds for all outputs.
+    log_odds: (n, k) log of the odds that an ancestor is each of the particles; None where they are what came out.
+    """
+
+    ancestors: Tensor
+    resampled: Tensor
+    log_odds: Tensor | None = None
+
+    def odds(self, k: int) -> Tensor:
+        """log_odds (n, k), in the wide dtype."""
+        if self.log_odds is not None:
+            return self.log_odds
+        ones = torch.ones(self.ancestors.shape, dtype=wide(self.ancestors.device), device=self.ancestors.device)
+        children = ones.new_zeros(len(ones), k).scatter_add(1, self.ancestors, ones)
+        return torch.log(children / ones.shape[1])
+
+    @classmethod
+    def none(cls, log_w: Tensor) -> Selected:
+        """Every particle (n, k) its own ancestor."""
+        n, k = log_w.shape
+        stay = torch.arange(k, device=log_w.device).expand(n, k)
+        return cls(stay, torch.zeros(n, dtype=torch.bool, device=log_w.device))
+
+
+class Selection(Protocol):
+    """Which particles go on; any object with these members is a selection.
+
+    Attributes:
+        ranks: whether it looks at ``tilt``, so that a look-ahead is needed even where its value is tempered to zero.
+        prunes: whether it may leave fewer particles. The engine asks the others only before a step with noise: without
+            it, copies would stay copies.
+
+    One that is ``unbiased``, so that every particle has children in proportion to its weight on average, says so by a member
+    of that name; without it there is no log Z.
+    """
+
+    @property
+    def ranks(self) -> bool: ...
+
+    @property
+    def prunes(self) -> bool: ...
+
+    def select(self, candidates: Candidates) -> Selected: ...
+
+
+def unbiased(selection: Selection | None) -> bool:
+    """Whether the particles that go on have children in proportion to their weights on average."""
+    return selection is None or bool(getattr(selection, "unbiased", False))
+
+
+@dataclass(frozen=True)
+class Resample:
+    """Resample an output when its ESS / k falls below ``threshold``.
+
+    Args:
+        scheme: a key of `SCHEMES`, or a function of the same signature.
+        threshold: 0 never, 1 (nearly) always.
+    """
+
+    scheme: str | Scheme = "systematic"
+    threshold: float = 0.5
+    ranks = prunes = False
+    unbiased = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scheme, str) and self.scheme not in SCHEMES:
+            raise ValueError(f"unknown resampling scheme {self.scheme!r}; schemes: {', '.join(SCHEMES)}")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold}: a share of the particles, in [0, 1]")
+
+    def select(self, candidates: Candidates) -> Selected:
+        log_w = candidates.log_w
+        stay = Selected.none(log_w)
+        low = effective_sample_size(log_w) < self.threshold * EQUAL
+        if not low.any():
+            return stay
+        rows = low.unsqueeze(1)
+        odds = torch.where(rows, log_w.log_softmax(1), -math.log(log_w.shape[1]))
+        return Selected(torch.where(rows, self.draw(log_w, candidates.u), stay.ancestors), low, odds)
+
+    def draw(self, log_w: Tensor, u: Tensor) -> Tensor:
+        """Ancestors (n, k) of every output, whatever its ESS."""
+        scheme = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
+        return scheme(log_w.softmax(1), u.to(log_w))
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Before the first step, ``keep`` particles are drawn by the weights, and they alone go on.
+
+    Unbiased: the mean weight of the many goes into log Z. Equal weights choose nothing, and the first particles go on.
+
+    Args:
+        keep: particles that go on, at most those there are.
+        then: selection before the later steps.
+    """
+
+    keep: int = 16
+    then: Selection = field(default_factory=Resample)
+    prunes = True
+
+    def __post_init__(self) -> None:
+        at_least_one(keep=self.keep)
+
+    @property
+    def ranks(self) -> bool:
+        return self.then.ranks
+
+    @property
+    def unbiased(self) -> bool:
+        return unbiased(self.then)
+
+    def select(self, candidates: Candidates) -> Selected:
+        log_w, k = candidates.log_w, candidates.log_w.shape[1]
+        if candidates.step or k <= self.keep:
+            asked = candidates.parts or self.then.prunes
+            return self.then.select(candidates) if asked else Selected.none(log_w)
+        drawn = systematic(log_w.softmax(1), candidates.u[:, : self.keep].to(log_w))
+        first = torch.arange(self.keep, device=log_w.device).expand_as(drawn)
+        told_apart = effective_sample_size(log_w) < EQUAL
+        kept = torch.where(told_apart.unsqueeze(1), drawn, first)
+        resampled = torch.ones(len(log_w), dtype=torch.bool, device=log_w.device)
+        return Selected(kept, resampled, log_w.log_softmax(1))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The best ``keep`` particles of each output by look-ahead reward, each copied equally often. Search, not sampling.
+
+    Args:
+        keep: particles that survive, at most those there are.
+        prune: go on with those only, without copies.
+    """
+
+    keep: int = 1
+    prune: bool = False
+    ranks = True
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: at least one particle must survive")
+
+    @property
+    def prunes(self) -> bool:
+        return self.prune
+
+    def select(self, candidates: Candidates) -> Selected:
+        n, k = candidates.tilt.shape
+        keep = min(self.keep, k)
+        best = candidates.tilt.topk(keep, 1).indices
+        slots = torch.arange(keep if self.prune else k, device=best.device) % keep
+        return Selected(best[:, slots], torch.ones(n, dtype=torch.bool, device=best.device))
+
+
+@dataclass(frozen=True)
+class BestChild:
+    """Each group of ``children`` particles is followed by its best, by look-ahead reward (SVDD 2408.08252, algorithm 1).
+
+    Args:
+        children: group size; must divide the number of particles.
+        soft: draw the survivor with odds exp(strength r) instead (SVDD's soft version).
+    """
+
+    children: int = 4
+    soft: bool = False
+    ranks, prunes = True, False
+
+    def __post_init__(self) -> None:
+        at_least_one(children=self.children)
+
+    def select(self, candidates: Candidates) -> Selected:
+        n, k = candidates.tilt.shape
+        if k % self.children:
+            raise ValueError(f"{k} particles do not divide into groups of {self.children} children")
+        groups = candidates.tilt.view(-1, self.children)
+        if self.soft:
+            u = candidates.u.reshape(-1, self.children)[:, :1].to(groups)
+            best = multinomial(groups.softmax(1), u)[:, 0]
+        else:
+            best = groups.argmax(1)
+        first = torch.arange(0, k, self.children, device=best.device)
+        ancestors = (best.view(n, -1) + first).repeat_interleave(self.children, 1)
+        return Selected(ancestors, torch.ones(n, dtype=torch.bool, device=best.device))
+
+
+@dataclass(frozen=True)
+class Window:
+    """A selection in a part of the run only.
+
+    Args:
+        selection: what is done there.
+        every: steps from one selection to the next; the first is after as many.
+        start, stop: only at times start <= t <= stop.
+    """
+
+    selection: Selection
+    every: int = 1
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: at least one step")
+
+    @property
+    def ranks(self) -> bool:
+        return self.selection.ranks
+
+    @property
+    def prunes(self) -> bool:
+        return self.selection.prunes
+
+    @property
+    def unbiased(self) -> bool:
+        return unbiased(self.selection)
+
+    def select(self, candidates: Candidates) -> Selected:
+        if candidates.step and candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
+            return self.selection.select(candidates)
+        return Selected.none(candidates.log_w)
+
+
+def with_threshold(selection: Selection | None, threshold: float) -> Selection:
+    """The selection, which resamples below another ESS.
+
+    Raises:
+        ValueError: it has no threshold.
+    """
+    if isinstance(selection, Resample):
+        return replace(selection, threshold=threshold)
+    if isinstance(selection, Narrow):
+        return replace(selection, then=with_threshold(selection.then, threshold))
+    if isinstance(selection, Window):
+        return replace(selection, selection=with_threshold(selection.selection, threshold))
+    raise ValueError(f"threshold={threshold}: this method does not resample below an ESS; resampling={selection!r}")

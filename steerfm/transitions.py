@@ -1,0 +1,208 @@
+"""Transitions: kernels from x_s to x_t, one step of a sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from steerfm.flowmap import Condition, FlowMap
+from steerfm.interpolant import Interpolant
+
+
+@dataclass
+class Step:
+    """The Gaussian kernel of one transition: x' ~ N(mean, std^2 I); deterministic where std = 0.
+
+    Attributes:
+        mean: (b, *shape).
+        std: standard deviation, the same for all rows.
+    """
+
+    mean: Tensor
+    std: float
+
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """mean + std * noise; ``noise`` (b, *shape) may be None where std = 0."""
+        if self.std == 0 or noise is None:
+            return self.mean
+        return torch.add(self.mean, noise, alpha=self.std)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; mean, std^2 I), (b,), summed over all entries in float64.
+
+        Raises:
+            ValueError: the kernel is deterministic and has no density.
+        """
+        if self.std == 0:
+            raise ValueError("a deterministic transition has no density: use Renoise or Diffuse")
+        d = self.mean[0].numel()
+        squares = ((x - self.mean) / self.std).flatten(1).square().sum(1, dtype=torch.float64)
+        return -0.5 * squares - d * (math.log(self.std) + 0.5 * math.log(2 * math.pi))
+
+
+class Transition(Protocol):
+    """A move of the whole batch from time s to time t; any object with these members is one.
+
+    The step into t = 1 should be deterministic: noise added to the data would stay in them. One that is so for certain may say
+    ``lands = True``: a sampler then does not ask for the gradient that no step would follow.
+
+    Attributes:
+        endpoint: the kind of endpoint that saves a network call if a look-ahead has it already: "jump" for X_{s,1}(x),
+            "denoised" for E[x_1 | x_s = x], "posterior" for a sample of p(x_1 | x_s = x); "" for none.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the steps before the last have noise."""
+        ...
+
+    @property
+    def endpoint(self) -> str: ...
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        """The kernel from x (b, *shape) at time s to time t > s; ``endpoint`` as described above, where it is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Jump:
+    """x' = X_{s,t}(x): deterministic.
+
+    Args:
+        hops: equal jumps from s to t; each costs one call.
+    """
+
+    hops: int = 1
+    endpoint, lands = "jump", True
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def __post_init__(self) -> None:
+        if self.hops < 1:
+            raise ValueError(f"hops={self.hops}: at least one jump is needed")
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        if endpoint is not None and t == 1 and self.hops == 1:
+            return Step(endpoint, 0.0)
+        for i in range(self.hops):
+            x = flow_map.jump(x, s + (t - s) * (i / self.hops), s + (t - s) * ((i + 1) / self.hops), cond)
+        return Step(x, 0.0)
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """Jump to r = t + gamma (1 - t), then noise back: x' = (alpha_t/alpha_r) X_{s,r}(x) + std z.
+
+    For an exact flow map this keeps every marginal p_t exactly, in any number of steps. gamma = 0 is `Jump`; gamma = 1
+    jumps to the data and back, as multistep consistency sampling does (Song et al. 2303.01469, algorithm 1).
+
+    Args:
+        gamma: how far to overshoot, in [0, 1].
+    """
+
+    gamma: float = 1.0
+    endpoint, lands = "jump", True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma={self.gamma}: must be in [0, 1]")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.gamma > 0
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        r = t + self.gamma * (1 - t)
+        scale, std = flow_map.interpolant.renoise(r, t)
+        x_r = endpoint if endpoint is not None and r == 1 else flow_map.jump(x, s, r, cond)
+        return Step(x_r if scale == 1 else scale * x_r, std)
+
+
+@dataclass(frozen=True)
+class Diffuse:
+    """Euler-Maruyama step of dx = (b + eps score) dt + sqrt(2 eps) dW, which has the marginals p_t for any eps_t >= 0.
+
+    Args:
+        epsilon: a constant, or a function of time; default eps_t = sigma_t, which stays stable as the score grows like
+            1 / sigma_t towards the data (a large constant does not).
+    """
+
+    epsilon: float | Callable[[float], float] | None = None
+    endpoint, lands = "", True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epsilon, float | int) and not self.epsilon >= 0:
+            raise ValueError(f"epsilon={self.epsilon}: must be at least 0")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.epsilon != 0
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        path, h = flow_map.interpolant, t - s
+        b = flow_map.velocity(x, s, cond)
+        if t >= 1:
+            return Step(x + h * b, 0.0)
+        if self.epsilon is None:
+            epsilon = path.sigma(s)
+        else:
+            epsilon = self.epsilon(s) if callable(self.epsilon) else self.epsilon
+        return Step(x + h * (b + epsilon * path.score(x, b, s)), math.sqrt(2 * epsilon * h))
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """x' ~ p(x_t | x_s = x, x_1 = z): noise to data through a given endpoint z.
+
+    With z = E[x_1 | x_s = x] it is DDPM's ancestral step (eta = 1) or DDIM's (eta = 0; Song et al. 2010.02502, equation 12),
+    right only in the limit of many steps. With z a sample of the posterior and eta = 1 the step is exact in any number
+    (GLASS, 2602.05993): that needs a look-ahead that draws it.
+
+    Args:
+        eta: share of the noise that is drawn anew, in [0, 1]; the rest is what x implies.
+        endpoint: "denoised", or "posterior" where the look-ahead is `Posterior`.
+    """
+
+    eta: float = 1.0
+    endpoint: str = "denoised"
+    lands = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta}: must be in [0, 1]")
+        if self.endpoint not in ("denoised", "posterior"):
+            raise ValueError(f"endpoint={self.endpoint!r}: denoised or posterior")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        path = flow_map.interpolant
+        if endpoint is None:
+            if self.endpoint == "posterior":
+                raise ValueError("a bridge through posterior samples needs a look-ahead that draws them: lookahead=posterior")
+            endpoint = flow_map.denoise(x, s, cond)
+        if t >= 1:
+            return Step(endpoint, 0.0)
+        keep, share, std = self.coefficients(path, s, t)
+        return Step(keep * x + share * endpoint, std)
+
+    def coefficients(self, path: Interpolant, s: float, t: float) -> tuple[float, float, float]:
+        """(keep, share, std) of the step to t < 1, N(keep x + share z, std^2 I)."""
+        # Given z, the path back is x_t -> x_s with this scale and std; Bayes' rule gives the kernel forward.
+        rho = path.alpha(s) * path.sigma(t) / (path.alpha(t) * path.sigma(s))
+        std = self.eta * path.sigma(t) * math.sqrt(1 - rho**2)
+        keep = math.sqrt(path.sigma(t) ** 2 - std**2) / path.sigma(s)
+        return keep, path.alpha(t) - keep * path.alpha(s), std
+
+
+TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge}
+"""Transitions by the name that configurations use."""
