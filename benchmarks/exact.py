@@ -44,7 +44,7 @@ from torch import Tensor
 import steerfm
 from steerfm import GaussianMixture
 from steerfm.metrics import interval, mmd, sliced_wasserstein, wasserstein_1d
-from steerfm.results import cost_plot
+from steerfm.report.plots import cost_plot
 from steerfm.steering import METHODS, BestOfN, FeynmanKac, Funnel, Method
 
 

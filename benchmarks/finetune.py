@@ -29,7 +29,7 @@ from steerfm import config as configs
 from steerfm.commands import build_judge, build_reward
 from steerfm.commands_finetune import build_panel
 from steerfm.finetuning import chain
-from steerfm.results import frontier_plot
+from steerfm.report.plots import frontier_plot
 
 TASKS: dict[str, list[str]] = {
     "bag": ["reward=classifier", "reward.target=Bag"],

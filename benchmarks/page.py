@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from steerfm import results
 from steerfm.commands_bench import BASE, curves
+from steerfm.report.plots import cost_plot
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     for (suite, problem), (file, title) in PLOTS.items():
         if (RESULTS / f"{suite}.json").is_file():
             rows = [row for row in _suite(suite)["rows"] if row["problem"] == problem]
-            results.cost_plot(curves(rows), ROOT / file, title, "held-out reward")
+            cost_plot(curves(rows), ROOT / file, title, "held-out reward")
 
 
 def render(text: str) -> str:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 import steerfm
 from steerfm.metrics import pairwise_diversity
-from steerfm.results import picture_grid, report
+from steerfm.report.page import report
+from steerfm.report.pictures import picture_grid
 
 N, SEED, OUT = 8, 0, Path("runs/demo")
 EXAMPLE = f"{Path(__file__).parent / 'my_reward.py'}:striped"

@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from steerfm import config as configs
-from steerfm import encoders, files, registry, results, rewards, trust, zoo
+from steerfm import encoders, files, registry, rewards, trust, zoo
 from steerfm.closed_form import GaussianMixture
 from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Cost, Ledger
@@ -42,6 +42,11 @@ from steerfm.metrics import feature_statistics, restoration, texture
 from steerfm.prompts import ENDINGS, read_texts
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.registry import named
+from steerfm.report.card import model_card
+from steerfm.report.page import report
+from steerfm.report.pictures import picture_grid
+from steerfm.report.plots import curves_plot, trace_plot
+from steerfm.report.run_folder import ANEW, RunFolder, edited, read_tensor
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import METHOD, METHODS, MapGradient, Method, SteeringResult, steer, steer_batches
@@ -105,10 +110,10 @@ def train(config: configs.TrainConfig, command: str = "") -> None:
         files.write_tensors(folder / f"{config.name}-statistics.safetensors", found)
     else:
         module.averaged().save(weights, architecture, card)
-    files.write(folder / "README.md", results.model_card(config.name, card))
+    files.write(folder / "README.md", model_card(config.name, card))
     curves = training.history(folder)
     if curves:
-        results.curves_plot(curves, folder / "curves.png")
+        curves_plot(curves, folder / "curves.png")
     said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
     console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
 
@@ -247,7 +252,7 @@ def _training_folder(config: configs.TrainConfig, data: Any) -> Path:
     if config.force and (other or (folder / "README.md").is_file()):  # which comes last
         files.clear(folder)
     elif other:
-        raise ConfigError(f"{folder}{other}; {results.ANEW}")
+        raise ConfigError(f"{folder}{other}; {ANEW}")
     begun = any((folder / "checkpoints").glob("*.ckpt"))
     if not begun:  # of a run that failed before its first checkpoint
         (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -262,8 +267,8 @@ def _another_training(config: configs.TrainConfig, folder: Path, told: Mapping[s
     file = folder / "config.yaml"
     if not any((folder / "checkpoints").glob("*.ckpt")):
         return ""
-    if edited := results.edited(folder, told):
-        return f": {', '.join(edited)}: edited since this run began"
+    if changed := edited(folder, told):
+        return f": {', '.join(changed)}: edited since this run began"
     before = configs.load(configs.TrainConfig, str(file)) if file.is_file() and file.stat().st_size else config
     for key in ("task", "network", "data.name"):
         old, new = (configs.plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
@@ -305,10 +310,10 @@ def sample(config: configs.SampleConfig, command: str = "") -> None:
     if pictures.ndim == 4:  # samples of a map of vectors are no pictures
         path = folder.path / "grid.png"
         rows, captions = _rows(pictures, want.names)
-        results.picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
+        picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
         shown = [("samples", path)]
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
-    results.report(folder, f"Samples of {config.model}", {"command": command}, pictures=shown)
+    report(folder, f"Samples of {config.model}", {"command": command}, pictures=shown)
     console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
 
 
@@ -366,7 +371,7 @@ SHOWN = 32
 
 
 def steered(
-    config: configs.SteerConfig, folder: results.RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, method: Method
+    config: configs.SteerConfig, folder: RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, method: Method
 ) -> Iterator[tuple[SteeringResult, Tensor]]:
     """A batch of outputs at a time: its result, and plain samples (n, *shape) of the same seeds. Both are a part of the folder
     as soon as they are there; those that a killed run left are read."""
@@ -381,7 +386,7 @@ def steered(
             file = folder.part(index)
             try:
                 result = SteeringResult.load(file, flow_map)
-                base = results.read_tensor(file, "base")
+                base = read_tensor(file, "base")
                 there.add(index)
             except (FileNotFoundError, ValueError):  # not there, or torn
                 with _autocast(flow_map, config.precision):
@@ -529,7 +534,7 @@ def run_steer_command(config: configs.SteerConfig, command: str = "") -> None:
     table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
     header = ["", reward.name, *([f"held out: {judge.name}"] if judge else []), *restored]
     facts = {"command": command, "cost": str(run.cost)}
-    results.report(
+    report(
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
         [(name, path) for name, path in drawn if path is not None],
     )  # fmt: skip
@@ -709,10 +714,10 @@ def describe_part(value: Any) -> str:
 FINISHED = "finished already: {} (force=true runs it again; out= names another folder)"
 
 
-def run_folder(config: Any, default: str) -> results.RunFolder:
+def run_folder(config: Any, default: str) -> RunFolder:
     """The folder of a run: that of ``out``, or by default."""
     told = configs.kept(config)
-    return results.RunFolder(config.out or default, told, inputs=inputs(config), force=config.force)
+    return RunFolder(config.out or default, told, inputs=inputs(config), force=config.force)
 
 
 def inputs(config: Any) -> dict[str, str]:
@@ -895,7 +900,7 @@ def _draw_steering(
         asked_for = f"{want.names[start]}: {name}" if want.prompts else name
         file = folder / ("grid.png" if len(starts) == 1 else f"grid-{number}.png")
         said = f"{want.names[start]}: {title}" if want.prompts else title
-        drawn.append((said, results.picture_grid(torch.stack(grids), file, labels, captions, title=asked_for)))
+        drawn.append((said, picture_grid(torch.stack(grids), file, labels, captions, title=asked_for)))
     return drawn
 
 
@@ -918,7 +923,7 @@ def _draw_trace(folder: Path, run: Steered) -> tuple[str, Path | None]:
     looks, flow_map = drawn.pop("lookaheads"), run.first.flow_map
     if looks is not None and flow_map is not None and len(flow_map.shape) == 3:
         drawn["lookaheads"] = flow_map.decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
-    return "over time", results.trace_plot(drawn, folder / "trace.png")
+    return "over time", trace_plot(drawn, folder / "trace.png")
 
 
 def _table(*columns: str, title: str = "") -> Table:

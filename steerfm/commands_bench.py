@@ -24,7 +24,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm import config as configs
-from steerfm import files, results, zoo
+from steerfm import files, zoo
 from steerfm.commands import (
     Asked,
     _model,
@@ -45,6 +45,10 @@ from steerfm.config import ConfigError, did_you_mean
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
+from steerfm.report.page import report
+from steerfm.report.pictures import picture_grid
+from steerfm.report.plots import cost_plot
+from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, steer
@@ -213,7 +217,7 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
     told = f"suite: {suite}\n"  # one folder takes further methods, problems and budgets, and several processes
     if config.force and parts > 1:
         raise ConfigError(f"force=true share={config.share}: would delete what the other shares measure; start anew with one")
-    folder = results.RunFolder(path, told, shared=True, force=config.force)
+    folder = RunFolder(path, told, shared=True, force=config.force)
     files.write(path / "suite.yaml", configs.kept(config))
     columns = [
         column
@@ -261,7 +265,7 @@ def _affordable(method: Method, column: Column) -> Method | None:
     return sized
 
 
-def _cell(folder: results.RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:
+def _cell(folder: RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:
     try:
         return folder.load_tensors(_file(column, method, seed))
     except (FileNotFoundError, ValueError):
@@ -370,7 +374,7 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    """Method -> (evaluations, held-out reward, half of its interval) of the rows of a `summary`, for `results.cost_plot`."""
+    """Method -> (evaluations, held-out reward, half of its interval) of the rows of a `summary`, for `cost_plot`."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         found.setdefault(row["method"], []).append((row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2))
@@ -392,7 +396,7 @@ def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> floa
 
 
 def _write(
-    config: configs.BenchConfig, suite: str, folder: results.RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str
+    config: configs.BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str
 ) -> None:
     """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
     facts = ["model", "problem", "strength", "budget", "method"]
@@ -419,14 +423,14 @@ def _write(
         stem = re.sub(r"[^\w.+=-]+", "-", problem.title.replace("strength ", "")).strip("-.") or "problem"
         stem = stem if stem not in stems else f"{stem}-{len(stems)}"  # "a b" and "a/b" are two problems
         stems.append(stem)
-        plot = results.cost_plot(curves(of.values()), folder.path / f"{stem}.png", problem.title, "held-out reward")
+        plot = cost_plot(curves(of.values()), folder.path / f"{stem}.png", problem.title, "held-out reward")
         pictures.append((problem.title, plot))
         first = {c.method: cells[c][0] for c in of if c.budget in (0, config.budgets[-1])}
         if all("pictures" in cell for cell in first.values()):
             grid = torch.stack([cell["pictures"] for cell in first.values()]).float() / 255
             captions = [[f"{value:.2f}" for value in cell["held_out"][: grid.shape[1]].tolist()] for cell in first.values()]
             title = f"{problem.title}: outputs of seed 0 at {config.budgets[-1]} evaluations, held-out reward below"
-            file = results.picture_grid(grid, folder.path / f"{stem}-pictures.png", list(first), captions, problem.title)
+            file = picture_grid(grid, folder.path / f"{stem}-pictures.png", list(first), captions, problem.title)
             pictures.append((title, file))
     ranks: dict[str, list[int]] = {}
     for row in rows:
@@ -439,7 +443,7 @@ def _write(
         "machine": platform.machine(), "torch": torch.__version__, "steerfm": steerfm.__version__,
     }  # fmt: skip
     files.write(folder.path / "summary.json", json.dumps(told | {"ranks": means, "rows": rows}, indent=1))
-    page = results.report(folder, f"Benchmark {suite}", told, tables, pictures)
+    page = report(folder, f"Benchmark {suite}", told, tables, pictures)
     console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
     console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm import config as configs
-from steerfm import emoji, encoders, files, results, rewards, zoo
+from steerfm import emoji, encoders, files, rewards, zoo
 from steerfm.commands import (
     FINISHED,
     _model,
@@ -39,6 +39,9 @@ from steerfm.metrics import (
     texture,
 )  # fmt: skip
 from steerfm.randomness import stream
+from steerfm.report.page import report
+from steerfm.report.pictures import picture_grid
+from steerfm.report.plots import jumps_plot
 from steerfm.sampling import sample as draw
 from steerfm.transitions import Diffuse
 
@@ -149,14 +152,14 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     for index, name in enumerate(rows):
         if drawn[name].ndim == 4 and drawn[name].shape[1] in (1, 3):
             shown, captions = _rows(drawn[name], examiner.names[: len(drawn[name])])
-            path = results.picture_grid(shown, folder.path / f"samples-{index}.png", captions=captions, title=name)
+            path = picture_grid(shown, folder.path / f"samples-{index}.png", captions=captions, title=name)
             pictures.append((name, path))
     summary: dict[str, Any] = {
         "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
         "texture_of_data": examiner.texture, "train_test": examiner.apart, "gaps": examiner.gaps, **consistency,
     }  # fmt: skip
     facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
-    results.report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
+    report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
     folder.save_result(summary)  # last: its presence says that the run is finished
     folder.clear_parts()
 
@@ -270,7 +273,7 @@ def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> 
             titles = {"frechet": f"Fréchet distance, {name}", "kernel": f"kernel distance, {name}", "": TITLES.get(name, name)}
             data = floors[name][kind] if kind else 1.0 if key == "texture" and floors else None
             lines[titles[kind]] = [row[key] for row in jumps], rows[many][key], data
-    return results.jumps_plot(steps, lines, path, many)
+    return jumps_plot(steps, lines, path, many)
 
 
 # --- what models are held against --------------------------------------------------------------------------------------

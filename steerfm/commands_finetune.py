@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import config as configs
-from steerfm import encoders, registry, results, training, zoo
+from steerfm import encoders, registry, training, zoo
 from steerfm.commands import (
     FINISHED,
     NO_JUDGE,
@@ -37,6 +37,11 @@ from steerfm.finetuning.lora import adapters, merged
 from steerfm.flowmap import NeuralFlowMap, write_weights
 from steerfm.metrics import semigroup_error
 from steerfm.randomness import derive
+from steerfm.report.formats import short
+from steerfm.report.page import report
+from steerfm.report.pictures import picture_grid
+from steerfm.report.plots import curves_plot, frontier_plot
+from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 
 JUMPS = (1, 2, 4, 8)
@@ -127,7 +132,7 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
 
 
 def finish(
-    config: configs.FinetuneConfig, command: str, folder: results.RunFolder, head: dict[str, Any], panel: Panel,
+    config: configs.FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], panel: Panel,
     base_reading: Reading, module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
@@ -199,14 +204,14 @@ def finish(
     }
     judged = f"; held out: {panel.judge.name}" if panel.judge else "; no held-out reward"
     title = f"{config.model} fine-tuned for {panel.reward.name} by {_slug(config.method)}{judged}"
-    results.report(folder, title, facts, [("on the same seeds", header, table)], pictures)
+    report(folder, title, facts, [("on the same seeds", header, table)], pictures)
     folder.save_result(summary)
     drop_checkpoints(folder)
     show = _table(*header, title=title)
     for row in table:
         show.add_row(*map(str, row))
     console.print(show)
-    console.print(", ".join(f"{key} {results._format(value)}" for key, value in facts.items() if key != "command"))
+    console.print(", ".join(f"{key} {short(value)}" for key, value in facts.items() if key != "command"))
     if consistency["tuned"] > 1.5 * consistency["base"]:
         console.print(
             "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
@@ -215,7 +220,7 @@ def finish(
     console.print(f"{made}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
 
 
-def drop_checkpoints(folder: results.RunFolder) -> None:
+def drop_checkpoints(folder: RunFolder) -> None:
     """Delete what only a killed run needs; the averaged weights of every judgement stay."""
     for name in ("tune", "distil"):
         shutil.rmtree(folder.path / name / "checkpoints", ignore_errors=True)
@@ -226,18 +231,18 @@ def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str
     drawn = []
     paths = {name: [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()}
     points = {name: (reading.distance, reading.held_out) for name, reading in readings.items()}
-    frontier = results.frontier_plot(
+    frontier = frontier_plot(
         points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward"
     )
     drawn.append(("held-out reward against distance: up is better, left is nearer to the base", frontier))
     if readings["base, 4 jumps"].pictures.ndim == 4:
         shown = {name: readings[name].pictures[:10] for name in readings}
-        grid = results.picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
+        grid = picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
         drawn.append(("the same seeds and tasks in every row", grid))
         files = sorted((folder / "tune" / "samples").glob("*.safetensors"))
         some = files[:: -(-len(files) // 8)]
         shown = {f"step {int(file.stem)}": load_file(file)["pictures"].float() for file in some}
-        path = results.picture_grid(torch.stack(list(shown.values())), folder / "training.png", list(shown))
+        path = picture_grid(torch.stack(list(shown.values())), folder / "training.png", list(shown))
         drawn.append(("over tuning, the same seeds and tasks", path))
     for name, monitor in monitors.items():
         rows = monitor.rows
@@ -245,7 +250,7 @@ def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str
         logged = {key: pair for key, pair in training.history(folder / name).items() if key.startswith("train/")}
         columns |= {key: pair for key, pair in logged.items() if key.removeprefix("train/") not in rows[0]}
         columns |= {"train/reward": logged["train/reward"]} if "train/reward" in logged else {}
-        path = results.curves_plot(columns, folder / f"curves-{name}.png")
+        path = curves_plot(columns, folder / f"curves-{name}.png")
         drawn.append((f"{name}: everything that was logged", path))
     return drawn
 

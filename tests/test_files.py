@@ -14,7 +14,8 @@ import torch
 
 from steerfm import cli, files
 from steerfm.flowmap import write_weights
-from steerfm.results import RunFolder, curves_plot
+from steerfm.report.plots import curves_plot
+from steerfm.report.run_folder import RunFolder
 from steerfm.signals import Stopped, held, raised
 
 WRITERS = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import steerfm
 from steerfm import cli, files
 from steerfm import config as configs
-from steerfm.results import RunFolder
+from steerfm.report.run_folder import RunFolder
 
 FOREIGN = (
     "notes.txt", "mine.safetensors", "mine.png", "samples/mine.png", "parts/mine.safetensors", "checkpoints/mine.txt",

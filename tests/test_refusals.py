@@ -25,7 +25,7 @@ from steerfm.config import (
 )
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.networks import UNet
-from steerfm.results import picture_grid
+from steerfm.report.pictures import picture_grid
 from steerfm.steering import METHOD, METHODS, EndpointGradient, Jump
 
 SCHEMAS = [TrainConfig, SampleConfig, SteerConfig, EvaluateConfig, FinetuneConfig, BenchConfig]

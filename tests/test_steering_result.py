@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import steerfm
-from steerfm import cli, results
+from steerfm import cli
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap, Guided, Microbatched
+from steerfm.report.pictures import picture_grid
 from steerfm.rewards import Reward
 from steerfm.steering import FeynmanKac, RandomSearch, SteeringResult, Trace, steer, steer_batches
 
@@ -248,8 +249,8 @@ def test_pil_pictures_are_the_best(tmp_path):
 
 def test_a_grid_shows_the_particles_by_reward(tmp_path, monkeypatch):
     grids = []
-    draw = results.picture_grid
-    monkeypatch.setattr(results, "picture_grid", lambda *given: (grids.append(given), draw(*given))[1])
+    draw = picture_grid
+    monkeypatch.setattr("steerfm.report.pictures.picture_grid", lambda *given: (grids.append(given), draw(*given))[1])
     result = made()
     upwards = result.rewards.sort(dim=1, descending=True)
     order = upwards.indices
@@ -353,7 +354,8 @@ def test_a_finished_batch_is_not_steered_again_and_a_torn_one_is(tmp_path, monke
     command = [*COMMAND, "judge=null", "n=6", "batch_size=2"]
     assert cli.main([*command, "out=whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("steerfm.results.RunFolder.merge_parts", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr("steerfm.report.run_folder.RunFolder.merge_parts", broken)
         assert cli.main([*command, "out=run"]) == 130
     parts = sorted((tmp_path / "run" / "parts").glob("*.safetensors"))
     assert len(parts) == 3 and all(len(SteeringResult.load(part)) == 2 for part in parts)

@@ -16,7 +16,7 @@ from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
 from steerfm.flowmap import FlowMap, move_condition
 from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision, semigroup_error
 from steerfm.randomness import derive, is_derived
-from steerfm.results import picture_grid
+from steerfm.report.pictures import picture_grid
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise
 from steerfm.training import save_checkpoint

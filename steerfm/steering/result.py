@@ -95,7 +95,7 @@ class SteeringResult(Outcome):
         """
         from PIL import Image
 
-        from steerfm.results import levels
+        from steerfm.report.pictures import levels
 
         pictures = levels(self._pictures(self.best()))
         return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pictures]
@@ -111,7 +111,7 @@ class SteeringResult(Outcome):
         Raises:
             ValueError: no such number of particles; the samples are no pictures; see `images`.
         """
-        from steerfm.results import picture_grid
+        from steerfm.report.pictures import picture_grid
 
         k = self.rewards.shape[1]
         if not 1 <= particles <= k:

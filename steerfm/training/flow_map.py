@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steerfm.flowmap import Condition, NeuralFlowMap, replace_rows, take_rows
 from steerfm.randomness import stream
-from steerfm.results import picture_grid
+from steerfm.report.pictures import picture_grid
 from steerfm.sampling import sample
 from steerfm.training.module import Trained
 from steerfm.training.objectives import FlowMatching, Objective, Trajectory

@@ -1,0 +1,43 @@
+"""Texts in pictures: how wide they are in pixels, and where they break."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+
+DPI = 100
+
+
+def text_width(text: str, size: float) -> float:
+    """Width in pixels of the longest line of a text set in ``size`` points."""
+    font = FontProperties(size=size)
+    lines = [line for line in text.split("\n") if line]
+    widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
+    return max(widths, default=0.0) * DPI / 72
+
+
+def text_height(lines: int, size: float) -> int:
+    return math.ceil(lines * size * 1.35 * DPI / 72)
+
+
+def wrap(text: str, width: float, size: float, lines: int = 4) -> str:
+    """Break a text into at most ``lines`` lines of ``width`` pixels; what is left over becomes an ellipsis."""
+    broken: list[str] = []
+    for paragraph in str(text).split("\n"):
+        broken.append("")
+        for piece in re.split(r"(?<=[\s(,/])", paragraph):  # breaks after spaces, and inside calls and paths
+            if broken[-1] and text_width((broken[-1] + piece).rstrip(), size) > width:
+                broken.append("")
+            broken[-1] += piece
+    if len(broken) > lines:
+        broken = [*broken[: lines - 1], broken[lines - 1].rstrip() + "…"]
+    return "\n".join(_cut(line.rstrip(), width, size) for line in broken)
+
+
+def _cut(line: str, width: float, size: float) -> str:
+    while len(line) > 2 and text_width(line, size) > width:
+        line = line[:-2] + "…"
+    return line

@@ -1,0 +1,113 @@
+"""report.html: one page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import mimetypes
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from steerfm import files
+from steerfm.report.formats import short
+from steerfm.report.run_folder import RunFolder
+
+
+def report(
+    folder: str | Path | RunFolder,
+    title: str,
+    facts: Mapping[str, Any],
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
+    pictures: Sequence[tuple[str, str | Path]] = (),
+) -> Path:
+    """Write report.html: one page that needs no other file, so that it can be mailed.
+
+    Args:
+        folder: of the run; its config.yaml, where there is one, ends the page.
+        title: heading.
+        facts: name -> value; ``command`` is set as code.
+        tables: (caption, header, rows).
+        pictures: (caption, path); paths are relative to the folder, or to where the command runs.
+
+    Raises:
+        FileNotFoundError: a picture is missing.
+    """
+    folder = Path(folder)
+    facts = dict(facts)
+    parts = [f"<h1>{_escape(title)}</h1>"]
+    if command := facts.pop("command", None):
+        parts.append(f"<pre><code>{_escape(command)}</code></pre>")
+    if facts:
+        rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
+        parts.append(f"<dl>{rows}</dl>")
+    for caption, path in pictures:
+        file = folder / path if (folder / path).is_file() else Path(path)
+        kind = mimetypes.guess_type(file.name)[0] or "image/png"
+        source = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+        image = f'<img src="{source}" alt="{_escape(caption)}">'
+        parts.append(f"<figure><figcaption>{_escape(caption)}</figcaption>{image}</figure>")
+    for caption, header, rows in tables:
+        head = _table_row("th", header)
+        body = "".join(_table_row("td", row) for row in rows)
+        table = f"<table><caption>{_escape(caption)}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
+        parts.append(f'<div class="scroll">{table}</div>')
+    if (config := folder / "config.yaml").is_file():
+        content = _escape(config.read_text(encoding="utf-8"))
+        parts.append(f"<details><summary>Configuration</summary><pre><code>{content}</code></pre></details>")
+    page = PAGE.substitute(title=_escape(title), style=STYLE, body="\n".join(parts))
+    return files.write(folder / "report.html", page.encode())
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --back: #ffffff; --box: #f5f7fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --soft: #9aa5b1; --line: #323f4b; --back: #161b22; --box: #1f2933; }
+}
+body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; }
+pre { background: var(--box); border-radius: 6px; padding: .75rem 1rem; overflow-x: auto; font-size: .85rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 1.25rem 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1.75rem 0; } figcaption, caption { color: var(--soft); text-align: left; padding-bottom: .4rem; }
+img { max-width: 100%; height: auto; border-radius: 6px; background: #ffffff; }
+.scroll { overflow-x: auto; margin: 1.75rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { font-weight: 600; } .number { text-align: right; white-space: nowrap; }
+summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 32rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
+"""
+
+
+def _table_row(tag: str, cells: Sequence[Any]) -> str:
+    return f"<tr>{''.join(_table_cell(tag, cell) for cell in cells)}</tr>"
+
+
+def _table_cell(tag: str, cell: Any) -> str:
+    number = isinstance(cell, int | float | np.number) and not isinstance(cell, bool)
+    return f"<{tag}{' class=number' if number else ''}>{_escape(cell)}</{tag}>"
+
+
+def _escape(value: Any) -> str:
+    return html.escape(short(value))

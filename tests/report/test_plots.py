@@ -1,0 +1,66 @@
+"""Plots draw what is there."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from steerfm.report.plots import cost_plot, curves_plot, smooth, trace_plot
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def trace() -> dict[str, torch.Tensor]:
+    value = torch.rand(5, 4, 3)
+    value[0], value[1, 0, 0] = float("nan"), -torch.inf
+    return {
+        "t": torch.linspace(0, 1, 5),
+        "value": value,
+        "ess": torch.rand(5, 4),
+        "resampled": torch.rand(5, 4) < 0.5,
+        "guidance_ratio": torch.rand(5, 4, 3),
+        "lookaheads": torch.rand(5, 4, 1, 8, 8),
+        "rewards": torch.rand(4, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    "keys", [(), ("t",), ("rewards",), ("lookaheads",), ("ess", "rewards"), ("t", "resampled"), "all"], ids=str
+)
+def test_trace_draws_what_is_there(tmp_path, keys):
+    full = trace()
+    part = full if keys == "all" else {key: full[key] for key in keys}
+    assert read(trace_plot(part, tmp_path / "trace.png")).size > 100
+
+
+def test_trace_skips_guidance_where_there_is_none(tmp_path):
+    full = {key: value for key, value in trace().items() if key in ("t", "value")}
+    plain = read(trace_plot(full, tmp_path / "a.png"))
+    for empty in (torch.zeros(5, 4, 3), torch.full((5, 4, 3), float("nan"))):
+        assert (read(trace_plot(full | {"guidance_ratio": empty}, tmp_path / "b.png")) == plain).all()
+
+
+def test_trace_refuses_another_number_of_steps(tmp_path):
+    with pytest.raises(ValueError, match=r"trace\['ess'\] has 4 steps, t has 5"):
+        trace_plot(trace() | {"ess": torch.rand(4, 4)}, tmp_path / "trace.png")
+
+
+def test_curves(tmp_path):
+    steps = torch.arange(100)
+    columns = {"loss": (steps, torch.exp(-steps / 10)), "bad": (steps, steps * float("nan")), "few": ([1, 2], [3, 4])}
+    assert curves_plot(columns, tmp_path / "curves.png").stat().st_size > 1000
+    assert np.allclose(smooth(np.ones(50)), 1)
+    with pytest.raises(ValueError, match="no curves"):
+        curves_plot({}, tmp_path / "curves.png")
+
+
+def test_cost_plot_draws_every_method_and_names_the_best(tmp_path):
+    lines = {f"m{i}": [(8, i + 1.0, 0.1), (64, i + 0.5, 0.1)] for i in range(9)} | {"best_of_n": [(8, 20.0, 0.0)], "none": []}
+    path = cost_plot(lines, tmp_path / "cost.png", "a target", "error", lower_is_better=True)
+    assert Image.open(path).size == (840, 540)
+    with pytest.raises(ValueError, match="no lines"):
+        cost_plot({"none": []}, tmp_path / "x.png", "a target", "error")
