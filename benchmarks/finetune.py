@@ -25,9 +25,10 @@ from rich.table import Table
 
 import steerfm
 from steerfm import cli
-from steerfm import config as configs
-from steerfm.commands import build_judge, build_reward
-from steerfm.commands_finetune import build_panel
+from steerfm.cli.config import FinetuneConfig
+from steerfm.cli.finetune import build_panel
+from steerfm.cli.loading import load
+from steerfm.cli.parts import build_judge, build_reward
 from steerfm.finetuning import chain
 from steerfm.report.plots import frontier_plot
 
@@ -73,7 +74,7 @@ def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str
     file = folder / task / "base.json"
     if file.is_file():
         return json.loads(file.read_text())
-    config = configs.load(configs.FinetuneConfig, None, [*TASKS[task], *extra], kind="finetune")
+    config = load(FinetuneConfig, None, [*TASKS[task], *extra], kind="finetune")
     base = steerfm.load(config.model)
     reward = build_reward(config.reward)
     panel = build_panel(base, reward, build_judge(config, base), config, config.watch.n)  # type: ignore[arg-type]

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from steerfm import cli, commands_bench, commands_evaluate, commands_finetune, training  # noqa: F401  for the forks
+from steerfm import cli, training
+from steerfm.cli import bench, evaluate, finetune, sample, steer, train  # noqa: F401  for the forks
 
 COMMANDS: dict[str, tuple[int, list[str]]] = {
     "train": (

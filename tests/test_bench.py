@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from steerfm import cli
+from steerfm.cli.bench import BASE, Cells, Column, Problem, Yardstick, summary, within_budget
+from steerfm.cli.config import SteerConfig
+from steerfm.cli.outputs import Asked
 from steerfm.closed_form import GaussianMixture
-from steerfm.commands import Asked
-from steerfm.commands_bench import BASE, Cells, Column, Problem, Yardstick, summary, within_budget
-from steerfm.config import SteerConfig
 from steerfm.steering import METHODS, steer
 
 ROOT = Path(__file__).parent.parent

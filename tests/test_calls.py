@@ -2,7 +2,7 @@
 
 import pytest
 
-from steerfm.commands import calls_a_step
+from steerfm.cli.listing import calls_a_step
 from steerfm.steering import METHODS
 
 FEWEST = {

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from steerfm import config
-from steerfm.config import (
-    ConfigError,
+from steerfm.cli import config
+from steerfm.cli.config import (
     EvaluateConfig,
     SampleConfig,
     SteerConfig,
     TrainConfig,
+)
+from steerfm.cli.loading import (
     did_you_mean,
     dump,
     find_recipe,
@@ -23,6 +24,7 @@ from steerfm.config import (
     sequence,
 )
 from steerfm.registry import named
+from steerfm.values import ConfigError
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "steer": SteerConfig, "evaluate": EvaluateConfig}
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -196,12 +198,12 @@ def test_every_shipped_recipe_parses(kind, path):
         from steerfm.training.objectives import OFF_DIAGONAL
 
         if c.task == "contrastive":
-            from steerfm.commands import _training_module
+            from steerfm.cli.train import training_module
 
             told = replace(c, init=None, objective=replace(c.objective, teacher=None))  # of other runs, which are not here
             if c.network.get("text"):
                 told = replace(told, network=c.network | {"text": "emoji-clip"})
-            assert _training_module(told, data=None)[0].network.logit_scale.requires_grad
+            assert training_module(told, data=None)[0].network.logit_scale.requires_grad
         else:
             build_network({**c.network, "classes": 10} if c.text is None else {**c.network, "text": 256})
         assert c.objective.shares.keys() <= OFF_DIAGONAL.keys()
@@ -255,7 +257,7 @@ def test_dictionaries_and_omegaconfs_are_taken_as_yaml_is(monkeypatch):
     monkeypatch.setenv("MY_SECRET", "hunter2")
     told = {"n": 3, "reward": {"name": "clip", "prompt": "${oc.env:MY_SECRET}"}, "method": {"name": "funnel", "steps": 2}}
     for source in (told, OmegaConf.create(told)):
-        made = load(config.SteerConfig, source, ["n=5"])
+        made = load(SteerConfig, source, ["n=5"])
         assert (made.n, made.reward["prompt"], made.method["steps"]) == (5, "${oc.env:MY_SECRET}", 2)
     with pytest.raises(ConfigError, match="unknown key 'm'; keys: model"):
-        load(config.SteerConfig, OmegaConf.create({"m": 3}))
+        load(SteerConfig, OmegaConf.create({"m": 3}))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from steerfm import cli, finetuning
-from steerfm.commands import can_judge_words
+from steerfm.cli.parts import can_judge_words
 from steerfm.rewards import available
 from steerfm.steering import METHODS
 

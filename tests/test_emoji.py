@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steerfm import cli, emoji
-from steerfm.commands import read_prompts
+from steerfm.cli.prompts import read_prompts
 from steerfm.training.data import EmojiData
 
 needs_data = pytest.mark.data("emoji")

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 import steerfm
-from steerfm import cli, commands_evaluate, emoji, zoo
-from steerfm.commands import can_judge_words
-from steerfm.commands_evaluate import Space, evaluate, examine, in_order
-from steerfm.config import EvaluateConfig
+from steerfm import cli, emoji, zoo
+from steerfm.cli import evaluate as evaluation
+from steerfm.cli.config import EvaluateConfig
+from steerfm.cli.evaluate import Space, evaluate, examine, in_order
+from steerfm.cli.parts import can_judge_words
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
 from steerfm.metrics import cubic, discrepancy, feature_statistics, frechet_distance, texture
 
@@ -39,7 +40,7 @@ class Scaling(FlowMap):
 
 
 def measure(monkeypatch, tmp_path, flow_map: FlowMap, **options) -> dict:
-    monkeypatch.setattr(commands_evaluate, "_model", lambda name, device: flow_map)
+    monkeypatch.setattr(evaluation, "load_model", lambda name, device: flow_map)
     out = tmp_path / "run"
     evaluate(EvaluateConfig(model="mine", out=str(out), **options))
     return json.loads((out / "result.json").read_text())
@@ -186,7 +187,7 @@ def test_a_run_that_was_cut_between_samplers_continues_to_the_same_numbers(monke
     options = {"n": 50, "steps": [1, 2], "euler": 3, "batch_size": 30}
     flow_map = Scaling((1, 8, 8), -1.0)
     whole = measure(monkeypatch, tmp_path / "whole", flow_map, **options)
-    plan, calls = commands_evaluate._plan, []
+    plan, calls = evaluation._plan, []
 
     def cut(*args):
         calls.append(args)
@@ -194,7 +195,7 @@ def test_a_run_that_was_cut_between_samplers_continues_to_the_same_numbers(monke
             raise KeyboardInterrupt
         return plan(*args)
 
-    monkeypatch.setattr(commands_evaluate, "_plan", cut)
+    monkeypatch.setattr(evaluation, "_plan", cut)
     with pytest.raises(KeyboardInterrupt):
         measure(monkeypatch, tmp_path / "cut", flow_map, **options)
     again = measure(monkeypatch, tmp_path / "cut", flow_map, **options)
@@ -210,7 +211,7 @@ def test_a_run_that_was_cut_between_samplers_continues_to_the_same_numbers(monke
 def test_a_map_of_words_is_measured_by_the_judge_where_it_is_installed_and_by_the_clip(monkeypatch, tmp_path, capsys, judge):
     if judge and not can_judge_words():
         pytest.skip("needs what emoji_judge needs")
-    monkeypatch.setattr(commands_evaluate, "can_judge_words", lambda: judge)
+    monkeypatch.setattr(evaluation, "can_judge_words", lambda: judge)
     monkeypatch.setenv("STEERFM_DATA", str(tmp_path))
     (tmp_path / "emoji").mkdir()
     pictures = torch.randint(0, 256, (36, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from steerfm.results import RunFolder
 
 import steerfm
 from steerfm import cli, files
-from steerfm import config as configs
-from steerfm.report.run_folder import RunFolder
+from steerfm.cli import loading
+from steerfm.values import read_yaml
 
 FOREIGN = (
     "notes.txt", "mine.safetensors", "mine.png", "samples/mine.png", "parts/mine.safetensors", "checkpoints/mine.txt",
@@ -147,7 +148,7 @@ def test_commands_start_anew(capsys, tmp_path, monkeypatch, name):
         if file.endswith(".safetensors"):
             a, b = load_file(f"run/{file}"), load_file(f"plain/{file}")
             assert all(a[key].equal(b[key]) for key in b)
-    told = configs.read_yaml(Path("run/config.yaml"))
+    told = read_yaml(Path("run/config.yaml"))
     assert (
         told["force"] is False and cli.main([command[0], "--config", "run/config.yaml"]) == 0
     )  # which goes on, or is finished
@@ -171,7 +172,7 @@ def test_a_finished_run_says_how_to_run_again(capsys, tmp_path, monkeypatch):
 
 
 def test_train_starts_anew(capsys, tmp_path, monkeypatch):
-    kills = runpy.run_path(str(Path(configs.shipped("benchmarks")) / "kills.py"))
+    kills = runpy.run_path(str(Path(loading.shipped("benchmarks")) / "kills.py"))
     kills["prepare"](tmp_path)
     (tmp_path / "at").mkdir()
     monkeypatch.chdir(tmp_path / "at")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from steerfm import cli, finetuning, rewards
-from steerfm.config import BenchConfig
+from steerfm.cli.config import BenchConfig
 from steerfm.steering import METHODS
 
 LINES = int(os.environ.get("FUZZ", "4"))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 
-from steerfm import cli, config
+from steerfm import cli, values
+from steerfm.cli import config, loading
 from steerfm.values import ConfigError, Words, count, option, section, type_words
 
 SCHEMAS = [
@@ -36,7 +37,7 @@ def test_every_key_has_a_doc(schema):
 def test_help_says_each_key_in_a_line(capsys, command):
     block = said(capsys, command).partition("what it takes:\n")[2].partition("\n\n")[0]
     lines = [line.strip() for line in block.splitlines()]
-    keys = list(config.keys(cli.SCHEMAS[command]))
+    keys = list(loading.keys(cli.SCHEMAS[command]))
     assert len(lines) == len(keys)
     for key, f, kind, default in keys:
         if is_dataclass(kind):
@@ -49,7 +50,7 @@ def test_help_says_each_key_in_a_line(capsys, command):
         assert written == "null" if default is None else written
         if default is None and kind == Words:
             continue  # in a prompt, null is a word
-        value: object = config.load(cli.SCHEMAS[command], None, [f"{key}={written}"])
+        value: object = loading.load(cli.SCHEMAS[command], None, [f"{key}={written}"])
         for part in key.split("."):
             value = getattr(value, part)
         assert value == default, key
@@ -58,7 +59,7 @@ def test_help_says_each_key_in_a_line(capsys, command):
 def test_help_of_a_suite_says_its_keys_and_its_content(capsys):
     assert cli.main(["bench", "quick", "--help"]) == 0
     out = capsys.readouterr().out
-    for key, f, *_ in config.keys(config.BenchConfig):
+    for key, f, *_ in loading.keys(config.BenchConfig):
         assert f"{key}=" in out and f.metadata["doc"] in out
     assert "problems:" in out
 
@@ -86,14 +87,14 @@ def test_ranges_choices_and_sections_are_said_too():
     class Outer:
         """A thing."""
 
-        rate: float = config.ranged(0.5, "how fast", above=0, below=1)
-        rank: int = config.ranged(0, "how wide", least=2, off=True)
-        colour: str = config.choice("red", "green", doc="of the thing")
+        rate: float = values.ranged(0.5, "how fast", above=0, below=1)
+        rank: int = values.ranged(0, "how wide", least=2, off=True)
+        colour: str = values.choice("red", "green", doc="of the thing")
         names: list[str] = option(["a", "b c"], "who is in it")
         inner: Inner = section(Inner)
 
     Outer.__annotations__["inner"] = Inner  # as it is not at the top of the module
-    lines = [" ".join(line.split()) for line in config.explain(Outer).splitlines()]
+    lines = [" ".join(line.split()) for line in loading.explain(Outer).splitlines()]
     assert lines == [
         "rate=0.5 how fast (number, above 0 and below 1)",
         "rank=0 how wide (whole number, 0, or at least 2)",
@@ -126,7 +127,7 @@ def test_help_waits_for_nothing_heavy():
 def test_omegaconf_is_still_taken():
     from omegaconf import OmegaConf
 
-    made = config.load(config.SteerConfig, OmegaConf.create({"n": 3, "reward": {"name": "brightness"}}))
+    made = loading.load(config.SteerConfig, OmegaConf.create({"n": 3, "reward": {"name": "brightness"}}))
     assert made.n == 3 and made.reward == {"name": "brightness"}
     with pytest.raises(ConfigError, match="did you mean 'strength'"):
-        config.load(config.SteerConfig, OmegaConf.create({"strenght": 3}))
+        loading.load(config.SteerConfig, OmegaConf.create({"strenght": 3}))

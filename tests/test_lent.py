@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import GaussianMixture, commands, rewards
+from steerfm import GaussianMixture, rewards
+from steerfm.cli import listing
 from steerfm.finetuning.base import Tasks, _ask_for_a_gradient, spread
 from steerfm.finetuning.evaluation import Panel
 from steerfm.flowmap import FlowMap
@@ -461,7 +462,7 @@ def test_a_broken_plug_in_is_named_and_the_others_are_listed(monkeypatch, capsys
     points = [("mean", f"{__name__}:total"), ("lost", "no_such_module:Lost"), ("whole", f"{__name__}:Whole")]
     found = [EntryPoint(name, value, rewards.GROUP) for name, value in points]
     monkeypatch.setattr(rewards, "entry_points", lambda group: found)
-    commands.list_rewards()
+    listing.list_rewards()
     shown = " ".join(capsys.readouterr().out.split())
     assert all(name in shown for name in ("mean", "whole", "lost", "broken", "no_such_module"))
 

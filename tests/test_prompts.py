@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import steerfm
 from steerfm import cli
-from steerfm.commands import read_prompts
-from steerfm.commands_finetune import make_tasks
+from steerfm.cli.finetune import make_tasks
+from steerfm.cli.prompts import read_prompts
 from steerfm.encoders import TextEncoder
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import UNet

@@ -11,22 +11,24 @@ import torch
 from rich.table import Table
 
 import steerfm
-from steerfm import cli, commands, finetuning
-from steerfm.commands import build_method
-from steerfm.config import (
+from steerfm import cli, finetuning
+from steerfm.cli import listing
+from steerfm.cli.config import (
     BenchConfig,
-    ConfigError,
     EvaluateConfig,
     FinetuneConfig,
     SampleConfig,
     SteerConfig,
     TrainConfig,
-    load,
 )
+from steerfm.cli.console import console, make_table, progress
+from steerfm.cli.loading import load
+from steerfm.cli.parts import build_method
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.networks import UNet
 from steerfm.report.pictures import picture_grid
 from steerfm.steering import METHOD, METHODS, EndpointGradient, Jump
+from steerfm.values import ConfigError
 
 SCHEMAS = [TrainConfig, SampleConfig, SteerConfig, EvaluateConfig, FinetuneConfig, BenchConfig]
 TINY = ["method=best_of_n", "method.particles=2", "method.steps=1", "n=1"]
@@ -142,7 +144,7 @@ def test_what_a_method_does_not_take_is_refused_in_one_line(overrides, fix):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_takes_every_argument_that_is_listed(name, capsys):
-    commands.list_methods(name)
+    listing.list_methods(name)
     listed = [line.split(" = ")[0].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  method.")]
     made = METHODS[name]()
     assert listed
@@ -233,15 +235,15 @@ def test_fine_tuning_takes_an_adapter_and_its_own_defaults(capsys, tmp_path, mon
 @pytest.mark.parametrize("name", ["quality [/10]", "[bold]s", "[red]x[/red]", "a [link=x]", ":heart: [", "\\[x]"])
 def test_names_in_brackets_are_printed_as_they_are(capsys, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands.console, "_width", 500)
-    commands.console.print(name)
+    monkeypatch.setattr(console, "_width", 500)
+    console.print(name)
     assert capsys.readouterr().out == f"{name}\n"
-    table = commands._table(name, "x", title=name)
+    table = make_table(name, "x", title=name)
     table.add_row(name, name)
     assert isinstance(table, Table)
-    commands.console.print(table)
+    console.print(table)
     assert capsys.readouterr().out.count(name) == 4
-    with commands._progress(name, 1) as tick:
+    with progress(name, 1) as tick:
         tick(1, 1)
     (tmp_path / "mine.py").write_text(f"def mine(images):\n    return images.mean((1, 2, 3))\n\nmine.name = {name!r}\n")
     code, out, err = run(capsys, "steer", "reward=mine.py:mine", *TINY, "out=o/" + name.replace("/", "|"))

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import steerfm
 from steerfm import cli, finetuning, registry, rewards, zoo
-from steerfm.config import ConfigError
 from steerfm.registry import make
 from steerfm.steering import METHOD, METHODS
+from steerfm.values import ConfigError
 
 OWN = """
 import torch, steerfm

@@ -7,20 +7,18 @@ import json
 import pytest
 import yaml
 
-from steerfm.commands import build_reward, read_prompts
-from steerfm.config import (
+from steerfm.cli.config import (
     BenchConfig,
-    ConfigError,
     EvaluateConfig,
     FinetuneConfig,
     SampleConfig,
     SteerConfig,
     TrainConfig,
-    dump,
-    load,
-    make,
 )
-from steerfm.prompts import read_texts
+from steerfm.cli.loading import dump, load, make
+from steerfm.cli.parts import build_reward
+from steerfm.cli.prompts import read_prompts, read_texts
+from steerfm.values import ConfigError
 
 TEXTS = [
     "family: man, woman", "a dog #1", "no", "ON", "y", "12:30", "1e3", "007", "0x1F", "1_000", "- a dog", "#1 medal",

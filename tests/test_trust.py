@@ -13,11 +13,14 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import cli, config, registry, trust
-from steerfm.commands import build_reward, inputs
-from steerfm.config import ConfigError, SteerConfig, TrainConfig
+from steerfm import cli, registry, trust
+from steerfm.cli import loading
+from steerfm.cli.config import SteerConfig, TrainConfig
+from steerfm.cli.parts import build_reward
+from steerfm.cli.runs import inputs
 from steerfm.rewards import RewardError
 from steerfm.steering import METHOD
+from steerfm.values import ConfigError
 
 SECRET = "s3cret-of-the-environment"
 
@@ -41,13 +44,13 @@ def test_a_yaml_looks_nothing_up(tmp_path, call, where):
     """Words of OmegaConf, which read environment variables and run functions where it is used, stay words."""
     file = tmp_path / "run.yaml"
     file.write_text(where.replace("X", "'" + call.replace("'", "''") + "'"))
-    made = config.load(SteerConfig, str(file))
-    assert call in json.dumps(config.plain(made)).replace("\\\\", "\\")
-    assert SECRET not in config.dump(made) and config.load(SteerConfig, dumped(tmp_path, made)) == made
+    made = loading.load(SteerConfig, str(file))
+    assert call in json.dumps(loading.plain(made)).replace("\\\\", "\\")
+    assert SECRET not in loading.dump(made) and loading.load(SteerConfig, dumped(tmp_path, made)) == made
 
 
 def dumped(folder: Path, made: object) -> str:
-    (folder / "dumped.yaml").write_text(config.dump(made))
+    (folder / "dumped.yaml").write_text(loading.dump(made))
     return str(folder / "dumped.yaml")
 
 
@@ -64,7 +67,7 @@ def test_nor_does_a_run_folder(tmp_path):
     """`train` reads the config.yaml of the folder that it continues."""
     file = tmp_path / "config.yaml"
     file.write_text("init: ${oc.env:SECRET}\n")
-    assert config.load(TrainConfig, str(file)).init == "${oc.env:SECRET}"
+    assert loading.load(TrainConfig, str(file)).init == "${oc.env:SECRET}"
 
 
 # --- code ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import steerfm
 from steerfm import encoders, zoo
-from steerfm.commands_bench import inert
+from steerfm.cli.bench import inert
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import Mlp
 

@@ -12,9 +12,9 @@ import torch
 
 import steerfm
 from steerfm import encoders, zoo
-from steerfm.commands_bench import Yardstick
-from steerfm.commands_finetune import build_panel
-from steerfm.config import FinetuneConfig
+from steerfm.cli.bench import Yardstick
+from steerfm.cli.config import FinetuneConfig
+from steerfm.cli.finetune import build_panel
 from steerfm.flowmap import Guided
 from steerfm.metrics import frechet_distance, texture
 

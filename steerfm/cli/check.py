@@ -8,8 +8,10 @@ import torch
 from rich.console import Console
 
 from steerfm import rewards, testing, zoo
-from steerfm.config import ConfigError, SteerConfig, load
+from steerfm.cli.config import SteerConfig
+from steerfm.cli.loading import load
 from steerfm.testing.rewards import CHECKS, N
+from steerfm.values import ConfigError
 
 KEYS = ("reward.", "model=")
 

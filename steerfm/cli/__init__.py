@@ -8,9 +8,11 @@ import shlex
 import signal
 import sys
 import warnings
+from importlib import import_module
 
 from steerfm import __version__
-from steerfm import config as configs
+from steerfm.cli import config as schemas
+from steerfm.cli import loading
 from steerfm.signals import Stopped, raised, said
 
 EXAMPLES = {
@@ -72,11 +74,11 @@ HELP = {
     "bench": "list the benchmarks, or run one with its own options",
 }
 SCHEMAS = {
-    "train": configs.TrainConfig,
-    "sample": configs.SampleConfig,
-    "steer": configs.SteerConfig,
-    "finetune": configs.FinetuneConfig,
-    "evaluate": configs.EvaluateConfig,
+    "train": schemas.TrainConfig,
+    "sample": schemas.SampleConfig,
+    "steer": schemas.SteerConfig,
+    "finetune": schemas.FinetuneConfig,
+    "evaluate": schemas.EvaluateConfig,
 }
 
 
@@ -89,9 +91,9 @@ def parser() -> argparse.ArgumentParser:
         keys = ""
         if name in SCHEMAS:
             keys = (
-                f"keys, each with its default, what it means and what it takes:\n{_indent(configs.explain(SCHEMAS[name]))}\n\n"
+                f"keys, each with its default, what it means and what it takes:\n{_indent(loading.explain(SCHEMAS[name]))}\n\n"
             )
-            recipes = ", ".join(configs.recipes(name))
+            recipes = ", ".join(loading.recipes(name))
             keys += f"recipes: {recipes}\n\n" if recipes else ""
             keys += TEXTS if name != "train" else ""
         sub = commands.add_parser(
@@ -149,9 +151,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int:
     if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
-        config = configs.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
+        config = loading.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
         if options.show:
-            print(configs.dump(config), end="")
+            print(loading.dump(config), end="")
             return 0
     elif options.command == "bench":
         options.arguments += extra
@@ -165,41 +167,37 @@ def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int
 
 
 def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
-    from steerfm import commands  # torch takes seconds to import: not for --help or a misspelt key
-
     command = shlex.join(["steerfm", *argv])  # to be pasted into a shell
-    match options.command:
+    match options.command:  # torch takes seconds to import: not for --help or a misspelt key
         case "models":
-            commands.list_models()
-        case "rewards":
-            if options.check:
-                from steerfm.commands_check import check_reward
+            from steerfm.cli.listing import list_models
 
-                check_reward(options.name, options.settings)
-            else:
-                commands.list_rewards(options.name)
+            list_models()
+        case "rewards" if options.check:
+            from steerfm.cli.check import check_reward
+
+            check_reward(options.name, options.settings)
+        case "rewards":
+            from steerfm.cli.listing import list_rewards
+
+            list_rewards(options.name)
         case "methods":
-            commands.list_methods(options.name, options.markdown)
+            from steerfm.cli.listing import list_methods
+
+            list_methods(options.name, options.markdown)
         case "data":
-            commands.prepare_data(options.name, options.size, options.root)
+            from steerfm.cli.data import prepare_data
+
+            prepare_data(options.name, options.size, options.root)
         case "bench":
-            from steerfm.commands_bench import bench
+            from steerfm.cli.bench import bench
 
             bench(options.name, options.arguments, command)
-        case "finetune":
-            from steerfm.commands_finetune import finetune
-
-            _quiet()
-            finetune(config, command)  # type: ignore[arg-type]
-        case "train":
-            _quiet()
-            commands.train(config, command)  # type: ignore[arg-type]
-        case "evaluate":
-            from steerfm.commands_evaluate import evaluate
-
-            evaluate(config, command)  # type: ignore[arg-type]
-        case name:
-            {"sample": commands.sample, "steer": commands.run_steer_command}[name](config, command)  # type: ignore[operator]
+        case "sample" | "steer" | "evaluate" | "train" | "finetune":
+            if options.command in ("train", "finetune"):
+                _quiet()
+            module = import_module(f"steerfm.cli.{options.command}")
+            getattr(module, options.command)(config, command)
     return 0
 
 

@@ -23,25 +23,14 @@ import torch
 from torch import Tensor
 
 import steerfm
-from steerfm import config as configs
 from steerfm import files, zoo
-from steerfm.commands import (
-    Asked,
-    _model,
-    _progress,
-    _stem,
-    _table,
-    asked,
-    build_judge,
-    build_method,
-    build_reward,
-    check_needs,
-    console,
-    contents,
-    want_seeds,
-)  # fmt: skip
-from steerfm.commands_evaluate import known_features, word_spaces
-from steerfm.config import ConfigError, did_you_mean
+from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
+from steerfm.cli.console import console, make_table, progress
+from steerfm.cli.evaluate import known_features, word_spaces
+from steerfm.cli.loading import did_you_mean, explain, find_recipe, kept, load, make, plain, recipes, shipped
+from steerfm.cli.outputs import Asked, asked, want_seeds
+from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
+from steerfm.cli.runs import contents, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
@@ -52,6 +41,7 @@ from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, steer
+from steerfm.values import ConfigError
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
 LEAST_SEEDS = 4
@@ -59,10 +49,10 @@ LEAST_SEEDS = 4
 
 def bench(name: str | None, arguments: list[str], command: str = "") -> None:
     """List the benchmarks, or run one: a suite (a recipe or a yaml file), or a script with a ``main(arguments)``."""
-    scripts = {path.stem: path for path in sorted(configs.shipped("benchmarks").glob("*.py"))}
-    suites = configs.recipes("bench")
+    scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("*.py"))}
+    suites = recipes("bench")
     if name is None:
-        table = _table("benchmark", "what")
+        table = make_table("benchmark", "what")
         for key, path in suites.items():
             table.add_row(key, path.read_text().split("\n")[0].lstrip("# "))
         for key, path in scripts.items():
@@ -74,10 +64,10 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
         known = [*suites, *scripts]
         raise ConfigError(f"unknown benchmark {name!r}{did_you_mean(name, known)}; benchmarks: {', '.join(known)}")
     elif {"-h", "--help"} & set(arguments):
-        path = configs.find_recipe(name, "bench")
-        print(f"{configs.BenchConfig.__doc__}\n\n{configs.explain(configs.BenchConfig)}\n\n{path}:\n{path.read_text()}")
+        path = find_recipe(name, "bench")
+        print(f"{BenchConfig.__doc__}\n\n{explain(BenchConfig)}\n\n{path}:\n{path.read_text()}")
     else:
-        sweep(configs.load(configs.BenchConfig, name, arguments), Path(name).stem, command)
+        sweep(load(BenchConfig, name, arguments), Path(name).stem, command)
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -121,7 +111,7 @@ class Problem:
     """
 
     name: str
-    config: configs.SteerConfig
+    config: SteerConfig
     flow_map: FlowMap
     yardstick: Yardstick
     reward: Reward
@@ -130,7 +120,7 @@ class Problem:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {_stem(self.config.model)}, strength {self.config.strength:g}"
+        return f"{self.name}, {stem(self.config.model)}, strength {self.config.strength:g}"
 
     def evaluations(self, method: Method) -> float:
         """Network evaluations of one output, by trying it."""
@@ -209,7 +199,7 @@ Cells = Mapping[Column, list[dict[str, Tensor]]]
 """What was measured, seed by seed; a method that cannot be so cheap has no cells."""
 
 
-def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
+def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
     """Measure every cell that has no file yet, then write the table, the plots and the report of all of them."""
     methods, problems = _methods(config), _problems(config)
     part, parts = _share(config.share)
@@ -218,7 +208,7 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
     if config.force and parts > 1:
         raise ConfigError(f"force=true share={config.share}: would delete what the other shares measure; start anew with one")
     folder = RunFolder(path, told, shared=True, force=config.force)
-    files.write(path / "suite.yaml", configs.kept(config))
+    files.write(path / "suite.yaml", kept(config))
     columns = [
         column
         for problem in problems
@@ -228,7 +218,7 @@ def sweep(config: configs.BenchConfig, suite: str, command: str = "") -> None:
     ]  # fmt: skip
     cells: dict[Column, list[dict[str, Tensor]]] = {}
     missing = 0
-    with _progress(f"bench {suite}", len(columns) * config.seeds) as tick:
+    with progress(f"bench {suite}", len(columns) * config.seeds) as tick:
         for number, column in enumerate(columns):
             told = methods.get(column.method)
             found = [_cell(folder, column, told, seed) for seed in range(config.seeds)]
@@ -274,7 +264,7 @@ def _cell(folder: RunFolder, column: Column, method: Any, seed: int) -> dict[str
 
 def _file(column: Column, method: Any, seed: int) -> str:
     """A name for a cell that changes with what its numbers depend on, files of one's own included, and with nothing else."""
-    told = configs.plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
+    told = plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
     for neutral in ("out", "force", "device", "lookaheads", "batch_size"):
         told.pop(neutral)
     text = json.dumps(told | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
@@ -289,7 +279,7 @@ def inert(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def _methods(config: configs.BenchConfig) -> dict[str, Any]:
+def _methods(config: BenchConfig) -> dict[str, Any]:
     """Name -> configuration, in order; best-of-n of the same map is always there."""
     made: dict[str, Any] = {}
     for name, told in config.methods.items():
@@ -310,20 +300,20 @@ def _baseline(methods: Mapping[str, Any]) -> str | None:
     return next((name for name, told in methods.items() if told["name"] == BASELINE), None)
 
 
-def _problems(config: configs.BenchConfig) -> list[Problem]:
+def _problems(config: BenchConfig) -> list[Problem]:
     """Every model with every problem and strength, checked before anything is measured."""
     if config.seeds < LEAST_SEEDS:
         raise ConfigError(f"seeds={config.seeds}: at least {LEAST_SEEDS} are needed to know how far to trust a difference")
     if not config.problems:
-        raise ConfigError(configs.NOTHING)
+        raise ConfigError(NOTHING)
     made = []
     for model in config.models:
-        flow_map = _model(model, config.device)
+        flow_map = load_model(model, config.device)
         yardstick = Yardstick.of(flow_map)
         for name, told in config.problems.items():
             for strength in config.strengths:
                 here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
-                problem = configs.make(configs.SteerConfig, here | dict(told), f"problems.{name}.")
+                problem = make(SteerConfig, here | dict(told), f"problems.{name}.")
                 reward = build_reward(problem.reward)
                 judge = build_judge(problem, flow_map)
                 if judge is None:
@@ -352,7 +342,7 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
         low, high = bootstrap(held.mean(1))
         features = torch.cat([cell["features"].float() for cell in found])
         row = {
-            "model": _stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
+            "model": stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
             "budget": column.budget, "method": column.method, "seeds": len(found), "outputs": held.numel(),
             "held_out": held.mean().item(),
             "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
@@ -395,9 +385,7 @@ def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> floa
     return float("nan") if reference is None else frechet_distance(*feature_statistics(features), *reference)
 
 
-def _write(
-    config: configs.BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str
-) -> None:
+def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str) -> None:
     """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
     facts = ["model", "problem", "strength", "budget", "method"]
     with files.whole(folder.path / "cells.csv") as temporary, temporary.open("w", newline="") as file:
@@ -415,7 +403,7 @@ def _write(
             shown = [row for column, row in of.items() if column.budget in (0, budget)]
             lines = [_line(row) for row in sorted(shown, key=lambda row: -row["held_out"])]
             short = [0, 1, 3, 5, 6, 8, 9]  # what fits a terminal; the report has all
-            table = _table(*(header[i] for i in short), title=f"{problem.title}: {budget} network evaluations an output")
+            table = make_table(*(header[i] for i in short), title=f"{problem.title}: {budget} network evaluations an output")
             for line in lines:
                 table.add_row(*(line[i] for i in short))
             console.print(table)

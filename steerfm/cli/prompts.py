@@ -16,10 +16,14 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from steerfm.cli.loading import shipped
+from steerfm.values import ConfigError
 
 COLUMNS = ("prompt", "text", "caption")
 """Names of the column of the prompts, in this order."""
@@ -30,6 +34,40 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 LINE = re.compile(r"\r\n|\n|\r")
+
+
+def read_prompts(prompt: Any) -> list[str]:
+    """Prompts from a text, a list of texts, or a file of them in any of the forms above. A text is a file where
+    there is one of that name, or where it ends like one (.txt, .csv, .tsv, .json, .jsonl); one that is not there is looked for
+    among those that ship, in configs/prompts. A list holds prompts only.
+
+    Raises:
+        ConfigError: naming the file and the line.
+    """
+    if prompt is None:
+        return []
+    if not isinstance(prompt, str | Path):
+        for text in prompt:
+            if not isinstance(text, str):
+                raise ConfigError(f"prompt={text!r}: not a text")
+        return list(prompt)
+    named = str(prompt).lower().endswith(ENDINGS) or isinstance(prompt, Path)
+    folder = shipped("configs") / "prompts"
+    if os.path.exists(prompt) and not os.path.isdir(prompt):  # False where it is no possible name of a file
+        file = Path(prompt)
+    elif named and (folder / Path(prompt).name).is_file() and Path(prompt).name == str(prompt):
+        file = folder / prompt
+    elif named or (os.path.isdir(prompt) and str(prompt).endswith(os.sep)):
+        known = ", ".join(sorted(path.name for path in folder.glob("*")))
+        raise ConfigError(f"prompt={prompt}: no such file; shipped: {known}; as a prompt: prompt='[{json.dumps(str(prompt))}]'")
+    else:
+        return [str(prompt)]
+    if not file.is_file():
+        raise ConfigError(f"prompt={prompt}: not a file that can be read twice")
+    try:
+        return read_texts(file)
+    except ValueError as error:
+        raise ConfigError(f"prompt={prompt}: {error}" if str(prompt) != str(file) else str(error)) from None
 
 
 def read_texts(file: Path) -> list[str]:

@@ -12,25 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from steerfm import config as configs
 from steerfm import encoders, registry, training, zoo
-from steerfm.commands import (
-    FINISHED,
-    NO_JUDGE,
-    _commit,
-    _slug,
-    _stem,
-    _table,
-    build_judge,
-    build_method,
-    build_reward,
-    check_needs,
-    console,
-    read_prompts,
-    run_folder,
-    schedule,
-)  # fmt: skip
-from steerfm.config import ConfigError
+from steerfm.cli.config import FinetuneConfig
+from steerfm.cli.console import console, make_table
+from steerfm.cli.loading import plain, sequence
+from steerfm.cli.parts import NO_JUDGE, build_judge, build_method, build_reward, check_needs, schedule
+from steerfm.cli.prompts import read_prompts
+from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
@@ -43,13 +31,14 @@ from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import curves_plot, frontier_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
+from steerfm.values import ConfigError
 
 JUMPS = (1, 2, 4, 8)
 PER_PROMPT = 8
 """Outputs of each prompt that a panel judges at least: diversity is that within a prompt."""
 
 
-def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
+def finetune(config: FinetuneConfig, command: str = "") -> None:
     """Fine-tune a flow map towards a reward; the same command continues a killed run."""
     if registry.is_code(config.model):
         raise ConfigError(
@@ -69,7 +58,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
         lora.targets(base.network)
-    default = f"runs/finetune/{_stem(config.model)}-{_slug(config.method)}-{_slug(config.reward)}"
+    default = f"runs/finetune/{stem(config.model)}-{slug(config.method)}-{slug(config.reward)}"
     folder = run_folder(config, default)
     if folder.load_result() is not None:
         drop_checkpoints(folder)
@@ -92,9 +81,7 @@ def finetune(config: configs.FinetuneConfig, command: str = "") -> None:
         finish(config, command, folder, architecture, panel, base_reading, module, tuned, monitors)
 
 
-def run(
-    module: FineTuning, panel: Panel, base: Reading, folder: Path, config: configs.FinetuneConfig, patience: int
-) -> Monitor:
+def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: FinetuneConfig, patience: int) -> Monitor:
     """One training: continue or start it, then put the best weights back."""
     w, t = config.watch, config.trainer
     every = w.every if patience else max(1, module.steps // 4)
@@ -117,7 +104,7 @@ def run(
     return monitor
 
 
-def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: configs.FinetuneConfig) -> FineTuning:
+def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: FinetuneConfig) -> FineTuning:
     """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
     d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
     assert isinstance(base, NeuralFlowMap)
@@ -132,7 +119,7 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: con
 
 
 def finish(
-    config: configs.FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], panel: Panel,
+    config: FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], panel: Panel,
     base_reading: Reading, module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
 ) -> None:  # fmt: skip
     """Export the map, judge it at several numbers of jumps, and write the report."""
@@ -142,26 +129,24 @@ def finish(
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
         base_reading = panel.measure(chain(4)(panel.base))
     base, averaged = panel.base, tuned.averaged()
-    plain = averaged if tuned.lora is None else averaged.with_network(merged(averaged.network))
-    plain.network.requires_grad_(False)
+    made = averaged if tuned.lora is None else averaged.with_network(merged(averaged.network))
+    made.network.requires_grad_(False)
     readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": base_reading}
     for jumps in (1, 4):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
-    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(plain)) for jumps in JUMPS}
+    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(made)) for jumps in JUMPS}
     cond = panel.tasks.cond
-    consistency = {
-        name: semigroup_error(flow_map, panel.tasks.n, cond) for name, flow_map in (("base", base), ("tuned", plain))
-    }
-    moved = control_cost(plain, base, panel.tasks)
-    model = folder.path / f"{_stem(config.model)}-tuned.safetensors"
+    consistency = {name: semigroup_error(flow_map, panel.tasks.n, cond) for name, flow_map in (("base", base), ("tuned", made))}
+    moved = control_cost(made, base, panel.tasks)
+    model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     tuned_reading = readings["tuned, 4 jumps"]
     card = {
-        "data": base.data, "samples": f"its own, of {config.model}", "recipe": configs.plain(config), "command": command,
-        "commit": _commit(), "metrics": tuned_reading.numbers(), "licence": head.get("card", {}).get("licence", ""),
+        "data": base.data, "samples": f"its own, of {config.model}", "recipe": plain(config), "command": command,
+        "commit": commit(), "metrics": tuned_reading.numbers(), "licence": head.get("card", {}).get("licence", ""),
     }  # fmt: skip
-    plain.save(model, head["network"], card, origin=config.model)
+    made.save(model, head["network"], card, origin=config.model)
     if tuned.lora is not None:
         save_adapter(tuned, folder.path / "adapter", config.model)
     over = {name: reading.over(base_reading) for name, reading in readings.items()}
@@ -203,11 +188,11 @@ def finish(
         "seconds": module.spent.seconds + (tuned.spent.seconds if tuned is not module else 0.0),
     }
     judged = f"; held out: {panel.judge.name}" if panel.judge else "; no held-out reward"
-    title = f"{config.model} fine-tuned for {panel.reward.name} by {_slug(config.method)}{judged}"
+    title = f"{config.model} fine-tuned for {panel.reward.name} by {slug(config.method)}{judged}"
     report(folder, title, facts, [("on the same seeds", header, table)], pictures)
     folder.save_result(summary)
     drop_checkpoints(folder)
-    show = _table(*header, title=title)
+    show = make_table(*header, title=title)
     for row in table:
         show.add_row(*map(str, row))
     console.print(show)
@@ -216,8 +201,8 @@ def finish(
         console.print(
             "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
         )
-    made = "no checkpoint was better than the base: the base is kept" if monitors["tune"].kept_base else "the tuned map"
-    console.print(f"{made}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
+    outcome = "no checkpoint was better than the base: the base is kept" if monitors["tune"].kept_base else "the tuned map"
+    console.print(f"{outcome}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
 
 
 def drop_checkpoints(folder: RunFolder) -> None:
@@ -273,7 +258,7 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
     elif label is None:
         tasks = Tasks.of(None, texts or None)
     else:
-        labels: Sequence[Any] = range(len(base.class_names)) if label == "all" else configs.sequence(label)
+        labels: Sequence[Any] = range(len(base.class_names)) if label == "all" else sequence(label)
         tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), texts * len(labels) or None)
     if n is None:
         return tasks
@@ -281,7 +266,7 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
     return tasks.take(torch.arange(n) % min(tasks.n, most))
 
 
-def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: configs.FinetuneConfig, n: int) -> Panel:
+def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
     """Judges of n samples of this model: features and classes of the classifier of its data, where one ships; for a map of
     words the image tower beside its text tower; for others the samples themselves."""
     tasks = make_tasks(base, config.label, config.prompt, n)

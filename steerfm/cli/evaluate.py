@@ -12,20 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from steerfm import config as configs
 from steerfm import emoji, encoders, files, rewards, zoo
-from steerfm.commands import (
-    FINISHED,
-    _model,
-    _progress,
-    _rows,
-    _stem,
-    _table,
-    can_judge_words,
-    console,
-    read_prompts,
-    run_folder,
-)  # fmt: skip
+from steerfm.cli.config import EvaluateConfig
+from steerfm.cli.console import console, make_table, progress
+from steerfm.cli.parts import can_judge_words, load_model
+from steerfm.cli.prompts import read_prompts
+from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.metrics import (
@@ -109,11 +101,11 @@ class Examiner:
     gaps: list[str] = field(default_factory=list)
 
 
-def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
+def evaluate(config: EvaluateConfig, command: str = "") -> None:
     """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
-    flow_map = _model(config.model, config.device)
+    flow_map = load_model(config.model, config.device)
     examiner = examine(flow_map, config)
-    folder = run_folder(config, f"runs/evaluate/{_stem(config.model)}")
+    folder = run_folder(config, f"runs/evaluate/{stem(config.model)}")
     if folder.load_result() is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
@@ -123,7 +115,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
     rows: dict[str, dict[str, float]] = {}
     drawn, ends = {}, None
-    with _progress("evaluating", len(plans) * len(batches)) as tick:
+    with progress("evaluating", len(plans) * len(batches)) as tick:
         for done, (name, steps, euler) in enumerate(plans):
             kept = folder.load_part(done, prefix="plan")
             if kept is None:
@@ -142,7 +134,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     floors = {name: space.floor(config.n) for name, space in examiner.spaces.items()}
     tables = _tables(rows, floors, many, config.n)
     for title, header, lines in tables:
-        show = _table(*header, title=f"{config.model}: {title}")
+        show = make_table(*header, title=f"{config.model}: {title}")
         for line in lines:
             show.add_row(*line)
         console.print(show)
@@ -151,7 +143,7 @@ def evaluate(config: configs.EvaluateConfig, command: str = "") -> None:
     pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
     for index, name in enumerate(rows):
         if drawn[name].ndim == 4 and drawn[name].shape[1] in (1, 3):
-            shown, captions = _rows(drawn[name], examiner.names[: len(drawn[name])])
+            shown, captions = grid_rows(drawn[name], examiner.names[: len(drawn[name])])
             path = picture_grid(shown, folder.path / f"samples-{index}.png", captions=captions, title=name)
             pictures.append((name, path))
     summary: dict[str, Any] = {
@@ -277,7 +269,7 @@ def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> 
 
 
 # --- what models are held against --------------------------------------------------------------------------------------
-def examine(flow_map: FlowMap, config: configs.EvaluateConfig) -> Examiner:
+def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     """What ships for the data of this model's card decides; where nothing does, the samples speak for themselves."""
     if (names := zoo.classifiers(flow_map)) and flow_map.class_names in ((), zoo.load_classifier(names[-1])[1]):
         return _by_class(flow_map, names, config)
@@ -286,7 +278,7 @@ def examine(flow_map: FlowMap, config: configs.EvaluateConfig) -> Examiner:
     return _by_itself(flow_map, config)
 
 
-def _by_itself(flow_map: FlowMap, config: configs.EvaluateConfig) -> Examiner:
+def _by_itself(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     """Maps of data that no shipped network knows: all classes in turn, or the prompts that are given."""
     prompts = read_prompts(config.prompt)
     why = f"no distances to the data, texture is not relative to theirs: no shipped network knows {config.model}'s data"
@@ -300,7 +292,7 @@ def _by_itself(flow_map: FlowMap, config: configs.EvaluateConfig) -> Examiner:
     return Examiner(flow_map.condition(names, config.n), names[:SHOWN], gaps=[why])
 
 
-def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], config: configs.EvaluateConfig) -> Examiner:
+def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], config: EvaluateConfig) -> Examiner:
     """Maps of data that classifiers ship for: shipped statistics of the test split, and the accuracy of the held-out one."""
     networks: dict[str, Any] = {name: zoo.load_classifier(name)[0].to(flow_map.device) for name in classifiers}
     statistics = {name: zoo.statistics(name) for name in classifiers}
@@ -344,7 +336,7 @@ def known_features(name: str, features: Features, device: torch.device | str) ->
     pictures = _one_of_each(emoji.load())
     file = emoji.data_folder() / f"features-{name}-{len(pictures)}.safetensors"
     if not file.is_file():
-        with torch.inference_mode(), _progress("features of the data", len(pictures)) as tick:
+        with torch.inference_mode(), progress("features of the data", len(pictures)) as tick:
             parts = []
             for part in pictures.split(256):
                 parts.append(features(part.to(device)).cpu())
@@ -358,7 +350,7 @@ def _one_of_each(data: emoji.Emoji) -> Tensor:
     return data.pictures[torch.stack([group[0] for group in data.groups(held_out=False)])].float() / 255
 
 
-def _by_prompt(flow_map: Any, config: configs.EvaluateConfig) -> Examiner:
+def _by_prompt(flow_map: Any, config: EvaluateConfig) -> Examiner:
     """Maps of captioned emoji: the data's features by the judge and the clip, likeness to the prompts, retrieval among 100."""
     data = emoji.load()
     rows = torch.stack([group[0] for group in data.groups(config.held_out)])

@@ -1,0 +1,149 @@
+"""`steerfm models`, `rewards` and `methods`: what there is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from rich.text import Text
+
+from steerfm import registry, rewards, zoo
+from steerfm.cli.console import console, make_table
+from steerfm.closed_form import GaussianMixture
+from steerfm.steering import METHOD, METHODS, MapGradient, Method, steer
+from steerfm.steering.noise_search import NoiseAscent
+
+
+def list_models() -> None:
+    """The shipped models."""
+    table = make_table("model", "kind", "network", "parameters", "data", "metrics")
+    for name, head in zoo.models().items():
+        card = head.get("card", {})
+        files = [zoo.FOLDER / f"{name}.safetensors", zoo.FOLDER / name / "open_clip_model.safetensors"]
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        metrics = ", ".join(f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train"))
+        network = head.get("network", {}).get("name", head["kind"])
+        table.add_row(name, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""), metrics)
+    console.print(table)
+
+
+def list_rewards(name: str | None = None) -> None:
+    """The installed rewards, or one of them explained."""
+    import inspect
+
+    if name is not None:
+        target = rewards.find(name)
+        parameters = inspect.signature(target).parameters
+        console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(target)})\n"))
+        console.print(inspect.getdoc(target) or "no description")
+        if isinstance(target, type):
+            low, high = target.range
+            gradient = "yes" if target.differentiable else "no, a black box"
+            console.print(f"\nunit: {target.unit}; range: {low:.3g} to {high:.3g}; gradient: {gradient}")
+        for key, parameter in parameters.items():
+            if key not in ("images", "prompts", "labels"):
+                default = "" if parameter.default is parameter.empty else f" (default {parameter.default!r})"
+                console.print(f"  reward.{key}{default}")
+        return
+    table = make_table("reward", "unit", "range", "gradient", "what")
+    for key in rewards.available():
+        try:
+            target = rewards.find(key)
+        except rewards.RewardError as error:
+            table.add_row(key, "", "", "", f"broken: {error}")
+            continue
+        low, high = getattr(target, "range", (float("-inf"), float("inf")))
+        what = re.split(r"[:.]", " ".join((inspect.getdoc(target) or "").split()))[0]
+        gradient = "yes" if getattr(target, "differentiable", True) else "black box"
+        table.add_row(key, getattr(target, "unit", ""), f"{low:.3g} to {high:.3g}", gradient, what)
+    console.print(table)
+    console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name")
+
+
+def list_methods(name: str | None = None, markdown: bool = False) -> None:
+    """The steering methods, or one of them with its four parts and defaults; ``markdown`` is the table of docs/methods.md."""
+    import inspect
+
+    from steerfm import finetuning
+
+    if markdown:
+        print(methods_markdown())
+        return
+    if name is None:
+        table = make_table("method", "samples", "gradient", "what")
+        for key, method in METHODS.items():
+            table.add_row(key, method_samples(method), method_gradient(method()), method_title(method))
+        console.print(table)
+        console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n")
+        table = make_table("fine-tuning", "gradient", "what")
+        for key, method in finetuning.METHODS.items():
+            table.add_row(key, "reward" if method.differentiates else "none", method_title(method))
+        console.print(table)
+        console.print("use one: steerfm finetune --config NAME")
+        return
+    kind = registry.find(name, replace(METHOD, named=METHODS | finetuning.METHODS))
+    method = kind()
+    console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
+    console.print(inspect.getdoc(kind) or "")
+    console.print("\narguments and defaults:")
+    for key in (key for key in fields(method) if key.init):  # type: ignore[arg-type]
+        console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}")
+
+
+def methods_markdown() -> str:
+    """One row a method: what it samples, network calls (and backward passes) of a step of one particle, and its parts."""
+    columns = ("lookahead", "guidance", "tempering", "transition", "correction", "resampling")
+    rows = [["method", "class", "samples", "gradient of", "calls a step", *columns[:-1], "selection"], ["---"] * 11]
+    for name, method in METHODS.items():
+        made = method()
+        parts = [describe_part(getattr(made, column)) if hasattr(made, column) else "its own" for column in columns]
+        facts = [method_samples(method), method_gradient(made), calls_a_step(made)]
+        rows.append([f"`{name}`", f"`{method.__name__}`", *facts, *parts])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def method_title(method: type) -> str:
+    """The first words of a method's docstring."""
+    return re.split(r"[:(;]|\. ", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
+
+
+def method_samples(method: type) -> str:
+    """What a method's docstring says it samples: the first word after ``Samples:``."""
+    found = re.search(r"Samples:\s*(\S.*?)[.;,:]", " ".join((method.__doc__ or "").split()))
+    return found.group(1) if found else "as composed"
+
+
+def calls_a_step(method: Method) -> str:
+    """Network calls, and backward passes where there are any, of one more step (or iteration) of one particle, counted by the
+    ledger; for a method that spends a budget, the word."""
+    sizes = {f.name for f in fields(method)} & {"steps", "iterations", "budget"}  # type: ignore[arg-type]
+    if "budget" in sizes:
+        return "as budgeted"
+    toy = GaussianMixture([[-1.0], [1.0]], [[0.1], [0.1]]).flow_map(steps=1)
+    size = "iterations" if "iterations" in sizes else "steps"
+    few, many = (steer(toy, lambda x: x[:, 0], replace(method, **{size: n})).cost for n in (4, 8))  # type: ignore[type-var]
+    counts = ((b - a) / 4 / method.particles for a, b in ((few.forwards, many.forwards), (few.backwards, many.backwards)))
+    if few.forwards == many.forwards:  # a tree: its nodes are bought, not its depth
+        return f"{few.forwards / method.particles:g} a particle"
+    return " + ".join(f"{count:g} back" if which else f"{count:g}" for which, count in enumerate(counts) if count or not which)
+
+
+def method_gradient(method: Method) -> str:
+    """What it differentiates: the network, the reward only, or nothing."""
+    if isinstance(method, NoiseAscent):
+        return "network"
+    guidance = getattr(method, "guidance", None)
+    if guidance is None or not guidance.differentiates:
+        return "none"
+    return "network" if type(guidance) is MapGradient else "reward"
+
+
+def describe_part(value: Any) -> str:
+    """A part or number as it would be written down: what differs from its class's defaults."""
+    if value is None:
+        return "none"
+    if not is_dataclass(value):
+        return str(getattr(value, "__name__", value))
+    told = {f.name: getattr(value, f.name) for f in fields(value) if f.init and getattr(value, f.name) != f.default}
+    return f"{type(value).__name__}({', '.join(f'{key}={describe_part(part)}' for key, part in told.items())})"

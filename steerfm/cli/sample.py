@@ -1,0 +1,35 @@
+"""`steerfm sample`: unsteered samples, as a grid and as tensors."""
+
+from __future__ import annotations
+
+from steerfm.cli.config import SampleConfig
+from steerfm.cli.console import console, progress
+from steerfm.cli.outputs import asked, want_seeds
+from steerfm.cli.parts import autocast, load_model
+from steerfm.cli.runs import grid_rows, run_folder, stem
+from steerfm.cost import Ledger
+from steerfm.report.page import report
+from steerfm.report.pictures import picture_grid
+from steerfm.sampling import sample as draw
+
+
+def sample(config: SampleConfig, command: str = "") -> None:
+    """Unsteered samples: a grid and the tensors."""
+    flow_map = load_model(config.model, config.device, config.guidance, config.compile)
+    want = asked(flow_map, config.label, config.prompt, config.n)
+    seeds, precision = want_seeds(want, config.seeds), autocast(flow_map, config.precision)
+    folder = run_folder(config, f"runs/sample/{stem(config.model)}")
+    with Ledger() as ledger, progress("sampling", 1) as tick, precision:
+        x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
+        pictures = flow_map.decode(x).float().cpu()
+        tick(1, 1)
+    folder.save_tensors("samples", {"samples": x.float()})
+    path, shown = folder.path / "samples.safetensors", []
+    if pictures.ndim == 4:  # samples of a map of vectors are no pictures
+        path = folder.path / "grid.png"
+        rows, captions = grid_rows(pictures, want.names)
+        picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
+        shown = [("samples", path)]
+    folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
+    report(folder, f"Samples of {config.model}", {"command": command}, pictures=shown)
+    console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")

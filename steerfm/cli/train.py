@@ -1,0 +1,262 @@
+"""`steerfm train`: from a typed configuration to a trained network, its card and its curves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerfm import encoders, files, zoo
+from steerfm.cli.config import TrainConfig
+from steerfm.cli.console import console
+from steerfm.cli.loading import did_you_mean, kept, load, plain, recipes
+from steerfm.cli.parts import schedule
+from steerfm.cli.runs import commit, inputs
+from steerfm.flowmap import (
+    Guided,
+    NeuralFlowMap,
+    build_network,
+    load_into,
+    read_weights,
+    save_weights,
+)  # fmt: skip
+from steerfm.metrics import feature_statistics, texture
+from steerfm.randomness import derive, global_stream, stream
+from steerfm.report.card import model_card
+from steerfm.report.plots import curves_plot
+from steerfm.report.run_folder import ANEW, edited
+from steerfm.sampling import sample as draw
+from steerfm.values import ConfigError
+
+
+def train(config: TrainConfig, command: str = "") -> None:
+    """Train a flow map, a classifier or an image-text model; the same command continues a killed run, with more steps if
+    asked."""
+    from steerfm import training
+    from steerfm.training.data import DATA
+
+    if config.data.name not in DATA:
+        raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
+    data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
+    missing = []
+    for check in (lambda: _check_files(config), data.setup):
+        try:
+            check()
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:  # all that is missing, at once
+        raise ConfigError("; ".join(missing))
+    with global_stream(config.seed, "weights"):
+        module, architecture = training_module(config, data)
+    module.network.to(memory_format=torch.channels_last)
+    folder = _training_folder(config, data)
+    t = config.trainer
+    grids = [training.SampleGrid(folder / "samples", t.sample_every, data.asked)] if config.task == "flow_map" else []
+    trainer = training.fit(
+        module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
+        t.log_every, t.validate_every, t.save_every, console.is_terminal, grids,
+    )  # fmt: skip
+    training.check_trained(module)
+    if not trainer.is_global_zero:
+        return
+    card = {
+        "data": config.data.name,
+        "licence": data.licence,
+        "recipe": plain(config),
+        "command": command or "steerfm train",
+        "commit": commit(),
+        "metrics": {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()},
+    }
+    weights = folder / f"{config.name}.safetensors"
+    if config.network.get("name") == "image_text_head":
+        save_weights(module.ema, weights, {"kind": "image_text_head", "network": architecture, "card": card})
+    elif config.task == "contrastive":
+        weights = encoders.save_open_clip(module.ema, folder / config.name, architecture, _preprocess_cfg(architecture))
+        files.write(folder / f"{config.name}.json", json.dumps({"kind": "open_clip", "card": card}, indent=2) + "\n")
+    elif config.task == "classifier":
+        head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
+        save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
+        some = torch.randperm(len(data.train[0]), generator=stream(0, "statistics"))[: len(data.test[0])]
+        found = _statistics(module.ema, data.test[0], data.train[0][some])
+        files.write_tensors(folder / f"{config.name}-statistics.safetensors", found)
+    else:
+        module.averaged().save(weights, architecture, card)
+    files.write(folder / "README.md", model_card(config.name, card))
+    curves = training.history(folder)
+    if curves:
+        curves_plot(curves, folder / "curves.png")
+    said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
+    console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
+
+
+def _check_files(config: TrainConfig) -> None:
+    """Raise FileNotFoundError where a model to start from is not there."""
+    keys = {"init": config.init, "objective.teacher": config.objective.teacher, "network.text": config.network.get("text")}
+    for key, file in keys.items():
+        if not isinstance(file, str) or Path(file).exists():
+            continue
+        if (stage := Path(file).parent.name) in recipes("train"):
+            raise FileNotFoundError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
+        if config.task == "flow_map" and not zoo.find(file).is_file():
+            raise FileNotFoundError(f"{key}: no file {file}: train it first, or start from a shipped model, {key}=fashion")
+
+
+def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
+    """The LightningModule of a task and the architecture of its network, from its configuration."""
+    from steerfm import training
+    from steerfm.training.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
+
+    o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
+    if config.task == "contrastive":
+        return _contrastive(config, data, options)
+    if config.task not in ("classifier", "flow_map"):
+        raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
+    text = None
+    architecture = {**config.network, "classes": len(data.class_names)}
+    if config.text is not None:
+        text = encoders.TextEncoder.of(config.text)
+        architecture = {**config.network, "text": text.width}
+    network = build_network(architecture)
+    if config.task == "classifier":
+        return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options), architecture
+    shares = o.shares or {"lagrangian": 0.25}
+    for name in shares:
+        if name not in OFF_DIAGONAL:
+            raise ConfigError(
+                f"unknown objective {name!r}{did_you_mean(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}"
+            )
+    if config.init:
+        load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
+    pixels = data.train[0].float() / 127.5 - 1
+    flow_map = NeuralFlowMap(
+        network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
+    )
+    pairs = Triangle(o.terminal, o.full, o.gap)
+    teacher = None
+    if o.teacher:
+        if "trajectory" not in shares:
+            raise ConfigError("objective.teacher is only used by the objective trajectory: give it a share")
+        teacher = zoo.load(o.teacher)
+        teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
+    followed = Trajectory(pairs, uses=o.uses, teacher=teacher, keep=o.keep)
+    objectives = {followed if name == "trajectory" else OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+    diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
+    module = training.FlowMapTraining(
+        flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
+    )  # fmt: skip
+    return module, architecture
+
+
+def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The training of an open_clip model, or of a head between two frozen towers."""
+    from steerfm import training
+
+    architecture = {key: value for key, value in config.network.items() if key != "name"}
+    o = config.objective
+    options = options | {"noise": o.noise}
+    if config.network.get("name") == "image_text_head":
+        head = encoders.ImageTextHead(**architecture)
+        return training.ContrastiveTraining(head, list, encoders.Remembered(head.features), **options), architecture
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
+        raise ConfigError(
+            "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"
+        )
+    network, prepare = encoders.build(architecture), encoders.preprocessing(_preprocess_cfg(architecture))
+    words = encoders.tokenizer(architecture)
+    options["slow"] = ("visual.trunk",)
+    if config.init:
+        load_into(network, encoders.open_clip(config.init).model.state_dict(), config.init)
+    if not o.teacher:
+        return training.ContrastiveTraining(network, words, prepare, **options), architecture
+    teacher = encoders.Remembered(zoo.load_image_text_head(o.teacher).encode_image)
+    samples = _captioned_samples(o.samples, data, config.seed) if o.samples else None
+    return training.RobustTraining(network, words, prepare, teacher, o.radius, samples, **options), architecture
+
+
+def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tensor:
+    """``n`` pictures (3 n, c, h, w) each in one, two and four jumps of a flow map, asked for captions of the data."""
+    flow_map, generator, parts = zoo.load(model), stream(seed, "captions"), []
+    for part, jumps in enumerate((1, 2, 4)):
+        groups = torch.randint(len(data.groups), (n,), generator=generator)
+        captions = data.emoji.captions(torch.stack([data.groups[g][0] for g in groups.tolist()]), generator)
+        cond = flow_map.condition(captions, n)
+        seeds = [derive(seed, "training pictures", part, i) for i in range(n)]
+        parts.append(flow_map.decode(draw(flow_map, n, jumps, seeds, cond, batch_size=200)))
+    return torch.cat(parts)
+
+
+def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's ``preprocess_cfg`` of a model that is trained here: EfficientNet-Lite's normalisation."""
+    size = architecture["vision_cfg"]["image_size"]
+    return {
+        "size": [size, size],
+        "mean": [127 / 255] * 3,
+        "std": [128 / 255] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+
+
+def _training_folder(config: TrainConfig, data: Any) -> Path:
+    """The run folder. Its schedule may change from one start to the next, its network and what it learns from may not.
+
+    Raises:
+        ConfigError: the folder holds a run of another network, task or data set, or of files that were edited since; another
+            process writes it.
+    """
+    folder = Path(config.out or f"runs/train/{config.name}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another out=")
+    folder.mkdir(parents=True, exist_ok=True)
+    files.claim(folder)
+    files.keep_list(folder)
+    told = inputs(config) | {f"data {config.data.name}": hashlib.sha256(data.train[0].numpy()).hexdigest()}
+    other = _another_training(config, folder, told)
+    if config.force and (other or (folder / "README.md").is_file()):  # which comes last
+        files.clear(folder)
+    elif other:
+        raise ConfigError(f"{folder}{other}; {ANEW}")
+    begun = any((folder / "checkpoints").glob("*.ckpt"))
+    if not begun:  # of a run that failed before its first checkpoint
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    if not begun or not (folder / "inputs.json").is_file():
+        files.write(folder / "inputs.json", json.dumps(told, indent=1) + "\n")
+    files.write(folder / "config.yaml", kept(config))
+    return folder
+
+
+def _another_training(config: TrainConfig, folder: Path, told: Mapping[str, str]) -> str:
+    """In what a folder holds another training; nothing where it does not."""
+    file = folder / "config.yaml"
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        return ""
+    if changed := edited(folder, told):
+        return f": {', '.join(changed)}: edited since this run began"
+    before = load(TrainConfig, str(file)) if file.is_file() and file.stat().st_size else config
+    for key in ("task", "network", "data.name"):
+        old, new = (plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
+        if old != new:
+            return f" holds a run with another {key} ({old})"
+    return ""
+
+
+def _statistics(network: Any, test: Tensor, train: Tensor, rows: int = 2000) -> dict[str, Tensor]:
+    """What `zoo.statistics` reads, of a classifier's features on pictures (n, c, h, w) uint8."""
+    out = {}
+    network = network.cpu().eval()
+    for name, pictures in {"test": test, "train": train}.items():
+        with torch.inference_mode():
+            parts = [part.float() / 255 for part in pictures.split(500)]
+            features = torch.cat([network.features(part) for part in parts])
+            energy = torch.cat([texture(part) for part in parts]).mean()
+        out[f"{name}_mean"], out[f"{name}_cov"] = feature_statistics(features)
+        out |= {f"{name}_count": torch.tensor(len(features)), f"{name}_texture": energy}
+        if name == "test":
+            some = torch.randperm(len(features), generator=stream(0, "statistics"))[:rows]
+            out["test_rows"] = features[some].half()
+    return {name: value.clone() for name, value in out.items()}
