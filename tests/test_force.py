@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from steerfm.results import RunFolder
 
 import steerfm
 from steerfm import cli, files
 from steerfm.cli import loading
+from steerfm.report.run_folder import RunFolder
 from steerfm.values import read_yaml
 
 FOREIGN = (
