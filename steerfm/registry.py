@@ -5,7 +5,8 @@
 >>> build("my_file.py:Mine", METHOD)                          # code of one's own, or of a package that is made for steerfm
 >>> build(Funnel(particles=8), METHOD)                        # an object stays as it is
 
-A `Kind` stands beside what it names: `steering.METHOD`, `finetuning.METHOD`, `zoo.MODEL`. Rewards can also be weighted and
+`part` does so for the parts of a method, and `Named` is what constructors that take them have. A `Kind` stands beside what it
+names: `steering.METHOD`, `finetuning.METHOD`, `zoo.MODEL`. Rewards can also be weighted and
 listed: `rewards.build`.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from steerfm import trust
@@ -139,6 +140,7 @@ def make(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         raise ConfigError(f"{what}: {error}") from error
 
 
+# --- parts -----------------------------------------------------------------------------------------------------------
 def part(value: Any, table: Mapping[str, Any], what: str, default: Any = None) -> Any:
     """A part of a method.
 
@@ -171,3 +173,46 @@ def part(value: Any, table: Mapping[str, Any], what: str, default: Any = None) -
         return made(**arguments) if isinstance(made, type) else replace(made, **arguments) if arguments else made
     except TypeError as error:
         raise ValueError(f"{what}: {error}") from None
+
+
+def default(cls: type, name: str) -> Any:
+    """The default of a field of a dataclass."""
+    own = cls.__dataclass_fields__[name]
+    return own.default if own.default_factory is MISSING else own.default_factory()
+
+
+def objects(cls: type, given: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments of a class, with objects where there are names of parts.
+
+    Args:
+        cls: a dataclass, whose own parts a dictionary of arguments changes.
+        given: arguments by name.
+        tables: what names stand for, by argument.
+    """
+    return {k: part(value, tables[k], k, default(cls, k)) if k in tables else value for k, value in given.items()}
+
+
+class Named(type):
+    """Constructors that take a part, its name, or a dictionary of its arguments; behind them there are objects only.
+
+    A class of this kind is a dataclass with a class method ``resolve``, from the arguments as given to those of ``__init__``.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        names = [each.name for each in fields(cls) if each.init]  # type: ignore[arg-type]
+        positional = dict(zip(names, args))
+        for key in kwargs:
+            if key not in names:
+                raise TypeError(f"{cls.__name__} takes no {key}{trust.nearest(key, names)}; it takes {', '.join(names)}")
+        if len(args) > len(names) or positional.keys() & kwargs.keys():
+            return super().__call__(*args, **kwargs)  # which says what is wrong
+        return super().__call__(**cls.resolve(positional | kwargs))
+
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return given
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """For ``help``: that of ``__init__``, which is more than ``*args, **kwargs``."""
+        whole = inspect.signature(cls.__init__)
+        return whole.replace(parameters=list(whole.parameters.values())[1:])

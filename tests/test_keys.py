@@ -9,7 +9,7 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.steering import DPS, FMRGJ, METHODS, TDS, FeynmanKac, Funnel, MultiRound, Resample, Steering, TopK
+from steerfm.steering import DPS, FMRGJ, METHODS, TDS, BestOfN, FeynmanKac, Funnel, MultiRound, Resample, Steering, TopK
 
 MAP = GaussianMixture([[-2.0, 0.0], [0.5, 1.0], [2.5, -1.0]], [[0.3, 0.3]] * 3).flow_map(steps=2)
 OTHERS = {
@@ -77,10 +77,18 @@ def test_a_threshold_is_that_of_the_selection():
     assert FeynmanKac(threshold=0.9).resampling == Resample(threshold=0.9)
     assert replace(TDS(), threshold=0.3).resampling == Resample(threshold=0.3)
     assert replace(FeynmanKac(threshold=0.9), resampling=Resample("ssp", 0.2)).resampling == Resample("ssp", 0.2)
-    assert Funnel(threshold=0.9).resampling.then == Resample(threshold=0.9)
+    assert Funnel(threshold=0.9).parts.selection.then == Resample(threshold=0.9)
     for method in (DPS, MultiRound):
-        with pytest.raises(ValueError, match=r"threshold=0\.9: this method does not resample"):
+        with pytest.raises(TypeError, match=f"{method.__name__} takes no threshold; it takes particles, steps, "):
             method(threshold=0.9)
+    with pytest.raises(ValueError, match=r"threshold=0\.9: this method does not resample"):
+        BestOfN(threshold=0.9)
+
+
+def test_a_search_with_nothing_to_select_is_refused():
+    """Its selection asks before steps with noise only."""
+    with pytest.raises(ValueError, match=r"transition=Jump.* does nothing in this MultiRound: TopK"):
+        steerfm.steer(MAP, lambda x: x[:, 0], MultiRound(transition="jump"))
 
 
 def test_an_optional_gradient_goes_with_its_settings():

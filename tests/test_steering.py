@@ -36,6 +36,7 @@ from steerfm.steering import (
     Narrow,
     Power,
     Resample,
+    Sampler,
     Steering,
     Twisted,
 )
@@ -127,7 +128,7 @@ def test_every_method_keeps_the_contract(name):
 def test_every_method_says_what_it_samples(name):
     text = METHODS[name].__doc__
     assert "Samples:" in text
-    corrected = getattr(getattr(METHODS[name](), "correction", None), "samples", False)
+    corrected = isinstance(made := METHODS[name](), Sampler) and made.parts.correction.samples
     assert corrected or "Samples: no" in text or name == "tree_search"
 
 
@@ -320,8 +321,8 @@ def test_a_funnel_keeps_the_resampling_it_was_given():
         (None, Resample(threshold=0.0)),
     ):
         method = Funnel(4, first=8, resampling=given)
-        assert method.resampling == Narrow(4, then) == replace(method, guidance=None).resampling
-        assert replace(method, particles=8).resampling == Narrow(8, then)
+        assert method.parts.selection == Narrow(4, then) == replace(method, guidance=None).parts.selection
+        assert replace(method, particles=8).parts.selection == Narrow(8, then)
     fitted = Funnel(guidance=None, power=0.5, resampling="ssp").sized(64)
     assert fitted == replace(Funnel.within(64), guidance=None, power=0.5, resampling=Resample("ssp"))
 
@@ -446,7 +447,8 @@ def test_copies_carry_their_values_along(guidance, resampling):
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])
 def test_weights_are_those_of_the_recursion(threshold):
     """log-weights, ESS and log Z recomputed from the trace: increments of steps that do not resample are kept."""
-    result = steerfm.steer(MAP, reward, FeynmanKac(16, 6, threshold=threshold), n=5, strength=2.5)
+    method = FeynmanKac(16, 6, threshold=threshold, correction="twisted")
+    result = steerfm.steer(MAP, reward, method, n=5, strength=2.5)
     trace = result.trace
     log_w, log_z, value = torch.zeros(5, 16).double(), torch.zeros(5).double(), torch.zeros(5, 16).double()
     for i in range(6):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +11,14 @@ from torch import Tensor
 from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
-from steerfm.registry import part
+from steerfm.registry import Named, objects
 from steerfm.sampling import time_grid
 from steerfm.training.objectives import mean_square
 from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Renoise, Transition
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(metaclass=Named):
     """GRPO on a few stochastic transitions of the flow map (Flow-Map GRPO, 2607.00535).
 
         -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + control * KL(pi | pi_ref),      rho = pi(x'|x) / pi_old(x'|x)
@@ -36,7 +37,7 @@ class Policy:
     """
 
     steps: int = 4
-    transition: Transition | str = field(default_factory=Renoise)
+    transition: Transition = field(default_factory=Renoise)
     group: int = 16
     clip: float = 0.2
     reuse: int = 2
@@ -44,18 +45,16 @@ class Policy:
 
     differentiates, tilts, law_is_map, law_is_velocity = False, False, False, False
 
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with objects in place of names."""
+        return objects(cls, given, {"transition": TRANSITIONS})
+
     def __post_init__(self) -> None:
-        default = type(self).__dataclass_fields__["transition"].default_factory()  # type: ignore[operator]
-        object.__setattr__(self, "transition", part(self.transition, TRANSITIONS, "transition", default))
-        if not self._move.stochastic:
+        if not self.transition.stochastic:
             raise ValueError("policy gradients need a stochastic transition: renoise, diffuse or bridge")
         if self.steps < 2 or self.group < 2 or self.reuse < 1 or not self.clip > 0:
             raise ValueError("steps and group are at least 2, reuse at least 1, clip is positive")
-
-    @property
-    def _move(self) -> Transition:
-        assert not isinstance(self.transition, str)
-        return self.transition
 
     def loss(self, update: Update) -> Terms:
         if update.step % self.reuse == 0:
@@ -65,9 +64,9 @@ class Policy:
         gain, divergence = states.new_zeros(()), states.new_zeros(())
         ratios: list[Tensor] = []
         for i, (s, t) in enumerate(zip(times[:-1], times[1:-1])):
-            step = self._move.step(update.tuned, states[i], s, t, cond)
+            step = self.transition.step(update.tuned, states[i], s, t, cond)
             with torch.no_grad():
-                reference = self._move.step(update.reference, states[i], s, t, cond).mean
+                reference = self.transition.step(update.reference, states[i], s, t, cond).mean
             ratio = (step.log_prob(states[i + 1]) - old[i]).exp().float()
             clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
             gain = gain + torch.minimum(ratio * advantage, clipped * advantage).mean()
@@ -90,7 +89,7 @@ class Policy:
         x = update.normal()
         states, log_p = [x], []
         for s, t in zip(times, times[1:]):
-            step = self._move.step(update.tuned, x, s, t, problem.cond)
+            step = self.transition.step(update.tuned, x, s, t, problem.cond)
             x = step.sample(update.normal() if step.std else None)
             if step.std:
                 log_p.append(step.log_prob(x))
@@ -100,7 +99,7 @@ class Policy:
         return {"states": torch.stack(states), "log_p": torch.stack(log_p), "advantage": advantage, "reward": r.mean()}
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
-        return chain(self.steps, self._move)(tuned)
+        return chain(self.steps, self.transition)(tuned)
 
 
 def advantages(r: Tensor, group: int, within: bool = True) -> Tensor:
@@ -115,7 +114,7 @@ class FlowGRPO(Policy):
     """Flow-GRPO (Liu et al. 2505.05470): the same on the stochastic Euler steps of the velocity; 10 to train."""
 
     steps: int = 10
-    transition: Transition | str = field(default_factory=Diffuse)
+    transition: Transition = field(default_factory=Diffuse)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class DDPO(Policy):
     """DDPO (Black et al. 2305.13301, section 4.3): DDPM's ancestral steps, advantages over the batch, a narrow clip."""
 
     steps: int = 20
-    transition: Transition | str = field(default_factory=Bridge)
+    transition: Transition = field(default_factory=Bridge)
     clip: float = 1e-2
     within: bool = False
 

@@ -7,6 +7,7 @@ pair of times (s, t) learns of the new law, not only those that a method visits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
 from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
 from steerfm.randomness import derive, stream
-from steerfm.registry import part
+from steerfm.registry import Named, objects
 from steerfm.steering.weights import effective_sample_size, largest, normalise
 from steerfm.training.objectives import FlowMatching, Trajectory, Triangle, mean_square
 
@@ -73,7 +74,7 @@ class Anchored:
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(metaclass=Named):
     """Rounds of reward-weighted refitting, for any reward: sample, weigh by exp(increment * r), fit; again, from the fit.
 
     The increments add up to the strength 1 / (control * scale); a round takes less where the weights would degenerate. As
@@ -97,9 +98,12 @@ class Weighted:
 
     differentiates, tilts, group, law_is_map, law_is_velocity = False, True, 1, True, True
 
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with objects in place of names."""
+        return objects(cls, given, {"refit": {}})
+
     def __post_init__(self) -> None:
-        own = type(self).__dataclass_fields__["refit"].default
-        object.__setattr__(self, "refit", part(self.refit, {}, "refit", own))
         if min(self.rounds, self.samples, self.jumps) < 1:
             raise ValueError("rounds, samples and jumps are at least 1")
         if not 0 < self.ess <= 1:

@@ -32,8 +32,9 @@ from steerfm.steering.presets import (
     WeightedDiamond,
 )
 from steerfm.steering.result import SteeringResult
-from steerfm.steering.sampler import State, Steering
+from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
+from steerfm.steering.state import State
 from steerfm.steering.steer import steer, steer_batches, steps
 from steerfm.steering.tempering import Adaptive, Exponential, Power
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
@@ -44,7 +45,7 @@ __all__ = [
     "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "EndpointAscent",
     "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM",
     "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
-    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Selected", "Smooth", "State",
+    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Sampler", "Selected", "Smooth", "State",
     "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
     "ZeroOrderSearch", "method", "methods", "residual", "steer", "steer_batches", "steps",
 ]  # fmt: skip

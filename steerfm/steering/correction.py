@@ -23,26 +23,16 @@ from steerfm.steering.weights import wide
 from steerfm.transitions import Diffuse, Jump, Step, Transition
 
 
-class Parts(Protocol):
+@dataclass(frozen=True)
+class Parts:
     """The parts of a method, of which a correction says whether they fit."""
 
-    @property
-    def lookahead(self) -> lookahead.Lookahead | None: ...
-
-    @property
-    def guidance(self) -> Guidance | None: ...
-
-    @property
-    def tempering(self) -> Tempering: ...
-
-    @property
-    def transition(self) -> Transition: ...
-
-    @property
-    def correction(self) -> Correction: ...
-
-    @property
-    def resampling(self) -> Selection | None: ...
+    lookahead: lookahead.Lookahead | None
+    guidance: Guidance | None
+    tempering: Tempering
+    transition: Transition
+    correction: Correction
+    selection: Selection | None
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """Presets: published methods as settings of the four parts. Each docstring gives the paper, the parts and what it samples.
 
-Every field of `Steering` may be changed: ``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
+A preset takes what it has fields for, its own and those of `Sampler`, and derives the rest in ``parts``:
+``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
 Methods that do not walk from noise to data once have files of their own: `noise_search.py` and `tree_search.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,13 +16,14 @@ from torch import Tensor
 from steerfm.checks import at_least_one
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
-from steerfm.steering.correction import Correction, Jarzynski, Marginal, Twisted, Uncorrected
+from steerfm.steering.correction import Correction, Jarzynski, Marginal, Parts, Twisted, Uncorrected
 from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, Guidance, MapGradient
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Method
-from steerfm.steering.sampler import Begin, State, Steering
+from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Narrow, Resample, Selection, TopK, Window
+from steerfm.steering.state import Begin, State
 from steerfm.steering.tempering import Adaptive, Tempering, untempered
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 from steerfm.steering.value import Problem
@@ -38,9 +41,9 @@ class BestOfN(Steering):
     """
 
     steps: int = 4
-    lookahead: Lookahead | str | None = None
-    transition: Transition | str = field(default_factory=JumpTransition)
-    resampling: Selection | str | None = None
+    lookahead: Lookahead | None = None
+    transition: Transition = field(default_factory=JumpTransition)
+    resampling: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class FeynmanKac(Steering):
     log_z is that of the first look, as in `Funnel`.
     """
 
-    correction: Correction | str = field(default_factory=Marginal)
+    correction: Correction = field(default_factory=Marginal)
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,19 @@ class Funnel(Steering):
 
     steps: int = 5
     first: int = 64
-    guidance: Guidance | str | None = field(default_factory=lambda: EndpointGradient(required=False))
-    tempering: Tempering | str | float = untempered
-    correction: Correction | str = field(default_factory=Marginal)
+    guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(required=False))
+    tempering: Tempering = untempered
+    correction: Correction = field(default_factory=Marginal)
 
     def __post_init__(self) -> None:
         if self.first < self.particles:
             raise ValueError(f"first={self.first}: at least the particles={self.particles} that go on")
         super().__post_init__()
-        then = self.resampling
-        then = then.then if isinstance(then, Narrow) else Resample(threshold=0.0) if then is None else then
-        object.__setattr__(self, "resampling", Narrow(self.particles, then))  # type: ignore[arg-type]
+
+    @cached_property
+    def parts(self) -> Parts:
+        then = Resample(threshold=0.0) if self.resampling is None else self.resampling
+        return self.mix(self.correction, Narrow(self.particles, then))
 
     @classmethod
     def within(cls, budget: int) -> Funnel:
@@ -111,7 +116,7 @@ class Funnel(Steering):
 
 
 @dataclass(frozen=True)
-class FKSteering(Steering):
+class FKSteering(Sampler):
     """FK steering as published (Singhal et al. 2501.06848, algorithm 1), gradient-free, with a denoiser.
 
     Parts: look-ahead denoise, no tempering, transition bridge (ancestral), correction twisted with ``potential`` difference,
@@ -124,15 +129,15 @@ class FKSteering(Steering):
     particles: int = 4
     steps: int = 16
     potential: str = "difference"
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=Bridge)
-    correction: Correction | str = field(default_factory=Twisted, init=False)
-    resampling: Selection | str | None = "multinomial"
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    tempering: Tempering = untempered
+    transition: Transition = field(default_factory=Bridge)
+    resampling: Selection | None = field(default_factory=lambda: Resample("multinomial"))
+    threshold: float | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "correction", Twisted(self.potential))
-        super().__post_init__()
+    @cached_property
+    def parts(self) -> Parts:
+        return self.mix(Twisted(self.potential), self.resampling)
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,11 @@ class TDS(Steering):
     """
 
     steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=Bridge)
-    resampling: Selection | str | None = field(default_factory=lambda: Resample(threshold=1.0))
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    guidance: Guidance | None = field(default_factory=MapGradient)
+    tempering: Tempering = untempered
+    transition: Transition = field(default_factory=Bridge)
+    resampling: Selection | None = field(default_factory=lambda: Resample(threshold=1.0))
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,11 @@ class DAS(Steering):
 
     particles: int = 4
     steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
-    tempering: Tempering | str | float = field(default_factory=Adaptive)
-    transition: Transition | str = field(default_factory=Bridge)
-    resampling: Selection | str | None = "ssp"
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    guidance: Guidance | None = field(default_factory=MapGradient)
+    tempering: Tempering = field(default_factory=Adaptive)
+    transition: Transition = field(default_factory=Bridge)
+    resampling: Selection | None = field(default_factory=lambda: Resample("ssp"))
 
 
 @dataclass(frozen=True)
@@ -183,10 +188,10 @@ class FMTT(Steering):
     """
 
     steps: int = 32
-    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.5, cap=None))
-    transition: Transition | str = field(default_factory=Diffuse)
-    correction: Correction | str = field(default_factory=Jarzynski)
-    resampling: Selection | str | None = "multinomial"
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5, cap=None))
+    transition: Transition = field(default_factory=Diffuse)
+    correction: Correction = field(default_factory=Jarzynski)
+    resampling: Selection | None = field(default_factory=lambda: Resample("multinomial"))
 
     def _log_z(self, first: Tensor, chain: Tensor) -> Tensor | None:
         return None
@@ -203,25 +208,23 @@ class DiamondSMC(Steering):
     """
 
     particles: int = 8
-    lookahead: Lookahead | str | None = field(default_factory=Posterior)
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=lambda: Bridge(endpoint="posterior"))
-    resampling: Selection | str | None = field(default_factory=lambda: Resample(threshold=1.0))
+    lookahead: Lookahead | None = field(default_factory=Posterior)
+    tempering: Tempering = untempered
+    transition: Transition = field(default_factory=lambda: Bridge(endpoint="posterior"))
+    resampling: Selection | None = field(default_factory=lambda: Resample(threshold=1.0))
 
 
 # --- guidance: one trajectory ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Ascent(Steering):
+class Ascent(Sampler):
     """What the methods below share: one particle, the full reward from the start, deterministic jumps, no correction.
 
     Samples: no.
     """
 
     particles: int = 1
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=JumpTransition)
-    correction: Correction | str = field(default_factory=Uncorrected)
-    resampling: Selection | str | None = None
+    tempering: Tempering = untempered
+    transition: Transition = field(default_factory=JumpTransition)
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,8 @@ class DPS(Ascent):
     """
 
     steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    guidance: Guidance | None = field(default_factory=MapGradient)
 
 
 @dataclass(frozen=True)
@@ -247,8 +250,8 @@ class LGDMC(Ascent):
     """
 
     steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=Smooth)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    lookahead: Lookahead | None = field(default_factory=Smooth)
+    guidance: Guidance | None = field(default_factory=MapGradient)
 
 
 @dataclass(frozen=True)
@@ -261,9 +264,9 @@ class FreeDoM(Ascent):
 
     steps: int = 8
     recurrence: int = 2
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
-    transition: Transition | str = field(default_factory=Bridge)
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    guidance: Guidance | None = field(default_factory=MapGradient)
+    transition: Transition = field(default_factory=Bridge)
 
 
 @dataclass(frozen=True)
@@ -276,9 +279,9 @@ class MPGD(Ascent):
     """
 
     steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    guidance: Guidance | str | None = field(default_factory=EndpointGradient)
-    transition: Transition | str = field(default_factory=lambda: Bridge(eta=0.0))
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    guidance: Guidance | None = field(default_factory=EndpointGradient)
+    transition: Transition = field(default_factory=lambda: Bridge(eta=0.0))
 
 
 @dataclass(frozen=True)
@@ -296,10 +299,9 @@ class WarmedAscent(Ascent):
             raise ValueError(f"warmup={self.warmup} does nothing with one particle: give particles=")
         super().check(reward)
 
-    def __post_init__(self) -> None:
-        if self.warmup:
-            object.__setattr__(self, "resampling", Window(TopK(1, prune=True), self.warmup))
-        super().__post_init__()
+    @cached_property
+    def parts(self) -> Parts:
+        return self.mix(Uncorrected(), Window(TopK(1, prune=True), self.warmup) if self.warmup else None)
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ class FMRGJ(WarmedAscent):
     Samples: no. It is optimal control of one trajectory: an ascent.
     """
 
-    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ class FMRGE(WarmedAscent):
     Samples: no. It is an ascent; good for measurements (inverse problems).
     """
 
-    guidance: Guidance | str | None = field(default_factory=EndpointAscent)
+    guidance: Guidance | None = field(default_factory=EndpointAscent)
 
 
 @dataclass(frozen=True)
@@ -338,9 +340,9 @@ class MFMG(Ascent):
     """
 
     steps: int = 16
-    lookahead: Lookahead | str | None = field(default_factory=lambda: Posterior(steps=2, k=4))
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
-    transition: Transition | str = field(default_factory=lambda: Diffuse(0.0))
+    lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=4))
+    guidance: Guidance | None = field(default_factory=MapGradient)
+    transition: Transition = field(default_factory=lambda: Diffuse(0.0))
 
 
 @dataclass(frozen=True)
@@ -351,8 +353,8 @@ class MFMGF(MFMG):
     Samples: no for a finite k; the tilt as k, inner steps and steps grow.
     """
 
-    lookahead: Lookahead | str | None = field(default_factory=lambda: Posterior(steps=2, k=8))
-    guidance: Guidance | str | None = field(default_factory=FreeGradient)
+    lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=8))
+    guidance: Guidance | None = field(default_factory=FreeGradient)
 
 
 @dataclass(frozen=True)
@@ -365,13 +367,13 @@ class WeightedDiamond(Ascent):
     """
 
     steps: int = 8
-    lookahead: Lookahead | str | None = field(default_factory=Renoise)
-    guidance: Guidance | str | None = field(default_factory=MapGradient)
+    lookahead: Lookahead | None = field(default_factory=Renoise)
+    guidance: Guidance | None = field(default_factory=MapGradient)
 
 
 # --- search: particles compete ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class MultiRound(Steering):
+class MultiRound(Sampler):
     """Multi-round best-of-n: the best sample of a round is noised back, to start all of the next (the baseline of FMTT).
 
     Parts: look-ahead jump, transition renoise (shared with the look-ahead: one call a step), correction none, the best
@@ -380,12 +382,10 @@ class MultiRound(Steering):
     """
 
     keep: int = 1
-    correction: Correction | str = field(default_factory=Uncorrected)
-    resampling: Selection | str | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "resampling", TopK(self.keep))
-        super().__post_init__()
+    @cached_property
+    def parts(self) -> Parts:
+        return self.mix(Uncorrected(), TopK(self.keep))
 
 
 @dataclass(frozen=True)
@@ -399,7 +399,7 @@ class Beam(MultiRound):
 
 
 @dataclass(frozen=True)
-class FMTTSearch(Steering):
+class FMTTSearch(Sampler):
     """Flow map trajectory tilting, the search (Sabour et al. 2511.22688, algorithm 1 in search mode).
 
     Parts: look-ahead jump, FMTT's drift (capped), tempering linear, transition diffuse, correction none, the best ``keep``
@@ -411,18 +411,16 @@ class FMTTSearch(Steering):
     steps: int = 16
     keep: int = 4
     every: int = 4
-    guidance: Guidance | str | None = field(default_factory=lambda: MapGradient(scale=0.5))
-    transition: Transition | str = field(default_factory=Diffuse)
-    correction: Correction | str = field(default_factory=Uncorrected)
-    resampling: Selection | str | None = field(default=None, init=False)
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5))
+    transition: Transition = field(default_factory=Diffuse)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "resampling", Window(TopK(self.keep), self.every))
-        super().__post_init__()
+    @cached_property
+    def parts(self) -> Parts:
+        return self.mix(Uncorrected(), Window(TopK(self.keep), self.every))
 
 
 @dataclass(frozen=True)
-class SVDD(Steering):
+class SVDD(Sampler):
     """Soft value-based decoding (Li et al. 2408.08252, algorithm 1): every step, the best of ``children`` goes on.
 
     Parts: look-ahead denoise, transition bridge (ancestral), correction none, the best child of each parent; ``soft`` draws
@@ -434,17 +432,18 @@ class SVDD(Steering):
     children: int = 4
     soft: bool = False
     every: int = 1
-    lookahead: Lookahead | str | None = field(default_factory=Denoise)
-    tempering: Tempering | str | float = untempered
-    transition: Transition | str = field(default_factory=Bridge)
-    correction: Correction | str = field(default_factory=Uncorrected)
-    resampling: Selection | str | None = field(default=None, init=False)
+    lookahead: Lookahead | None = field(default_factory=Denoise)
+    tempering: Tempering = untempered
+    transition: Transition = field(default_factory=Bridge)
 
     def __post_init__(self) -> None:
         if self.particles % self.children:
             raise ValueError(f"particles={self.particles} do not divide into groups of children={self.children}")
-        object.__setattr__(self, "resampling", Window(BestChild(self.children, self.soft), self.every))
         super().__post_init__()
+
+    @cached_property
+    def parts(self) -> Parts:
+        return self.mix(Uncorrected(), Window(BestChild(self.children, self.soft), self.every))
 
 
 @dataclass(frozen=True)

@@ -9,158 +9,40 @@ runs any of them on a problem.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerfm import sampling
+from steerfm import transitions
 from steerfm.checks import whole_numbers
 from steerfm.flowmap import Microbatched
-from steerfm.registry import part
+from steerfm.registry import Named, default, objects
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise, time_grid
-from steerfm.steering.correction import CORRECTIONS, Correction, Family, Move, Parts, Twisted
+from steerfm.steering.correction import CORRECTIONS, Correction, Family, Move, Parts, Twisted, Uncorrected
 from steerfm.steering.guidance import GUIDANCES, Guidance, evaluate, needs_gradient
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.outcome import Outcome, Tick, Trace
 from steerfm.steering.selection import Candidates, Resample, Selected, Selection, unbiased, with_threshold
+from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
 from steerfm.steering.value import Evaluation, Problem, View, look
-from steerfm.steering.weights import effective_sample_size, largest, log_mean, log_mean_exp, normalise, wide
+from steerfm.steering.weights import effective_sample_size, largest, log_mean, log_mean_exp, wide
 from steerfm.transitions import TRANSITIONS, Renoise, Step, Transition
-
-
-# --- where the particles are -------------------------------------------------------------------------------------------
-@dataclass(frozen=True, eq=False)
-class Begin:
-    """Where the particles begin, and the times that they visit; by default noise at t = 0, and the method's own grid.
-
-    Attributes:
-        x: (n, *shape), or (n, k, *shape) for each particle; None for noise.
-        t: time of x.
-        noised: x is data, and particles begin at alpha_t x + sigma_t noise.
-        times: ascending, from t to 1.
-    """
-
-    x: Tensor | None = None
-    t: float = 0.0
-    noised: bool = False
-    times: tuple[float, ...] | None = None
-
-    def __getitem__(self, rows: slice) -> Begin:
-        """That of some outputs."""
-        return self if self.x is None else replace(self, x=self.x[rows])
-
-    def states(self, problem: Problem, noise: Noise) -> Tensor:
-        """(n k, *shape) the particles at t."""
-        flow_map, n, k = problem.flow_map, len(noise.seeds), noise.k
-        if self.x is None:
-            return noise.start(flow_map)
-        x = self.x.to(flow_map.device, flow_map.dtype)
-        x = x.unsqueeze(1) if x.ndim == len(flow_map.shape) + 1 else x
-        if x.shape[1] not in (1, k):
-            raise ValueError(f"{x.shape[1]} particles to begin with, where the method begins with {k}: give (n, *shape) or {k}")
-        x = x.expand(n, k, *flow_map.shape).flatten(0, 1)
-        if not self.noised:
-            return x.clone()
-        return flow_map.interpolant.interpolate(noise.start(flow_map), x, self.t)
-
-    def grid(self, times: list[float]) -> list[float]:
-        """The times to visit, where a method by itself visits ``times``."""
-        if self.times is not None:
-            return list(self.times)
-        return times if self.t == 0 else [self.t + (1 - self.t) * t for t in times]
-
-
-@dataclass
-class Parents:
-    """The particles before a selection, and who of them went on; without ``selected`` all did."""
-
-    x: Tensor
-    now: Evaluation
-    problem: Problem
-    log_w: Tensor
-    selected: Selected | None = None
-
-
-@dataclass
-class State:
-    """All particles of all outputs of a batch, after a step and the selection that follows it.
-
-    Attributes:
-        problem: what is steered, a row for each particle.
-        noise, looks: the streams of the path and of look-aheads that draw.
-        times: that are visited; ``done`` steps are taken.
-        x: (n k, *shape) the particles, in model space.
-        now: what is known about them.
-        log_w: (n, k) log-weights. log_z: (n,) what resampling has moved out of them.
-        first: (n, k) strength * reward of the look-aheads at the start; zeros where nobody looked.
-        parents: the particles before the last selection. selected: who went on.
-        info: what the last step did, a row of the `Trace`.
-    """
-
-    problem: Problem
-    noise: Noise
-    looks: Noise
-    times: list[float]
-    done: int
-    x: Tensor
-    now: Evaluation
-    log_w: Tensor
-    log_z: Tensor
-    first: Tensor
-    parents: Parents
-    selected: Selected
-    info: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def t(self) -> float:
-        """The time of the particles."""
-        return self.times[self.done]
-
-    @property
-    def finished(self) -> bool:
-        return self.done == len(self.times) - 1
-
-    @property
-    def ess(self) -> Tensor:
-        """(n,) effective sample size as a share of the particles, before the selection."""
-        return self.info["ess"] if self.info else effective_sample_size(self.log_w)
-
-    @property
-    def log_weights(self) -> Tensor:
-        """(n, k) with logsumexp = 0 over the particles of each output."""
-        return normalise(self.log_w)
-
-    def images(self) -> Tensor:
-        """(n, k, c, h, w) the particles as they are, as pictures (vectors stay as they are)."""
-        return self._pictures(self.x)
-
-    def lookahead_images(self) -> Tensor:
-        """(n, k, c, h, w) pictures of where the particles are going; one network call each where the method did not look."""
-        z = self.now.endpoint
-        return self._pictures(self.problem.flow_map.lookahead(self.x, self.t, self.problem.cond) if z is None else z)
-
-    def _pictures(self, z: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.problem.flow_map.decode(z).unflatten(0, self.log_w.shape)
-
-
-Callback = Callable[[State], Any]
-"""Sees the state after each step; what is true ends the run: a jump takes the particles to t = 1."""
 
 
 # --- the method by parts ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Steering:
-    """A steering method given by its parts; parts may be objects, their names, or dictionaries of their arguments:
-    ``guidance={"scale": 0.5}`` changes the method's own, ``{"name": "map", "scale": 0.5}`` takes another.
+class Sampler(metaclass=Named):
+    """What every method by parts has: particles that walk from noise to data, and the step that all take together.
 
-    Samples: what its correction says; with the default, the tilt of the base chain's own law, as the particles grow.
+    A method says its parts in `parts`. Parts may be given as objects, by name, or as dictionaries of arguments:
+    ``guidance={"scale": 0.5}`` changes the method's own, ``{"name": "map", "scale": 0.5}`` takes another.
 
     Attributes:
         particles: per output.
@@ -169,10 +51,6 @@ class Steering:
         guidance: map, endpoint, free or ascent, or None: no gradient.
         tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
         transition: jump, renoise, diffuse or bridge.
-        correction: twisted, marginal, jarzynski or none.
-        resampling: a scheme's name or any `Selection`; None for no selection. Asked before steps with noise only: elsewhere
-            copies would stay copies.
-        threshold: resample below this ESS, as a share of the particles; None for that of ``resampling``, which takes it.
         power: of the time grid, t_i = (i / steps)^power.
         recurrence: times each step but the last is taken, going back by noising in between (FreeDoM's time travel).
         stop: guide only at times below this.
@@ -180,16 +58,24 @@ class Steering:
 
     particles: int = 16
     steps: int = 8
-    lookahead: Lookahead | str | None = field(default_factory=Jump)
-    guidance: Guidance | str | None = None
-    tempering: Tempering | str | float = field(default_factory=Power)
-    transition: Transition | str = field(default_factory=Renoise)
-    correction: Correction | str = field(default_factory=Twisted)
-    resampling: Selection | str | None = "systematic"
-    threshold: float | None = None
+    lookahead: Lookahead | None = field(default_factory=Jump)
+    guidance: Guidance | None = None
+    tempering: Tempering = field(default_factory=Power)
+    transition: Transition = field(default_factory=Renoise)
     power: float = 1.0
     recurrence: int = 1
     stop: float = 1.0
+
+    @classmethod
+    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with objects in place of names."""
+        names = {field.name for field in fields(cls) if field.init}
+        given = {k: SHORT[k](value) if k in SHORT else value for k, value in given.items()}
+        if "resampling" in names and given.get("threshold") is not None:
+            resampling = objects(cls, {"resampling": given["resampling"]}, TABLES) if "resampling" in given else {}
+            own = resampling.get("resampling", default(cls, "resampling"))
+            given |= {"resampling": with_threshold(own, given["threshold"]), "threshold": None}
+        return objects(cls, given, {name: table for name, table in TABLES.items() if name in names})
 
     def __post_init__(self) -> None:
         whole_numbers(particles=self.particles, recurrence=self.recurrence)
@@ -198,56 +84,38 @@ class Steering:
         if self.particles < 1:
             raise ValueError(f"particles={self.particles}: at least one particle is needed")
         time_grid(self.steps, self.power)
-        resolved: dict[str, Any] = {
-            "lookahead": part(self.lookahead, LOOKAHEADS, "lookahead", self._default("lookahead")),
-            "guidance": part(self.guidance, GUIDANCES, "guidance", self._default("guidance")),
-            "transition": part(self.transition, TRANSITIONS, "transition", self._default("transition")),
-            "correction": part(self.correction, CORRECTIONS, "correction", self._default("correction")),
-            "tempering": Power(float(self.tempering))
-            if isinstance(self.tempering, float | int)
-            else part(self.tempering, TEMPERINGS, "tempering", self._default("tempering")),
-            "resampling": Resample(self.resampling)
-            if isinstance(self.resampling, str)
-            else part(self.resampling, {}, "resampling", self._selection()),
-            "threshold": None,
-        }
-        if self.threshold is not None:
-            resolved["resampling"] = with_threshold(resolved["resampling"], self.threshold)
-        for name, value in resolved.items():
-            if value is None and name in ("transition", "correction", "tempering"):
-                raise ValueError(f"{name}=None: give one, such as {self._default(name)}")
-            object.__setattr__(self, name, value)
+        for name in ("transition", "correction", "tempering"):
+            if getattr(self, name, "") is None:
+                raise ValueError(f"{name}=None: give one, such as {default(type(self), name)}")
         if self.guidance is not None and self.lookahead is None:
             raise ValueError("guidance needs a look-ahead: lookahead=jump or lookahead=denoise")
-        if self.lookahead is None and self.resampling is not None and self.resampling.ranks:  # type: ignore[union-attr]
+        selection = self.parts.selection
+        if self.lookahead is None and selection is not None and selection.ranks:
             raise ValueError("this selection ranks look-aheads: lookahead=jump or lookahead=denoise")
-        self.correction.check(self)  # type: ignore[union-attr]
+        self.parts.correction.check(self.parts)
 
-    @classmethod
-    def _default(cls, name: str) -> Any:
-        """The part that this method has by itself."""
-        field = cls.__dataclass_fields__[name]
-        return field.default if field.default_factory is MISSING else field.default_factory()
+    @cached_property
+    def parts(self) -> Parts:
+        """The parts of the method; here without weights and selection: an ascent, or plain samples."""
+        return self.mix(Uncorrected(), None)
+
+    def mix(self, correction: Correction, selection: Selection | None) -> Parts:
+        """The parts, with these two beside those that every method has."""
+        return Parts(self.lookahead, self.guidance, self.tempering, self.transition, correction, selection)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "__repr__" not in vars(cls):
-            cls.__repr__ = Steering.__repr__  # in place of the one that a dataclass makes
+            cls.__repr__ = Sampler.__repr__  # in place of the one that a dataclass makes
 
     def __repr__(self) -> str:
         """The particles, the steps, and what is not as usual for this method."""
         shown = []
-        for name in (each.name for each in fields(self) if each.init and each.name != "threshold"):
-            value, usual = getattr(self, name), self._selection() if name == "resampling" else self._default(name)
-            if name in ("particles", "steps") or value != usual:
+        for name in (each.name for each in fields(self) if each.init):
+            value = getattr(self, name)
+            if name in ("particles", "steps") or value != default(type(self), name):
                 shown.append(f"{name}={getattr(value, '__name__', None) or repr(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
-
-    @classmethod
-    def _selection(cls) -> Any:
-        """The selection that this method has by itself."""
-        default = cls._default("resampling")
-        return Resample(default) if isinstance(default, str) else default
 
     def _idle(self) -> dict[str, str]:
         """Settings that change nothing beside the other parts, and why."""
@@ -257,8 +125,10 @@ class Steering:
         if parts.lookahead is None or not (parts.guidance is not None or parts.correction.samples):
             why["tempering"] = "no weight and no gradient depends on a value before the end"
         stays = not parts.transition.stochastic and self.recurrence == 1
-        if stays and parts.resampling is not None and not parts.resampling.prunes:
-            why["resampling"] = "particles are copied before steps with noise only: transition=renoise, diffuse or bridge"
+        if stays and parts.selection is not None and not parts.selection.prunes:
+            chosen = "resampling" in {each.name for each in fields(self)}
+            copies = "particles are copied before steps with noise only: transition=renoise, diffuse or bridge"
+            why["resampling" if chosen else "transition"] = copies if chosen else f"{parts.selection}: {copies}"
         return why
 
     def check(self, reward: Reward) -> None:
@@ -268,10 +138,9 @@ class Steering:
             ValueError: a setting that would do nothing, or a black box where a gradient is needed.
         """
         for name, why in self._idle().items():
-            usual = self._selection() if name == "resampling" else self._default(name)
-            if getattr(self, name) != usual:
+            if getattr(self, name) != default(type(self), name):
                 raise ValueError(f"{name}={getattr(self, name)!r} does nothing in this {type(self).__name__}: {why}")
-        if needs_gradient(self.guidance) and not reward.differentiable:  # type: ignore[arg-type]
+        if needs_gradient(self.guidance) and not reward.differentiable:
             raise RewardError(
                 f"reward {reward.name!r} is a black box, and {type(self).__name__} follows its gradient: use BestOfN, or "
                 "FeynmanKac with guidance=None"
@@ -285,16 +154,11 @@ class Steering:
             out += [t] if t == 1 else [t, s] * (self.recurrence - 1) + [t]
         return out
 
-    def fitted(self, problem: Problem) -> Steering:
+    def fitted(self, problem: Problem) -> Sampler:
         """This method, without its guidance where that is optional and the reward has no gradient."""
         guidance = self.parts.guidance
         optional = guidance is not None and guidance.differentiates and not needs_gradient(guidance)
         return replace(self, guidance=None) if optional and not problem.has_gradient() else self
-
-    @property
-    def parts(self) -> Parts:
-        """The parts as objects, which they are once a method is made."""
-        return cast(Parts, self)
 
     # --- a run ---------------------------------------------------------------------------------------------------------
     def run(
@@ -373,9 +237,9 @@ class Steering:
             state.info |= {"resampled": resampled, "ancestors": ancestors}
             return state
 
-    def landing(self) -> Steering:
+    def landing(self) -> Sampler:
         """This method for a last step that a callback asks for: a jump to the data, which nothing guides."""
-        return replace(self, transition=sampling.Jump(), guidance=None)
+        return replace(self, transition=transitions.Jump(), guidance=None)
 
     def _mode(self) -> AbstractContextManager[Any]:
         guidance = self.parts.guidance
@@ -426,7 +290,7 @@ class Steering:
     def _select(self, state: State) -> State:
         """Ask the selection before the next step; without noise in that, copies would stay copies."""
         s, t = state.times[state.done : state.done + 2]
-        selection, log_w = self.parts.resampling, state.log_w
+        selection, log_w = self.parts.selection, state.log_w
         state = replace(state, parents=Parents(state.x, state.now, state.problem, log_w), selected=Selected.none(log_w))
         scatters = t < s or (t < 1 and self.parts.transition.stochastic)
         if selection is None or not (scatters or selection.prunes):
@@ -457,7 +321,7 @@ class Steering:
         parts, t = self.parts, times[i]
         correction, tempering = parts.correction, parts.tempering
         hottest = 1.0 if t >= 1 else float(tempering(t))
-        ranks = parts.resampling is not None and parts.resampling.ranks
+        ranks = parts.selection is not None and parts.selection.ranks
         guided = parts.guidance is not None and t < self.stop and times[i + 1] > t
         if guided and t >= times[-2] and getattr(parts.transition, "lands", False):
             guided = correction.guides(Step(x, 0.0))
@@ -509,9 +373,9 @@ class Steering:
             first: (n, k) strength * reward of the look-aheads at t = 0; zeros where nobody looked.
             chain: (n,) what the weights along the path say.
         """
-        if not (self.parts.correction.samples and unbiased(self.parts.resampling)):
+        if not (self.parts.correction.samples and unbiased(self.parts.selection)):
             return None
-        if self.resampling is None or self.lookahead is None or self.parts.tempering(0.0) == 0:
+        if self.parts.selection is None or self.lookahead is None or self.parts.tempering(0.0) == 0:
             return chain
         if isinstance(self.lookahead, (Jump, Rollout)):
             return log_mean(first)
@@ -550,6 +414,46 @@ class Steering:
         """The first endpoint of the look-ahead, where it saves the transition its network call."""
         wanted = getattr(self.transition, "endpoint", "")
         return now.endpoint if wanted and wanted == getattr(self.lookahead, "kind", "") else None
+
+
+@dataclass(frozen=True)
+class Steering(Sampler):
+    """A steering method given by its parts: a free mix of your own.
+
+    Samples: what its correction says; with the default, the tilt of the base chain's own law, as the particles grow.
+
+    Attributes:
+        particles, steps, lookahead, guidance, tempering, transition, power, recurrence, stop: see `Sampler`.
+        correction: twisted, marginal, jarzynski or none.
+        resampling: a scheme's name or any `Selection`; None for no selection. Asked before steps with noise only: elsewhere
+            copies would stay copies.
+        threshold: resample below this ESS, as a share of the particles; None for that of ``resampling``, which takes it.
+    """
+
+    correction: Correction = field(default_factory=Twisted)
+    resampling: Selection | None = field(default_factory=Resample)
+    threshold: float | None = None
+
+    @cached_property
+    def parts(self) -> Parts:
+        return self.mix(self.correction, self.resampling)
+
+
+TABLES: dict[str, Mapping[str, Any]] = {
+    "lookahead": LOOKAHEADS,
+    "guidance": GUIDANCES,
+    "tempering": TEMPERINGS,
+    "transition": TRANSITIONS,
+    "correction": CORRECTIONS,
+    "resampling": {},
+}
+"""The parts by name, for each argument that takes one."""
+
+SHORT: dict[str, Callable[[Any], Any]] = {
+    "tempering": lambda value: Power(float(value)) if isinstance(value, float | int) else value,
+    "resampling": lambda value: Resample(value) if isinstance(value, str) else value,
+}
+"""Arguments of parts that may stand for them: the power of a tempering, the scheme of a resampling."""
 
 
 def adapt(ends: Endpoints, tilt: Tensor, move: Move, log_w: Tensor, correction: Correction, share: float) -> Tensor:

@@ -23,7 +23,8 @@ from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
 from steerfm.steering.presets import Funnel
 from steerfm.steering.result import SteeringResult
-from steerfm.steering.sampler import Begin, Callback, State, Steering
+from steerfm.steering.sampler import Sampler
+from steerfm.steering.state import Begin, Callback, State
 from steerfm.steering.value import Problem
 from steerfm.steering.weights import wide
 
@@ -141,7 +142,7 @@ def steer_batches(
             noise, many = job.noise(rows), rows.stop - rows.start
             if watch is None and job.begin is None:
                 return job.method.run(problem, noise, many, lookaheads, tick)
-            assert isinstance(job.method, Steering)
+            assert isinstance(job.method, Sampler)
             return job.method.run(problem, noise, many, lookaheads, tick, None if job.begin is None else job.begin[rows], watch)
 
         with Ledger() as ledger:
@@ -181,7 +182,7 @@ def steps(
     problem = job.problem(rows)
     if job.micro_batch is not None:
         problem = replace(problem, flow_map=Microbatched(job.flow_map, job.micro_batch))
-    assert isinstance(job.method, Steering)
+    assert isinstance(job.method, Sampler)
     return job.method.steps_of(problem, job.noise(rows), job.begin)
 
 
@@ -238,7 +239,7 @@ class _Job:
         flow_map = zoo.load(flow_map)
         all_seeds = seed_list(seeds, n)
         begin = _begin(flow_map, n, x0, start, times)
-        if (needs_states or begin is not None) and not isinstance(method, Steering):
+        if (needs_states or begin is not None) and not isinstance(method, Sampler):
             raise ValueError(
                 f"{type(method).__name__} does not walk from noise to data: x0, start, times, callback and steps need a "
                 "method that does, such as FeynmanKac or Funnel"

@@ -156,7 +156,7 @@ def estimates(case: Case, method: Method, n: int, seeds: int, resamples: bool = 
     """exp(log_z) sum_j w_j f(x_j) of every output and function, (n, m); a method that can resample has to do so."""
     result = steerfm.steer(case.flow_map, case.reward, method, n=n, seeds=seeds)
     assert result.log_z is not None
-    assert method.resampling is None or not resamples or result.trace.resampled.any()
+    assert method.parts.selection is None or not resamples or result.trace.resampled.any()
     w = (result.log_z.unsqueeze(1) + result.log_weights).exp()
     return torch.einsum("nk,nkm->nm", w, case.functions(result.samples))
 
