@@ -11,7 +11,8 @@ from rich.text import Text
 from steerfm import registry, rewards, zoo
 from steerfm.cli.console import console, make_table
 from steerfm.closed_form import GaussianMixture
-from steerfm.steering import METHOD, METHODS, MapGradient, Method, steer
+from steerfm.steering import METHOD, METHODS, MapGradient, Method, Sampler, steer
+from steerfm.steering.correction import Parts
 from steerfm.steering.noise_search import NoiseAscent
 
 
@@ -73,7 +74,7 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
     if name is None:
         table = make_table("method", "samples", "gradient", "what")
         for key, method in METHODS.items():
-            table.add_row(key, method_samples(method), method_gradient(method()), method_title(method))
+            table.add_row(key, method.samples, method_gradient(method()), method_title(method))
         console.print(table)
         console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n")
         table = make_table("fine-tuning", "gradient", "what")
@@ -86,6 +87,8 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
     method = kind()
     console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
     console.print(inspect.getdoc(kind) or "")
+    if paper := getattr(kind, "paper", ""):
+        console.print(f"\npaper: arXiv {paper}" if paper[:1].isdigit() else f"\npaper: {paper}")
     console.print("\narguments and defaults:")
     for key in (key for key in fields(method) if key.init):  # type: ignore[arg-type]
         console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}")
@@ -93,12 +96,13 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
 
 def methods_markdown() -> str:
     """One row a method: what it samples, network calls (and backward passes) of a step of one particle, and its parts."""
-    columns = ("lookahead", "guidance", "tempering", "transition", "correction", "resampling")
-    rows = [["method", "class", "samples", "gradient of", "calls a step", *columns[:-1], "selection"], ["---"] * 11]
+    columns = [column.name for column in fields(Parts)]
+    rows = [["method", "class", "samples", "gradient of", "calls a step", *columns], ["---"] * 11]
     for name, method in METHODS.items():
         made = method()
-        parts = [describe_part(getattr(made, column)) if hasattr(made, column) else "its own" for column in columns]
-        facts = [method_samples(method), method_gradient(made), calls_a_step(made)]
+        mine = made.parts if isinstance(made, Sampler) else None
+        parts = ["its own" if mine is None else describe_part(getattr(mine, column)) for column in columns]
+        facts = [method.samples, method_gradient(made), calls_a_step(made)]
         rows.append([f"`{name}`", f"`{method.__name__}`", *facts, *parts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -106,12 +110,6 @@ def methods_markdown() -> str:
 def method_title(method: type) -> str:
     """The first words of a method's docstring."""
     return re.split(r"[:(;]|\. ", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
-
-
-def method_samples(method: type) -> str:
-    """What a method's docstring says it samples: the first word after ``Samples:``."""
-    found = re.search(r"Samples:\s*(\S.*?)[.;,:]", " ".join((method.__doc__ or "").split()))
-    return found.group(1) if found else "as composed"
 
 
 def calls_a_step(method: Method) -> str:

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -110,6 +111,9 @@ class NoiseSearch:
         hops: equal jumps from noise to data.
     """
 
+    samples: ClassVar[str] = "no"
+    paper: ClassVar[str] = ""
+
     particles: int = 1
     iterations: int = 50
     hops: int = 1
@@ -163,6 +167,8 @@ class ZeroOrderSearch(NoiseSearch):
         candidates: neighbours of each pivot an iteration.
         radius: in (0, 1]; 1 forgets the pivot.
     """
+
+    paper: ClassVar[str] = "2501.09732"
 
     iterations: int = 16
     candidates: int = 4
@@ -260,6 +266,8 @@ class ReNO(NoiseAscent):
         rate: times the gradient is a step; momentum: share of the last step that is kept.
     """
 
+    paper: ClassVar[str] = "2406.04312"
+
     step: float = 0.004
     rate: float = 5.0
     momentum: float = 0.9
@@ -297,6 +305,8 @@ class DFlow(NoiseAscent):
     Attributes:
         memory: curvature pairs that are kept.
     """
+
+    paper: ClassVar[str] = "2402.14017"
 
     iterations: int = 20
     hops: int = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -85,3 +85,15 @@ class Method(Protocol):
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """Run ``n`` outputs of ``particles`` particles."""
         ...
+
+
+class Preset(Method, Protocol):
+    """A method with a name of its own.
+
+    Attributes:
+        samples: whether the weighted particles are a sample of the tilted target: "yes", "no", or when.
+        paper: number on arXiv, or the place; "" where there is none.
+    """
+
+    samples: ClassVar[str]
+    paper: ClassVar[str]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from steerfm.steering.correction import Correction, Jarzynski, Marginal, Parts, 
 from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, Guidance, MapGradient
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
-from steerfm.steering.outcome import Method
+from steerfm.steering.outcome import Preset
 from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Narrow, Resample, Selection, TopK, Window
 from steerfm.steering.state import Begin, State
@@ -40,6 +41,9 @@ class BestOfN(Steering):
     Samples: yes, the weighted particles, by importance sampling, as they grow in number; ``best()`` is a search.
     """
 
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = ""
+
     steps: int = 4
     lookahead: Lookahead | None = None
     transition: Transition = field(default_factory=JumpTransition)
@@ -57,6 +61,9 @@ class FeynmanKac(Steering):
     ``correction="twisted"`` it is so by few large outputs where steps forget, and nearly all are too low. Without tempering
     log_z is that of the first look, as in `Funnel`.
     """
+
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = "2501.06848"
 
     correction: Correction = field(default_factory=Marginal)
 
@@ -76,6 +83,9 @@ class Funnel(Steering):
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
     """
+
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = "2508.12361"
 
     steps: int = 5
     first: int = 64
@@ -126,6 +136,9 @@ class FKSteering(Sampler):
     rare outputs only, and nearly all are too low (docs/benchmarks.md), so there is no log_z.
     """
 
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = "2501.06848"
+
     particles: int = 4
     steps: int = 16
     potential: str = "difference"
@@ -149,6 +162,9 @@ class TDS(Steering):
     Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. No log_z, as in `FKSteering`.
     """
 
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = "2306.17775"
+
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
     guidance: Guidance | None = field(default_factory=MapGradient)
@@ -166,6 +182,9 @@ class DAS(Steering):
     Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. log Z is consistent, not unbiased, where the tempering
     adapts: too low with few particles.
     """
+
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = "2501.05803"
 
     particles: int = 4
     steps: int = 16
@@ -187,6 +206,9 @@ class FMTT(Steering):
     has no cap, runs away.
     """
 
+    samples: ClassVar[str] = "in the limit of many steps only"
+    paper: ClassVar[str] = "2511.22688"
+
     steps: int = 32
     guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5, cap=None))
     transition: Transition = field(default_factory=Diffuse)
@@ -206,6 +228,9 @@ class DiamondSMC(Steering):
     Samples: yes, the tilt, as particles and inner steps grow, in any number of outer steps. No log_z: what the weights
     say is low in nearly all outputs of few particles.
     """
+
+    samples: ClassVar[str] = "yes"
+    paper: ClassVar[str] = "2602.05993"
 
     particles: int = 8
     lookahead: Lookahead | None = field(default_factory=Posterior)
@@ -235,6 +260,8 @@ class DPS(Ascent):
     Samples: no. The denoiser stands in for the posterior, and nothing corrects it.
     """
 
+    paper: ClassVar[str] = "2209.14687"
+
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
     guidance: Guidance | None = field(default_factory=MapGradient)
@@ -249,6 +276,8 @@ class LGDMC(Ascent):
     Samples: no. A Gaussian stands in for the posterior.
     """
 
+    paper: ClassVar[str] = "Song et al., ICML 2023"
+
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Smooth)
     guidance: Guidance | None = field(default_factory=MapGradient)
@@ -261,6 +290,8 @@ class FreeDoM(Ascent):
     Parts: as `DPS`, transition bridge (ancestral); between the repeats the state is noised back.
     Samples: no. It is an ascent whose repeats pull the state back to the data.
     """
+
+    paper: ClassVar[str] = "2303.09833"
 
     steps: int = 8
     recurrence: int = 2
@@ -277,6 +308,8 @@ class MPGD(Ascent):
     (DDIM), correction none.
     Samples: no.
     """
+
+    paper: ClassVar[str] = "2311.16424"
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
@@ -314,6 +347,8 @@ class FMRGJ(WarmedAscent):
     Samples: no. It is optimal control of one trajectory: an ascent.
     """
 
+    paper: ClassVar[str] = "2604.27147"
+
     guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
 
 
@@ -327,6 +362,8 @@ class FMRGE(WarmedAscent):
     Samples: no. It is an ascent; good for measurements (inverse problems).
     """
 
+    paper: ClassVar[str] = "2604.27147"
+
     guidance: Guidance | None = field(default_factory=EndpointAscent)
 
 
@@ -338,6 +375,9 @@ class MFMG(Ascent):
     transition diffuse without noise (Euler), correction none.
     Samples: no for a finite k; the tilt as k, inner steps and steps grow.
     """
+
+    samples: ClassVar[str] = "no for a finite k"
+    paper: ClassVar[str] = "2601.14430"
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=4))
@@ -366,6 +406,9 @@ class WeightedDiamond(Ascent):
     Samples: no for a finite k; in high dimension the weights rest on one endpoint.
     """
 
+    samples: ClassVar[str] = "no for a finite k"
+    paper: ClassVar[str] = "2602.05993"
+
     steps: int = 8
     lookahead: Lookahead | None = field(default_factory=Renoise)
     guidance: Guidance | None = field(default_factory=MapGradient)
@@ -381,6 +424,8 @@ class MultiRound(Sampler):
     Samples: no. It is a search.
     """
 
+    paper: ClassVar[str] = "2511.22688"
+
     keep: int = 1
 
     @cached_property
@@ -395,6 +440,8 @@ class Beam(MultiRound):
     Samples: no. It is a search, and it collapses modes.
     """
 
+    paper: ClassVar[str] = "2503.02039"
+
     keep: int = 4
 
 
@@ -406,6 +453,8 @@ class FMTTSearch(Sampler):
     survive every ``every`` steps.
     Samples: no. It is a search, and it collapses modes.
     """
+
+    paper: ClassVar[str] = "2511.22688"
 
     particles: int = 8
     steps: int = 16
@@ -427,6 +476,8 @@ class SVDD(Sampler):
     it with odds exp(strength r). ``particles`` counts children: 16 with 4 children are 4 parents.
     Samples: no. The soft version would, for exact values and infinitely many children.
     """
+
+    paper: ClassVar[str] = "2408.08252"
 
     steps: int = 16
     children: int = 4
@@ -454,10 +505,12 @@ class CoDe(SVDD):
     Samples: no. It is a search.
     """
 
+    paper: ClassVar[str] = "2502.00968"
+
     every: int = 4
 
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Preset]] = {
     "best_of_n": BestOfN,
     "feynman_kac": FeynmanKac,
     "funnel": Funnel,

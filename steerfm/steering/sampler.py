@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Sampler(metaclass=Named):
         recurrence: times each step but the last is taken, going back by noising in between (FreeDoM's time travel).
         stop: guide only at times below this.
     """
+
+    samples: ClassVar[str] = "no"
+    paper: ClassVar[str] = ""
 
     particles: int = 16
     steps: int = 8
@@ -429,6 +432,9 @@ class Steering(Sampler):
             copies would stay copies.
         threshold: resample below this ESS, as a share of the particles; None for that of ``resampling``, which takes it.
     """
+
+    samples: ClassVar[str] = "what its correction says"
+    paper: ClassVar[str] = ""
 
     correction: Correction = field(default_factory=Twisted)
     resampling: Selection | None = field(default_factory=Resample)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -142,6 +143,9 @@ class TreeSearch:
         greedy: walk to the best child.
     """
 
+    samples: ClassVar[str] = "in the limit only"
+    paper: ClassVar[str] = "2506.20701"
+
     particles: int = 64
     steps: int = 4
     width: int = 1
@@ -250,6 +254,9 @@ class BudgetForcing:
         width: children at a time; more make larger batches and save less.
         gamma: of the transition `Renoise`, in (0, 1].
     """
+
+    samples: ClassVar[str] = "no"
+    paper: ClassVar[str] = "2503.19385"
 
     particles: int = 1
     steps: int = 8
