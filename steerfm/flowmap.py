@@ -569,7 +569,7 @@ def restore(head: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | 
         ValueError: arguments of wrong types; weights or samples that do not fit the architecture.
     """
     with torch.device("meta"):
-        plan = build_network(head["network"], path)
+        plan = build_network(head["network"], path).to("meta")  # also what a package has made deaf to `torch.device`
         check_weights(plan, weights, path)
         x, t = torch.empty(3, *shape), torch.empty(3)
         try:

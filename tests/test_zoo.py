@@ -34,6 +34,18 @@ def test_every_model_has_its_card_and_keeps_the_limits():
         assert {"data", "licence", "recipe", "command", "commit", "metrics"} <= head["card"].keys()
 
 
+def test_models_load_whatever_else_was_loaded_before(monkeypatch):
+    """transformers wraps torch's linspace while it loads a model. Where torch looks at its functions only then, it takes the
+    wrapped one for its own, and the true one makes tensors of the CPU inside ``with torch.device(...)`` from then on."""
+    with torch.device("meta"):
+        torch.empty(0)  # now it has looked
+    create = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **options: create(*args, **({"device": "cpu"} | options)))
+    assert steerfm.load("fashion").jump(torch.zeros(1, 1, 28, 28), 0.0, 1.0).isfinite().all()
+    assert steerfm.load("emoji").shape == (3, 32, 32)
+    assert zoo.load_classifier("fashion-judge")[1]
+
+
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_classifiers_reach_their_accuracy(name):
