@@ -23,8 +23,8 @@ from steerfm.flowmap import (
 from steerfm.metrics import restoration
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
-from steerfm.report.plots import trace_plot
 from steerfm.report.run_folder import RunFolder, read_tensor
+from steerfm.report.trace import trace_plot
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, SteeringResult, steer_batches

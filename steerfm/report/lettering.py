@@ -28,7 +28,7 @@ def wrap(text: str, width: float, size: float, lines: int = 4) -> str:
     broken: list[str] = []
     for paragraph in str(text).split("\n"):
         broken.append("")
-        for piece in re.split(r"(?<=[\s(,/])", paragraph):  # breaks after spaces, and inside calls and paths
+        for piece in re.split(r"(?<=[\s(,/_])", paragraph):  # breaks after spaces, and inside calls, paths and names
             if broken[-1] and text_width((broken[-1] + piece).rstrip(), size) > width:
                 broken.append("")
             broken[-1] += piece

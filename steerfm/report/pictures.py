@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from steerfm.report.lettering import DPI, text_height, text_width, wrap
 from steerfm.report.style import INK, save_figure
+
+GAP, MARGIN = 6, 14
+"""Pixels between pictures, and around all."""
+SMALLEST, READABLE = 8.0, 9.3 / 358 * 72 / DPI
+"""Points of a text; points a pixel of width, so that a text is 9.3 pixels high where the grid is shrunk to a page of 390."""
 
 
 def picture_grid(
@@ -41,37 +47,67 @@ def picture_grid(
         raise ValueError(f"{len(row_labels)} row labels for {rows} rows of pictures")
     if captions and [len(row) for row in captions] != [columns] * rows:
         raise ValueError(f"captions must be {rows} rows of {columns} texts, like the pictures")
-    gap, margin, small, normal, large = 6, 14, 8.0, 9.0, 11.0
-    labels = [wrap(text, 180, normal) for text in row_labels]
-    texts = [[wrap(text, width + gap - 2, small, lines=3) for text in row] for row in captions]
-    left = margin + (16 + int(max(text_width(label, normal) for label in labels)) if labels else 0)
-    below = 4 + text_height(max((text.count("\n") + 1 for row in texts for text in row), default=0), small)
-    below = below + 4 if texts else gap  # captions sit nearer to their own picture than to the next
-    inner = columns * (width + gap) - gap
-    heading = wrap(title, inner + left - margin, large)
-    top = margin + (text_height(heading.count("\n") + 1, large) + 8 if title else 0)
-    full = (left + inner + margin, top + rows * (height + below) + margin - (gap if not texts else 4))
+    plan = _plan(cells.shape[1:4], row_labels, captions, title)
+    width_, height_ = plan.left + plan.inner + MARGIN, plan.top + rows * (height + plan.below) + MARGIN - plan.last
+    canvas = np.full((height_, width_, 3), 255, np.uint8)
+    fig = Figure(figsize=(width_ / DPI, height_ / DPI), dpi=DPI)
 
-    canvas = np.full((full[1], full[0], 3), 255, np.uint8)
-    fig = Figure(figsize=(full[0] / DPI, full[1] / DPI), dpi=DPI)
-
-    def write(x: float, y: float, text: str, size: float, **style: Any) -> None:
-        style = {"color": INK, "parse_math": False, "linespacing": 1.15} | style
-        fig.text(x / full[0], 1 - y / full[1], text, fontsize=size, **style)
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        style = {"color": INK, "parse_math": False, "linespacing": 1.15, "fontsize": plan.size} | style
+        fig.text(x / width_, 1 - y / height_, text, **style)
 
     for i in range(rows):
-        y = top + i * (height + below)
+        y = plan.top + i * (height + plan.below)
         for j in range(columns):
-            x = left + j * (width + gap)
+            x = plan.left + j * (width + GAP)
             canvas[y : y + height, x : x + width] = cells[i, j]
-            if texts:
-                write(x + width / 2, y + height + 4, texts[i][j], small, ha="center", va="top")
-        if labels:
-            write(left - 12, y + height / 2, labels[i], normal, ha="right", va="center", multialignment="right")
+            if plan.captions:
+                write(x + width / 2, y + height + 4, plan.captions[i][j], ha="center", va="top")
+        if plan.labels:
+            write(plan.left - 12, y + height / 2, plan.labels[i], ha="right", va="center", multialignment="right")
     if title:
-        write(margin, margin, heading, large, ha="left", va="top", weight="bold")
+        write(MARGIN, MARGIN, plan.title, ha="left", va="top", weight="bold")
     fig.figimage(canvas, origin="upper")
     return save_figure(fig, path)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where things are in a grid, in pixels, its texts, broken into lines, and their size in points.
+
+    Attributes:
+        left, top: of the first picture. inner: width of all pictures. below: from one row of pictures to the next.
+        last: how much of that the last row does not need.
+    """
+
+    size: float
+    left: int
+    top: int
+    inner: int
+    below: int
+    last: int
+    labels: list[str]
+    captions: list[list[str]]
+    title: str
+
+
+def _plan(shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequence[str]], title: str) -> Plan:
+    """Room for texts that can still be read where the grid is as wide as a phone: the wider it is, the larger they are."""
+    columns, height, width = shape
+    inner = columns * (width + GAP) - GAP
+    left, size, broken = MARGIN, SMALLEST, []
+    for _ in range(4 if labels else 1):  # larger labels make it wider
+        size = max(SMALLEST, READABLE * (left + inner + MARGIN))
+        lines = max(1, int((height + GAP) / text_height(1, size)))
+        broken = [wrap(text, max(120, 0.24 * inner), size, lines=lines) for text in labels]
+        left = MARGIN + (16 + int(max(text_width(label, size) for label in broken)) if labels else 0)
+    size = max(SMALLEST, READABLE * (left + inner + MARGIN))
+    texts = [[wrap(text, width + GAP - 2, size, lines=3) for text in row] for row in captions]
+    below = 4 + text_height(max((text.count("\n") + 1 for row in texts for text in row), default=0), size)
+    below = below + 4 if texts else GAP  # captions sit nearer to their own picture than to the next
+    heading = wrap(title, inner + left - MARGIN, size * 1.1)
+    top = MARGIN + (text_height(heading.count("\n") + 1, size) + 8 if title else 0)
+    return Plan(size, left, top, inner, below, 4 if texts else GAP, broken, texts, heading)
 
 
 def levels(pictures: Tensor) -> np.ndarray:

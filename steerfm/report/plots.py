@@ -1,4 +1,4 @@
-"""Plots of how a run went, and of methods against each other."""
+"""Plots of training, of methods against each other, and of a map against the number of its jumps."""
 
 from __future__ import annotations
 
@@ -8,88 +8,29 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from torch import as_tensor
+from matplotlib.lines import Line2D
 
-from steerfm.report.pictures import enlarged
-from steerfm.report.style import BLUE, INK, ORANGE, SOFT, TEAL, array, prepare, save_figure
+from steerfm.report.palette import look, subject
+from steerfm.report.style import (
+    DPI,
+    INK,
+    TEXT,
+    WIDTH,
+    add_key,
+    array,
+    count_by_factors,
+    mark,
+    name_axes,
+    new_figure,
+    prepare,
+    save_figure,
+)
 
-
-def trace_plot(trace: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw how a steered run went; only what ``trace`` holds is drawn.
-
-    Lines are medians and bands the middle 80 % of all outputs and particles; values that are not finite are left out.
-
-    Args:
-        trace: tensors or arrays (T steps, n outputs, k particles):
-            t (T,): times; default: the number of the step.
-            value (T, n, k): value of every particle, higher is better.
-            rewards (n, k): final rewards, drawn beside on their own axis.
-            ess (T, n): effective sample size as a share of the particles, in (0, 1].
-            resampled (T, n): bool, where an output was resampled.
-            guidance_ratio (T, n, k): norm of the guidance over the norm of the drift; 0 or NaN where there is none.
-            lookaheads (T, n, c, h, w): pictures in [0, 1]; those of the first three outputs are drawn.
-        path: of the png.
-
-    Raises:
-        ValueError: an entry with another number of steps than ``t``.
-    """
-    data = {key: array(value) for key, value in trace.items() if value is not None}
-    series = [key for key in ("value", "ess", "resampled", "guidance_ratio", "lookaheads") if key in data]
-    steps = len(data["t"]) if "t" in data else len(data[series[0]]) if series else 0
-    for key in series:
-        if len(data[key]) != steps:
-            raise ValueError(f"trace[{key!r}] has {len(data[key])} steps, t has {steps}")
-    t, x_label = (data["t"], "time t") if "t" in data else (np.arange(steps), "step")
-    guided = bool(np.nan_to_num(data.get("guidance_ratio", np.zeros(0)), posinf=0).any())
-    present = {"value": True, "ess": True, "guidance_ratio": guided}
-    panels = [key for key, show in present.items() if show and key in data and data[key].size]
-    names = {
-        "value": "value: median and middle 80 % of all particles",
-        "ess": "effective sample size, share of the particles",
-        "guidance_ratio": "norm of the guidance / norm of the drift",
-    }
-    rewards = data["rewards"][np.isfinite(data["rewards"])] if "rewards" in data else np.zeros(0)
-    strip = _lookahead_strip(data["lookaheads"]) if data.get("lookaheads", np.zeros(0)).size else None
-
-    width = 8.4
-    heights = [1.9 if key == "value" else 1.5 for key in panels] or [1.9] * bool(len(rewards))
-    if strip is not None:
-        canvas, shown, rows = strip
-        heights.append((width - 1.2) * canvas.shape[0] / canvas.shape[1] + 0.1)
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
-    fig = Figure(figsize=(width, sum(heights) + 0.4 * len(heights) + 0.3), dpi=130, layout=layout)
-    grid = fig.add_gridspec(max(1, len(heights)), 2, height_ratios=heights or None, width_ratios=[5, 1])
-    first = None
-    for row, key in enumerate(panels):
-        ax = first = fig.add_subplot(grid[row, : 1 if len(rewards) else 2], sharex=first)
-        prepare(ax, names[key])
-        _band(ax, t, data[key], {"value": BLUE, "ess": TEAL, "guidance_ratio": ORANGE}[key])
-        if key == "ess":
-            _mark_resampling(ax, t, data[key], data.get("resampled"))
-        elif key == "guidance_ratio":
-            ax.set_ylim(bottom=0)
-        if row == len(panels) - 1:
-            ax.set_xlabel(x_label, fontsize=9, color=INK)
-        else:
-            ax.tick_params(labelbottom=False)
-    if len(rewards):
-        ax = fig.add_subplot(grid[: max(1, len(panels)), 1 if panels else slice(0, 2)])
-        prepare(ax, "final reward")
-        _dots(ax, rewards)
-    if strip is not None:
-        ax = fig.add_subplot(grid[-1, :])
-        cell = (canvas.shape[0] / rows, canvas.shape[1] / len(shown))
-        ax.imshow(canvas, interpolation="nearest")
-        ax.set_title("look-ahead pictures", fontsize=9, color=INK, loc="left")
-        ax.set_xticks(
-            [(j + 0.5) * cell[1] for j in range(len(shown))], [f"{t[j]:.2f}" if "t" in data else str(j) for j in shown]
-        )
-        ax.set_yticks([(i + 0.5) * cell[0] for i in range(rows)], [f"output {i}" for i in range(rows)])
-        ax.tick_params(length=0, labelsize=8, labelcolor=INK)
-        ax.set_xlabel(x_label, fontsize=9, color=INK)
-        ax.spines[:].set_visible(False)
-    return save_figure(fig, path)
+OTHERS = "#c9ced6"
+"""Of lines that have no name in the plot."""
+NAMED = 6
+"""Methods that a cost plot names beside the baseline and the default."""
+DEFAULT = "funnel"
 
 
 def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Path:
@@ -107,31 +48,42 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
     """
     if not columns:
         raise ValueError("no curves to draw")
-    across = min(3, len(columns))
-    down = -(-len(columns) // across)
-    width, height = 3.4 * across + 0.15, 2.2 * down + 0.2
-    fig = Figure(figsize=(width, height), dpi=130)
-    edges = {"left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
-    fig.subplots_adjust(**edges, wspace=0.6 / 2.8, hspace=0.6 / 1.6)  # by hand: a layout engine takes seconds
-    for i, (name, pair) in enumerate(columns.items()):
-        ax = fig.add_subplot(down, across, i + 1)
+    fig, panels = _panels(len(columns), 1.75)
+    long = False
+    for ax, (name, pair) in zip(panels, columns.items()):
         steps, values = (array(part).astype(float).ravel() for part in pair)
         keep = np.isfinite(values)
-        steps, values = steps[keep], values[keep]
-        prepare(ax, name)
-        if len(values) > 40:
-            ax.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-            trend = smooth(values)
-            ax.plot(steps, trend, color=BLUE, linewidth=1.6)
-        else:
-            trend = values
-            ax.plot(steps, values, color=BLUE, linewidth=1.6, marker="o", markersize=3)
-        if len(values) and values.min() > 0 and trend.max() > 30 * trend.min():
-            ax.set_yscale("log")
-        ax.locator_params(axis="x", nbins=5)
-        if i >= len(columns) - across:
-            ax.set_xlabel("step", fontsize=9, color=INK)
+        long |= _curve(ax, readable(name), steps[keep], values[keep])
+    for ax in panels[-2:]:
+        name_axes(ax, "step")
+    if long:
+        tone = look("value").colour
+        smoothed = Line2D([], [], color=tone, linewidth=1.6, label="mean over a twentieth")
+        marks = [Line2D([], [], color=tone, alpha=0.3, linewidth=0.8, label="as logged"), smoothed]
+        _key_below(fig, marks)
     return save_figure(fig, path)
+
+
+def _curve(ax: Any, title: str, steps: np.ndarray, values: np.ndarray) -> bool:
+    """One curve; whether it is so long that it was smoothed."""
+    tone, long = look("value").colour, len(values) > 40
+    trend = smooth(values) if long else values
+    if long:
+        ax.plot(steps, values, color=tone, alpha=0.3, linewidth=0.8)
+    ax.plot(steps, trend, color=tone, linewidth=1.6, marker="" if long else "o", markersize=3)
+    wide = len(values) > 0 and values.min() > 0 and trend.max() > 30 * trend.min()
+    prepare(ax, title + (" (log scale)" if wide else ""), WIDTH / 2 - 0.5)
+    ax.locator_params(axis="x", nbins=3)
+    if wide:
+        count_by_factors(ax.yaxis, values)
+    return long
+
+
+def readable(name: str) -> str:
+    """The name of a logged number as words: ``train/gradient_norm`` is "gradient norm, training"."""
+    where, _, what = name.rpartition("/")
+    words = what.replace("_", " ")
+    return f"{words}, {where.replace('train', 'training', 1)}" if where else words
 
 
 def cost_plot(
@@ -142,7 +94,8 @@ def cost_plot(
     lower_is_better: bool = False,
     baseline: str = "best_of_n",
 ) -> Path:
-    """Draw what methods reach against what they cost: the baseline black, the best six at their largest cost coloured.
+    """Draw what methods reach against what they cost. The baseline, the default method and the best six at their largest cost
+    are named, each in the colour that is its own in every plot; the others are grey.
 
     Args:
         lines: method -> (evaluations, mean, half of its interval) by rising cost.
@@ -155,19 +108,28 @@ def cost_plot(
     ranked = sorted((name for name in lines if lines[name]), key=lambda name: lines[name][-1][1], reverse=not lower_is_better)
     if not ranked:
         raise ValueError("no lines to draw")
-    fig = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    chosen = set(ranked[:NAMED])
+    named = [name for name in ranked if name in chosen or subject(name) in (baseline, "base", DEFAULT) or name == baseline]
+    fig = new_figure(3.6)
     ax = fig.add_subplot()
-    prepare(ax, f"{title}; bars: 95%; grey: the other methods")
-    for rank, name in enumerate(ranked):
+    prepare(ax, title)
+    for name in ranked:
         cost, mean, half = zip(*lines[name])
-        shown = rank < 6 or name == baseline
-        color = "black" if name == baseline else f"C{rank}" if shown else "0.8"
-        label, order = (name, 3) if shown else (None, 1)
-        ax.errorbar(cost, mean, half, marker="o", markersize=4, capsize=2, color=color, label=label, zorder=order)
-    ax.set(xscale="log", yscale="log" if lower_is_better else "linear")
-    ax.set_xlabel("evaluations an output", fontsize=9, color=INK)
-    ax.set_ylabel(ylabel, fontsize=9, color=INK)
-    ax.legend(fontsize=8, frameon=False)
+        at = look(name)
+        kind = {"color": at.colour, "marker": at.marker, "linestyle": at.line, "linewidth": 1.8, "markersize": 5.5, "zorder": 3}
+        if name not in named:
+            kind = {"color": OTHERS, "marker": "", "linewidth": 1.0, "zorder": 1}
+        ax.errorbar(cost, mean, half, capsize=2, elinewidth=1, **kind)
+    points = [point for name in ranked for point in lines[name]]
+    count_by_factors(ax.xaxis, [cost for cost, _, _ in points])
+    if lower_is_better:
+        count_by_factors(ax.yaxis, [mean for _, mean, _ in points])
+    better = "lower is better, log scale" if lower_is_better else "higher is better"
+    name_axes(ax, "network evaluations an output (log scale)", f"{ylabel}\n({better})")
+    marks = [mark(look(name), name) for name in named]
+    if others := len(ranked) - len(named):
+        marks.append(Line2D([], [], color=OTHERS, linewidth=1.0, label=f"{others} other{'s' if others > 1 else ''}"))
+    add_key(fig, marks, "Bars are 95% intervals. Methods, the best at their largest cost first:")
     return save_figure(fig, path)
 
 
@@ -187,25 +149,28 @@ def jumps_plot(
     """
     if not lines:
         raise ValueError("no lines to draw")
-    across = min(3, len(lines))
-    down = -(-len(lines) // across)
-    fig = Figure(figsize=(3.4 * across, 2.2 * down + 0.4), dpi=130, layout="constrained")
+    fig, panels = _panels(len(lines), 1.75)
     order = sorted(range(len(jumps)), key=lambda i: jumps[i])
-    for i, (name, (values, reference, data)) in enumerate(lines.items()):
-        ax = fig.add_subplot(down, across, i + 1)
-        prepare(ax, name)
-        x = [jumps[j] for j in order]
-        ax.plot(x, [values[j] for j in order], color=BLUE, linewidth=1.6, marker="o", markersize=4, label="jumps")
-        ax.axhline(reference, color=ORANGE, linewidth=1.2, linestyle="--", label=many)
+    x = [jumps[i] for i in order]
+    map_, reference_, data_ = look("value").colour, look("base").colour, look("data").colour
+    for ax, (name, (values, reference, data)) in zip(panels, lines.items()):
+        prepare(ax, name, WIDTH / 2 - 0.5)
+        ax.plot(x, [values[i] for i in order], color=map_, linewidth=1.6, marker="o", markersize=4)
+        ax.axhline(reference, color=reference_, linewidth=1.4, linestyle="--")
         if data is not None:
-            ax.axhline(data, color=TEAL, linewidth=1.2, linestyle=":", label="data")
+            ax.axhline(data, color=data_, linewidth=1.6, linestyle=":")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(value) for value in x])
         ax.minorticks_off()
-        if i >= len(lines) - across:
-            ax.set_xlabel("jumps", fontsize=9, color=INK)
-        if i == 0:
-            ax.legend(fontsize=8, frameon=False)
+    for ax in panels[-2:]:
+        name_axes(ax, "jumps")
+    marks = [
+        Line2D([], [], color=map_, marker="o", markersize=4, label="the map, by its jumps"),
+        Line2D([], [], color=reference_, linestyle="--", label=many),
+    ]
+    if any(data is not None for _, _, data in lines.values()):
+        marks.append(Line2D([], [], color=data_, linestyle=":", label="the data"))
+    _key_below(fig, marks)
     return save_figure(fig, path)
 
 
@@ -219,61 +184,27 @@ def frontier_plot(
     """Draw what is gained against what is given up: named points, and the way that runs took there.
 
     Args:
-        points: name -> (x, y), numbered in the picture and named in its legend.
-        paths: name -> (x, y) in order, drawn as lines with an open circle at their start.
+        points: name -> (x, y), numbered in the picture and in its key.
+        paths: name -> (x, y) in order, drawn as lines with an open marker at their start.
         path: of the png.
     """
-    fig = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
+    fig = new_figure(3.6)
     ax = fig.add_subplot()
-    prepare(ax, "reward against divergence")
-    for color, (name, line) in zip((SOFT, TEAL, BLUE, ORANGE, *(f"C{i}" for i in range(4, 10))), paths.items()):
-        x, y = zip(*line)
-        ax.plot(x, y, color=color, linewidth=1.2, marker=".", markersize=4, label=name, zorder=1)
-        ax.plot(x[:1], y[:1], color=color, marker="o", markersize=7, markerfacecolor="white", zorder=1)
+    prepare(ax, f"{ylabel} against {xlabel}")
+    marks = []
+    for name, line in paths.items():
+        at, (x, y) = look(name), zip(*line)
+        ax.plot(x, y, color=at.colour, linestyle=at.line, linewidth=1.2, marker=".", markersize=4, zorder=1)
+        ax.plot(x[:1], y[:1], color=at.colour, marker=at.marker, markersize=7, markerfacecolor="white", zorder=2)
+        marks.append(mark(at, name, width=1.2, markersize=7, markerfacecolor="white"))
     for i, (name, (x, y)) in enumerate(points.items()):
-        ax.plot([x], [y], linestyle="none", marker="o", markersize=7, color=f"C{i % 10}", label=f"{i + 1} {name}", zorder=3)
-        ax.annotate(str(i + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=INK)
-    ax.set_xlabel(xlabel, fontsize=9, color=INK)
-    ax.set_ylabel(ylabel, fontsize=9, color=INK)
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        at = look(name)
+        ax.plot([x], [y], linestyle="none", marker=at.marker, markersize=8, color=at.colour, zorder=3)
+        ax.annotate(str(i + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=TEXT, color=INK)
+        marks.append(mark(at, f"{i + 1} {name}", linestyle="none", size=8))
+    name_axes(ax, xlabel, ylabel)
+    add_key(fig, marks, "An open marker is where a run began, dots are what it was on the way." if paths else "")
     return save_figure(fig, path)
-
-
-def _lookahead_strip(lookaheads: np.ndarray, rows: int = 3, columns: int = 10) -> tuple[np.ndarray, list[int], int]:
-    """One canvas (h, w, 3) of look-ahead pictures (T, n, c, h, w), the steps shown, and the number of rows."""
-    shown = sorted({round(i) for i in np.linspace(0, len(lookaheads) - 1, columns)})
-    cells = enlarged(as_tensor(lookaheads[shown, :rows]).transpose(0, 1), size=84)
-    padded = np.pad(cells, [(0, 0), (0, 0), (2, 2), (2, 2), (0, 0)], constant_values=255)
-    count, across, height, width = padded.shape[:4]
-    return padded.transpose(0, 2, 1, 3, 4).reshape(count * height, across * width, 3), shown, count
-
-
-def _band(ax: Any, x: np.ndarray, values: np.ndarray, color: str) -> None:
-    """Median and middle 80 % over everything but the first axis of values (T, ...)."""
-    rows = [row[np.isfinite(row)] for row in values.reshape(len(values), -1).astype(float)]
-    low, middle, high = np.array([np.quantile(row, [0.1, 0.5, 0.9]) if len(row) else [np.nan] * 3 for row in rows]).T
-    ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    ax.plot(x, middle, color=color, linewidth=1.8, marker="o", markersize=3)
-
-
-def _mark_resampling(ax: Any, x: np.ndarray, ess: np.ndarray, resampled: np.ndarray | None) -> None:
-    ax.set_ylim(0, 1.08)
-    if resampled is None or not resampled.any():
-        return
-    step, output = np.nonzero(resampled)
-    marks = ax.plot(x[step], ess[step, output], linestyle="none", marker="v", color=ORANGE, markersize=5, alpha=0.6, mew=0)
-    legend = {"fontsize": 8, "frameon": False, "labelcolor": INK, "handletextpad": 0.1, "borderaxespad": 0}
-    ax.legend(marks, ["resampled"], loc="lower right", bbox_to_anchor=(1, 1.02), **legend)
-
-
-def _dots(ax: Any, values: np.ndarray) -> None:
-    """Values as dots, spread sideways in a fixed pattern, with the median as a bar."""
-    spread = (np.arange(len(values)) * 0.618) % 1 - 0.5
-    ax.plot(spread, values, linestyle="none", marker="o", color=BLUE, alpha=0.45, markersize=4, mew=0)
-    ax.hlines(np.median(values), -0.6, 0.6, color=INK, linewidth=1.6)
-    ax.set_xlim(-0.9, 0.9)
-    ax.set_xticks([])
-    ax.locator_params(axis="y", nbins=5)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -283,3 +214,31 @@ def smooth(values: np.ndarray) -> np.ndarray:
     low = np.maximum(np.arange(len(values)) - half, 0)
     high = np.minimum(np.arange(len(values)) + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)
+
+
+# --- small multiples -------------------------------------------------------------------------------------------------
+FOOT = 0.75
+"""Inches below the panels, for the name of their axis and a key."""
+
+
+def _panels(count: int, each: float) -> tuple[Figure, list[Any]]:
+    """A figure of ``count`` panels, two side by side, ``each`` inches high without their titles; by hand, as a layout engine
+    takes seconds for many."""
+    across = min(2, count)
+    down = -(-count // across)
+    height = down * (each + 0.75) + FOOT
+    fig = Figure(figsize=(WIDTH, height), dpi=DPI)
+    wide = (WIDTH - 0.15 - 0.68 * across) / across
+    axes = []
+    for i in range(count):
+        row, column = divmod(i, across)
+        left, top = 0.66 + column * (wide + 0.68), 0.45 + row * (each + 0.75)
+        axes.append(fig.add_axes((left / WIDTH, 1 - (top + each) / height, wide / WIDTH, each / height)))
+    return fig, axes
+
+
+def _key_below(fig: Figure, marks: Sequence[Line2D]) -> None:
+    fig.legend(
+        handles=list(marks), loc="lower left", ncols=3, fontsize=TEXT, frameon=False, labelcolor=INK, columnspacing=1.0,
+        handlelength=1.6, handletextpad=0.5,
+    )  # fmt: skip

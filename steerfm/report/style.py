@@ -1,30 +1,122 @@
-"""How plots look: colours, axes, and the file that they become."""
+"""How plots look: sizes, axes, ticks, the key below, and the file that they become.
+
+A plot is as narrow as a phone and as tall as it needs: on a page 390 pixels wide its texts are more than nine pixels high.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from steerfm import files
+from steerfm.report.lettering import wrap
+from steerfm.report.palette import Look
 
 INK, SOFT, LINE = "#1f2933", "#7b8794", "#e4e7eb"
-BLUE, ORANGE, TEAL = "#2563eb", "#ea580c", "#0d9488"
+WIDTH, TEXT, DPI = 5.0, 9.5, 140
+"""Inches; points; pixels an inch. A page of 390 pixels leaves a plot 358: 9.5 points are 9.4 pixels."""
+ROW = 0.2
+"""Inches that a line of text takes."""
 
 
-def prepare(ax: Any, title: str) -> None:
-    ax.set_title(title, fontsize=9, color=INK, loc="left", parse_math=False)
+def new_figure(height: float) -> Figure:
+    """A figure of `WIDTH` that makes room for what is around its axes."""
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def prepare(ax: Any, title: str, width: float = WIDTH - 1) -> None:
+    """Axes with a title on the left, broken to ``width`` inches, and quiet lines."""
+    text = wrap(title, width * 100, TEXT, lines=3)  # lettering counts a hundred pixels an inch
+    ax.set_title(text, fontsize=TEXT, color=INK, loc="left", parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(SOFT)
-    ax.tick_params(which="both", labelsize=8, color=SOFT, labelcolor=INK)
+    ax.tick_params(which="both", labelsize=TEXT, color=SOFT, labelcolor=INK)
     ax.grid(color=LINE, linewidth=0.7)
     ax.set_axisbelow(True)
+    for axis in (ax.xaxis, ax.yaxis):
+        count_up(axis)
+
+
+def name_axes(ax: Any, x: str = "", y: str = "") -> None:
+    """What the axes show."""
+    for label, write in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
+        if label:
+            write(label, fontsize=TEXT, color=INK)
+
+
+def count_up(axis: Axis, ticks: int = 5) -> None:
+    """A linear axis with ticks as people write them."""
+    axis.set_major_formatter(Counted(useOffset=False))
+    axis.set_major_locator(MaxNLocator(ticks))
+
+
+class Counted(ScalarFormatter):
+    """Ticks of one axis, in as many digits as tell them apart."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.set_scientific(False)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        plain = x == 0 or 1e-3 <= max(abs(x) for x in self.locs) < 1e5 if len(self.locs) else False
+        return super().__call__(x, pos) if plain else number(x)
+
+
+def count_by_factors(axis: Axis, values: Any) -> None:
+    """A logarithmic axis over positive ``values``, with ticks as people write them."""
+    values = np.asarray(values, float)
+    span = np.log10(values.max() / values.min()) if len(values) and values.min() > 0 else 0.0
+    steps = (1, 2, 3, 5) if span < 0.7 else (1, 2, 5) if span < 1.6 else (1, 3) if span < 2.5 else (1,)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
+    axis.grid(which="minor", visible=False)
+
+
+def number(value: float) -> str:
+    """A number on an axis as people write it: 0.00002, 20,000, 1.5M; no powers of ten."""
+    if abs(value) < 1e5:
+        return f"{value:,.0f}" if abs(value) >= 1e4 else format(Decimal(f"{value:.4g}"), "f")
+    factor, unit = next((factor, unit) for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= factor)
+    return f"{value / factor:.4g}{unit}" if abs(value) < 1e13 else f"{value:.1e}"
+
+
+def mark(look: Look, label: str = "", width: float = 1.8, size: float = 5.5, **more: Any) -> Line2D:
+    """The line and marker of a look, for a key."""
+    kind = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "linewidth": width, "markersize": size}
+    return Line2D([], [], label=label, **kind | more)
+
+
+def add_key(fig: Figure, marks: Sequence[Artist], note: str = "", columns: int = 2) -> None:
+    """Say below a figure what its marks are, and make it so much taller; ``note`` stands above them."""
+    labels = [wrap(str(artist.get_label()), 100 * (WIDTH / columns - 0.5), TEXT, lines=2) for artist in marks]
+    note = wrap(note, 100 * (WIDTH - 0.2), TEXT, lines=4)
+    rows = -(-len(marks) // columns) * max((label.count("\n") + 1 for label in labels), default=0)
+    width, height = fig.get_size_inches()
+    fig.set_size_inches(width, height + ROW * (rows + (note.count("\n") + 1 if note else 0)) + 0.1)
+    key = fig.legend(
+        handles=marks, labels=labels, title=note or None, loc="outside lower left", ncols=columns, fontsize=TEXT,
+        title_fontsize=TEXT, alignment="left", frameon=False, labelcolor=INK, columnspacing=1.0, handletextpad=0.6,
+        borderaxespad=0.0, labelspacing=0.35,
+    )  # fmt: skip
+    key.get_title().set_color(INK)
+    for text in (key.get_title(), *key.get_texts()):
+        text.set_parse_math(False)
 
 
 def save_figure(fig: Figure, path: str | Path) -> Path:
+    """Write a figure, whole or not at all."""
     path = Path(path)
     with files.whole(path) as temporary:
         fig.savefig(temporary, facecolor="white", format=path.suffix[1:] or "png")
