@@ -98,8 +98,8 @@ def _plan(shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequ
     left, size, broken = MARGIN, SMALLEST, []
     for _ in range(4 if labels else 1):  # larger labels make it wider
         size = max(SMALLEST, READABLE * (left + inner + MARGIN))
-        lines = max(1, int((height + GAP) / text_height(1, size)))
-        broken = [wrap(text, max(120, 0.24 * inner), size, lines=lines) for text in labels]
+        lines = max(2, int((height + GAP + (text_height(1, size) if captions else 0)) / text_height(1, size)))
+        broken = [wrap(text, max(120, 0.26 * inner), size, lines=lines) for text in labels]
         left = MARGIN + (16 + int(max(text_width(label, size) for label in broken)) if labels else 0)
     size = max(SMALLEST, READABLE * (left + inner + MARGIN))
     texts = [[wrap(text, width + GAP - 2, size, lines=3) for text in row] for row in captions]
