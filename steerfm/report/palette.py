@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 COLOURS = (
     "#0072b2", "#cc4400", "#117733", "#aa3377", "#4ea5d9",
@@ -37,27 +37,29 @@ class Look:
 
 FIXED = {"base": Look("#6b7785", "o", ":"), "best_of_n": Look("#000000", "o", "-")}
 """What everything is held against: grey and black are nobody else's."""
-ALIASES = {"unsteered": "base", "tuning": "tuned", "tune": "tuned"}
+ALIASES = {"unsteered": "base", "unsteered, 4 jumps": "base", "best of n": "best_of_n", "tuning": "tuned", "tune": "tuned"}
 
 
 def look(label: str) -> Look:
     """The look of a label.
 
-    A method has that of its name, with whatever is said of it: ``tuned, 4 jumps`` that of ``tuned``, and
-    ``tuned (direct), 4 jumps`` that of ``direct``; ``base, best of 16`` has that of ``best_of_n``. Another label has one that
-    its letters alone decide.
+    A method has that of its name. What is said of it changes the marker and the line and leaves the colour: ``tuned, 4 jumps``
+    has that of ``tuned``, ``tuned (direct), 4 jumps`` of ``direct``, ``base, best of 16`` of ``best_of_n``. Another label has
+    a look that its letters alone decide.
     """
     name = subject(label)
-    if name in FIXED:
-        return FIXED[name]
-    if name in NAMES:
-        place = NAMES.index(name)
-        colour, round_ = place % len(COLOURS), place // len(COLOURS)
-        return Look(COLOURS[colour], MARKERS[(colour + 4 * round_) % len(MARKERS)], LINES[round_ % len(LINES)])
-    number = zlib.crc32(label.encode())
-    number, colour = divmod(number, len(COLOURS))
+    number, colour = divmod(zlib.crc32(label.encode()), len(COLOURS))
     number, marker = divmod(number, len(OWN_MARKERS))
-    return Look(COLOURS[colour], OWN_MARKERS[marker], LINES[number % len(LINES)])
+    own = Look(COLOURS[colour], OWN_MARKERS[marker], LINES[number % len(LINES)])
+    if name in FIXED:
+        known = FIXED[name]
+    elif name in NAMES:
+        place = NAMES.index(name)
+        colour, turn = place % len(COLOURS), place // len(COLOURS)
+        known = Look(COLOURS[colour], MARKERS[(colour + 4 * turn) % len(MARKERS)], LINES[turn % len(LINES)])
+    else:
+        return own
+    return known if ALIASES.get(label, label) == name else replace(own, colour=known.colour)
 
 
 def subject(label: str) -> str:

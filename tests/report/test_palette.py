@@ -58,8 +58,14 @@ def test_colours_stand_out_from_white(name):
         ("funnel: 8 particles", "funnel"), ("fmrg_j (16 steps)", "fmrg_j"),
     ],
 )  # fmt: skip
-def test_what_is_said_of_a_method_leaves_its_look(label, name):
-    assert look(label) == look(name)
+def test_what_is_said_of_a_method_leaves_its_colour(label, name):
+    assert look(label).colour == look(name).colour
+
+
+def test_variants_of_a_method_can_be_told_from_it_and_from_each_other():
+    labels = ["feynman_kac", "feynman_kac, denoise", "feynman_kac, rollout", "feynman_kac (no guidance)"]
+    assert len({look(label) for label in labels}) == len(labels)
+    assert len({look(label).marker for label in labels if label != "feynman_kac"} & {look("feynman_kac").marker}) == 0
 
 
 def test_own_labels_have_looks_of_their_own_that_no_method_has():
@@ -89,7 +95,7 @@ def drawn(monkeypatch, tmp_path, lines) -> dict[str, tuple[str, str]]:
 def test_a_plot_draws_a_method_as_any_other_plot_does(monkeypatch, tmp_path, seed):
     """Whatever the subset, the order and the rank."""
     stream = random.Random(seed)
-    names = stream.sample([*METHODS, "my own", "another"], 6)
+    names = stream.sample([*METHODS, "my own", "another", "funnel, wide"], 6)
     lines = {name: [(8, stream.random(), 0.1), (64, stream.random(), 0.1)] for name in names}
     found = drawn(monkeypatch, tmp_path, lines)
     for name in names:
