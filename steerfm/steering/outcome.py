@@ -15,6 +15,8 @@ from steerfm.steering.value import Problem
 
 Tick = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
+SHOWN = 18
+"""Steps that a trace prints; of more than twenty the first and the last nine."""
 
 
 @dataclass
@@ -58,6 +60,22 @@ class Trace:
         """(n,) how many of the first particles have descendants at the end."""
         last = self.origins()[-1].sort(1).values
         return ((last.diff(dim=1) > 0) & (last[:, :-1] >= 0)).sum(1) + 1
+
+    def __repr__(self) -> str:
+        """A line a step, the mean or median over outputs and particles; of many steps the first and the last."""
+        steps, n, k = self.value.shape
+        guided = bool(self.guidance_ratio.nan_to_num().any())
+        lines = [f"{'step':>4}  {'t':>5}  {'ESS':>4}  {'resampled':>9}  {'value':>10}" + ("  guidance" if guided else "")]
+        for i in range(steps):
+            value, ratio = self.value[i].nanmedian().item(), self.guidance_ratio[i].nanmedian().item()
+            share, count = f"{self.ess[i].mean().item():.0%}", f"{int(self.resampled[i].sum())}/{n}"
+            line = f"{i:>4}  {self.t[i].item():>5.3g}  {share:>4}  {count:>9}  {value:>10.4g}"
+            lines.append(line + (f"  {ratio:>8.2g}" if guided else ""))
+        if steps > SHOWN + 2:
+            lines[1 + SHOWN // 2 : -(SHOWN // 2)] = [f"   ... {steps - SHOWN // 2 * 2} more"]
+        counted = f"{steps} step{'s' * (steps != 1)}, {n} output{'s' * (n != 1)} of {k} particle{'s' * (k != 1)}"
+        said = "value and guidance (over the length of the step) medians" if guided else "value the median"
+        return "\n".join([f"Trace: {counted}; ESS is a mean share, {said}", *lines])
 
 
 @dataclass
