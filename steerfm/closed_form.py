@@ -366,15 +366,20 @@ class MixtureFlowMap(FlowMap):
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """u(x, s, t): x (b, d); s, t (b,). Returns (b, d)."""
-        if cond is not None:
-            raise ValueError("a Gaussian mixture is unconditional: pass cond=None")
+        self._check_unconditional(cond)
         components, d = self.mixture.means.shape
-        if s is t:
-            return self.mixture.velocity(x.to(self.dtype), t.to(self.dtype))
         x, s, t = x.to(self.dtype), s.to(self.dtype).unsqueeze(-1), t.to(self.dtype).unsqueeze(-1)
         if components == 1:
             return self._gaussian(x, s, t)
         return self._quantile(x, s, t) if d == 1 else self._runge_kutta(x, s, t)
+
+    def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        self._check_unconditional(cond)
+        return self.mixture.velocity(x.to(self.dtype), t.to(self.dtype))
+
+    def _check_unconditional(self, cond: Condition) -> None:
+        if cond is not None:
+            raise ValueError("a Gaussian mixture is unconditional: pass cond=None")
 
     def _gaussian(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """One Gaussian: C_s and C_t share their eigenvectors, so each axis is a map of its own."""

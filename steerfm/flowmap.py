@@ -113,8 +113,15 @@ class FlowMap(nn.Module):
         self.class_names = tuple(class_names)
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """The hook that subclasses write: u(x, s, t), with x (b, *shape), s and t (b,). Returns (b, *shape)."""
+        """The hook that subclasses write: u(x, s, t), with x (b, *shape), s and t (b,). Returns (b, *shape).
+
+        States are float32, or wider; a map whose parameters are narrower gets them in that precision (see `at_door`).
+        """
         raise NotImplementedError
+
+    def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The hook behind `velocity`, for maps that have b(x, t) in another way than as u(x, t, t). Shapes as above."""
+        return self.average_velocity(x, t, t, cond)
 
     # --- jumps ---------------------------------------------------------------------------------------------------
     def jump(self, x: Tensor, s: float | Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
@@ -122,12 +129,11 @@ class FlowMap(nn.Module):
         if isinstance(s, float | int) and isinstance(t, float | int) and s == t:
             return x
         s, t = expand_time(s, x), expand_time(t, x)
-        return x + (t - s) * self._evaluate(x, s, t, cond)
+        return x + (t - s) * self._counted(self.average_velocity, x, (s, t), cond)
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
         """b(x, t) = u(x, t, t), the velocity of the probability-flow ODE. Shape of x."""
-        t = expand_time(t, x)
-        return self._evaluate(x, t, t, cond)
+        return self._counted(self.instantaneous_velocity, x, (expand_time(t, x),), cond)
 
     def lookahead(self, x: Tensor, t: float | Tensor, cond: Condition = None, hops: int = 1) -> Tensor:
         """X_{t,1}(x) in ``hops`` equal jumps: the sample that is going to come out. Shape of x."""
@@ -141,12 +147,12 @@ class FlowMap(nn.Module):
     def denoise(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
         """D_t(x) = E[x_1 | x_t = x]; on the linear path x + (1 - t) b(x, t). Shape of x."""
         t = expand_time(t, x)
-        return self.interpolant.denoise(x, self._evaluate(x, t, t, cond), t)
+        return self.interpolant.denoise(x, self._counted(self.instantaneous_velocity, x, (t,), cond), t)
 
     def score(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
         """grad log p_t(x); infinite at t = 1. Shape of x."""
         t = expand_time(t, x)
-        return self.interpolant.score(x, self._evaluate(x, t, t, cond), t)
+        return self.interpolant.score(x, self._counted(self.instantaneous_velocity, x, (t,), cond), t)
 
     # --- pictures ------------------------------------------------------------------------------------------------
     def decode(self, z: Tensor) -> Tensor:
@@ -187,11 +193,20 @@ class FlowMap(nn.Module):
         """That of its parameters or buffers; torch's default for a map without any."""
         return next(chain(self.parameters(), self.buffers()), torch.empty(0, device="cpu")).dtype
 
-    def _evaluate(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """That of states on the path: float32, or the map's own where that is wider."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def at_door(self, x: Tensor) -> Tensor:
+        """States, or times, in the precision in which the hooks take them: that of the parameters where it is below float32."""
+        return x.to(self.dtype) if self.dtype.itemsize < 4 else x
+
+    def _counted(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
         calls = x.shape[0] * self.evaluations
         count("forwards", calls)
-        flat = s.flatten()  # the same object twice tells a map that it is asked for its velocity
-        u = self.average_velocity(x, flat, flat if t is s else t.flatten(), cond)
+        u = hook(self.at_door(x), *(self.at_door(time.flatten()) for time in times), cond)
+        u = u.to(torch.promote_types(u.dtype, x.dtype))
         count_backward("backwards", calls, u)
         return u
 
@@ -265,8 +280,11 @@ class NeuralFlowMap(FlowMap):
         s_, t_ = expand_time(s, x), expand_time(t, x)
         alpha, sigma = self.interpolant.alpha(s_), self.interpolant.sigma(s_)
         g = torch.sqrt((alpha * self.std) ** 2 + sigma**2)
-        u = self.network((x - alpha * self.mean) / g, s, t, cond)
-        return u + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
+        u = self.network(((x - alpha * self.mean) / g).to(self.dtype), s, t, cond)
+        return u.to(x.dtype) + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
+
+    def at_door(self, x: Tensor) -> Tensor:
+        return x  # the network is called in its own precision, what stands around it in that of the states
 
     def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Condition:
         """As `FlowMap.condition`; for a map of texts, prompts to {"text": (n, d)}, the empty prompt to the null condition."""
@@ -378,6 +396,9 @@ class Wrapped(FlowMap):
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)
 
+    def at_door(self, x: Tensor) -> Tensor:
+        return self.flow_map.at_door(x)
+
     def decode(self, z: Tensor) -> Tensor:
         return self.flow_map.decode(z)
 
@@ -406,12 +427,14 @@ class Microbatched(Wrapped):
         self.rows = rows
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        parts = []
-        for begin in range(0, len(x), self.rows):
-            part = slice(begin, begin + self.rows)
-            start = s[part]
-            end = start if t is s else t[part]
-            parts.append(self.flow_map.average_velocity(x[part], start, end, take_rows(cond, part)))
+        return self._in_parts(self.flow_map.average_velocity, x, (s, t), cond)
+
+    def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._in_parts(self.flow_map.instantaneous_velocity, x, (t,), cond)
+
+    def _in_parts(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
+        rows = [slice(begin, begin + self.rows) for begin in range(0, len(x), self.rows)]
+        parts = [hook(x[part], *(time[part] for time in times), take_rows(cond, part)) for part in rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -438,12 +461,16 @@ class Guided(Wrapped):
         self.evaluations = 2 * flow_map.evaluations
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._extrapolated(self.flow_map.average_velocity, x, (s, t), cond)
+
+    def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._extrapolated(self.flow_map.instantaneous_velocity, x, (t,), cond)
+
+    def _extrapolated(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
         if cond is None:
             raise ValueError("guidance needs a condition: pass cond=, or use the map without guidance")
         both = join_conditions(expand_rows(self.without, x.shape[0], x.device), cond)
-        start = torch.cat([s, s])
-        end = start if t is s else torch.cat([t, t])
-        u = self.flow_map.average_velocity(torch.cat([x, x]), start, end, both)
+        u = hook(torch.cat([x, x]), *(torch.cat([time, time]) for time in times), both)
         u_null, u_cond = u.chunk(2)
         return torch.lerp(u_null, u_cond, self.scale)
 

@@ -41,9 +41,7 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         if classes and text:
             raise ValueError("a network is conditioned on classes or on text, not on both")
-        self.classes = classes
-        self.omega: Tensor
-        self.register_buffer("omega", torch.linspace(0.5, max_frequency, frequencies), persistent=False)
+        self.classes, self.frequencies, self.max_frequency = classes, frequencies, max_frequency
         self.time = nn.Sequential(nn.Linear(4 * frequencies + 2, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.text_width = text
@@ -52,8 +50,10 @@ class ConditionEmbedding(nn.Module):
     def forward(self, s: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None) -> Tensor:
         """s, t: (b,); cond: labels (b,) int64, {"text": (b, text)}, or None for the null condition. Returns (b, width)."""
         times = torch.stack([s, t - s], -1)  # (b, 2)
-        phase = (times.unsqueeze(-1) * self.omega).flatten(1)
-        h = self.time(torch.cat([times, phase.sin(), phase.cos()], -1))
+        # no buffer: where the network is bfloat16, its frequencies would be, too
+        omega = torch.linspace(0.5, self.max_frequency, self.frequencies, dtype=times.dtype, device=times.device)
+        phase = (times.unsqueeze(-1) * omega).flatten(1)
+        h = self.time(torch.cat([times, phase.sin(), phase.cos()], -1).to(next(self.time.parameters()).dtype))
         if self.text is not None:
             if isinstance(cond, Tensor) or (cond is not None and "text" not in cond):
                 raise ValueError('this network reads texts: pass prompts, or cond={"text": embeddings}')

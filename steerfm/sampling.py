@@ -83,7 +83,7 @@ class Noise:
 
     def start(self, flow_map: FlowMap) -> Tensor:
         """Standard normal states (n * k, *shape) of a map, in its dtype and on its device: x_0."""
-        return self.normal(flow_map.shape, torch.empty(0, dtype=flow_map.dtype, device=flow_map.device))
+        return self.normal(flow_map.shape, torch.empty(0, dtype=flow_map.state_dtype, device=flow_map.device))
 
     def uniform(self, columns: int, device: torch.device) -> Tensor:
         """Uniform on [0, 1), (n, columns), for selection."""

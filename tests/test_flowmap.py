@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 
 import pytest
 import torch
 
+import steerfm
+from steerfm import GaussianMixture
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap, Guided, Microbatched, NeuralFlowMap, Wrapped, build_network, map_condition
 from steerfm.interpolant import Interpolant, Trigonometric
@@ -407,3 +410,56 @@ def test_a_compiled_map_is_the_same_map(randomise):
             moved = flow_map.jump(y, 0.1, 0.8)
             found.append((moved, *torch.autograd.grad(moved.square().sum(), y)))
         torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+def narrowed(flow_map):
+    """The same map, its network in bfloat16."""
+    return flow_map.with_network(copy.deepcopy(flow_map.network).bfloat16())
+
+
+def test_states_are_float32_beside_a_bfloat16_network():
+    """The network alone rounds: eight steps off by what eight of its roundings are, not by those of the states."""
+    flow_map = steerfm.load("fashion")
+    half = narrowed(flow_map)
+    assert half.dtype == torch.bfloat16 and half.state_dtype == torch.float32
+    cond = torch.tensor([0, 8, 3])
+    whole, coarse = (steerfm.sample(each, n=3, steps=8, cond=cond) for each in (flow_map, half))
+    assert coarse.dtype == torch.float32
+    assert (whole - coarse).square().mean().sqrt() < 0.03 * whole.std()
+    result = steerfm.steer(half, "brightness", steerfm.FeynmanKac(4, 4), n=2, label="Bag")
+    assert result.samples.dtype == torch.float32 and result.rewards.isfinite().all()
+    guided = steerfm.steer(steerfm.Guided(half, 2.0), "brightness", "fmrg_j", n=1, label="Bag")
+    assert guided.samples.dtype == torch.float32
+
+
+def test_an_own_map_gets_states_in_the_precision_of_its_parameters():
+    class Own(FlowMap):
+        def __init__(self):
+            super().__init__((3,))
+            self.layer = torch.nn.Linear(5, 3).bfloat16()
+
+        def average_velocity(self, x, s, t, cond):
+            return self.layer(torch.cat([x, s[:, None], t[:, None]], 1))
+
+    assert steerfm.sample(Own(), n=4, steps=3).dtype == torch.float32
+
+
+def test_a_wrapper_that_makes_its_times_anew_has_the_same_velocity():
+    """No object's identity says which of the two is wanted."""
+
+    class Anew(FlowMap):
+        def __init__(self, inner):
+            super().__init__(inner.shape, inner.interpolant)
+            self.inner = inner
+
+        def average_velocity(self, x, s, t, cond):
+            return self.inner.average_velocity(x.clone(), s.clone(), t.clone(), cond)
+
+    mixture = GaussianMixture([[-2.0, 0.0], [1.0, 1.0]], [[0.3, 0.2], [0.1, 0.5]])
+    inner, x = mixture.flow_map(), torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).double()
+    inner = inner.double()
+    for t in (0.0, 0.4, 0.9):
+        exact = inner.velocity(x, t)
+        for wrapped in (Anew(inner), Microbatched(inner, 4), Microbatched(Anew(inner), 4)):
+            torch.testing.assert_close(wrapped.velocity(x, t), exact, rtol=1e-9, atol=1e-9)

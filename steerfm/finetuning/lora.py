@@ -91,6 +91,9 @@ class LoRAOff(FlowMap):
     def encode(self, pictures: Tensor) -> Tensor:
         return self.flow_map[0].encode(pictures)
 
+    def at_door(self, x: Tensor) -> Tensor:
+        return self.flow_map[0].at_door(x)
+
     @property
     def device(self) -> torch.device:
         return self.flow_map[0].device

@@ -40,7 +40,7 @@ class Begin:
         flow_map, n, k = problem.flow_map, len(noise.seeds), noise.k
         if self.x is None:
             return noise.start(flow_map)
-        x = self.x.to(flow_map.device, flow_map.dtype)
+        x = self.x.to(flow_map.device, flow_map.state_dtype)
         x = x.unsqueeze(1) if x.ndim == len(flow_map.shape) + 1 else x
         if x.shape[1] not in (1, k):
             raise ValueError(f"{x.shape[1]} particles to begin with, where the method begins with {k}: give (n, *shape) or {k}")

@@ -282,7 +282,7 @@ class BudgetForcing:
 
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         flow_map, width = problem.flow_map, self.width
-        x = torch.zeros(len(problem.strength), *flow_map.shape, dtype=flow_map.dtype, device=flow_map.device)
+        x = torch.zeros(len(problem.strength), *flow_map.shape, dtype=flow_map.state_dtype, device=flow_map.device)
         times = torch.tensor([0.0, *time_grid(self.steps)[:-1]], dtype=x.dtype, device=x.device)  # before, and of, every level
         edges = torch.arange(self.steps + 1, device=x.device) * self.budget // self.steps
         shares = torch.cat([edges.diff(), edges[:1]])  # nothing more at the end

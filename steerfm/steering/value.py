@@ -84,7 +84,7 @@ class Problem:
     def probe(self) -> Tensor:
         """A state (1, *shape) to try the reward on."""
         z = torch.randn(1, *self.flow_map.shape, generator=stream(0, "probe"), dtype=torch.float32)
-        return z.to(self.flow_map.device, self.flow_map.dtype)
+        return z.to(self.flow_map.device, self.flow_map.state_dtype)
 
     def select(self, rows: Tensor) -> Problem:
         """The problem of the given particles (b',)."""
