@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import mimetypes
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -14,6 +15,7 @@ import numpy as np
 
 from steerfm import files
 from steerfm.report.formats import short
+from steerfm.report.palette import FIXED, NAMES, look, subject
 from steerfm.report.run_folder import RunFolder
 
 
@@ -50,11 +52,7 @@ def report(
         source = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
         image = f'<img src="{source}" alt="{_escape(caption)}">'
         parts.append(f"<figure><figcaption>{_escape(caption)}</figcaption>{image}</figure>")
-    for caption, header, rows in tables:
-        head = _table_row("th", header)
-        body = "".join(_table_row("td", row) for row in rows)
-        table = f"<table><caption>{_escape(caption)}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
-        parts.append(f'<div class="scroll">{table}</div>')
+    parts += [_table(*table) for table in tables]
     if (config := folder / "config.yaml").is_file():
         content = _escape(config.read_text(encoding="utf-8"))
         parts.append(f"<details><summary>Configuration</summary><pre><code>{content}</code></pre></details>")
@@ -85,28 +83,51 @@ STYLE = """
 }
 body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
 pre { background: var(--box); border-radius: 6px; padding: .75rem 1rem; overflow-x: auto; font-size: .85rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 1.25rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1.75rem 0; } figcaption, caption { color: var(--soft); text-align: left; padding-bottom: .4rem; }
+figure { margin: 1.75rem 0; }
+figcaption, caption { color: var(--soft); text-align: left; padding-bottom: .4rem; max-width: 44rem; }
 img { max-width: 100%; height: auto; border-radius: 6px; background: #ffffff; }
 .scroll { overflow-x: auto; margin: 1.75rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 600; } .number { text-align: right; white-space: nowrap; }
+th { font-weight: 600; vertical-align: bottom; }
+.number { text-align: right; } td.number, td:first-child { white-space: nowrap; }
+td i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .45em; }
 summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 32rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 """
 
 
-def _table_row(tag: str, cells: Sequence[Any]) -> str:
-    return f"<tr>{''.join(_table_cell(tag, cell) for cell in cells)}</tr>"
+def _table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A table that scrolls by itself where it is wider than the page. Columns of figures stand on the right, in one line; what
+    a row is about has the colour that it has in plots."""
+    figures = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(header))]
+    head = "".join(_cell("th", cell, figure) for cell, figure in zip(header, figures))
+    body = "".join(
+        f"<tr>{''.join(_cell('td', cell, figure, dot=not i) for i, (cell, figure) in enumerate(zip(row, figures)))}</tr>"
+        for row in rows
+    )
+    table = f"<table><caption>{_escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
-def _table_cell(tag: str, cell: Any) -> str:
-    number = isinstance(cell, int | float | np.number) and not isinstance(cell, bool)
-    return f"<{tag}{' class=number' if number else ''}>{_escape(cell)}</{tag}>"
+def _cell(tag: str, cell: Any, figure: bool, dot: bool = False) -> str:
+    mark = ""
+    if dot and isinstance(cell, str) and subject(name := cell.removesuffix(" *")) in {*NAMES, *FIXED}:
+        mark = f'<i style="background:{look(name).colour}"></i>'
+    return f"<{tag}{' class=number' if figure else ''}>{mark}{_escape(cell)}</{tag}>"
+
+
+def _is_figure(cell: Any) -> bool:
+    """A number, or a text of numbers: "-0.014±0.051", "0.3 to 0.4"; nothing at all is one that is missing."""
+    if isinstance(cell, bool):
+        return False
+    return isinstance(cell, int | float | np.number) or bool(
+        re.fullmatch(r"|-|[+-]?[\d.][\d.,]*( ?(±|to) ?[+-]?[\d.,]+)?", str(cell))
+    )
 
 
 def _escape(value: Any) -> str:

@@ -65,17 +65,17 @@ class Trace:
         """A line a step, the mean or median over outputs and particles; of many steps the first and the last."""
         steps, n, k = self.value.shape
         guided = bool(self.guidance_ratio.nan_to_num().any())
-        lines = [f"{'step':>4}  {'t':>5}  {'ESS':>4}  {'resampled':>9}  {'value':>10}" + ("  guidance" if guided else "")]
+        names = ["step", "    t", "mean ESS", "resampled", "median value", *["guidance/step"] * guided]
+        lines = ["  ".join(names)]
         for i in range(steps):
             value, ratio = self.value[i].nanmedian().item(), self.guidance_ratio[i].nanmedian().item()
             share, count = f"{self.ess[i].mean().item():.0%}", f"{int(self.resampled[i].sum())}/{n}"
-            line = f"{i:>4}  {self.t[i].item():>5.3g}  {share:>4}  {count:>9}  {value:>10.4g}"
-            lines.append(line + (f"  {ratio:>8.2g}" if guided else ""))
+            cells = [str(i), f"{self.t[i].item():.3g}", share, count, f"{value:.4g}", *[f"{ratio:.2g}"] * guided]
+            lines.append("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, names)))
         if steps > SHOWN + 2:
             lines[1 + SHOWN // 2 : -(SHOWN // 2)] = [f"   ... {steps - SHOWN // 2 * 2} more"]
         counted = f"{steps} step{'s' * (steps != 1)}, {n} output{'s' * (n != 1)} of {k} particle{'s' * (k != 1)}"
-        said = "value and guidance (over the length of the step) medians" if guided else "value the median"
-        return "\n".join([f"Trace: {counted}; ESS is a mean share, {said}", *lines])
+        return "\n".join([f"Trace: {counted}", *lines])
 
 
 @dataclass

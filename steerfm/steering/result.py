@@ -33,6 +33,8 @@ FILE = "samples.safetensors"
 KIND = "steerfm.SteeringResult"
 SHOWN = 64
 """Outputs that a grid draws at most."""
+OVER_TIME = "over time, from noise to picture: what the particles are worth, and how evenly their weights are spread"
+"""The caption of `SteeringResult.plot`."""
 
 
 @dataclass
@@ -135,6 +137,44 @@ class SteeringResult(Outcome):
         title = f"best of {k} particles, the reward below: {', '.join(self.components)}{some_of}"
         texts = [captions[begin : begin + particles] for begin in range(0, len(captions), particles)]
         return picture_grid(pictures.unflatten(0, (-1, particles)), path, labels, texts, title)
+
+    def plot(self, path: str | Path, method: str = "value", names: Sequence[str] = (), rewards: Tensor | None = None) -> Path:
+        """Draw how the run went: value, effective sample size and guidance over time, final rewards, look-ahead pictures.
+
+        Args:
+            path: of the png.
+            method: whose colour the lines have.
+            names: what each output was asked for; outputs that were asked for different things are drawn apart.
+            rewards: (m, k) final rewards of these outputs and of further ones, which ``names`` then names, too.
+        """
+        from steerfm.report.trace import trace_plot
+
+        steps = vars(self.trace) | {"rewards": self.rewards if rewards is None else rewards}
+        looks = steps.pop("lookaheads")
+        if looks is not None and self.flow_map is not None and len(self.flow_map.shape) == 3:
+            steps["lookaheads"] = self.flow_map.decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
+        return trace_plot(steps, path, method, names)
+
+    def report(self, folder: str | Path, title: str = "Steered samples", method: str = "value") -> Path:
+        """Save into a folder, and leave a page to look at there: ``report.html``, beside ``grid.png`` and ``trace.png``.
+
+        Args:
+            folder: made if missing.
+            title: of the page.
+            method: whose colour the lines of the plot have, such as "funnel".
+
+        Returns:
+            The path of the page.
+        """
+        from steerfm.report.page import report
+
+        folder, pictures = Path(folder), []
+        self.save(folder)
+        if self.flow_map is not None and self.samples.ndim == 5:
+            columns = 4  # can be read on a phone
+            pictures.append(("the best particle of each output", self.grid(folder / "grid.png", columns=columns)))
+        pictures.append((OVER_TIME, self.plot(folder / "trace.png", method)))
+        return report(folder, title, self._summary(), pictures=pictures)
 
     # --- files ---------------------------------------------------------------------------------------------------
     def save(self, path: str | Path, **more: Tensor) -> Path:

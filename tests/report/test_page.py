@@ -12,6 +12,7 @@ import yaml
 from steerfm.cost import Cost
 from steerfm.report.card import model_card
 from steerfm.report.page import report
+from steerfm.report.palette import look
 from steerfm.report.pictures import picture_grid
 from steerfm.report.run_folder import RunFolder
 
@@ -71,3 +72,19 @@ def test_model_card(tmp_path):
     assert text.index("## Data") < text.index("## Licence") < text.index("## Metrics") < text.index("## Parameters")
     assert yaml.safe_load(model_card("x", {"licence": "house rules"}).split("---")[1])["license"] == "other"
     assert "a\\|b" in text
+
+
+def test_figures_stand_in_one_line_on_the_right(tmp_path):
+    header = ["", "mean", "over base", "95%", "what"]
+    rows = [["funnel", 1.5, "-0.014±0.051", "0.33 to 0.4", "a text"], ["mine", -2, "", "-1 to 3", "12 monkeys"]]
+    text = report(tmp_path, "title", {}, [("a table", header, rows)]).read_text()
+    assert text.count("<td class=number>") == 6 and text.count("<th class=number>") == 3
+    assert "<th>what</th>" in text and "<td>12 monkeys</td>" in text
+
+
+def test_a_row_has_the_colour_of_its_method(tmp_path):
+    names = ["funnel *", "base, 4 jumps", "fmrg_j", "my own"]
+    text = report(tmp_path, "title", {}, [("a table", ["method", "reward"], [[name, 1.0] for name in names])]).read_text()
+    for name in names[:3]:
+        assert f'<i style="background:{look(name.removesuffix(" *")).colour}"></i>{name}<' in text
+    assert "<td>my own</td>" in text

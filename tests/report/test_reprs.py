@@ -10,7 +10,7 @@ import torch
 import steerfm
 from steerfm.steering import Trace
 
-ROWS, COLUMNS = 24, 100
+ROWS, COLUMNS = 24, 120
 
 
 def trace(steps: int, n: int = 3, k: int = 4) -> Trace:
@@ -56,4 +56,17 @@ def test_what_methods_return_prints_in_one_screen(name):
     result = steerfm.steer(mixture.flow_map(), lambda x: -x.square().sum(1), steerfm.method(name), n=2, seeds=0)
     for thing in (result, result.trace, steerfm.method(name)):
         lines = repr(thing).splitlines()
-        assert len(lines) <= ROWS and max(map(len, lines)) <= 120
+        assert len(lines) <= ROWS and max(map(len, lines)) <= COLUMNS
+
+
+def test_a_result_leaves_a_report(tmp_path):
+    """From Python: the samples, both pictures, and a page that needs no other file."""
+    result = steerfm.steer("fashion", "brightness", "best_of_n", n=2, seeds=0, label="Bag", lookaheads=True)
+    page = result.report(tmp_path / "run", "Bright bags", "best_of_n")
+    assert {file.name for file in page.parent.iterdir()} >= {"report.html", "grid.png", "trace.png", "samples.safetensors"}
+    text = page.read_text()
+    assert text.count("<img") == 2 and "Bright bags" in text and all(word in text for word in ("strength", "ESS", "particles"))
+    assert steerfm.SteeringResult.load(page.parent).samples.equal(result.samples)
+    mixture = steerfm.GaussianMixture([[0.0, 1.0]], [[1.0, 1.0]])
+    vectors = steerfm.steer(mixture.flow_map(), lambda x: -x.square().sum(1), steerfm.method("funnel"), n=2, seeds=0)
+    assert vectors.report(tmp_path / "vectors").read_text().count("<img") == 1
