@@ -14,7 +14,7 @@ import torch
 from steerfm import cli
 from steerfm.cli.bench import BASE, Cells, Column, Problem, Yardstick, summary, within_budget
 from steerfm.cli.config import SteerConfig
-from steerfm.cli.outputs import Asked
+from steerfm.cli.outputs import Outputs
 from steerfm.closed_form import GaussianMixture
 from steerfm.steering import METHODS, steer
 
@@ -196,7 +196,7 @@ def cell(held, evaluations):
 
 
 def test_a_summary_by_hand():
-    want = Asked(None, None, None, ["a", "b"], 1)
+    want = Outputs(None, None, None, ["a", "b"], 1)
     problem = Problem("p", SteerConfig(), None, Yardstick(lambda x: x, None), None, None, want)  # type: ignore[arg-type]
     cells: Cells = {
         Column(problem, 0, BASE): [cell([0.0, 1.0], 4)] * 4,

@@ -25,10 +25,10 @@ from torch import Tensor
 import steerfm
 from steerfm import files, zoo
 from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
-from steerfm.cli.console import console, make_table, progress
+from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.evaluate import known_features, word_spaces
 from steerfm.cli.loading import did_you_mean, explain, find_recipe, kept, load, make, plain, recipes, shipped
-from steerfm.cli.outputs import Asked, asked, want_seeds
+from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import contents, stem
 from steerfm.cost import Ledger
@@ -52,12 +52,9 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
     scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("*.py"))}
     suites = recipes("bench")
     if name is None:
-        table = make_table("benchmark", "what")
-        for key, path in suites.items():
-            table.add_row(key, path.read_text().split("\n")[0].lstrip("# "))
-        for key, path in scripts.items():
-            table.add_row(key, (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0])
-        console.print(table)
+        rows = [(key, path.read_text().split("\n")[0].lstrip("# ")) for key, path in suites.items()]
+        rows += [(key, (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]) for key, path in scripts.items()]
+        print_table(("benchmark", "what"), rows)
     elif name in scripts:
         runpy.run_path(str(scripts[name]))["main"](arguments)
     elif name not in suites and not Path(name).is_file():
@@ -93,8 +90,8 @@ class Yardstick:
                 return cls(features, None)
         if names := zoo.classifiers(flow_map):
             statistics = zoo.statistics(names[0])
-            classifier = zoo.load_classifier(names[0])[0].to(flow_map.device)
-            return cls(classifier.features, (statistics["test_mean"], statistics["test_cov"]))  # type: ignore[arg-type]
+            classifier: Any = zoo.load_classifier(names[0])[0].to(flow_map.device)
+            return cls(classifier.features, (statistics["test_mean"], statistics["test_cov"]))
         return cls(lambda x: x.flatten(1), None)
 
 
@@ -103,11 +100,11 @@ FACTS = ("evaluations", "forwards", "backwards", "reward_calls", "seconds")
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A model and what it is asked for.
+    """A model and what its outputs are asked for.
 
     Attributes:
         name: of the problem in its suite. config: as for `steerfm steer`. reward: what methods see. judge: what counts.
-        asked: a row an output.
+        outputs: what they are asked for, a row each.
     """
 
     name: str
@@ -116,7 +113,7 @@ class Problem:
     yardstick: Yardstick
     reward: Reward
     judge: Reward
-    asked: Asked
+    outputs: Outputs
 
     @property
     def title(self) -> str:
@@ -124,14 +121,14 @@ class Problem:
 
     def evaluations(self, method: Method) -> float:
         """Network evaluations of one output, by trying it."""
-        row = self.asked.take(slice(0, 1))
+        row = self.outputs.take(slice(0, 1))
         told = {"prompts": row.prompts, "labels": row.labels}
         return steer(self.flow_map, self.reward, method, 1, 0, self.config.strength, row.cond, **told).cost.evaluations
 
     def measure(self, method: Method | None, seed: int) -> dict[str, Tensor]:
         """One cell: the best particle of each output by the reward, as the judge sees it; None draws plain samples."""
-        want, size = self.asked, self.config.batch_size
-        seeds = want_seeds(want, seed * self.config.n)
+        want, size = self.outputs, self.config.batch_size
+        seeds = want.seeds(seed * self.config.n)
         with Ledger() as ledger:
             if method is None:
                 x = draw(self.flow_map, want.n, 4, seeds, want.cond, batch_size=max(size, 100))
@@ -156,7 +153,7 @@ class Problem:
         return found
 
 
-def within_budget(method: Method, evaluations: Callable[[Method], float], budget: int) -> Method | None:
+def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int) -> Any:
     """The method with as many steps as leave it at least its least particles, then as many particles as the rest buys; None
     where it cannot be that cheap.
 
@@ -165,11 +162,11 @@ def within_budget(method: Method, evaluations: Callable[[Method], float], budget
         evaluations: of one output, of a method. budget: the most of them.
     """
     if hasattr(method, "sized"):
-        return method.sized(budget)  # type: ignore[attr-defined]
-    names = {field.name for field in fields(method)} if is_dataclass(method) else set()
+        return method.sized(budget)
+    names = {field.name for field in fields(method)} if is_dataclass(type(method)) else set()
     if "budget" in names:
-        steps = min(method.steps, budget // 4)  # type: ignore[attr-defined]
-        return replace(method, budget=budget, steps=steps) if steps else None  # type: ignore[type-var]
+        steps = min(method.steps, budget // 4)
+        return replace(method, budget=budget, steps=steps) if steps else None
     if "particles" not in names:
         return method if evaluations(method) <= budget else None
     unit = int(getattr(method, "children", 1))
@@ -177,10 +174,10 @@ def within_budget(method: Method, evaluations: Callable[[Method], float], budget
     length = "steps" if "steps" in names else "iterations" if "iterations" in names else None
     size = min(getattr(method, length), budget) if length else 1  # a step costs at least one evaluation
     while size >= 1:
-        trial = replace(method, **({length: size} if length else {}), particles=least)  # type: ignore[arg-type]
+        trial = replace(method, **({length: size} if length else {}), particles=least)
         particles = int(budget * least / evaluations(trial)) // unit * unit
         if particles >= least:
-            return replace(trial, particles=particles)  # type: ignore[type-var]
+            return replace(trial, particles=particles)
         size = size // 2 if length else 0
     return None
 
@@ -318,7 +315,7 @@ def _problems(config: BenchConfig) -> list[Problem]:
                 judge = build_judge(problem, flow_map)
                 if judge is None:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
-                want = asked(flow_map, problem.label, problem.prompt, problem.n, reward)
+                want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward)
                 check_needs((reward, judge), want.labels, want.prompts)
                 made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
     return made
@@ -346,7 +343,7 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
             "budget": column.budget, "method": column.method, "seeds": len(found), "outputs": held.numel(),
             "held_out": held.mean().item(),
             "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
-            "diversity": _diversity(features, problem.asked.names * len(found)),
+            "diversity": _diversity(features, problem.outputs.names * len(found)),
             "distance": _distance(features, problem.yardstick.reference),
             **dict(zip(FACTS, torch.stack([cell["facts"] for cell in found]).mean(0).tolist())),
         }  # fmt: skip
@@ -387,44 +384,16 @@ def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> floa
 
 def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str) -> None:
     """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
-    facts = ["model", "problem", "strength", "budget", "method"]
-    with files.whole(folder.path / "cells.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*facts, "seed", "held_out", "reward", *FACTS])
-        for row, found in zip(rows, cells.values()):
-            for seed, cell in enumerate(found):
-                numbers = [cell["held_out"].mean().item(), cell["reward"].mean().item(), *cell["facts"].tolist()]
-                writer.writerow([*(inert(row[fact]) for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
-    tables, pictures, stems = [], [], []
-    header = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
+    _write_cells(folder.path / "cells.csv", cells, rows)
+    tables, pictures, names = [], [], []
     for problem in dict.fromkeys(column.problem for column in cells):
         of = {column: row for row, column in zip(rows, cells) if column.problem is problem}
-        for budget in config.budgets:
-            shown = [row for column, row in of.items() if column.budget in (0, budget)]
-            lines = [_line(row) for row in sorted(shown, key=lambda row: -row["held_out"])]
-            short = [0, 1, 3, 5, 6, 8, 9]  # what fits a terminal; the report has all
-            table = make_table(*(header[i] for i in short), title=f"{problem.title}: {budget} network evaluations an output")
-            for line in lines:
-                table.add_row(*(line[i] for i in short))
-            console.print(table)
-            tables.append((f"{problem.title}: {budget} evaluations", header, lines))
-        stem = re.sub(r"[^\w.+=-]+", "-", problem.title.replace("strength ", "")).strip("-.") or "problem"
-        stem = stem if stem not in stems else f"{stem}-{len(stems)}"  # "a b" and "a/b" are two problems
-        stems.append(stem)
-        plot = cost_plot(curves(of.values()), folder.path / f"{stem}.png", problem.title, "held-out reward")
-        pictures.append((problem.title, plot))
-        first = {c.method: cells[c][0] for c in of if c.budget in (0, config.budgets[-1])}
-        if all("pictures" in cell for cell in first.values()):
-            grid = torch.stack([cell["pictures"] for cell in first.values()]).float() / 255
-            captions = [[f"{value:.2f}" for value in cell["held_out"][: grid.shape[1]].tolist()] for cell in first.values()]
-            title = f"{problem.title}: outputs of seed 0 at {config.budgets[-1]} evaluations, held-out reward below"
-            file = picture_grid(grid, folder.path / f"{stem}-pictures.png", list(first), captions, problem.title)
-            pictures.append((title, file))
-    ranks: dict[str, list[int]] = {}
-    for row in rows:
-        ranks.setdefault(row["method"], []).append(row["rank"])
-    del ranks[BASE]
-    means = dict(sorted(((name, sum(found) / len(found)) for name, found in ranks.items()), key=lambda item: item[1]))
+        tables += [_table(problem, budget, of) for budget in config.budgets]
+        name = re.sub(r"[^\w.+=-]+", "-", problem.title.replace("strength ", "")).strip("-.") or "problem"
+        name = name if name not in names else f"{name}-{len(names)}"  # "a b" and "a/b" are two problems
+        names.append(name)
+        pictures += _draw(problem, of, cells, config.budgets[-1], folder.path / name)
+    means = _mean_ranks(rows)
     tables.append(("mean rank over problems and budgets", ["method", "rank"], [[n, f"{r:.2f}"] for n, r in means.items()]))
     told = {
         "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": torch.get_num_threads(),
@@ -434,6 +403,58 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
     page = report(folder, f"Benchmark {suite}", told, tables, pictures)
     console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
     console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")
+
+
+def _write_cells(path: Path, cells: Cells, rows: list[dict[str, Any]]) -> None:
+    """A line a cell, under the facts of its row."""
+    facts = ["model", "problem", "strength", "budget", "method"]
+    with files.whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*facts, "seed", "held_out", "reward", *FACTS])
+        for row, measured in zip(rows, cells.values()):
+            for seed, cell in enumerate(measured):
+                numbers = [cell["held_out"].mean().item(), cell["reward"].mean().item(), *cell["facts"].tolist()]
+                writer.writerow([*(inert(row[fact]) for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
+
+
+HEADER = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
+SHORT = [0, 1, 3, 5, 6, 8, 9]
+"""The columns that fit a terminal; the report has all."""
+
+
+def _table(problem: Problem, budget: int, of: Mapping[Column, dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, header, lines) of a problem at a budget, the best method first; prints it."""
+    shown = [row for column, row in of.items() if column.budget in (0, budget)]
+    lines = [_line(row) for row in sorted(shown, key=lambda row: -row["held_out"])]
+    title = f"{problem.title}: {budget} network evaluations an output"
+    print_table([HEADER[i] for i in SHORT], [[line[i] for i in SHORT] for line in lines], title)
+    return f"{problem.title}: {budget} evaluations", HEADER, lines
+
+
+def _draw(
+    problem: Problem, of: Mapping[Column, dict[str, Any]], cells: Cells, budget: int, path: Path
+) -> list[tuple[str, Path]]:
+    """PATH.png, the held-out reward by cost, and PATH-pictures.png, the outputs of the first seed at a budget."""
+    plot = cost_plot(curves(of.values()), path.with_name(f"{path.name}.png"), problem.title, "held-out reward")
+    drawn = [(problem.title, plot)]
+    first = {column.method: cells[column][0] for column in of if column.budget in (0, budget)}
+    if all("pictures" in cell for cell in first.values()):
+        grid = torch.stack([cell["pictures"] for cell in first.values()]).float() / 255
+        captions = [[f"{value:.2f}" for value in cell["held_out"][: grid.shape[1]].tolist()] for cell in first.values()]
+        title = f"{problem.title}: outputs of seed 0 at {budget} evaluations, held-out reward below"
+        file = picture_grid(grid, path.with_name(f"{path.name}-pictures.png"), list(first), captions, problem.title)
+        drawn.append((title, file))
+    return drawn
+
+
+def _mean_ranks(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Method -> its rank in the mean, the best first."""
+    ranks: dict[str, list[int]] = {}
+    for row in rows:
+        if row["method"] != BASE:
+            ranks.setdefault(row["method"], []).append(row["rank"])
+    means = {name: sum(of) / len(of) for name, of in ranks.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 from rich import box
@@ -20,6 +21,14 @@ def make_table(*columns: str, title: str = "") -> Table:
     for column in table.columns[1:]:
         column.overflow = "fold"  # a figure that is cut is lost
     return table
+
+
+def print_table(header: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
+    """Print a table of texts."""
+    table = make_table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @contextmanager

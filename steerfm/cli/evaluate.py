@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steerfm import emoji, encoders, files, rewards, zoo
 from steerfm.cli.config import EvaluateConfig
-from steerfm.cli.console import console, make_table, progress
+from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.parts import can_judge_words, load_model
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
@@ -34,6 +34,7 @@ from steerfm.randomness import stream
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import jumps_plot
+from steerfm.report.run_folder import RunFolder
 from steerfm.sampling import sample as draw
 from steerfm.transitions import Diffuse
 
@@ -110,6 +111,29 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
     many = f"{config.euler} Euler steps"
+    rows, drawn = measure(flow_map, examiner, config, folder, many)
+    n = min(PAIRS, config.n)
+    consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n)))
+    floors = {name: space.floor(config.n) for name, space in examiner.spaces.items()}
+    tables = _tables(rows, floors, many, config.n)
+    _print(config, tables, consistency, examiner.gaps)
+    pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
+    pictures += _draw_samples({name: drawn[name] for name in rows}, examiner.names, folder.path)
+    facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
+    report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
+    summary: dict[str, Any] = {
+        "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
+        "texture_of_data": examiner.texture, "train_test": examiner.apart, "gaps": examiner.gaps, **consistency,
+    }  # fmt: skip
+    folder.save_result(summary)  # last: its presence says that the run is finished
+    folder.clear_parts()
+
+
+def measure(
+    flow_map: FlowMap, examiner: Examiner, config: EvaluateConfig, folder: RunFolder, many: str
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+    """The numbers of each sampler by its name, the Euler steps' last, and its first pictures; those that a killed run left are
+    read."""
     plans = [(many, config.euler, True)]  # first: the others are held against it
     plans += [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
     batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
@@ -117,43 +141,19 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     drawn, ends = {}, None
     with progress("evaluating", len(plans) * len(batches)) as tick:
         for done, (name, steps, euler) in enumerate(plans):
-            kept = folder.load_part(done, prefix="plan")
-            if kept is None:
-                kept = _plan(
+            part = folder.load_part(done, prefix="plan")
+            if part is None:
+                part = _plan(
                     flow_map, examiner, batches, steps, ends, config.seeds,
                     lambda i, done=done: tick(done * len(batches) + i, len(plans) * len(batches)),
                 )  # fmt: skip
-                folder.save_part(done, kept, prefix="plan")
-            drawn[name], last = kept.pop("pictures"), kept.pop("ends")
+                folder.save_part(done, part, prefix="plan")
+            drawn[name], last = part.pop("pictures"), part.pop("ends")
             ends = last if euler else ends
-            rows[name] = in_order(kept, examiner.spaces)
+            rows[name] = in_order(part, examiner.spaces)
             folder.log(sampler=name, **rows[name], once=("sampler",))
     rows[many] = rows.pop(many)
-    n = min(PAIRS, config.n)
-    consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n)))
-    floors = {name: space.floor(config.n) for name, space in examiner.spaces.items()}
-    tables = _tables(rows, floors, many, config.n)
-    for title, header, lines in tables:
-        show = make_table(*header, title=f"{config.model}: {title}")
-        for line in lines:
-            show.add_row(*line)
-        console.print(show)
-    for line in [", ".join(f"{name} {value:.5f}" for name, value in consistency.items()), *examiner.gaps]:
-        console.print(line)
-    pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
-    for index, name in enumerate(rows):
-        if drawn[name].ndim == 4 and drawn[name].shape[1] in (1, 3):
-            shown, captions = grid_rows(drawn[name], examiner.names[: len(drawn[name])])
-            path = picture_grid(shown, folder.path / f"samples-{index}.png", captions=captions, title=name)
-            pictures.append((name, path))
-    summary: dict[str, Any] = {
-        "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
-        "texture_of_data": examiner.texture, "train_test": examiner.apart, "gaps": examiner.gaps, **consistency,
-    }  # fmt: skip
-    facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
-    report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
-    folder.save_result(summary)  # last: its presence says that the run is finished
-    folder.clear_parts()
+    return rows, drawn
 
 
 def in_order(numbers: Mapping[str, Tensor], spaces: Mapping[str, Space]) -> dict[str, float]:
@@ -214,6 +214,9 @@ TITLES = {"to_euler": "off Euler"}
 
 # --- what comes out ----------------------------------------------------------------------------------------------------
 Rows = Mapping[str, Mapping[str, float]]
+"""Numbers by sampler."""
+Tables = list[tuple[str, list[str], list[list[str]]]]
+"""Title, header and lines of each."""
 
 
 def _nested(row: Mapping[str, float]) -> dict[str, Any]:
@@ -227,7 +230,7 @@ def _nested(row: Mapping[str, float]) -> dict[str, Any]:
     return next(iter(spaces.values()), {}) | own | {"spaces": spaces}
 
 
-def _tables(rows: Rows, floors: Rows, many: str, n: int) -> list[tuple[str, list[str], list[list[str]]]]:
+def _tables(rows: Rows, floors: Rows, many: str, n: int) -> Tables:
     """(title, header, lines): the distances in each space, the agreement, and what is measured on the samples themselves."""
     tables = []
     for space, floor in floors.items():
@@ -253,6 +256,23 @@ def _tables(rows: Rows, floors: Rows, many: str, n: int) -> list[tuple[str, list
         for name, row in rows.items()
     ]  # fmt: skip
     return [*tables, (f"{n} samples", header, lines)]
+
+
+def _print(config: EvaluateConfig, tables: Tables, consistency: Mapping[str, float], gaps: list[str]) -> None:
+    for title, header, lines in tables:
+        print_table(header, lines, f"{config.model}: {title}")
+    for line in [", ".join(f"{name} {value:.5f}" for name, value in consistency.items()), *gaps]:
+        console.print(line)
+
+
+def _draw_samples(pictures: Mapping[str, Tensor], names: list[str], folder: Path) -> list[tuple[str, Path]]:
+    """samples-0.png, ...: the first samples of each sampler, where they are pictures."""
+    drawn = []
+    for index, (name, some) in enumerate(pictures.items()):
+        if some.ndim == 4 and some.shape[1] in (1, 3):
+            shown, captions = grid_rows(some, names[: len(some)])
+            drawn.append((name, picture_grid(shown, folder / f"samples-{index}.png", captions=captions, title=name)))
+    return drawn
 
 
 def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> Path:
@@ -284,8 +304,8 @@ def _by_itself(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     why = f"no distances to the data, texture is not relative to theirs: no shipped network knows {config.model}'s data"
     why += f" (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)})"
     if prompts and getattr(flow_map, "text", None) is not None:
-        asked = [prompts[i % len(prompts)] for i in range(config.n)]
-        return Examiner(flow_map.condition(asked, config.n), asked[:SHOWN], gaps=[why])
+        each = [prompts[i % len(prompts)] for i in range(config.n)]
+        return Examiner(flow_map.condition(each, config.n), each[:SHOWN], gaps=[why])
     if not flow_map.class_names:
         return Examiner(None, [""] * min(SHOWN, config.n), gaps=[why])
     names = [flow_map.class_names[i % len(flow_map.class_names)] for i in range(config.n)]
@@ -321,7 +341,8 @@ def word_spaces(device: torch.device | str) -> dict[str, tuple[Features, Feature
     clip = encoders.open_clip("emoji-clip", device=device)
     spaces: dict[str, tuple[Features, Features, Any]] = {"emoji-clip": (clip.encode_image, nn.Identity(), clip.encode_text)}
     if can_judge_words():
-        judge = rewards.reward("emoji_judge").network(device)  # type: ignore[operator]
+        scorer: Any = rewards.reward("emoji_judge")
+        judge = scorer.network(device)
         spaces = {"emoji-judge": (judge.features, judge.encode_image, judge.encode_text)} | spaces
     return spaces
 
@@ -355,7 +376,7 @@ def _by_prompt(flow_map: Any, config: EvaluateConfig) -> Examiner:
     data = emoji.load()
     rows = torch.stack([group[0] for group in data.groups(config.held_out)])
     prompts = read_prompts(config.prompt) or list(dict.fromkeys(data.caption(int(row)) for row in rows))
-    asked = [prompts[i % len(prompts)] for i in range(config.n)]
+    each = [prompts[i % len(prompts)] for i in range(config.n)]
     clip = rewards.reward("clip")
     scorers = word_spaces(flow_map.device)
     spaces = {name: Space.of(f[0], known_features(name, f[0], flow_map.device)) for name, f in scorers.items()}
@@ -373,13 +394,13 @@ def _by_prompt(flow_map: Any, config: EvaluateConfig) -> Examiner:
         right = (image * texts[own[rows]]).sum(1)
         wrong = torch.einsum("bd,bkd->bk", image, texts[pools[rows]])
         rank = (wrong >= right[:, None]).sum(1)
-        scores = {"clip": clip(pictures, prompts=[asked[row] for row in rows.tolist()]).cpu()}
+        scores = {"clip": clip(pictures, prompts=[each[row] for row in rows.tolist()]).cpu()}
         if can_judge_words():
             scores["judge"] = right
         return scores | {f"R@1 of {others + 1}": rank < 1, f"R@10 of {others + 1}": rank < 10}
 
     gaps = ["retrieval by the clip, nothing by the judge: its packages are missing, see steerfm rewards emoji_judge"]
     return Examiner(
-        flow_map.condition(asked, config.n), asked[:SHOWN], spaces, float(texture(_one_of_each(data)).mean()),
+        flow_map.condition(each, config.n), each[:SHOWN], spaces, float(texture(_one_of_each(data)).mean()),
         spaces[first].floor(10**9)["frechet"], agreement, [] if can_judge_words() else gaps,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from steerfm import encoders, registry, training, zoo
 from steerfm.cli.config import FinetuneConfig
-from steerfm.cli.console import console, make_table
+from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
 from steerfm.cli.parts import NO_JUDGE, build_judge, build_method, build_reward, check_needs, schedule
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
+from steerfm.cost import Cost
 from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
@@ -67,18 +68,18 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     if judge is None and config.judge == "auto":
         console.print(NO_JUDGE)
     panel = build_panel(base, reward, judge, config, config.watch.n)
-    base_reading = panel.measure(chain(4)(base))
+    before = panel.measure(chain(4)(base))
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
     module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
-    monitor = run(module, panel, base_reading, folder.path / "tune", config, config.watch.patience)
-    monitors = {"tune": monitor}
-    if method.law_is_map or not config.distil.steps:
-        tuned = module
-    else:
-        tuned = distilled(module, lora, reward, config)
-        monitors["distil"] = run(tuned, panel, base_reading, folder.path / "distil", config, patience=0)
+    modules, monitors = (
+        {"tune": module},
+        {"tune": run(module, panel, before, folder.path / "tune", config, config.watch.patience)},
+    )
+    if config.distil.steps and not method.law_is_map:
+        modules["distil"] = distilled(module, lora, reward, config)
+        monitors["distil"] = run(modules["distil"], panel, before, folder.path / "distil", config, patience=0)
     if module.trainer.is_global_zero:
-        finish(config, command, folder, architecture, panel, base_reading, module, tuned, monitors)
+        finish(config, command, folder, architecture, examine(config, panel, before, modules, monitors))
 
 
 def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: FinetuneConfig, patience: int) -> Monitor:
@@ -118,91 +119,141 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: Fin
     )  # fmt: skip
 
 
-def finish(
-    config: FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], panel: Panel,
-    base_reading: Reading, module: FineTuning, tuned: FineTuning, monitors: dict[str, Monitor],
-) -> None:  # fmt: skip
-    """Export the map, judge it at several numbers of jumps, and write the report."""
+@dataclass
+class Outcome:
+    """What a fine-tuning came to.
+
+    Attributes:
+        base, tuned: the maps; ``tuned`` is whole, adapters are merged into it.
+        modules, monitors: of the tuning, "tune", and of what made one flow map of it, "distil", where that was needed.
+        panel: who judged. readings: by sampler. before: that of the base in 4 jumps.
+        consistency: semigroup error of "base" and "tuned". moved: control cost.
+    """
+
+    base: NeuralFlowMap
+    tuned: NeuralFlowMap
+    modules: dict[str, FineTuning]
+    monitors: dict[str, Monitor]
+    panel: Panel
+    readings: dict[str, Reading]
+    before: Reading
+    consistency: dict[str, float]
+    moved: float
+
+    @property
+    def last(self) -> FineTuning:
+        """The module whose map is the result."""
+        return list(self.modules.values())[-1]
+
+    @property
+    def spent(self) -> Cost:
+        """The cost of all of it."""
+        first, *others = (module.spent for module in self.modules.values())
+        return sum(others, first)
+
+
+def examine(
+    config: FinetuneConfig, panel: Panel, before: Reading, modules: dict[str, FineTuning], monitors: dict[str, Monitor]
+) -> Outcome:
+    """Judge base and tuned map at several numbers of jumps, on seeds of their own where ``watch.report`` is set."""
+    base, module, last = panel.base, modules["tune"], list(modules.values())[-1]
+    assert isinstance(base, NeuralFlowMap)
     if config.watch.report:
-        assert isinstance(panel.base, NeuralFlowMap)
-        fresh = build_panel(panel.base, panel.reward, panel.judge, config, config.watch.report)
+        fresh = build_panel(base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
-        base_reading = panel.measure(chain(4)(panel.base))
-    base, averaged = panel.base, tuned.averaged()
-    made = averaged if tuned.lora is None else averaged.with_network(merged(averaged.network))
-    made.network.requires_grad_(False)
-    readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": base_reading}
+        before = panel.measure(chain(4)(base))
+    averaged = last.averaged()
+    tuned = averaged if last.lora is None else averaged.with_network(merged(averaged.network))
+    tuned.network.requires_grad_(False)
+    readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": before}
     for jumps in (1, 4):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
-    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(made)) for jumps in JUMPS}
-    cond = panel.tasks.cond
-    consistency = {name: semigroup_error(flow_map, panel.tasks.n, cond) for name, flow_map in (("base", base), ("tuned", made))}
-    moved = control_cost(made, base, panel.tasks)
+    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in JUMPS}
+    tasks = panel.tasks
+    consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in (("base", base), ("tuned", tuned))}
+    moved = control_cost(tuned, base, tasks)
+    return Outcome(base, tuned, modules, monitors, panel, readings, before, consistency, moved)
+
+
+def finish(config: FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], run: Outcome) -> None:
+    """Export the map, write the report, and say what came of it."""
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
-    tuned_reading = readings["tuned, 4 jumps"]
     card = {
-        "data": base.data, "samples": f"its own, of {config.model}", "recipe": plain(config), "command": command,
-        "commit": commit(), "metrics": tuned_reading.numbers(), "licence": head.get("card", {}).get("licence", ""),
+        "data": run.base.data, "samples": f"its own, of {config.model}", "recipe": plain(config), "command": command,
+        "commit": commit(), "metrics": run.readings["tuned, 4 jumps"].numbers(),
+        "licence": head.get("card", {}).get("licence", ""),
     }  # fmt: skip
-    made.save(model, head["network"], card, origin=config.model)
-    if tuned.lora is not None:
-        save_adapter(tuned, folder.path / "adapter", config.model)
-    over = {name: reading.over(base_reading) for name, reading in readings.items()}
-    table = [
-        (
-            name,
-            *(round(value, 4) for value in reading.numbers().values()),
-            "" if reading is base_reading else f"{mean:+.3f}±{half:.3f}",
-        )
-        for (name, reading), (mean, half) in zip(readings.items(), over.values())
-    ]
-    header = ["", "reward", "held out", "diversity", "support", "distance", "held out, over base in 4 jumps"]
-    summary = {
-        "command": command,
-        "stopped": monitors["tune"].reason or "ran to its last step",
-        "kept_step": monitors["tune"].best_step,
-        "readings": {
-            name: reading.numbers() | {"over_base": over[name][0], "over_base_half": over[name][1]}
-            for name, reading in readings.items()
-        },
-        "semigroup_error": consistency,
-        "control_cost": moved,
-        "cost": {"tune": module.spent.as_dict(), "distil": tuned.spent.as_dict() if tuned is not module else None},
-        "scale": module.scale,
-        "trained_parameters": sum(p.numel() for p in tuned.network.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in tuned.network.parameters()),
-    }
-    for name, monitor in monitors.items():
+    run.tuned.save(model, head["network"], card, origin=config.model)
+    if run.last.lora is not None:
+        save_adapter(run.last, folder.path / "adapter", config.model)
+    for name, monitor in run.monitors.items():
         for row in monitor.rows:
             folder.log(stage=name, **row, once=("stage", "step"))
-    pictures = draw_pictures(folder.path, readings, monitors)
-    facts = {
-        "command": command,
-        "the run": summary["stopped"],
-        "semigroup error": f"{consistency['tuned']:.4f} (base {consistency['base']:.4f})",
-        "control cost": moved,
-        "reward calls": module.spent.reward_calls,
-        "network evaluations": module.spent.evaluations + (tuned.spent.evaluations if tuned is not module else 0),
-        "seconds": module.spent.seconds + (tuned.spent.seconds if tuned is not module else 0.0),
-    }
-    judged = f"; held out: {panel.judge.name}" if panel.judge else "; no held-out reward"
-    title = f"{config.model} fine-tuned for {panel.reward.name} by {slug(config.method)}{judged}"
-    report(folder, title, facts, [("on the same seeds", header, table)], pictures)
-    folder.save_result(summary)
+    judged = f"; held out: {run.panel.judge.name}" if run.panel.judge else "; no held-out reward"
+    title = f"{config.model} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judged}"
+    header, table = _table(run)
+    pictures = draw_pictures(folder.path, run.readings, run.monitors)
+    facts = _facts(run)
+    report(folder, title, {"command": command} | facts, [("on the same seeds", header, table)], pictures)
+    folder.save_result({"command": command} | summary(run))
     drop_checkpoints(folder)
-    show = make_table(*header, title=title)
-    for row in table:
-        show.add_row(*map(str, row))
-    console.print(show)
-    console.print(", ".join(f"{key} {short(value)}" for key, value in facts.items() if key != "command"))
-    if consistency["tuned"] > 1.5 * consistency["base"]:
+    print_table(header, [[str(value) for value in row] for row in table], title)
+    console.print(", ".join(f"{key} {short(value)}" for key, value in facts.items()))
+    if run.consistency["tuned"] > 1.5 * run.consistency["base"]:
         console.print(
             "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
         )
-    outcome = "no checkpoint was better than the base: the base is kept" if monitors["tune"].kept_base else "the tuned map"
+    outcome = "no checkpoint was better than the base: the base is kept" if run.monitors["tune"].kept_base else "the tuned map"
     console.print(f"{outcome}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
+
+
+def _stopped(run: Outcome) -> str:
+    return run.monitors["tune"].reason or "ran to its last step"
+
+
+def _table(run: Outcome) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(header, rows): a row a sampler."""
+    rows = []
+    for name, reading in run.readings.items():
+        mean, half = reading.over(run.before)
+        over = "" if reading is run.before else f"{mean:+.3f}±{half:.3f}"
+        rows.append((name, *(round(value, 4) for value in reading.numbers().values()), over))
+    return ["", "reward", "held out", "diversity", "support", "distance", "held out, over base in 4 jumps"], rows
+
+
+def _facts(run: Outcome) -> dict[str, Any]:
+    """What stands above the table."""
+    return {
+        "the run": _stopped(run),
+        "semigroup error": f"{run.consistency['tuned']:.4f} (base {run.consistency['base']:.4f})",
+        "control cost": run.moved,
+        "reward calls": run.modules["tune"].spent.reward_calls,
+        "network evaluations": run.spent.evaluations,
+        "seconds": run.spent.seconds,
+    }
+
+
+def summary(run: Outcome) -> dict[str, Any]:
+    """The numbers of result.json."""
+    readings = {}
+    for name, reading in run.readings.items():
+        mean, half = reading.over(run.before)
+        readings[name] = reading.numbers() | {"over_base": mean, "over_base_half": half}
+    parameters = list(run.last.network.parameters())
+    cost = {name: run.modules[name].spent.as_dict() if name in run.modules else None for name in ("tune", "distil")}
+    return {
+        "stopped": _stopped(run),
+        "kept_step": run.monitors["tune"].best_step,
+        "readings": readings,
+        "semigroup_error": run.consistency,
+        "control_cost": run.moved,
+        "cost": cost,
+        "scale": run.modules["tune"].scale,
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters),
+    }
 
 
 def drop_checkpoints(folder: RunFolder) -> None:

@@ -84,13 +84,13 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         console.print("use one: steerfm finetune --config NAME")
         return
     kind = registry.find(name, replace(METHOD, named=METHODS | finetuning.METHODS))
-    method = kind()
+    method: Any = kind()
     console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
     console.print(inspect.getdoc(kind) or "")
     if paper := getattr(kind, "paper", ""):
         console.print(f"\npaper: arXiv {paper}" if paper[:1].isdigit() else f"\npaper: {paper}")
     console.print("\narguments and defaults:")
-    for key in (key for key in fields(method) if key.init):  # type: ignore[arg-type]
+    for key in (key for key in fields(method) if key.init):
         console.print(f"  method.{key.name} = {describe_part(getattr(method, key.name))}")
 
 
@@ -112,15 +112,15 @@ def method_title(method: type) -> str:
     return re.split(r"[:(;]|\. ", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
 
 
-def calls_a_step(method: Method) -> str:
+def calls_a_step(method: Any) -> str:
     """Network calls, and backward passes where there are any, of one more step (or iteration) of one particle, counted by the
     ledger; for a method that spends a budget, the word."""
-    sizes = {f.name for f in fields(method)} & {"steps", "iterations", "budget"}  # type: ignore[arg-type]
+    sizes = {f.name for f in fields(method)} & {"steps", "iterations", "budget"}
     if "budget" in sizes:
         return "as budgeted"
     toy = GaussianMixture([[-1.0], [1.0]], [[0.1], [0.1]]).flow_map(steps=1)
     size = "iterations" if "iterations" in sizes else "steps"
-    few, many = (steer(toy, lambda x: x[:, 0], replace(method, **{size: n})).cost for n in (4, 8))  # type: ignore[type-var]
+    few, many = (steer(toy, lambda x: x[:, 0], replace(method, **{size: n})).cost for n in (4, 8))
     counts = ((b - a) / 4 / method.particles for a, b in ((few.forwards, many.forwards), (few.backwards, many.backwards)))
     if few.forwards == many.forwards:  # a tree: its nodes are bought, not its depth
         return f"{few.forwards / method.particles:g} a particle"

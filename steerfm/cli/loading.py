@@ -75,7 +75,8 @@ def load(
             raise ConfigError(f"{path} must hold keys and values")
         layers.append(content)
     layers += [parse(override) for override in overrides]
-    merged = asdict(schema())  # type: ignore[call-overload]
+    defaults: Any = schema()
+    merged = asdict(defaults)
     for layer in layers:
         merged = _merge(merged, _checked(layer, schema))
     return make(schema, merged)
@@ -105,13 +106,14 @@ def plain(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, Any]]:
+def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, Any]]:
     """(dotted name, field, type, default) of every key of a schema, those of its sections behind the section."""
     hints, defaults = get_type_hints(schema), schema()
     for f in fields(schema):
-        yield f"{prefix}{f.name}", f, hints[f.name], getattr(defaults, f.name)
-        if is_dataclass(hints[f.name]):
-            yield from keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        kind = hints[f.name]
+        yield f"{prefix}{f.name}", f, kind, getattr(defaults, f.name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from keys(kind, f"{prefix}{f.name}.")
 
 
 def explain(schema: type) -> str:
@@ -173,8 +175,8 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
         if f.name not in values:
             continue
         key, value, kind, of = f"{prefix}{f.name}", values[f.name], hints[f.name], f.metadata.get("of")
-        if is_dataclass(kind):
-            value = make(kind, value, f"{key}.")  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            value = make(kind, value, f"{key}.")
         elif f.name in NAMED:
             value = _named(value, f.name, key, schema)
         elif of == "method":

@@ -9,17 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from steerfm.cli.prompts import read_prompts
-from steerfm.flowmap import (
-    Condition,
-    FlowMap,
-    take_rows,
-)  # fmt: skip
+from steerfm.flowmap import Condition, FlowMap, take_rows
 from steerfm.rewards import Reward
 from steerfm.values import ConfigError
 
 
 @dataclass
-class Asked:
+class Outputs:
     """What the outputs of a run are asked for, one row each.
 
     Attributes:
@@ -37,14 +33,18 @@ class Asked:
     def n(self) -> int:
         return len(self.names)
 
-    def take(self, rows: slice) -> Asked:
+    def seeds(self, first: int) -> list[int]:
+        """A seed for each output: the same ones for every prompt."""
+        return [first + i % self.each for i in range(self.n)]
+
+    def take(self, rows: slice) -> Outputs:
         """Some of the rows."""
         labels = None if self.labels is None else self.labels[rows]
         prompts = None if self.prompts is None else self.prompts[rows]
-        return Asked(take_rows(self.cond, rows), labels, prompts, self.names[rows], self.each)
+        return Outputs(take_rows(self.cond, rows), labels, prompts, self.names[rows], self.each)
 
 
-def asked(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward: Reward | None = None) -> Asked:
+def outputs_of(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward: Reward | None = None) -> Outputs:
     """``n`` outputs of each prompt, where there are several; a map of texts is conditioned on them, others on the label, or on
     all classes in turn where a reward reads labels and none is given.
 
@@ -58,16 +58,11 @@ def asked(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward: Rew
     if reads and label is not None:
         raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
     if reads:
-        return Asked(flow_map.condition(texts, len(texts)) if texts else None, None, texts or None, texts or [""] * n, n)
+        return Outputs(flow_map.condition(texts, len(texts)) if texts else None, None, texts or None, texts or [""] * n, n)
     total = len(texts) or n
     names = flow_map.class_names
     turns = label is None and reward is not None and "labels" in reward.needs and names
     labels = flow_map.condition([names[i % len(names)] for i in range(total)] if turns else label, total)
     assert labels is None or isinstance(labels, Tensor)
     names = texts or ([""] * n if labels is None else [flow_map.class_names[i] for i in labels.tolist()])
-    return Asked(labels, labels, texts or None, names, n)
-
-
-def want_seeds(want: Asked, first: int) -> list[int]:
-    """A seed for each output: the same ones for every prompt."""
-    return [first + i % want.each for i in range(want.n)]
+    return Outputs(labels, labels, texts or None, names, n)

@@ -146,8 +146,7 @@ def _json(text: str, file: Path) -> list[str] | None:
         return [_prompt(_object(line, file, number), file, number) for number, line in lines]
     start = text.find("[")
     if isinstance(value, dict) and isinstance(value.get("prompts"), list):
-        start = text.index("[", re.search(r'"prompts"\s*:', text).end())  # type: ignore[union-attr]
-        value = value["prompts"]
+        start, value = len(text) - len(re.split(r'"prompts"\s*:\s*', text, maxsplit=1)[1]), value["prompts"]
     if isinstance(value, list):
         return [_prompt(item, file, line) for item, line in _items(text, start)]
     return [_prompt(value, file, _line(text[: len(text) - len(text.lstrip())]))]
@@ -169,12 +168,19 @@ def _object(line: str, file: Path, number: int) -> Any:
 
 def _items(text: str, start: int) -> Iterator[tuple[Any, int]]:
     """The items of the JSON list that starts at ``start``, each with its line."""
-    read, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    place = space.match(text, start + 1).end()  # type: ignore[union-attr]
+    read = json.JSONDecoder()
+    place = _next(text, start + 1)
     while text[place] != "]":
         value, end = read.raw_decode(text, place)
         yield value, _line(text[:place])
-        place = space.match(text, end).end()  # type: ignore[union-attr]
+        place = _next(text, end)
+
+
+def _next(text: str, place: int) -> int:
+    """The first place from this one on that is neither white space nor a comma."""
+    while text[place] in " \t\r\n,":
+        place += 1
+    return place
 
 
 # --- csv -------------------------------------------------------------------------------------------------------------

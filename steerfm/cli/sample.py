@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steerfm.cli.config import SampleConfig
 from steerfm.cli.console import console, progress
-from steerfm.cli.outputs import asked, want_seeds
+from steerfm.cli.outputs import outputs_of
 from steerfm.cli.parts import autocast, load_model
 from steerfm.cli.runs import grid_rows, run_folder, stem
 from steerfm.cost import Ledger
@@ -16,8 +16,8 @@ from steerfm.sampling import sample as draw
 def sample(config: SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
-    want = asked(flow_map, config.label, config.prompt, config.n)
-    seeds, precision = want_seeds(want, config.seeds), autocast(flow_map, config.precision)
+    want = outputs_of(flow_map, config.label, config.prompt, config.n)
+    seeds, precision = want.seeds(config.seeds), autocast(flow_map, config.precision)
     folder = run_folder(config, f"runs/sample/{stem(config.model)}")
     with Ledger() as ledger, progress("sampling", 1) as tick, precision:
         x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)

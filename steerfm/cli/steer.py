@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from steerfm.cli.config import SteerConfig
-from steerfm.cli.console import console, make_table, progress
-from steerfm.cli.outputs import Asked, asked, want_seeds
+from steerfm.cli.console import console, print_table, progress
+from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import NO_JUDGE, autocast, build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import FINISHED, run_folder, slug, stem
 from steerfm.cost import Cost
@@ -41,7 +41,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
     judge = build_judge(config, flow_map)
-    want = asked(flow_map, config.label, config.prompt, config.n, reward)
+    want = outputs_of(flow_map, config.label, config.prompt, config.n, reward)
     check_needs((reward, judge), want.labels, want.prompts)
     autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
     folder = run_folder(config, default)
@@ -54,52 +54,28 @@ def steer(config: SteerConfig, command: str = "") -> None:
         judge.to(flow_map.device)
     batches = steered(config, folder, flow_map, want, reward, method)
     run = gather(batches, flow_map, want, reward, judge, autocast(flow_map, config.precision))
-    log_weights, weights = run.values["log_weights"], run.values["log_weights"].exp()
-    restored = {key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()}
-    components = {k.removeprefix("component."): v for k, v in run.values.items() if k.startswith("component.")}
-    summary = {
-        "command": command,
-        "reward": reward.name,
-        "reward_base": run.scores["base"].mean(),
-        "reward_best": run.scores["steered"].mean(),
-        "reward_weighted": (weights * run.values["rewards"]).sum(1).mean(),
-        "held_out": {"name": judge.name, **{name: value.mean() for name, value in run.held_out.items()}} if judge else None,
-        "prompts": _by_prompt(want, run.scores, run.held_out),
-        **restored,
-        "components": {name: (weights * value).sum(1).mean() for name, value in components.items()},
-        "log_z": run.values["log_z"].mean() if "log_z" in run.values else None,
-        "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
-        "cost": run.cost.as_dict(),
-    }
     folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
-    drawn = [
-        *_draw_steering(folder.path, run.pictures, run.scores, reward.name, want), _draw_trace(folder.path, run),
-    ]  # fmt: skip
-    columns = [run.scores, *([run.held_out] if judge else []), *restored.values()]
-    rows = {"base": "base", "steered": "steered (best)"}
-    table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
-    header = ["", reward.name, *([f"held out: {judge.name}"] if judge else []), *restored]
+    header, table = _compare(run, reward, judge)
+    drawn = [*_draw_steering(folder.path, run, reward.name, want), _draw_trace(folder.path, run)]
     facts = {"command": command, "cost": str(run.cost)}
     report(
         folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
         [(name, path) for name, path in drawn if path is not None],
     )  # fmt: skip
-    folder.save_result(summary)  # last: its presence says that the run is finished
+    folder.save_result({"command": command} | summary(run, want, reward, judge))  # last: it says that the run is finished
     folder.clear_parts()
-    show = make_table(*header, title=f"{want.n} outputs of {log_weights.shape[1]} particles")
-    for row in table:
-        show.add_row(*[value if isinstance(value, str) else f"{value:.4g}" for value in row])
-    console.print(show)
+    lines = [[value if isinstance(value, str) else f"{value:.4g}" for value in row] for row in table]
+    print_table(header, lines, f"{want.n} outputs of {run.values['log_weights'].shape[1]} particles")
     console.print("cost: " + facts["cost"])
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
 def steered(
-    config: SteerConfig, folder: RunFolder, flow_map: FlowMap, want: Asked, reward: Reward, method: Method
+    config: SteerConfig, folder: RunFolder, flow_map: FlowMap, want: Outputs, reward: Reward, method: Method
 ) -> Iterator[tuple[SteeringResult, Tensor]]:
     """A batch of outputs at a time: its result, and plain samples (n, *shape) of the same seeds. Both are a part of the folder
     as soon as they are there; those that a killed run left are read."""
-    seeds, size, there = want_seeds(want, config.seeds), config.batch_size, set()
+    seeds, size, there = want.seeds(config.seeds), config.batch_size, set()
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
     with progress("steering", len(batches)) as tick:
         fresh = steer_batches(
@@ -146,73 +122,129 @@ class Steered:
     cost: Cost
 
 
+@dataclass
+class Scores:
+    """What reward, judge and a known truth say of the plain and the best samples, a batch at a time.
+
+    Attributes:
+        outputs: what they are asked for. reward, judge: the terms.
+        columns: "base" or "steered" -> name of a column -> its parts (b,).
+    """
+
+    outputs: Outputs
+    reward: Reward
+    judge: Reward | None
+    columns: dict[str, dict[str, list[Tensor]]] = field(default_factory=lambda: {"base": {}, "steered": {}})
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all outputs are to be seen together: a term compares pictures."""
+        return self.reward.groupwise or (self.judge is not None and self.judge.groupwise)
+
+    @property
+    def looks(self) -> bool:
+        """Whether more is to be said of a picture than the reward that its result has."""
+        return self.at_once or self.judge is not None or self.reward.truth is not None
+
+    def add(self, name: str, key: str, value: Tensor) -> None:
+        """A part of a column."""
+        self.columns[name].setdefault(key, []).append(value.cpu())
+
+    def score(self, name: str, x: Tensor, rows: slice, known: Tensor | None = None) -> None:
+        """Score pictures (b, c, h, w) of these outputs; ``known`` are their rewards (b,), where there are any."""
+        context: dict[str, Any] = {"prompts": self.outputs.prompts, "labels": self.outputs.labels}
+        context = {key: None if value is None else value[rows] for key, value in context.items()}
+        groups = (torch.arange(self.outputs.n)[rows] // self.outputs.each).to(x.device)
+        self.add(name, "reward", self.reward.evaluate(x, **context, groups=groups).total if known is None else known)
+        if self.judge:
+            self.add(name, "held out", self.judge.evaluate(x, **context, groups=groups).total)
+        for key, value in ({} if self.reward.truth is None else restoration(x, self.reward.truth)).items():
+            self.add(name, key, value)
+
+    def joined(self) -> dict[str, dict[str, Tensor]]:
+        """Column by column, {"base": (n,), "steered": (n,)}."""
+        keys = self.columns["base"]
+        return {key: {name: torch.cat(column[key]) for name, column in self.columns.items()} for key in keys}
+
+
 def gather(
-    batches: Iterable[tuple[SteeringResult, Tensor]], flow_map: FlowMap, want: Asked, reward: Reward, judge: Reward | None,
+    batches: Iterable[tuple[SteeringResult, Tensor]], flow_map: FlowMap, want: Outputs, reward: Reward, judge: Reward | None,
     precision: torch.autocast,
 ) -> Steered:  # fmt: skip
     """Add up the batches. What the results do not know is scored: plain samples, and what the judge says; a reward that
     compares pictures sees all of them at once."""
-    values: dict[str, list[Tensor]] = {}
+    scores, values, first, cost, done = Scores(want, reward, judge), {}, [], Cost(), 0
     looks: dict[str, list[Tensor]] = {"base": [], "steered": []}
-    columns: dict[str, dict[str, list[Tensor]]] = {"base": {}, "steered": {}}
-    first, cost, done, device = [], Cost(), 0, flow_map.device
-    output, context = torch.arange(want.n), {"prompts": want.prompts, "labels": want.labels}
-    at_once = reward.groupwise or (judge is not None and judge.groupwise)
-    asked_for, drawn = output // want.each, (output % want.each < SHOWN) & (output // want.each < SHOWN)
-
-    def add(name: str, key: str, value: Tensor) -> None:
-        columns[name].setdefault(key, []).append(value.cpu())
-
-    judged = at_once or judge is not None or reward.truth is not None
-
-    def score(name: str, x: Tensor, rows: slice, known: Tensor | None = None) -> None:
-        told = {key: None if value is None else value[rows] for key, value in context.items()}
-        told["groups"] = asked_for[rows].to(device)
-        add(name, "reward", reward.evaluate(x, **told).total if known is None else known)
-        if judge:
-            add(name, "held out", judge.evaluate(x, **told).total)
-        for key, value in ({} if reward.truth is None else restoration(x, reward.truth)).items():
-            add(name, key, value)
-
+    output = torch.arange(want.n)
+    drawn = (output % want.each < SHOWN) & (output // want.each < SHOWN)
     for result, base in batches:
         rows = slice(done, done := done + len(result))
         cost = cost + result.cost
         first += [result] if rows.start < SHOWN else []
-        of = {"rewards": result.rewards, "log_weights": result.log_weights, "log_z": result.log_z}
-        of |= {f"component.{name}": value for name, value in result.components.items()}
-        for name, value in of.items():
-            if value is not None:
-                values.setdefault(name, []).append(value.cpu())
+        for name, value in _numbers(result).items():
+            values.setdefault(name, []).append(value.cpu())
         with torch.inference_mode(), precision:
             best = result.rewards.gather(1, result.best_index().unsqueeze(1)).squeeze(1)
-            for name, z, known in (("base", base.to(device), None), ("steered", result.best(), best)):
-                if known is not None and not (judged or drawn[rows].any()):
-                    add(name, "reward", known)  # nobody looks at the pictures
+            for name, z, known in (("base", base.to(flow_map.device), None), ("steered", result.best(), best)):
+                if known is not None and not (scores.looks or drawn[rows].any()):
+                    scores.add(name, "reward", known)  # nobody looks at the pictures
                     continue
                 x = flow_map.decode(z)
-                looks[name].append(x if at_once else x[drawn[rows]])
-                if not at_once:
-                    score(name, x, rows, known)
+                looks[name].append(x if scores.at_once else x[drawn[rows]])
+                if not scores.at_once:
+                    scores.score(name, x, rows, known)
     shown = {name: torch.cat(parts) for name, parts in looks.items()}
-    if at_once:
+    if scores.at_once:
         with torch.inference_mode(), precision:
             for name, x in shown.items():
-                score(name, x, slice(0, want.n))
+                scores.score(name, x, slice(0, want.n))
         shown = {name: x[drawn] for name, x in shown.items()}
-    of = {name: {key: torch.cat(parts) for key, parts in column.items()} for name, column in columns.items()}
-    keys = [key for key in of["base"] if key not in ("reward", "held out")]
+    near = scores.joined()
     return Steered(
-        {name: torch.cat(parts) for name, parts in values.items()},
-        {name: column["reward"] for name, column in of.items()},
-        {name: column["held out"] for name, column in of.items()} if judge else {},
-        {key: {name: column[key] for name, column in of.items()} for key in keys},
-        shown,
-        SteeringResult.cat(first),
-        cost,
-    )
+        values={name: torch.cat(parts) for name, parts in values.items()},
+        scores=near.pop("reward"), held_out=near.pop("held out", {}), near=near, pictures=shown,
+        first=SteeringResult.cat(first), cost=cost,
+    )  # fmt: skip
 
 
-def _by_prompt(want: Asked, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[dict[str, Any]] | None:
+def _numbers(result: SteeringResult) -> dict[str, Tensor]:
+    """What a result says of its outputs and particles, by name."""
+    of = {"rewards": result.rewards, "log_weights": result.log_weights, "log_z": result.log_z}
+    of |= {f"component.{name}": value for name, value in result.components.items()}
+    return {name: value for name, value in of.items() if value is not None}
+
+
+def summary(run: Steered, want: Outputs, reward: Reward, judge: Reward | None) -> dict[str, Any]:
+    """The numbers of result.json: means over outputs, those of particles by their weights."""
+    weights = run.values["log_weights"].exp()
+    weighted = {
+        name.removeprefix("component."): (weights * value).sum(1).mean()
+        for name, value in run.values.items() if name == "rewards" or name.startswith("component.")
+    }  # fmt: skip
+    return {
+        "reward": reward.name,
+        "reward_base": run.scores["base"].mean(),
+        "reward_best": run.scores["steered"].mean(),
+        "reward_weighted": weighted.pop("rewards"),
+        "held_out": {"name": judge.name, **{name: value.mean() for name, value in run.held_out.items()}} if judge else None,
+        "prompts": _by_prompt(want, run.scores, run.held_out),
+        **{key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()},
+        "components": weighted,
+        "log_z": run.values["log_z"].mean() if "log_z" in run.values else None,
+        "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
+        "cost": run.cost.as_dict(),
+    }
+
+
+def _compare(run: Steered, reward: Reward, judge: Reward | None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(header, rows) of the table: plain samples above the best ones, a column a measure."""
+    columns = [run.scores, *([run.held_out] if judge else []), *run.near.values()]
+    rows = {"base": "base", "steered": "steered (best)"}
+    table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
+    return ["", reward.name, *([f"held out: {judge.name}"] if judge else []), *run.near], table
+
+
+def _by_prompt(want: Outputs, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[dict[str, Any]] | None:
     """Mean rewards of each prompt, base and steered."""
     if want.prompts is None:
         return None
@@ -225,12 +257,10 @@ def _by_prompt(want: Asked, scores: Mapping[str, Tensor], held_out: Mapping[str,
     return out
 
 
-def _draw_steering(
-    folder: Path, pictures: Mapping[str, Tensor], scores: Mapping[str, Tensor], name: str, want: Asked
-) -> list[tuple[str, Path | None]]:
+def _draw_steering(folder: Path, run: Steered, name: str, want: Outputs) -> list[tuple[str, Path | None]]:
     """grid.png, or grid-0.png ... for several prompts: base above steered, the same seeds, the reward under each picture."""
     title = "the same seeds, base and steered; the reward under each picture"
-    if next(iter(pictures.values())).ndim != 4:
+    if run.pictures["base"].ndim != 4:
         return [(title, None)]
     drawn: list[tuple[str, Path | None]] = []
     starts = range(0, want.n, want.each)[:SHOWN]
@@ -240,14 +270,14 @@ def _draw_steering(
         for begin in range(0, per // columns * columns, columns):
             for kind in ("base", "steered"):
                 first = number * per + begin
-                grids.append(pictures[kind][first : first + columns].float().cpu())
-                values = scores[kind][start + begin : start + begin + columns].tolist()
+                grids.append(run.pictures[kind][first : first + columns].float().cpu())
+                values = run.scores[kind][start + begin : start + begin + columns].tolist()
                 captions.append([f"{value:.3g}" for value in values])
                 labels.append(kind)
-        asked_for = f"{want.names[start]}: {name}" if want.prompts else name
+        caption = f"{want.names[start]}: {name}" if want.prompts else name
         file = folder / ("grid.png" if len(starts) == 1 else f"grid-{number}.png")
         said = f"{want.names[start]}: {title}" if want.prompts else title
-        drawn.append((said, picture_grid(torch.stack(grids), file, labels, captions, title=asked_for)))
+        drawn.append((said, picture_grid(torch.stack(grids), file, labels, captions, title=caption)))
     return drawn
 
 

@@ -38,19 +38,8 @@ def train(config: TrainConfig, command: str = "") -> None:
     """Train a flow map, a classifier or an image-text model; the same command continues a killed run, with more steps if
     asked."""
     from steerfm import training
-    from steerfm.training.data import DATA
 
-    if config.data.name not in DATA:
-        raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
-    data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
-    missing = []
-    for check in (lambda: _check_files(config), data.setup):
-        try:
-            check()
-        except FileNotFoundError as error:
-            missing.append(str(error))
-    if missing:  # all that is missing, at once
-        raise ConfigError("; ".join(missing))
+    data = load_data(config)
     with global_stream(config.seed, "weights"):
         module, architecture = training_module(config, data)
     module.network.to(memory_format=torch.channels_last)
@@ -72,6 +61,40 @@ def train(config: TrainConfig, command: str = "") -> None:
         "commit": commit(),
         "metrics": {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()},
     }
+    weights = _save(config, folder, module, architecture, data, card)
+    curves = training.history(folder)
+    if curves:
+        curves_plot(curves, folder / "curves.png")
+    said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
+    console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
+
+
+def load_data(config: TrainConfig) -> Any:
+    """The data of a training, ready; with all that the training reads, so that all that is missing is named at once.
+
+    Raises:
+        ConfigError: no such data, or files that are missing.
+    """
+    from steerfm.training.data import DATA
+
+    if config.data.name not in DATA:
+        raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
+    data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
+    missing = []
+    for check in (lambda: _check_files(config), data.setup):
+        try:
+            check()
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise ConfigError("; ".join(missing))
+    return data
+
+
+def _save(
+    config: TrainConfig, folder: Path, module: Any, architecture: dict[str, Any], data: Any, card: dict[str, Any]
+) -> Path:
+    """Write the averaged weights, what belongs beside them, and the card; returns the file of the weights."""
     weights = folder / f"{config.name}.safetensors"
     if config.network.get("name") == "image_text_head":
         save_weights(module.ema, weights, {"kind": "image_text_head", "network": architecture, "card": card})
@@ -82,16 +105,12 @@ def train(config: TrainConfig, command: str = "") -> None:
         head = {"kind": "classifier", "network": architecture, "shape": list(data.shape)}
         save_weights(module.ema, weights, head | {"class_names": list(data.class_names), "card": card})
         some = torch.randperm(len(data.train[0]), generator=stream(0, "statistics"))[: len(data.test[0])]
-        found = _statistics(module.ema, data.test[0], data.train[0][some])
-        files.write_tensors(folder / f"{config.name}-statistics.safetensors", found)
+        statistics = _statistics(module.ema, data.test[0], data.train[0][some])
+        files.write_tensors(folder / f"{config.name}-statistics.safetensors", statistics)
     else:
         module.averaged().save(weights, architecture, card)
     files.write(folder / "README.md", model_card(config.name, card))
-    curves = training.history(folder)
-    if curves:
-        curves_plot(curves, folder / "curves.png")
-    said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
-    console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
+    return weights
 
 
 def _check_files(config: TrainConfig) -> None:
