@@ -19,7 +19,7 @@ from steerfm.metrics import pairwise_diversity
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 
-N, SEED, OUT = 8, 0, Path("runs/demo")
+N, SHOWN, SEED, OUT = 8, 6, 0, Path("runs/demo")
 EXAMPLE = f"{Path(__file__).parent / 'my_reward.py'}:striped"
 METHODS = {
     "base": steerfm.BestOfN(particles=1, steps=4),
@@ -51,16 +51,19 @@ def main() -> None:
                  f"{cost:.0f}", f"{result.cost.seconds:.1f}")
             )  # fmt: skip
             grids.append(best)
-            captions.append([f"{value:.2f}" for value in values.tolist()])
+            captions.append([f"{value:.2f}" for value in held_out.tolist()])
             labels.append(name)
         table = Table(*header, title=title)
         for row in rows:
             table.add_row(*row)
         console.print(table)
         tables.append((title, header, rows))
+    shown = torch.stack(grids)[:, :SHOWN]
     path = picture_grid(
-        torch.stack(grids), OUT / "demo.png", labels, captions, title="above: towards a Bag; below: stripes on a Dress"
-    )
+        shown, OUT / "demo.png", labels, [row[:SHOWN] for row in captions],
+        title="Below each picture: how likely the class is to the judge, which no method sees",
+        headings={0: "Towards the class Bag", len(METHODS): "Stripes on a Dress"},
+    )  # fmt: skip
     page = report(OUT, "steerfm demo", {"command": "make demo"}, tables, [("the same seeds in every row", path)])
     console.print(f"pictures: {path}\npage:     {page}")
 

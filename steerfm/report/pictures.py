@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def picture_grid(
     row_labels: Sequence[str] = (),
     captions: Sequence[Sequence[str]] = (),
     title: str = "",
+    headings: Mapping[int, str] | None = None,
 ) -> Path:
     """Draw pictures in rows and columns, every pixel a square of whole screen pixels.
 
@@ -37,6 +38,7 @@ def picture_grid(
         row_labels: a label left of each row.
         captions: a text under each picture, [row][column]; may hold line breaks, long ones are wrapped.
         title: above the grid.
+        headings: row -> a text above it, and a gap; a gap only, where the text is empty.
 
     Raises:
         ValueError: another shape of pictures, or labels and captions that do not fit it.
@@ -47,8 +49,8 @@ def picture_grid(
         raise ValueError(f"{len(row_labels)} row labels for {rows} rows of pictures")
     if captions and [len(row) for row in captions] != [columns] * rows:
         raise ValueError(f"captions must be {rows} rows of {columns} texts, like the pictures")
-    plan = _plan(cells.shape[1:4], row_labels, captions, title)
-    width_, height_ = plan.left + plan.inner + MARGIN, plan.top + rows * (height + plan.below) + MARGIN - plan.last
+    plan = _plan(cells.shape[:4], row_labels, captions, title, headings or {})
+    width_, height_ = plan.left + plan.inner + MARGIN, plan.height
     canvas = np.full((height_, width_, 3), 255, np.uint8)
     fig = Figure(figsize=(width_ / DPI, height_ / DPI), dpi=DPI)
 
@@ -56,8 +58,7 @@ def picture_grid(
         style = {"color": INK, "parse_math": False, "linespacing": 1.15, "fontsize": plan.size} | style
         fig.text(x / width_, 1 - y / height_, text, **style)
 
-    for i in range(rows):
-        y = plan.top + i * (height + plan.below)
+    for i, y in enumerate(plan.tops):
         for j in range(columns):
             x = plan.left + j * (width + GAP)
             canvas[y : y + height, x : x + width] = cells[i, j]
@@ -65,8 +66,8 @@ def picture_grid(
                 write(x + width / 2, y + height + 4, plan.captions[i][j], ha="center", va="top")
         if plan.labels:
             write(plan.left - 12, y + height / 2, plan.labels[i], ha="right", va="center", multialignment="right")
-    if title:
-        write(MARGIN, MARGIN, plan.title, ha="left", va="top", weight="bold")
+    for y, text in plan.headings:
+        write(MARGIN, y, text, ha="left", va="top", weight="bold")
     fig.figimage(canvas, origin="upper")
     return save_figure(fig, path)
 
@@ -76,24 +77,25 @@ class Plan:
     """Where things are in a grid, in pixels, its texts, broken into lines, and their size in points.
 
     Attributes:
-        left, top: of the first picture. inner: width of all pictures. below: from one row of pictures to the next.
-        last: how much of that the last row does not need.
+        left: of the first picture. inner: width of all pictures. height: of the whole.
+        tops: of each row of pictures. headings: the title and those above rows, each with its top.
     """
 
     size: float
     left: int
-    top: int
     inner: int
-    below: int
-    last: int
+    height: int
+    tops: list[int]
+    headings: list[tuple[int, str]]
     labels: list[str]
     captions: list[list[str]]
-    title: str
 
 
-def _plan(shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequence[str]], title: str) -> Plan:
+def _plan(
+    shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequence[str]], title: str, above: Mapping[int, str]
+) -> Plan:
     """Room for texts that can still be read where the grid is as wide as a phone: the wider it is, the larger they are."""
-    columns, height, width = shape
+    rows, columns, height, width = shape
     inner = columns * (width + GAP) - GAP
     left, size, broken = MARGIN, SMALLEST, []
     for _ in range(4 if labels else 1):  # larger labels make it wider
@@ -105,9 +107,22 @@ def _plan(shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequ
     texts = [[wrap(text, width + GAP - 2, size, lines=3) for text in row] for row in captions]
     below = 4 + text_height(max((text.count("\n") + 1 for row in texts for text in row), default=0), size)
     below = below + 4 if texts else GAP  # captions sit nearer to their own picture than to the next
-    heading = wrap(title, inner + left - MARGIN, size * 1.1)
-    top = MARGIN + (text_height(heading.count("\n") + 1, size) + 8 if title else 0)
-    return Plan(size, left, top, inner, below, 4 if texts else GAP, broken, texts, heading)
+    y, tops, headings = MARGIN, [], []
+
+    def head(text: str) -> int:
+        """Put a heading at y; how far down it goes."""
+        text = wrap(text, inner + left - MARGIN, size * 1.1)
+        headings.append((y, text))
+        return text_height(text.count("\n") + 1, size) + 8
+
+    y += head(title) if title else 0
+    for row in range(rows):
+        if row in above:
+            y += 3 * GAP if row else 0
+            y += head(above[row]) if above[row] else 0
+        tops.append(y)
+        y += height + below
+    return Plan(size, left, inner, y + MARGIN - (4 if texts else GAP), tops, headings, broken, texts)
 
 
 def levels(pictures: Tensor) -> np.ndarray:

@@ -53,3 +53,21 @@ def test_grid_refuses_what_does_not_fit(tmp_path):
         picture_grid(torch.rand(2, 2, 1, 8, 8), tmp_path / "x.png", row_labels=["a"])
     with pytest.raises(ValueError, match="captions must be 2 rows of 2"):
         picture_grid(torch.rand(2, 2, 1, 8, 8), tmp_path / "x.png", captions=[["a", "b"], ["c"]])
+
+
+def test_headings_stand_above_their_rows_and_keep_them_apart(tmp_path):
+    pictures = torch.zeros(4, 2, 1, 28, 28)
+    plain = read(picture_grid(pictures, tmp_path / "a.png"))
+    gap = read(picture_grid(pictures, tmp_path / "b.png", headings={2: ""}))
+    named = read(picture_grid(pictures, tmp_path / "c.png", headings={0: "first", 2: "second"}))
+
+    def white(image) -> list[int]:
+        """Heights of the bands without a picture."""
+        dark = (image[:, 14 + 56] == 0).all(-1).astype(int)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], dark, [0]])))
+        return [int(b - a) for a, b in zip([0, *edges[1::2]], [*edges[::2], len(dark)])]
+
+    assert white(plain) == [14, 6, 6, 6, 14]
+    assert white(gap) == [14, 6, 24, 6, 14]
+    above, first, between, second, below = white(named)
+    assert first == second == 6 and below == 14 and above > 25 and between > 40
