@@ -13,7 +13,7 @@ import torch
 import steerfm
 from steerfm import GaussianMixture, rewards
 from steerfm.cli import listing
-from steerfm.finetuning.base import Tasks, _ask_for_a_gradient, spread
+from steerfm.finetuning.base import Tasks, ask_for_a_gradient, spread
 from steerfm.finetuning.evaluation import Panel
 from steerfm.flowmap import FlowMap
 from steerfm.rewards import Reward, RewardError, WeightedSum, reward
@@ -451,11 +451,11 @@ def test_a_panel_compares_all_its_pictures_whatever_their_number():
 def test_a_tuning_by_gradient_refuses_a_black_box_that_does_not_say_so(blind):
     one = Tasks().problem(Pictures(), reward(total) + reward(blind))
     with pytest.raises(RewardError, match="has no gradient: use weighted or policy") as error:
-        _ask_for_a_gradient(one)
+        ask_for_a_gradient(one)
     assert "\n" not in str(error.value)
     with pytest.raises(RewardError, match="reward 'three' failed"):
-        _ask_for_a_gradient(Tasks().problem(Pictures(), reward(three)))
-    _ask_for_a_gradient(Tasks().problem(Pictures(), reward(total)))
+        ask_for_a_gradient(Tasks().problem(Pictures(), reward(three)))
+    ask_for_a_gradient(Tasks().problem(Pictures(), reward(total)))
 
 
 def test_a_broken_plug_in_is_named_and_the_others_are_listed(monkeypatch, capsys):

@@ -1,13 +1,18 @@
 """Fine-tuning: make a flow map keep a reward. A method says how; `FineTuning` is the module that Lightning trains."""
 
+from typing import TYPE_CHECKING, Any
+
 from steerfm.finetuning.adjoint import Adjoint
-from steerfm.finetuning.base import FineTuning, Method, TaskData, Tasks, Terms, Update, chain, check, draw, spread
+from steerfm.finetuning.base import Method, Tasks, Terms, Update, chain, check, draw, spread
 from steerfm.finetuning.direct import AlignProp, Direct, DRaFT, DRaFTK, DRaFTLV, DRTune, ReFL
 from steerfm.finetuning.lora import LoRA
 from steerfm.finetuning.noise import HyperNoise
 from steerfm.finetuning.policy import DDPO, NFT, FlowGRPO, Policy
 from steerfm.finetuning.weighted import ORWCFM, Distil, Refit, Weighted
 from steerfm.registry import Kind
+
+if TYPE_CHECKING:
+    from steerfm.finetuning.module import FineTuning, TaskData
 
 METHODS: dict[str, type] = {
     "direct": Direct,
@@ -41,3 +46,12 @@ __all__ = [
     "Distil", "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms",
     "Update", "Weighted", "chain", "check", "draw", "spread",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """What Lightning trains is imported on first use: it takes seconds, which a list of the methods need not wait."""
+    if name in ("FineTuning", "TaskData"):
+        from steerfm.finetuning import module
+
+        return getattr(module, name)
+    raise AttributeError(f"module 'steerfm.finetuning' has no attribute {name!r}")

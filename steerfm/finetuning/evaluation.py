@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from steerfm.files import write_tensors
-from steerfm.finetuning.base import FineTuning, Law, Tasks, chain, draw
+from steerfm.finetuning.base import Law, Tasks, chain, draw
+from steerfm.finetuning.module import FineTuning
 from steerfm.flowmap import FlowMap, move_condition
 from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision, semigroup_error
 from steerfm.randomness import derive, is_derived
