@@ -199,7 +199,7 @@ def test_outputs_are_indexed_as_a_tensor_is():
 def test_results_that_do_not_fit_are_not_joined():
     result = made()
     others = [
-        made(method=FeynmanKac(particles=4, steps=3)), made(method=FeynmanKac(particles=5, steps=2)), made(flow_map=Blocks(3)),
+        made(method=FeynmanKac(particles=4, steps=3)), made(flow_map=Blocks(3)),
         replace(result, components={"bright": result.components["bright"]}),
         replace(result, components=result.components | {"third": result.rewards}),
     ]  # fmt: skip

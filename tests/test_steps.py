@@ -77,6 +77,51 @@ def test_a_callback_can_end_the_run_with_a_jump(method):
     torch.testing.assert_close(result.rewards, result.samples[..., 0].float())
 
 
+class EndAt:
+    """Ends the run of each batch, one after the other, at a time of its own."""
+
+    def __init__(self, ends):
+        self.ends, self.batch, self.last = ends, 0, 0.0
+
+    def __call__(self, state):
+        self.batch += state.t < self.last
+        self.last = state.t
+        return state.t >= self.ends[self.batch]
+
+
+@pytest.mark.parametrize("ends", [[0.25, 0.75], [0.75, 0.25], [0.25, 2.0, 0.5], [2.0, 0.125, 2.0]])
+@pytest.mark.parametrize("method", [FeynmanKac(particles=4, steps=8), TDS(particles=3, steps=8)])
+def test_batches_that_end_at_different_times_are_one_result(ends, method, tmp_path):
+    """The work is done: what came of it is joined, and each record stands at its own time."""
+    n = len(ends)
+    result = steerfm.steer(MAP, reward, method, n=n, seeds=5, batch_size=1, callback=EndAt(ends), lookaheads=True)
+    alone = [steerfm.steer(MAP, reward, method, 1, 5 + i, callback=EndAt([ends[i]]), lookaheads=True) for i in range(n)]
+    times = sorted({time for one in alone for time in one.trace.t.tolist()})
+    assert result.trace.t.tolist() == times
+    for i, one in enumerate(alone):
+        for name in ("samples", "rewards", "log_weights"):
+            assert torch.equal(getattr(result, name)[i], getattr(one, name)[0])
+        there = torch.tensor([time in one.trace.t.tolist() for time in times])
+        for name in ("ess", "value", "resampled", "ancestors", "lookaheads"):
+            assert torch.equal(getattr(result.trace, name)[there, i], getattr(one.trace, name)[:, 0])
+        assert result.trace.ess[~there, i].isnan().all() and result.trace.value[~there, i].isnan().all()
+        assert not result.trace.resampled[~there, i].any() and result.trace.lookaheads.isfinite().all()
+        assert torch.equal(result.trace.origins()[-1, i], one.trace.origins()[-1, 0])
+        assert torch.equal(result.trace.unique()[i], one.trace.unique()[0])
+    assert "nan" not in repr(result.trace)
+    result.save(tmp_path)
+    assert torch.equal(steerfm.SteeringResult.load(tmp_path).trace.t, result.trace.t)
+    assert result.plot(tmp_path / "trace.png").stat().st_size
+
+
+def test_traces_of_as_many_steps_at_other_times_are_told_apart():
+    parts = [steerfm.steer(MAP, reward, FeynmanKac(4, 2), times=[0.0, time, 1.0]) for time in (0.5, 0.25)]
+    joined = steerfm.SteeringResult.cat(parts)
+    assert joined.trace.t.tolist() == [0.25, 0.5, 1.0]
+    assert joined.trace.ess.isnan().tolist() == [[True, False], [False, True], [False, False]]
+    assert torch.equal(joined.trace.ess[2], torch.cat([part.trace.ess[1] for part in parts]))
+
+
 def test_an_ended_run_still_samples_the_tilt():
     """A jump is a transition like any other: exp(log_z) stays unbiased, and the weighted mean right."""
     target, log_z = GRID.tilt([1.0, 0.0], [0.0, 0.0])

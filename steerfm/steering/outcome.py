@@ -23,7 +23,9 @@ SHOWN = 18
 class Trace:
     """What happened, per step i = 0 ... steps - 1 (the state after the step).
 
-    Where a selection left fewer particles than there were at first, the missing ones are NaN, their ancestors -1.
+    Where a selection left fewer particles than there were at first, the missing ones are NaN, their ancestors -1. Where
+    a callback ended batches at different times, ``t`` has all times; at one at which an output took no step, its numbers are
+    NaN, its particles their own ancestors, and its look-ahead is that of the step before.
 
     Attributes:
         t: (steps,) time.
@@ -69,7 +71,7 @@ class Trace:
         lines = ["  ".join(names)]
         for i in range(steps):
             value, ratio = self.value[i].nanmedian().item(), self.guidance_ratio[i].nanmedian().item()
-            share, count = f"{self.ess[i].mean().item():.0%}", f"{int(self.resampled[i].sum())}/{n}"
+            share, count = f"{self.ess[i].nanmean().item():.0%}", f"{int(self.resampled[i].sum())}/{n}"
             cells = [str(i), f"{self.t[i].item():.3g}", share, count, f"{value:.4g}", *[f"{ratio:.2g}"] * guided]
             lines.append("  ".join(cell.rjust(len(name)) for cell, name in zip(cells, names)))
         if steps > SHOWN + 2:

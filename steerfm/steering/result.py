@@ -237,15 +237,15 @@ class SteeringResult(Outcome):
 
     @classmethod
     def cat(cls, results: Sequence[SteeringResult]) -> SteeringResult:
-        """Results of the same method on further outputs as one; costs add up. What one of them lacks, such as look-ahead
-        pictures, the whole lacks.
+        """Results of the same method on further outputs as one; costs add up, traces are put on the times of all of them. What
+        one of them lacks, such as look-ahead pictures, the whole lacks.
 
         Raises:
-            ValueError: none are given; they differ in particles, shape, steps or terms of the reward.
+            ValueError: none are given; they differ in particles, shape or terms of the reward.
         """
         if not results:
             raise ValueError("no results to join")
-        parts = [result._rows() for result in results]
+        parts = _at_one_grid([result._rows() for result in results])
         for name in parts[0]:
             if name.startswith("component.") or all(name in part for part in parts):
                 shapes = [tuple(part[name].shape[1:]) if name in part else None for part in parts]
@@ -368,6 +368,38 @@ def facts(cost: Cost, flow_map: FlowMap | None) -> dict[str, str]:
 def _first(value: Tensor, n: int) -> Tensor:
     """A tensor (steps, n, ...) of a trace, or (steps,), as (n, steps, ...)."""
     return value.expand(n, -1) if value.ndim == 1 else value.transpose(0, 1)
+
+
+def _at_one_grid(parts: Sequence[dict[str, Tensor]]) -> Sequence[dict[str, Tensor]]:
+    """The same rows, their traces at the times of all of them; `Trace` says what stands where there was no step."""
+    own = [part["trace.t"][0].tolist() for part in parts]
+    if all(times == own[0] for times in own) or any(times != sorted(times) for times in own):
+        return parts
+    grids = [[(time, times[:step].count(time)) for step, time in enumerate(times)] for times in own]  # a time may come twice
+    whole = sorted({mark for grid in grids for mark in grid})
+    times = torch.tensor([time for time, _ in whole], dtype=parts[0]["trace.t"].dtype)
+    out = []
+    for part, grid in zip(parts, grids):
+        there = torch.tensor([mark in grid for mark in whole])
+        rows = {
+            name: _spread(name, value, there) if name.startswith("trace.") and value.shape[1] == len(grid) else value
+            for name, value in part.items()
+        }
+        out.append(rows | {"trace.t": times.to(part["trace.t"].device).expand(len(part["trace.t"]), -1)})
+    return out
+
+
+def _spread(name: str, value: Tensor, there: Tensor) -> Tensor:
+    """Records (n, steps, ...) as those of more steps, of which these are the ones that are ``there``."""
+    there = there.to(value.device)
+    if name == "trace.lookaheads":
+        return value[:, (there.cumsum(0) - 1).clamp_min(0)]
+    fill = torch.tensor(False if value.dtype == torch.bool else float("nan"))
+    if name == "trace.ancestors":
+        fill = torch.arange(value.shape[-1])
+    out = fill.to(value).expand(len(value), len(there), *value.shape[2:]).clone()
+    out[:, there] = value
+    return out
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
