@@ -401,6 +401,7 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
     }  # fmt: skip
     files.write(folder.path / "summary.json", json.dumps(told | {"ranks": means, "rows": rows}, indent=1))
     page = report(folder, f"Benchmark {suite}", told, tables, pictures)
+    console.print(STAR)
     console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
     console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")
 
@@ -417,9 +418,12 @@ def _write_cells(path: Path, cells: Cells, rows: list[dict[str, Any]]) -> None:
                 writer.writerow([*(inert(row[fact]) for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
 
 
+COLUMNS = 6
+"""Outputs of each method that are drawn."""
 HEADER = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
 SHORT = [0, 1, 3, 5, 6, 8, 9]
 """The columns that fit a terminal; the report has all."""
+STAR = "* marks a row than which none is better at the same cost or less"
 
 
 def _table(problem: Problem, budget: int, of: Mapping[Column, dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
@@ -428,7 +432,7 @@ def _table(problem: Problem, budget: int, of: Mapping[Column, dict[str, Any]]) -
     lines = [_line(row) for row in sorted(shown, key=lambda row: -row["held_out"])]
     title = f"{problem.title}: {budget} network evaluations an output"
     print_table([HEADER[i] for i in SHORT], [[line[i] for i in SHORT] for line in lines], title)
-    return f"{problem.title}: {budget} evaluations", HEADER, lines
+    return f"{problem.title}: {budget} evaluations. {STAR}", HEADER, lines
 
 
 def _draw(
@@ -436,10 +440,10 @@ def _draw(
 ) -> list[tuple[str, Path]]:
     """PATH.png, the held-out reward by cost, and PATH-pictures.png, the outputs of the first seed at a budget."""
     plot = cost_plot(curves(of.values()), path.with_name(f"{path.name}.png"), problem.title, "held-out reward")
-    drawn = [(problem.title, plot)]
+    drawn = [(f"{problem.title}: held-out reward against cost", plot)]
     first = {column.method: cells[column][0] for column in of if column.budget in (0, budget)}
     if all("pictures" in cell for cell in first.values()):
-        grid = torch.stack([cell["pictures"] for cell in first.values()]).float() / 255
+        grid = torch.stack([cell["pictures"][:COLUMNS] for cell in first.values()]).float() / 255
         captions = [[f"{value:.2f}" for value in cell["held_out"][: grid.shape[1]].tolist()] for cell in first.values()]
         title = f"{problem.title}: outputs of seed 0 at {budget} evaluations, held-out reward below"
         file = picture_grid(grid, path.with_name(f"{path.name}-pictures.png"), list(first), captions, problem.title)

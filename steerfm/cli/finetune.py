@@ -35,6 +35,8 @@ from steerfm.rewards import Reward, RewardError
 from steerfm.values import ConfigError
 
 JUMPS = (1, 2, 4, 8)
+COLUMNS = 6
+"""Samples of a sampler that are drawn."""
 PER_PROMPT = 8
 """Outputs of each prompt that a panel judges at least: diversity is that within a prompt."""
 
@@ -194,9 +196,11 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, head: dict[s
     judged = f"; held out: {run.panel.judge.name}" if run.panel.judge else "; no held-out reward"
     title = f"{config.model} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judged}"
     header, table = _table(run)
-    pictures = draw_pictures(folder.path, run.readings, run.monitors)
+    method = registry.named(config.method, "method")[0]
+    pictures = draw_pictures(folder.path, run.readings, run.monitors, method)
     facts = _facts(run)
-    report(folder, title, {"command": command} | facts, [("on the same seeds", header, table)], pictures)
+    tables = [(MEASURES, header, [(_by(name, method), *row) for name, *row in table])]
+    report(folder, title, {"command": command} | facts, tables, pictures)
     folder.save_result({"command": command} | summary(run))
     drop_checkpoints(folder)
     print_table(header, [[str(value) for value in row] for row in table], title)
@@ -262,24 +266,39 @@ def drop_checkpoints(folder: RunFolder) -> None:
         shutil.rmtree(folder.path / name / "checkpoints", ignore_errors=True)
 
 
-def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str, Monitor]) -> list[tuple[str, Path]]:
+MEASURES = (
+    "means on the same seeds; diversity: mean distance of two samples of a class, relative to the base's; support: share of "
+    "the samples that lie among the base's; distance: Fréchet distance to the base's samples"
+)
+
+
+def _by(name: str, method: str) -> str:
+    """The name of a reading or stage with the method in it, whose colour it then has in a plot."""
+    return f"{name} ({method})" if "," not in name and name != "base" else name.replace("tuned", f"tuned ({method})")
+
+
+def draw_pictures(
+    folder: Path, readings: dict[str, Reading], monitors: dict[str, Monitor], method: str
+) -> list[tuple[str, Path]]:
     """The frontier, the curves, samples before and after, and samples over training."""
     drawn = []
-    paths = {name: [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()}
-    points = {name: (reading.distance, reading.held_out) for name, reading in readings.items()}
+    paths = {
+        _by(name, method): [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()
+    }
+    points = {_by(name, method): (reading.distance, reading.held_out) for name, reading in readings.items()}
     frontier = frontier_plot(
         points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward"
     )
     drawn.append(("held-out reward against distance: up is better, left is nearer to the base", frontier))
     if readings["base, 4 jumps"].pictures.ndim == 4:
-        shown = {name: readings[name].pictures[:10] for name in readings}
+        shown = {name: readings[name].pictures[:COLUMNS] for name in readings}
         grid = picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
-        drawn.append(("the same seeds and tasks in every row", grid))
+        drawn.append(("a row a sampler, the same seeds and tasks in every row", grid))
         files = sorted((folder / "tune" / "samples").glob("*.safetensors"))
         some = files[:: -(-len(files) // 8)]
-        shown = {f"step {int(file.stem)}": load_file(file)["pictures"].float() for file in some}
+        shown = {f"step {int(file.stem)}": load_file(file)["pictures"][:COLUMNS].float() for file in some}
         path = picture_grid(torch.stack(list(shown.values())), folder / "training.png", list(shown))
-        drawn.append(("over tuning, the same seeds and tasks", path))
+        drawn.append(("over tuning, the same seeds and tasks in every row", path))
     for name, monitor in monitors.items():
         rows = monitor.rows
         columns = {key: ([r["step"] for r in rows], [r[key] for r in rows]) for key in rows[0] if key not in ("step", "kept")}
@@ -287,7 +306,7 @@ def draw_pictures(folder: Path, readings: dict[str, Reading], monitors: dict[str
         columns |= {key: pair for key, pair in logged.items() if key.removeprefix("train/") not in rows[0]}
         columns |= {"train/reward": logged["train/reward"]} if "train/reward" in logged else {}
         path = curves_plot(columns, folder / f"curves-{name}.png")
-        drawn.append((f"{name}: everything that was logged", path))
+        drawn.append((f"{name}: everything that was logged; of training batches where it says so, else on watched seeds", path))
     return drawn
 
 

@@ -79,7 +79,7 @@ def commit() -> str:
         return "unknown"
 
 
-def grid_rows(pictures: Tensor, captions: list[str], columns: int = 8) -> tuple[Tensor, list[list[str]]]:
+def grid_rows(pictures: Tensor, captions: list[str], columns: int = 6) -> tuple[Tensor, list[list[str]]]:
     """Pictures (n, c, h, w) as rows of at most ``columns``, padded with white."""
     columns = min(columns, len(pictures))
     missing = -len(pictures) % columns

@@ -29,7 +29,14 @@ def sample(config: SampleConfig, command: str = "") -> None:
         path = folder.path / "grid.png"
         rows, captions = grid_rows(pictures, want.names)
         picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
-        shown = [("samples", path)]
+        shown = [
+            ("samples, not steered; what each was asked for is below" if any(want.names) else "samples, not steered", path)
+        ]
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
-    report(folder, f"Samples of {config.model}", {"command": command}, pictures=shown)
+    report(
+        folder,
+        f"Samples of {config.model}",
+        {"command": command, "jumps": config.steps, "cost": str(ledger.cost)},
+        pictures=shown,
+    )
     console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")

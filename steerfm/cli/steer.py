@@ -14,24 +14,29 @@ from steerfm.cli.config import SteerConfig
 from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import NO_JUDGE, autocast, build_judge, build_method, build_reward, check_needs, load_model
-from steerfm.cli.runs import FINISHED, run_folder, slug, stem
+from steerfm.cli.runs import FINISHED, grid_rows, run_folder, slug, stem
 from steerfm.cost import Cost
 from steerfm.flowmap import (
     FlowMap,
     take_rows,
 )  # fmt: skip
 from steerfm.metrics import restoration
+from steerfm.registry import named
+from steerfm.report.formats import short
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.run_folder import RunFolder, read_tensor
-from steerfm.report.trace import trace_plot
 from steerfm.rewards import Reward
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, SteeringResult, steer_batches
+from steerfm.steering.result import OVER_TIME
 from steerfm.steering.result import facts as result_facts
+from steerfm.steering.weights import effective_sample_size
 
 SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
+COLUMNS = 4
+"""Pictures side by side: texts below them can be read on a phone, and are not larger than others elsewhere."""
 
 
 def steer(config: SteerConfig, command: str = "") -> None:
@@ -56,17 +61,18 @@ def steer(config: SteerConfig, command: str = "") -> None:
     run = gather(batches, flow_map, want, reward, judge, autocast(flow_map, config.precision))
     folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
     header, table = _compare(run, reward, judge)
-    drawn = [*_draw_steering(folder.path, run, reward.name, want), _draw_trace(folder.path, run)]
-    facts = {"command": command, "cost": str(run.cost)}
-    report(
-        folder, f"{config.model} steered by {reward.name}", facts, [("rewards, mean over outputs", header, table)],
-        [(name, path) for name, path in drawn if path is not None],
-    )  # fmt: skip
+    label = named(config.method, "method")[0]
+    trace = run.first.plot(folder.path / "trace.png", label, want.names, run.values["rewards"])
+    pictures = [*_draw_steering(folder.path, run, reward.name, want), (OVER_TIME, trace)]
+    facts = _facts(config, run, method)
+    tables = [("mean rewards over outputs; of a steered one the best particle counts", header, table)]
+    report(folder, f"{config.model} steered by {reward.name}", {"command": command} | facts, tables, pictures)
     folder.save_result({"command": command} | summary(run, want, reward, judge))  # last: it says that the run is finished
     folder.clear_parts()
     lines = [[value if isinstance(value, str) else f"{value:.4g}" for value in row] for row in table]
     print_table(header, lines, f"{want.n} outputs of {run.values['log_weights'].shape[1]} particles")
-    console.print("cost: " + facts["cost"])
+    for name in ("ESS", "cost"):
+        console.print(f"{name}: {facts[name]}")
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
@@ -257,34 +263,42 @@ def _by_prompt(want: Outputs, scores: Mapping[str, Tensor], held_out: Mapping[st
     return out
 
 
-def _draw_steering(folder: Path, run: Steered, name: str, want: Outputs) -> list[tuple[str, Path | None]]:
+def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
+    """What stands above the pictures of the page."""
+    n, k = run.values["log_weights"].shape
+    share = effective_sample_size(run.values["log_weights"])
+    log_z = {"log Z": f"{run.values['log_z'].mean():.4g}, mean over outputs"} if "log_z" in run.values else {}
+    return {
+        "method": f"{named(config.method, 'method')[0]}: {method!r}",
+        "strength": short(config.strength),
+        "outputs": f"{n} of {k} particles",
+        "ESS": f"{share.mean():.0%} of the particles carry the weight at the end (mean over outputs; lowest {share.min():.0%})",
+        **log_z,
+        "cost": str(run.cost),
+    }
+
+
+def _draw_steering(folder: Path, run: Steered, name: str, want: Outputs) -> list[tuple[str, Path]]:
     """grid.png, or grid-0.png ... for several prompts: base above steered, the same seeds, the reward under each picture."""
-    title = "the same seeds, base and steered; the reward under each picture"
     if run.pictures["base"].ndim != 4:
-        return [(title, None)]
-    drawn: list[tuple[str, Path | None]] = []
+        return []
+    drawn: list[tuple[str, Path]] = []
     starts = range(0, want.n, want.each)[:SHOWN]
-    columns, per = min(8, want.each), min(SHOWN, want.each)
+    per = min(SHOWN, want.each)
     for number, start in enumerate(starts):
-        grids, captions, labels = [], [], []
-        for begin in range(0, per // columns * columns, columns):
-            for kind in ("base", "steered"):
-                first = number * per + begin
-                grids.append(run.pictures[kind][first : first + columns].float().cpu())
-                values = run.scores[kind][start + begin : start + begin + columns].tolist()
-                captions.append([f"{value:.3g}" for value in values])
-                labels.append(kind)
-        caption = f"{want.names[start]}: {name}" if want.prompts else name
+        grids, captions = [], []
+        pairs = {}
+        for kind in ("base", "steered"):
+            values = [f"{value:.3g}" for value in run.scores[kind][start : start + per].tolist()]
+            pairs[kind] = grid_rows(run.pictures[kind][number * per : (number + 1) * per].float().cpu(), values, COLUMNS)
+        for row in range(len(pairs["base"][0])):
+            grids += [pictures[row] for pictures, _ in pairs.values()]
+            captions += [texts[row] for _, texts in pairs.values()]
+        labels = [*pairs] * (len(grids) // 2)
+        about = f"{want.names[start]}: " if want.prompts else ""
         file = folder / ("grid.png" if len(starts) == 1 else f"grid-{number}.png")
-        said = f"{want.names[start]}: {title}" if want.prompts else title
-        drawn.append((said, picture_grid(torch.stack(grids), file, labels, captions, title=caption)))
+        gaps = {row: "" for row in range(2, len(grids), 2)}
+        title = f"{about}{name} under each picture"
+        picture_grid(torch.stack(grids), file, labels, captions, title, gaps)
+        drawn.append((f"{about}plain samples, and the best particle of each output, from the same seeds; {name} below", file))
     return drawn
-
-
-def _draw_trace(folder: Path, run: Steered) -> tuple[str, Path | None]:
-    """trace.png: value, effective sample size, guidance and look-ahead pictures over time."""
-    drawn: dict[str, Any] = vars(run.first.trace) | {"rewards": run.values["rewards"]}
-    looks, flow_map = drawn.pop("lookaheads"), run.first.flow_map
-    if looks is not None and flow_map is not None and len(flow_map.shape) == 3:
-        drawn["lookaheads"] = flow_map.decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
-    return "over time", trace_plot(drawn, folder / "trace.png")

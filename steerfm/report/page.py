@@ -17,6 +17,7 @@ from steerfm import files
 from steerfm.report.formats import short
 from steerfm.report.palette import FIXED, NAMES, look, subject
 from steerfm.report.run_folder import RunFolder
+from steerfm.report.style import DPI, WIDTH
 
 
 def report(
@@ -48,10 +49,7 @@ def report(
         parts.append(f"<dl>{rows}</dl>")
     for caption, path in pictures:
         file = folder / path if (folder / path).is_file() else Path(path)
-        kind = mimetypes.guess_type(file.name)[0] or "image/png"
-        source = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-        image = f'<img src="{source}" alt="{_escape(caption)}">'
-        parts.append(f"<figure><figcaption>{_escape(caption)}</figcaption>{image}</figure>")
+        parts.append(_figure(caption, file))
     parts += [_table(*table) for table in tables]
     if (config := folder / "config.yaml").is_file():
         content = _escape(config.read_text(encoding="utf-8"))
@@ -88,9 +86,10 @@ pre { background: var(--box); border-radius: 6px; padding: .75rem 1rem; overflow
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; margin: 1.25rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 1.75rem 0; }
-figcaption, caption { color: var(--soft); text-align: left; padding-bottom: .4rem; max-width: 44rem; }
+figcaption { color: var(--soft); text-align: left; padding-bottom: .4rem; max-width: 44rem; }
 img { max-width: 100%; height: auto; border-radius: 6px; background: #ffffff; }
-.scroll { overflow-x: auto; margin: 1.75rem 0; }
+.plot { width: 36rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; vertical-align: bottom; }
@@ -99,6 +98,15 @@ td i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; mar
 summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 32rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 """
+
+
+def _figure(caption: str, file: Path) -> str:
+    """A picture with its caption; a plot no larger than its texts need."""
+    data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
+    plot = ' class="plot"' if int.from_bytes(data[16:20], "big") == round(WIDTH * DPI) else ""  # where a png says its width
+    source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    image = f'<img{plot} src="{source}" alt="{_escape(caption)}">'
+    return f"<figure><figcaption>{_escape(caption)}</figcaption>{image}</figure>"
 
 
 def _table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -110,8 +118,8 @@ def _table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -
         f"<tr>{''.join(_cell('td', cell, figure, dot=not i) for i, (cell, figure) in enumerate(zip(row, figures)))}</tr>"
         for row in rows
     )
-    table = f"<table><caption>{_escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<figure><figcaption>{_escape(caption)}</figcaption><div class="scroll">{table}</div></figure>'
 
 
 def _cell(tag: str, cell: Any, figure: bool, dot: bool = False) -> str:
