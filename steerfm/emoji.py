@@ -210,8 +210,9 @@ def _pictures(path: Path, folder: str) -> dict[str, bytes]:
     def each() -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile() and member.name.startswith(folder):
-                    yield Path(member.name).stem, archive.extractfile(member).read()  # type: ignore[union-attr]
+                file = archive.extractfile(member) if member.isfile() and member.name.startswith(folder) else None
+                if file is not None:
+                    yield Path(member.name).stem, file.read()
 
     return dict(each())
 

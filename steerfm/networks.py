@@ -150,14 +150,14 @@ class UNet(nn.Module):
         h = self.inputs(F.pixel_unshuffle(x, self.patch))
         skips = []
         for stage in self.down:
-            for layer in stage:  # type: ignore[union-attr]
+            for layer in stage.children():
                 h = layer(h, emb) if isinstance(layer, ResidualBlock) else layer(h)
                 if isinstance(layer, ResidualBlock):
                     skips.append(h)
         for layer in self.middle:
             h = layer(h, emb)
         for stage in self.up:
-            for layer in stage:  # type: ignore[union-attr]
+            for layer in stage.children():
                 h = layer(h + skips.pop(), emb) if isinstance(layer, ResidualBlock) else layer(h)
         h = self.outputs(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.patch)

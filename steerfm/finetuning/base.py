@@ -46,12 +46,12 @@ class Tasks:
     @classmethod
     def of(cls, cond: Condition, prompts: Prompts = None) -> Tasks:
         """Labels are the condition where that holds integers."""
-        is_labels = isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
+        labels = cond if isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point() else None
         first = cond if isinstance(cond, Tensor) or cond is None else next(iter(cond.values()))
         n = len(first) if first is not None else len(prompts) if prompts is not None else 1
         if prompts is not None and len(prompts) != n:
             raise ValueError(f"{len(prompts)} prompts for {n} conditions: give one each")
-        return cls(n, cond, cond if is_labels else None, prompts)  # type: ignore[arg-type]
+        return cls(n, cond, labels, prompts)
 
     def take(self, rows: Tensor) -> Tasks:
         """The given rows (b,); a row may be taken more than once."""

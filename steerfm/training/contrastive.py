@@ -25,6 +25,8 @@ class ContrastiveTraining(Trained):
         options: arguments of `Trained`.
     """
 
+    network: Any
+
     def __init__(
         self,
         network: nn.Module,
@@ -50,7 +52,7 @@ class ContrastiveTraining(Trained):
         pictures, captions, concepts = batch
         pictures = self._noisy(pictures)
         image, text = self._embed(self.network, pictures, captions)
-        logits = self.network.logit_scale.exp().clamp_max(100) * image @ text.T  # type: ignore[operator, union-attr]
+        logits = self.network.logit_scale.exp().clamp_max(100) * image @ text.T
         same = (concepts[:, None] == concepts[None, :]).float()
         target = same / same.sum(1, keepdim=True)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -130,7 +132,7 @@ class RobustTraining(ContrastiveTraining):
         return loss
 
     def _distance(self, pictures: Tensor, goal: Tensor) -> Tensor:
-        image = self.network.encode_image(self.prepare(pictures), normalize=True)  # type: ignore[operator, union-attr]
+        image = self.network.encode_image(self.prepare(pictures), normalize=True)
         return (image - goal).square().sum(1)
 
     def _worst(self, pictures: Tensor, goal: Tensor) -> Tensor:
