@@ -95,6 +95,7 @@ class OpenClip(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Any, preprocessing: Preprocessing, name: str) -> None:
         super().__init__()
+        self.model: Any
         self.model, self.tokenizer, self.preprocessing, self.name = model, tokenizer, preprocessing, name
         self.warned = False
         self.eval().requires_grad_(False)
@@ -105,7 +106,7 @@ class OpenClip(nn.Module):
     @property
     def scale(self) -> float:
         """The trained inverse temperature of the cosines."""
-        return float(self.model.logit_scale.exp())  # type: ignore[operator, union-attr]
+        return float(self.model.logit_scale.exp())
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to embeddings (n, d) of length 1, without a gradient. Those that are too long are cut: a warning, once."""
@@ -118,13 +119,13 @@ class OpenClip(nn.Module):
                     self.warned = True
                     break
         with torch.no_grad():
-            return F.normalize(self.model.encode_text(tokens.to(device)).float(), dim=-1)  # type: ignore[operator]
+            return F.normalize(self.model.encode_text(tokens.to(device)).float(), dim=-1)
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         """Pictures (b, c, h, w) in [0, 1] to embeddings (b, d) of length 1; differentiable."""
         weight = next(self.model.parameters())
         x = self.preprocessing(pictures).to(weight.dtype)
-        embedding = self.model.encode_image(x)  # type: ignore[operator]
+        embedding = self.model.encode_image(x)
         return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
 
@@ -146,6 +147,11 @@ class TextEncoder:
         encoder = cls(model, 1)
         encoder.width = encoder([""]).shape[1]
         return encoder
+
+    @property
+    def has_image_tower(self) -> bool:
+        """Whether its model knows pictures too: those of `open_clip` do, sentence encoders do not."""
+        return self.model != "minilm"
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(n, d) float32 on the CPU, entries of unit mean square; zeros for the empty prompt: the null condition."""
@@ -350,11 +356,11 @@ def build(model_cfg: Mapping[str, Any]) -> nn.Module:
 
     with _quiet():
         arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in model_cfg.items()}
-        net = oc.CLIP(**arguments)
+        net: Any = oc.CLIP(**arguments)
     name = model_cfg["vision_cfg"].get("timm_model_name", "")
     if name.startswith("tf_efficientnet_lite"):
         carried = efficientnet_lite(int(name[-1])).state_dict()
-        net.visual.trunk.load_state_dict({k: v for k, v in carried.items() if not k.startswith("classifier")})  # type: ignore[union-attr]
+        net.visual.trunk.load_state_dict({k: v for k, v in carried.items() if not k.startswith("classifier")})
     return net
 
 
@@ -446,8 +452,9 @@ class ImageTextHead(nn.Module):
 
     def __init__(self, size: int = 128, hidden: int = 512, trunk: int = 0, text: str = "minilm") -> None:
         super().__init__()
-        eyes, words = efficientnet_lite(trunk), MiniLM() if text == "minilm" else open_clip(text)
-        eyes.reset_classifier(0)  # type: ignore[operator]
+        eyes: Any = efficientnet_lite(trunk)
+        words: Any = MiniLM() if text == "minilm" else open_clip(text)
+        eyes.reset_classifier(0)
         self.towers = [eyes, words]  # in a list: no weights of ours
         self.preprocessing = Preprocessing((size, size), [127 / 255] * 3, [128 / 255] * 3)
         self.num_features = 1280
@@ -465,7 +472,7 @@ class ImageTextHead(nn.Module):
 
     def encode_text(self, prompts: Sequence[str], normalize: bool = True) -> Tensor:
         """Prompts to embeddings (n, 384) of length 1."""
-        return self.towers[1].encode_text(prompts).to(self.logit_scale.device)  # type: ignore[operator]
+        return self.towers[1].encode_text(prompts).to(self.logit_scale.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ImageTextHead:
         for tower in self.towers:  # they follow to devices and precisions, though they are no weights of ours

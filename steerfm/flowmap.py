@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import torch
@@ -98,12 +99,12 @@ class FlowMap(nn.Module):
         shape: shape of one sample in model space.
         interpolant: the path that the map belongs to.
         class_names: names of the labels that ``cond`` may hold, in order; empty where there are none.
-        data: name of the data set that it draws from, by its card; empty where nothing is known of it.
+        card: its model card: licence, recipe, and what its samples are measured with (`steerfm.metrics.evaluator`).
         evaluations: network evaluations per call (2 under classifier-free guidance), for the ledger.
     """
 
     shape: tuple[int, ...]
-    data: str = ""
+    card: Mapping[str, Any] = MappingProxyType({})
     evaluations: int = 1
 
     def __init__(self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()) -> None:
@@ -111,6 +112,15 @@ class FlowMap(nn.Module):
         self.shape = tuple(int(size) for size in shape)
         self.interpolant = interpolant or Interpolant()
         self.class_names = tuple(class_names)
+
+    @property
+    def data(self) -> str:
+        """Name of the data set that it draws from, by its card; empty where nothing is known of it."""
+        return str(self.card.get("data") or "")
+
+    @data.setter
+    def data(self, name: str) -> None:
+        self.card = {**self.card, "data": name}
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The hook that subclasses write: u(x, s, t), with x (b, *shape), s and t (b,). Returns (b, *shape).
@@ -382,7 +392,7 @@ class NeuralFlowMap(FlowMap):
         text = TextEncoder(text["encoder"], text["width"]) if text else None
         flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"], text)
         card = head.get("card")
-        flow_map.data = str(card.get("data") or "") if isinstance(card, Mapping) else ""
+        flow_map.card = card if isinstance(card, Mapping) else {}
         return flow_map.eval().requires_grad_(False)
 
 
@@ -391,7 +401,7 @@ class Wrapped(FlowMap):
 
     def __init__(self, flow_map: FlowMap) -> None:
         super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
-        self.flow_map, self.evaluations, self.data = flow_map, flow_map.evaluations, flow_map.data
+        self.flow_map, self.evaluations, self.card = flow_map, flow_map.evaluations, flow_map.card
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)

@@ -74,6 +74,7 @@ class Reward(nn.Module):
         batch_size: pictures per call of `score`; None for all at once.
         groupwise: whether a value depends on the other pictures of a group (the particles of an output): `score` then sees all
             pictures at once and takes ``groups`` (b,), the number of each one's group, or None for one group.
+        packages: modules that must be installed before the first call, beside those that steerfm needs.
         truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
 
     Facts that depend on the arguments are set on the instance. A reward stays in evaluation mode, whatever is trained.
@@ -88,6 +89,7 @@ class Reward(nn.Module):
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
     groupwise: bool = False
+    packages: ClassVar[tuple[str, ...]] = ()
     truth: Tensor | None = None
     _fits: int | None = None  # pictures a call, where memory did not hold more
 

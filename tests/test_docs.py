@@ -1,13 +1,13 @@
 """The generated parts of the documentation are those of the code."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from steerfm import cli, finetuning
-from steerfm.cli.parts import can_judge_words
-from steerfm.rewards import available
+from steerfm.rewards import available, find
 from steerfm.steering import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -44,7 +44,9 @@ def test_the_snippets_of_rewards_run(capsys):
     assert "clip + 2 red True frozenset()" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not can_judge_words(), reason="needs what emoji_judge needs")
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in find("emoji_judge").packages), reason="needs what emoji_judge needs"
+)
 def test_the_snippet_of_words_draws_its_picture(capsys, tmp_path, monkeypatch):
     (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "emoji.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)

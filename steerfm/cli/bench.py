@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 import steerfm
-from steerfm import files, zoo
+from steerfm import files
 from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
 from steerfm.cli.console import console, print_table, progress
-from steerfm.cli.evaluate import known_features, word_spaces
 from steerfm.cli.loading import did_you_mean, explain, find_recipe, kept, load, make, plain, recipes, shipped
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
@@ -34,6 +33,7 @@ from steerfm.cli.runs import contents, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
+from steerfm.metrics.evaluator import Evaluator
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import cost_plot
@@ -81,18 +81,14 @@ class Yardstick:
 
     @classmethod
     def of(cls, flow_map: FlowMap) -> Yardstick:
-        """The classifier or the trunk of the judge of words that ships for the map's data; for other data the sample itself."""
-        if zoo.scorers(flow_map):
-            name, (features, *_) = next(iter(word_spaces(flow_map.device).items()))
-            try:
-                return cls(features, feature_statistics(known_features(name, features, flow_map.device)))
-            except FileNotFoundError:  # the data are not prepared
-                return cls(features, None)
-        if names := zoo.classifiers(flow_map):
-            statistics = zoo.statistics(names[0])
-            classifier: Any = zoo.load_classifier(names[0])[0].to(flow_map.device)
-            return cls(classifier.features, (statistics["test_mean"], statistics["test_cov"]))
-        return cls(lambda x: x.flatten(1), None)
+        """The first space that the map's card names; where it names none, the sample itself."""
+        evaluator = Evaluator(flow_map, progress=progress)
+        space = evaluator.first
+        try:
+            known = evaluator.reference(space)
+        except FileNotFoundError:  # the data are not prepared
+            known = None
+        return cls(space.features, None if known is None else (known.mean, known.cov))
 
 
 FACTS = ("evaluations", "forwards", "backwards", "reward_calls", "seconds")
@@ -312,7 +308,7 @@ def _problems(config: BenchConfig) -> list[Problem]:
                 here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
                 problem = make(SteerConfig, here | dict(told), f"problems.{name}.")
                 reward = build_reward(problem.reward)
-                judge = build_judge(problem, flow_map)
+                judge = build_judge(problem, flow_map, reward)
                 if judge is None:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
                 want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward)

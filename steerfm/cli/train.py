@@ -47,8 +47,9 @@ def train(config: TrainConfig, command: str = "") -> None:
     t = config.trainer
     grids = [training.SampleGrid(folder / "samples", t.sample_every, data.asked)] if config.task == "flow_map" else []
     trainer = training.fit(
-        module, data, folder, t.accelerator, t.devices, t.strategy, t.precision, config.optimizer.clip,
-        t.log_every, t.validate_every, t.save_every, console.is_terminal, grids,
+        module, data, folder, accelerator=t.accelerator, devices=t.devices, strategy=t.strategy, precision=t.precision,
+        clip=config.optimizer.clip, log_every=t.log_every, validate_every=t.validate_every, save_every=t.save_every,
+        progress=console.is_terminal, callbacks=grids,
     )  # fmt: skip
     training.check_trained(module)
     if not trainer.is_global_zero:

@@ -176,14 +176,28 @@ class EmojiData(L.LightningDataModule):
             pictures = _shift(pictures, self.augment, generator)
         return pictures, self.emoji.captions(rows, generator), self.emoji.concept[rows]
 
+    def reference(self) -> Tensor:
+        """Pictures (m, 3, h, w) in [0, 1] of the training data, one of each concept and style."""
+        data = emoji.load(self.root, self.shape[-1])
+        return data.pictures[torch.stack([group[0] for group in data.groups(held_out=False)])].float() / 255
+
+    def prompts(self, held_out: bool) -> list[str]:
+        """The plain caption of each concept, of those that are trained on or of the others."""
+        data = emoji.load(self.root, self.shape[-1])
+        return list(dict.fromkeys(data.caption(int(group[0])) for group in data.groups(held_out)))
+
+    def folder(self) -> Path:
+        """Where the pictures are."""
+        return emoji.data_folder(self.root)
+
     def val_dataloader(self) -> DataLoader:
         rows = torch.stack([group[0] for group in self.held_out])  # no skin tone
         parts = rows[self.emoji.style[rows].argsort(stable=True)].split(self.batch_size)
-        whole = [
+        whole: Any = [
             (self.emoji.pictures[r].float() / 255, [self.emoji.caption(int(i)) for i in r], self.emoji.concept[r])
             for r in parts
         ]
-        return DataLoader(whole, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(whole, batch_size=None)
 
 
 def endless(data: L.LightningDataModule, batch: Callable[[int], Any], shared: bool = True) -> DataLoader:

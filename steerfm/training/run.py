@@ -29,7 +29,7 @@ def check_trained(module: Trained) -> None:
     Raises:
         NothingTrainedError: no step was taken, all were skipped, or the averaged weights are not finite.
     """
-    steps = int(module.average.n_averaged)  # type: ignore[arg-type]
+    steps = int(module.average.get_buffer("n_averaged"))
     if not steps:
         raise NothingTrainedError("nothing was trained: no step was taken")
     if module.skipped >= steps:
@@ -46,10 +46,11 @@ def fit(
     module: Trained,
     data: L.LightningDataModule,
     folder: Path,
+    *,
     accelerator: str = "auto",
     devices: str = "auto",
     strategy: str = "auto",
-    precision: str = "32-true",
+    precision: Any = "32-true",
     clip: float = 1.0,
     log_every: int = 20,
     validate_every: int = 1000,
@@ -57,14 +58,25 @@ def fit(
     progress: bool = True,
     callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Train for ``module.steps`` steps, continuing from ``folder/checkpoints/last.ckpt`` where there is one.
+    """Train for ``module.steps`` steps, continuing from the newest of ``folder/checkpoints`` where there is one.
 
-    Logs to ``folder/metrics.jsonl``, which `history` reads, and to tensorboard where it is installed. ``callbacks`` come before
-    the checkpoints; ``validate_every`` 0 is never; the remaining arguments are the Trainer's.
+    Logs to ``folder/metrics.jsonl``, which `history` reads, and to tensorboard where it is installed.
+
+    Args:
+        module: what is trained.
+        data: batches for it.
+        folder: of the run.
+        accelerator, devices, strategy, precision: the Trainer's own.
+        clip: largest norm of a gradient.
+        log_every: steps from one line of the log to the next.
+        validate_every: steps; 0 is never.
+        save_every: steps from one checkpoint to the next; 0 is at the end only.
+        progress: a bar; otherwise a line now and then.
+        callbacks: called before a checkpoint is written.
+
+    Raises:
+        NothingTrainedError: no steps. Stopped: a signal stopped the run; its checkpoint is there.
     """
-    loggers: list[Any] = [Metrics(folder)]
-    if importlib.util.find_spec("tensorboard"):
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if module.steps < 1:
         raise NothingTrainedError(f"nothing was trained: optimizer.steps={module.steps}")
     kept = folder / "checkpoints"
@@ -74,7 +86,7 @@ def fit(
             accelerator=accelerator,
             devices=int(devices) if devices.isdigit() else devices,
             strategy=strategy,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             max_steps=module.steps,
             max_epochs=-1,
             gradient_clip_val=clip,
@@ -82,7 +94,7 @@ def fit(
             val_check_interval=validate_every or None,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            logger=loggers,
+            logger=_loggers(folder),
             plugins=[WholeCheckpoints()],
             callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
             enable_checkpointing=False,
@@ -97,3 +109,9 @@ def fit(
     if validate_every:
         trainer.validate(module, data, verbose=False)
     return trainer
+
+
+def _loggers(folder: Path) -> list[Any]:
+    if not importlib.util.find_spec("tensorboard"):
+        return [Metrics(folder)]
+    return [Metrics(folder), TensorBoardLogger(folder, name="", version="tensorboard")]

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +91,21 @@ def load(name: str | Path | FlowMap, device: str | torch.device | None = None) -
         flow_map = with_adapters(load(_base(path)), read_weights(path, "adapter")[1], path)
     else:
         flow_map = NeuralFlowMap.load(path)
+        flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}
         if isinstance(head, dict) and "base" in head:
             flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
     return flow_map.to(device or "cpu")
+
+
+def _beside(value: Any, folder: Path) -> Any:
+    """What a card names, with the files that are in its folder by their paths."""
+    if isinstance(value, Mapping):
+        return {key: _beside(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_beside(item, folder) for item in value]
+    if not isinstance(value, str) or not re.fullmatch(r"[^:\n]+\.(safetensors|py:\w+)", value):
+        return value
+    return str(folder / value) if (folder / value.partition(":")[0]).is_file() else value
 
 
 def _base(path: Path) -> Path:
@@ -200,33 +215,20 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
     return network.eval().requires_grad_(False)
 
 
-def classifiers(flow_map: FlowMap) -> tuple[str, ...]:
-    """The shipped classifiers that know pictures like this model's, the held-out one last; none where none ships for them.
-
-    They are those whose cards name the same data, for pictures of the same shape. A shape alone says nothing: other pictures
-    of 28 x 28 pixels are no clothes.
-    """
-    return _of_same_data(flow_map, "classifier")
+def pictured(name: str) -> Any:
+    """The data set of a name as `steerfm.metrics.evaluator.Pictured`; None where there is none, or it shows no pictures."""
+    data = import_module("steerfm.training.data").DATA.get(name)
+    return data() if hasattr(data, "reference") else None
 
 
-def scorers(flow_map: FlowMap) -> tuple[str, ...]:
-    """The same for scorers of pictures and words."""
-    return _of_same_data(flow_map, "open_clip", "image_text_head")
+def statistics_file(name: str | Path) -> Path:
+    """Where `statistics` reads: beside the classifier."""
+    path = find(name)
+    return path.with_name(f"{path.stem}-statistics.safetensors")
 
 
-def _of_same_data(flow_map: FlowMap, *kinds: str) -> tuple[str, ...]:
-    names = [
-        name
-        for name, head in models().items()
-        if head["kind"] in kinds
-        and head["card"]["data"] == flow_map.data
-        and tuple(head.get("shape", flow_map.shape)) == flow_map.shape
-    ]
-    return tuple(sorted(names, key=lambda name: name.endswith("-judge")))
-
-
-def statistics(name: str = "fashion-classifier") -> dict[str, Tensor]:
-    """Statistics of the data that a shipped classifier was trained on and of its features, so that distances need no data.
+def statistics(name: str | Path) -> dict[str, Tensor]:
+    """Statistics of the data that a classifier was trained on and of its features, so that distances need no data.
 
     Returns:
         test_mean (d,), test_cov (d, d): of the features of the test split, of test_count () pictures, in float64.
@@ -234,4 +236,4 @@ def statistics(name: str = "fashion-classifier") -> dict[str, Tensor]:
         test_rows (m, d): the features of some of them, drawn at random.
         train_...: the same of as many training pictures, but for the rows.
     """
-    return {key: value.to(torch.float64) for key, value in load_file(FOLDER / f"{name}-statistics.safetensors").items()}
+    return {key: value.to(torch.float64) for key, value in load_file(statistics_file(name)).items()}
