@@ -22,6 +22,8 @@ from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+from steerfm import shipped
+
 OURS = ("steerfm", "steerfm_rewards")
 
 
@@ -56,9 +58,10 @@ def is_own(spec: str) -> bool:
 
 
 def _run_file(path: Path, what: str) -> ModuleType:
+    path = shipped.example(path)
     if not path.is_file():
         raise CodeError(f"no such {what} file: {path}")
-    if _in_python(path):
+    if _in_python(path) and not shipped.is_example(path):
         raise CodeError(f"{path} belongs to Python or to an installed package: name a file of your own, path/to/file.py:name")
     _open_folder(path)
     loader = importlib.util.spec_from_file_location(f"steerfm_user_{path.stem}", path)

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import steerfm
-from steerfm import cli, files
-from steerfm.cli import loading
+from steerfm import cli, files, shipped
 from steerfm.report.run_folder import RunFolder
 from steerfm.values import read_yaml
 
@@ -172,7 +171,7 @@ def test_a_finished_run_says_how_to_run_again(capsys, tmp_path, monkeypatch):
 
 
 def test_train_starts_anew(capsys, tmp_path, monkeypatch):
-    kills = runpy.run_path(str(Path(loading.shipped("benchmarks")) / "kills.py"))
+    kills = runpy.run_path(str(Path(shipped.folder("benchmarks")) / "kills.py"))
     kills["prepare"](tmp_path)
     (tmp_path / "at").mkdir()
     monkeypatch.chdir(tmp_path / "at")

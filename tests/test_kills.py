@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from steerfm.cli import loading
+from steerfm import shipped
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 
 
 def test_killed_runs_are_as_if_left_alone():
-    script = Path(loading.shipped("benchmarks")) / "kills.py"
+    script = Path(shipped.folder("benchmarks")) / "kills.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, script, "train", "--kills", "2"], check=False, env=environment, capture_output=True, text=True
@@ -27,7 +27,7 @@ def test_kills_tell_runs_apart(tmp_path):
     """What it compares: every number but times, every tensor, and that nothing is missing or left over."""
     import runpy
 
-    kills = runpy.run_path(str(Path(loading.shipped("benchmarks")) / "kills.py"))
+    kills = runpy.run_path(str(Path(shipped.folder("benchmarks")) / "kills.py"))
     one, other = tmp_path / "one", tmp_path / "other"
     for folder, reward, seconds in ((one, 1.0, 3), (other, 1.0 + 2**-20, 4)):
         (folder / "parts").mkdir(parents=True)

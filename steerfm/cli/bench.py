@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import steerfm
-from steerfm import files
+from steerfm import files, shipped
 from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
 from steerfm.cli.console import console, print_table, progress
-from steerfm.cli.loading import did_you_mean, explain, find_recipe, kept, load, make, plain, recipes, shipped
+from steerfm.cli.loading import did_you_mean, explain, find_recipe, kept, load, make, plain, recipes
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import contents, stem
@@ -45,21 +45,25 @@ from steerfm.values import ConfigError
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
 LEAST_SEEDS = 4
+SCRIPTS = "the scripts behind the measured pages (exact, smc, finetune, ...) are no part of the package: run them in a checkout"
 
 
 def bench(name: str | None, arguments: list[str], command: str = "") -> None:
     """List the benchmarks, or run one: a suite (a recipe or a yaml file), or a script with a ``main(arguments)``."""
-    scripts = {path.stem: path for path in sorted(shipped("benchmarks").glob("*.py"))}
+    scripts = {path.stem: path for path in sorted(shipped.folder("benchmarks").glob("*.py"))}
     suites = recipes("bench")
     if name is None:
         rows = [(key, path.read_text().split("\n")[0].lstrip("# ")) for key, path in suites.items()]
         rows += [(key, (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]) for key, path in scripts.items()]
         print_table(("benchmark", "what"), rows)
+        if not scripts:
+            console.print(SCRIPTS)
     elif name in scripts:
         runpy.run_path(str(scripts[name]))["main"](arguments)
     elif name not in suites and not Path(name).is_file():
         known = [*suites, *scripts]
-        raise ConfigError(f"unknown benchmark {name!r}{did_you_mean(name, known)}; benchmarks: {', '.join(known)}")
+        listed = f"{did_you_mean(name, known)}; benchmarks: {', '.join(known)}"
+        raise ConfigError(f"unknown benchmark {name!r}{listed}" + ("" if scripts else f"; {SCRIPTS}"))
     elif {"-h", "--help"} & set(arguments):
         path = find_recipe(name, "bench")
         print(f"{BenchConfig.__doc__}\n\n{explain(BenchConfig)}\n\n{path}:\n{path.read_text()}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 from steerfm.cli.config import NAMED, FinetuneConfig, TrainConfig
+from steerfm.shipped import folder
 from steerfm.values import (
     ConfigError,
     Raw,
@@ -132,7 +133,7 @@ def explain(schema: type) -> str:
 
 def recipes(kind: str) -> dict[str, Path]:
     """The shipped recipes of a command, by name."""
-    return {path.stem: path for path in sorted((shipped("configs") / kind).glob("*.yaml"))}
+    return {path.stem: path for path in sorted((folder("configs") / kind).glob("*.yaml"))}
 
 
 def find_recipe(source: str, kind: str) -> Path:
@@ -153,12 +154,6 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest choice, or nothing."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def shipped(folder: str) -> Path:
-    """A folder that ships with the library: inside an installed package, or at the top of a checkout."""
-    package = Path(__file__).parent.parent
-    return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 def _section(schema: Any, values: Any, key: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from steerfm.cli.loading import shipped
+from steerfm import shipped
 from steerfm.values import ConfigError
 
 COLUMNS = ("prompt", "text", "caption")
@@ -52,7 +52,7 @@ def read_prompts(prompt: Any) -> list[str]:
                 raise ConfigError(f"prompt={text!r}: not a text")
         return list(prompt)
     named = str(prompt).lower().endswith(ENDINGS) or isinstance(prompt, Path)
-    folder = shipped("configs") / "prompts"
+    folder = shipped.folder("configs") / "prompts"
     if os.path.exists(prompt) and not os.path.isdir(prompt):  # False where it is no possible name of a file
         file = Path(prompt)
     elif named and (folder / Path(prompt).name).is_file() and Path(prompt).name == str(prompt):

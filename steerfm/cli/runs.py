@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm import files, trust, zoo
-from steerfm.cli.loading import kept, plain, shipped
+from steerfm import files, shipped, trust, zoo
+from steerfm.cli.loading import kept, plain
 from steerfm.registry import named
 from steerfm.report.run_folder import RunFolder
 
@@ -43,10 +43,10 @@ def contents(told: Any, key: str = "") -> dict[str, str]:
 def _named_files(text: str) -> list[Path]:
     """The files that a text names: one's own, code as path.py:name, weights with their JSON, a folder of a model, or what
     ships by that name."""
-    path, code = Path(text), Path(text.rsplit(":", 1)[0])
+    path, code = Path(text), shipped.example(Path(text.rsplit(":", 1)[0]))
     if os.path.isdir(path) and os.path.isfile(path / "open_clip_config.json"):
         return sorted(file for file in path.iterdir() if file.is_file())
-    ours = [zoo.FOLDER / f"{text}.safetensors", shipped("configs") / "prompts" / text] if path.name == text else []
+    ours = [zoo.FOLDER / f"{text}.safetensors", shipped.folder("configs") / "prompts" / text] if path.name == text else []
     for file in (path, *([code] if code.suffix == ".py" else []), *ours):
         if os.path.isfile(file):
             head = file.with_suffix(".json")
