@@ -20,7 +20,7 @@ from rich.table import Table
 
 import steerfm
 from steerfm import cli, zoo
-from steerfm.flowmap import read_weights, save_weights
+from steerfm.checkpoints import read_weights, save_weights
 
 ROWS = {
     "none: flow matching only": {},

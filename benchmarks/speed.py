@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import steerfm
+from steerfm.checkpoints import build_network
 from steerfm.finetuning import Direct, FineTuning
-from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.sampling import time_grid
 from steerfm.steering.steer import CPU_ROWS
 from steerfm.training import fit

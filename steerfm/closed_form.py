@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.flowmap import Condition, FlowMap
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant, expand_time
+from steerfm.rows import Condition
 
 Array = Any
 """Whatever `torch.as_tensor` takes: a tensor, nested lists, a numpy array, a number."""

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from steerfm import zoo
 from steerfm.checks import whole_numbers
-from steerfm.flowmap import Condition, FlowMap, by_label, map_condition, take_rows
+from steerfm.flowmap import FlowMap, by_label
 from steerfm.randomness import derive, stream
+from steerfm.rows import Condition, map_condition, take_rows
 from steerfm.transitions import Jump, Transition
 
 

@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant
+from steerfm.rows import Condition
 
 
 @dataclass

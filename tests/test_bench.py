@@ -196,7 +196,7 @@ def cell(held, evaluations):
 
 
 def test_a_summary_by_hand():
-    want = Outputs(None, None, None, ["a", "b"], 1)
+    want = Outputs(2, names=("a", "b"))
     problem = Problem("p", SteerConfig(), None, Yardstick(lambda x: x, None), None, None, want)  # type: ignore[arg-type]
     cells: Cells = {
         Column(problem, 0, BASE): [cell([0.0, 1.0], 4)] * 4,

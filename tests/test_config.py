@@ -194,7 +194,7 @@ def test_every_shipped_recipe_parses(kind, path):
     assert c == load(SCHEMAS[kind], str(path))
     assert c != SCHEMAS[kind]()  # a recipe that says nothing is not a recipe
     if kind == "train":
-        from steerfm.flowmap import build_network
+        from steerfm.checkpoints import build_network
         from steerfm.training.objectives import OFF_DIAGONAL
 
         if c.task == "contrastive":

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import steerfm
 from steerfm import encoders, zoo
+from steerfm.checkpoints import build_network
 from steerfm.encoders import Preprocessing, TextEncoder
-from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap, build_network
+from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap
 from steerfm.training.data import EmojiData
 
 FOLDER = zoo.FOLDER / "emoji-clip"

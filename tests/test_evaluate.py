@@ -11,10 +11,11 @@ from PIL import Image
 
 import steerfm
 from steerfm import cli, emoji, zoo
+from steerfm.checkpoints import build_network
 from steerfm.cli import evaluate as evaluation
 from steerfm.cli.config import EvaluateConfig
 from steerfm.cli.evaluate import evaluate, examine, in_order
-from steerfm.flowmap import FlowMap, NeuralFlowMap, build_network
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.metrics import cubic, discrepancy, feature_statistics, frechet_distance, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference

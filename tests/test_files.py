@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from steerfm import cli, files
-from steerfm.flowmap import write_weights
+from steerfm.checkpoints import write_weights
 from steerfm.report.plots import curves_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.signals import Stopped, held, raised

@@ -11,10 +11,12 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture
+from steerfm.checkpoints import build_network
 from steerfm.cost import Ledger
-from steerfm.flowmap import FlowMap, Guided, Microbatched, NeuralFlowMap, Wrapped, build_network, map_condition
+from steerfm.flowmap import FlowMap, Guided, Microbatched, NeuralFlowMap, Wrapped
 from steerfm.interpolant import Interpolant, Trigonometric
 from steerfm.networks import Mlp, UNet
+from steerfm.rows import map_condition
 
 ARCHITECTURE = {"name": "mlp", "dim": 3, "width": 16, "depth": 2, "classes": 2}
 NAMES = ("Ankle boot", "Bag")

@@ -430,13 +430,13 @@ def tasks():
 
 
 def test_groups_of_a_tuning_are_what_is_asked_for():
-    assert tasks().groups().tolist() == [0, 1, 0, 1, 0, 1] and Tasks().groups().tolist() == [0]
-    assert Tasks(4, prompts=["a", "b", "a", "c"]).groups().tolist() == [0, 1, 0, 2]
+    assert tasks().alike().tolist() == [0, 1, 0, 1, 0, 1] and Tasks().alike().tolist() == [0]
+    assert Tasks(4, prompts=["a", "b", "a", "c"]).alike().tolist() == [0, 1, 0, 2]
     x = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     rw = 2.0 * reward("diversity")
     got = tasks().problem(Pictures(), rw).score(x).total
     for rows in (torch.tensor([0, 2, 4]), torch.tensor([1, 3, 5])):
-        torch.testing.assert_close(tasks().take(rows).problem(Pictures(), rw).score(x[rows]).total, got[rows])
+        torch.testing.assert_close(tasks()[rows].problem(Pictures(), rw).score(x[rows]).total, got[rows])
 
 
 def test_a_panel_compares_all_its_pictures_whatever_their_number():

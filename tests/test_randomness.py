@@ -215,7 +215,7 @@ def test_samples_and_their_fit_have_noises_of_their_own(name, monkeypatch):
 
 def test_a_panel_on_seeds_that_are_trained_on_is_refused_at_the_start():
     base = small_map()
-    tasks = Tasks().take(torch.zeros(8).long())
+    tasks = Tasks()[torch.zeros(8).long()]
     panel = Panel(base, as_reward(reward), None, tasks, tasks, lambda x: x, seeds=derive(0, "training"))
     watch = Monitor(panel, None, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="trained on"):

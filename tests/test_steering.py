@@ -14,6 +14,7 @@ from steerfm import GaussianMixture
 from steerfm.flowmap import FlowMap, NeuralFlowMap, Wrapped
 from steerfm.networks import Mlp
 from steerfm.rewards import Reward, RewardError
+from steerfm.rows import Rows
 from steerfm.sampling import Noise
 from steerfm.steering import (
     DPS,
@@ -436,7 +437,7 @@ def test_copies_carry_their_values_along(guidance, resampling):
         assert torch.allclose(endpoint, MAP.lookahead(x, t))
         assert torch.allclose(before.value, t * strength * reward(MAP.lookahead(x, t)).double(), atol=1e-5)
         if guidance is not None and i < 4:  # the last step is not guided, so that nobody asks for its direction
-            problem = Problem(MAP, steerfm.reward(reward), torch.full((n * k,), strength).double())
+            problem = Problem(MAP, steerfm.reward(reward), torch.full((n * k,), strength).double(), Rows(n * k))
             again = guidance.evaluate(view(problem, x, t, t))
             assert torch.allclose(again.direction, before.direction, atol=1e-6)
     for i in range(4):  # where an output was not resampled, every particle is its own ancestor
@@ -524,7 +525,7 @@ def test_value_of_many_endpoints_sees_labels_and_prompts_per_endpoint():
     def named(x, prompts, labels):
         return labels.float() + torch.tensor([float(len(prompt)) for prompt in prompts])
 
-    problem = Problem(MAP, steerfm.reward(named), torch.ones(2).double(), None, torch.tensor([1, 7]), ["", "four"])
+    problem = Problem(MAP, steerfm.reward(named), torch.ones(2).double(), Rows(2, None, torch.tensor([1, 7]), ["", "four"]))
     found = view(problem, torch.zeros(2, 3), 0.5, 1.0).value(Endpoints(torch.zeros(2, 5, 3)))
     assert found.tilt.tolist() == [1.0, 11.0]
     assert found.value.tolist() == pytest.approx([1.0, 11.0])
@@ -555,7 +556,7 @@ def test_a_lookahead_may_have_many_endpoints(guidance):
 
 def test_gradients_agree_with_the_closed_form():
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    problem = Problem(MAP, steerfm.reward(lambda x: 2.0 * x[:, 0]), torch.full((5,), 3.0).double())
+    problem = Problem(MAP, steerfm.reward(lambda x: 2.0 * x[:, 0]), torch.full((5,), 3.0).double(), Rows(5))
     t, beta = 0.6, 0.5
     g1, g0 = math.sqrt(0.36), math.sqrt(t**2 * 0.36 + (1 - t) ** 2)
     through = MapGradient().evaluate(view(problem, x, t, beta))
@@ -568,7 +569,7 @@ def test_gradients_agree_with_the_closed_form():
 
 def test_ascent_moves_the_endpoint_by_its_rate():
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    problem = Problem(MAP, steerfm.reward(lambda x: x[:, 0]), torch.ones(5).double())
+    problem = Problem(MAP, steerfm.reward(lambda x: x[:, 0]), torch.ones(5).double(), Rows(5))
     found = EndpointAscent(iterations=4, rate=0.1).evaluate(view(problem, x, 0.5, 1.0))
     length = found.endpoint.norm(dim=1)
     assert torch.allclose(found.direction[:, 0], 0.4 * length, rtol=1e-4)

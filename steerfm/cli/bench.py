@@ -121,7 +121,7 @@ class Problem:
 
     def evaluations(self, method: Method) -> float:
         """Network evaluations of one output, by trying it."""
-        row = self.outputs.take(slice(0, 1))
+        row = self.outputs[:1]
         told = {"prompts": row.prompts, "labels": row.labels}
         return steer(self.flow_map, self.reward, method, 1, 0, self.config.strength, row.cond, **told).cost.evaluations
 

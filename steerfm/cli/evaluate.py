@@ -17,7 +17,7 @@ from steerfm.cli.parts import load_model
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
-from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap, move_condition, take_rows
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.metrics import consistency_errors, pairwise_diversity, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space
@@ -26,6 +26,7 @@ from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import jumps_plot
 from steerfm.report.run_folder import RunFolder
+from steerfm.rows import Condition, move_condition, take_rows
 from steerfm.sampling import sample as draw
 from steerfm.transitions import Diffuse
 

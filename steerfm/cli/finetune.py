@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import registry, training, zoo
+from steerfm.checkpoints import write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
@@ -22,7 +23,7 @@ from steerfm.cost import Cost
 from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
-from steerfm.flowmap import NeuralFlowMap, write_weights
+from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import semigroup_error
 from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.randomness import derive
@@ -334,13 +335,13 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
     if n is None:
         return tasks
     most = max(1, n // PER_PROMPT) if base.text is not None else tasks.n
-    return tasks.take(torch.arange(n) % min(tasks.n, most))
+    return tasks[torch.arange(n) % min(tasks.n, most)]
 
 
 def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
     """Judges of n samples of this model, in the space that its card names to watch it in."""
     tasks = make_tasks(base, config.label, config.prompt, n)
-    support = tasks.take(torch.arange(max(300, n)) % n)
+    support = tasks[torch.arange(max(300, n)) % n]
     if base.class_names:
         support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names)))
     space = Evaluator(base, "cpu").watch

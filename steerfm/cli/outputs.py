@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from steerfm.cli.prompts import read_prompts
-from steerfm.flowmap import Condition, FlowMap, take_rows
+from steerfm.flowmap import FlowMap
 from steerfm.rewards import Reward
+from steerfm.rows import Rows
 from steerfm.values import ConfigError
 
 
-@dataclass
-class Outputs:
+@dataclass(frozen=True, eq=False)
+class Outputs(Rows):
     """What the outputs of a run are asked for, one row each.
 
     Attributes:
-        cond: condition of the map. labels: (n,), or None. prompts: n texts, or None. names: what to write beside each.
+        names: n texts to write beside each.
         each: outputs of one prompt, one after the other.
     """
 
-    cond: Condition
-    labels: Tensor | None
-    prompts: list[str] | None
-    names: list[str]
-    each: int
+    names: tuple[str, ...] = ()
+    each: int = 1
 
-    @property
-    def n(self) -> int:
-        return len(self.names)
+    def __getitem__(self, rows: slice | Tensor) -> Outputs:
+        chosen = range(self.n)[rows] if isinstance(rows, slice) else rows.tolist()
+        return replace(super().__getitem__(rows), names=tuple(self.names[row] for row in chosen))
 
     def seeds(self, first: int) -> list[int]:
         """A seed for each output: the same ones for every prompt."""
         return [first + i % self.each for i in range(self.n)]
-
-    def take(self, rows: slice) -> Outputs:
-        """Some of the rows."""
-        labels = None if self.labels is None else self.labels[rows]
-        prompts = None if self.prompts is None else self.prompts[rows]
-        return Outputs(take_rows(self.cond, rows), labels, prompts, self.names[rows], self.each)
 
 
 def outputs_of(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward: Reward | None = None) -> Outputs:
@@ -58,11 +50,12 @@ def outputs_of(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward
     if reads and label is not None:
         raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
     if reads:
-        return Outputs(flow_map.condition(texts, len(texts)) if texts else None, None, texts or None, texts or [""] * n, n)
+        cond = flow_map.condition(texts, len(texts)) if texts else None
+        return Outputs(len(texts) or n, cond, None, texts or None, names=tuple(texts or [""] * n), each=n)
     total = len(texts) or n
     names = flow_map.class_names
     turns = label is None and reward is not None and "labels" in reward.needs and names
     labels = flow_map.condition([names[i % len(names)] for i in range(total)] if turns else label, total)
     assert labels is None or isinstance(labels, Tensor)
     names = texts or ([""] * n if labels is None else [flow_map.class_names[i] for i in labels.tolist()])
-    return Outputs(labels, labels, texts or None, names, n)
+    return Outputs(total, labels, labels, texts or None, names=tuple(names), each=n)

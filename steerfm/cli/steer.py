@@ -16,10 +16,7 @@ from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import NO_JUDGE, autocast, build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, slug, stem
 from steerfm.cost import Cost
-from steerfm.flowmap import (
-    FlowMap,
-    take_rows,
-)  # fmt: skip
+from steerfm.flowmap import FlowMap
 from steerfm.metrics import restoration
 from steerfm.registry import named
 from steerfm.report.formats import short
@@ -27,6 +24,7 @@ from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.run_folder import RunFolder, read_tensor
 from steerfm.rewards import Reward
+from steerfm.rows import take_rows
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, SteeringResult, steer_batches
 from steerfm.steering.result import OVER_TIME

@@ -12,19 +12,13 @@ import torch
 from torch import Tensor
 
 from steerfm import encoders, files, zoo
+from steerfm.checkpoints import build_network, load_into, read_weights, save_weights
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
 from steerfm.cli.loading import did_you_mean, kept, load, plain, recipes
 from steerfm.cli.parts import schedule
 from steerfm.cli.runs import commit, inputs
-from steerfm.flowmap import (
-    Guided,
-    NeuralFlowMap,
-    build_network,
-    load_into,
-    read_weights,
-    save_weights,
-)  # fmt: skip
+from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, texture
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.report.card import model_card

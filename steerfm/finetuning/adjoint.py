@@ -75,7 +75,7 @@ class Adjoint:
         xs = torch.cat([states_at[i][0] for i in chosen])
         at = torch.tensor([states_at[i][1] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
         weight = torch.tensor([weights[i] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
-        repeated = update.tasks.take(torch.arange(b).repeat(count)).problem(update.tuned, update.reward).cond
+        repeated = update.tasks[torch.arange(b).repeat(count)].problem(update.tuned, update.reward).cond
         miss = update.tuned.denoise(xs, at, repeated) - torch.cat([endpoints[i] for i in chosen])
         losses = weight * miss.square().flatten(1).sum(1)
         return {"loss": losses.sum() / b * len(states_at) / count / x[0].numel(), "reward": r.detach().mean()}

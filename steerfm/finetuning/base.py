@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
+from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive
-from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.rewards import Reward, RewardError
+from steerfm.rows import Condition, Rows
 from steerfm.sampling import Noise, time_grid, walk
 from steerfm.steering.value import Problem
 from steerfm.transitions import Jump, Transition
@@ -29,62 +30,25 @@ Law = Callable[[Noise, Condition], Tensor]
 
 
 # --- what is asked for -----------------------------------------------------------------------------------------------
-@dataclass
-class Tasks:
-    """What the model is asked for, one row each: conditions, and the labels and prompts that a reward reads.
-
-    Attributes:
-        n: number of rows; 1 where there is no condition.
-        cond: n rows, or None. labels: (n,), or None. prompts: n texts, or None.
-    """
-
-    n: int = 1
-    cond: Condition = None
-    labels: Tensor | None = None
-    prompts: Prompts = None
-
-    @classmethod
-    def of(cls, cond: Condition, prompts: Prompts = None) -> Tasks:
-        """Labels are the condition where that holds integers."""
-        labels = cond if isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point() else None
-        first = cond if isinstance(cond, Tensor) or cond is None else next(iter(cond.values()))
-        n = len(first) if first is not None else len(prompts) if prompts is not None else 1
-        if prompts is not None and len(prompts) != n:
-            raise ValueError(f"{len(prompts)} prompts for {n} conditions: give one each")
-        return cls(n, cond, labels, prompts)
-
-    def take(self, rows: Tensor) -> Tasks:
-        """The given rows (b,); a row may be taken more than once."""
-        return Tasks(
-            len(rows),
-            take_rows(self.cond, rows),
-            None if self.labels is None else self.labels[rows],
-            None if self.prompts is None else [str(self.prompts[row]) for row in rows.tolist()],
-        )
-
-    def repeat(self, k: int) -> Tasks:
-        """Every row ``k`` times, one after the other."""
-        return self.take(torch.arange(self.n).repeat_interleave(k))
+class Tasks(Rows):
+    """What the model is asked for, one row each; one row where there is no condition."""
 
     def score(self, flow_map: FlowMap, reward: Reward, x: Tensor) -> Tensor:
         """Rewards (n,) of samples (n, *shape), one of each row, 256 at a time; all at once where the reward compares them."""
         rows = torch.arange(self.n).split(self.n if reward.groupwise else 256)
-        return torch.cat([self.take(some).problem(flow_map, reward).score(x[some.to(x.device)]).total for some in rows])
+        return torch.cat([self[some].problem(flow_map, reward).score(x[some.to(x.device)]).total for some in rows])
 
     def problem(self, flow_map: FlowMap, reward: Reward) -> Problem:
         """The reward of these rows, for samples of the map; strength 1."""
+        rows = replace(self, groups=self.alike()) if reward.groupwise else self
         device = flow_map.device
-        cond = move_condition(self.cond, device)
-        labels = None if self.labels is None else self.labels.to(device)
-        groups = self.groups().to(device) if reward.groupwise else None
-        return Problem(flow_map, reward, torch.ones(self.n, device=device), cond, labels, self.prompts, groups)
+        return Problem(flow_map, reward, torch.ones(self.n, device=device), rows.to(device))
 
-    def groups(self) -> Tensor:
+    def alike(self) -> Tensor:
         """(n,): rows that are asked for the same share a number."""
         labels = [None] * self.n if self.labels is None else self.labels.tolist()
         numbers: dict[Any, int] = {}
-        asked = zip(labels, self.prompts or [None] * self.n)
-        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in asked])
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in zip(labels, self.prompts or [None] * self.n)])
 
 
 # --- one update ------------------------------------------------------------------------------------------------------
@@ -195,7 +159,7 @@ def draw(law: Law, tasks: Tasks, flow_map: FlowMap, seeds: list[int], k: int = 1
     with torch.no_grad():
         for begin in range(0, tasks.n, size):
             part = torch.arange(begin, min(begin + size, tasks.n))
-            cond = move_condition(tasks.take(part.repeat_interleave(k)).cond, flow_map.device)
+            cond = move_condition(tasks[part.repeat_interleave(k)].cond, flow_map.device)
             parts.append(law(Noise(seeds[begin : begin + size], k), cond))
     return torch.cat(parts)
 
@@ -212,7 +176,7 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
     Raises:
         NothingToLearnError: the reward is constant there.
     """
-    rows = tasks.take(torch.arange(n) % tasks.n)
+    rows = tasks[torch.arange(n) % tasks.n]
     x = draw(chain(4)(flow_map), rows, flow_map, [derive(seed, "scale", 0, i) for i in range(n)])
     with torch.no_grad():
         values = rows.problem(flow_map, reward).score(x).total.double()

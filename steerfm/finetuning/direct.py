@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from steerfm.finetuning.base import Law, Terms, Update
-from steerfm.flowmap import Condition, FlowMap
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
+from steerfm.rows import Condition
 from steerfm.sampling import Noise
 
 
@@ -103,7 +104,7 @@ class Direct:
         n, b, path = self.averages, len(x1), update.tuned.interpolant
         noise = torch.cat([update.normal() for _ in range(n)])
         rows = torch.arange(b).repeat(n)
-        problem = update.tasks.take(rows).problem(update.tuned, update.reward)
+        problem = update.tasks[rows].problem(update.tuned, update.reward)
         again = path.interpolate(noise, x1[rows.to(x1.device)], expand_time(s, noise))
         back = self._jump(update.tuned, again, s, 1.0, problem.cond)
         return self._terms(update, problem.score(back).total, control)

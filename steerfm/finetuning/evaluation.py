@@ -14,11 +14,12 @@ from torch import Tensor
 from steerfm.files import write_tensors
 from steerfm.finetuning.base import Law, Tasks, chain, draw
 from steerfm.finetuning.module import FineTuning
-from steerfm.flowmap import FlowMap, move_condition
+from steerfm.flowmap import FlowMap
 from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision, semigroup_error
 from steerfm.randomness import derive, is_derived
 from steerfm.report.pictures import picture_grid
 from steerfm.rewards import Reward, RewardError
+from steerfm.rows import move_condition
 from steerfm.sampling import Noise
 from steerfm.training import save_checkpoint
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.flowmap import Condition, FlowMap, NeuralFlowMap
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.randomness import stream
+from steerfm.rows import Condition
 
 PREFIX = "lora_"
 

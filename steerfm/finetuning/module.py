@@ -121,7 +121,7 @@ class FineTuning(Trained):
             )
         self.place(self.device)
         if self.method.differentiates:
-            ask_for_a_gradient(self.tasks.take(torch.zeros(1, dtype=torch.long)).problem(self.reference, self.judged[0]))
+            ask_for_a_gradient(self.tasks[torch.zeros(1, dtype=torch.long)].problem(self.reference, self.judged[0]))
         if self.scale is None:
             self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
 
@@ -139,7 +139,7 @@ class FineTuning(Trained):
         drawn = step // reuse * reuse
         assert self.scale is not None
         return Update(
-            step, self.steps, tuned, self.averaged(), self.reference, self.judged[0], self.tasks.take(rows[mine].cpu()),
+            step, self.steps, tuned, self.averaged(), self.reference, self.judged[0], self.tasks[rows[mine].cpu()],
             self.tasks, Noise([derive(self.seed, "training", drawn, row) for row in range(mine.start, mine.stop)]),
             stream(self.seed, "update", step), self.control, self.scale, self.memory, self.seed,
         )  # fmt: skip

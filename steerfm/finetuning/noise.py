@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from steerfm.finetuning.base import Law, Terms, Update
-from steerfm.flowmap import Condition, FlowMap
+from steerfm.flowmap import FlowMap
+from steerfm.rows import Condition
 from steerfm.sampling import Noise, time_grid
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
-from steerfm.flowmap import Condition, FlowMap, move_condition, take_rows
+from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive, stream
 from steerfm.registry import Named, objects
+from steerfm.rows import Condition, move_condition, take_rows
 from steerfm.steering.weights import effective_sample_size, largest, normalise
 from steerfm.training.objectives import FlowMatching, Trajectory, Triangle, mean_square
 
@@ -202,4 +203,4 @@ def _pool(update: Update, law: Law, number: int, k: int) -> Tensor:
 def _rows(update: Update, which: Tensor, rows: Tensor) -> tuple[Tensor, Condition]:
     """The given rows of the pool, and the conditions of their tasks, where the network is."""
     device = update.tuned.device
-    return update.memory["pool"][rows].to(device), move_condition(update.all_tasks.take(which).cond, device)
+    return update.memory["pool"][rows].to(device), move_condition(update.all_tasks[which].cond, device)

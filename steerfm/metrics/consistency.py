@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, move_condition
+from steerfm.flowmap import FlowMap
 from steerfm.randomness import stream
+from steerfm.rows import Condition, move_condition
 
 
 @dataclass

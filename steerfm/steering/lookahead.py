@@ -15,7 +15,8 @@ from torch import Tensor
 from steerfm import sampling
 from steerfm.checks import at_least_one
 from steerfm.closed_form import GaussianMixture
-from steerfm.flowmap import Condition, FlowMap, repeat_rows
+from steerfm.flowmap import FlowMap
+from steerfm.rows import Condition, repeat_rows
 from steerfm.sampling import Noise
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from steerfm.checks import at_least_one
-from steerfm.flowmap import repeat_rows
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward, RewardError
+from steerfm.rows import repeat_rows
 from steerfm.sampling import Noise
 from steerfm.steering.guidance import gradient_of
 from steerfm.steering.outcome import Outcome, Tick, Trace

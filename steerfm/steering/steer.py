@@ -15,9 +15,10 @@ from torch import Tensor
 from steerfm import registry, rewards, zoo
 from steerfm.checks import whole_numbers
 from steerfm.cost import Ledger
-from steerfm.flowmap import Condition, FlowMap, Microbatched, by_label, repeat_rows, take_rows
+from steerfm.flowmap import FlowMap, Microbatched, by_label
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward
+from steerfm.rows import Condition, Rows, labels_of
 from steerfm.sampling import Noise, as_condition, seed_list
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
@@ -205,9 +206,7 @@ class _Job:
     method: Method
     seeds: list[int]
     strength: Tensor
-    cond: Condition
-    labels: Tensor | None
-    prompts: Sequence[str] | None
+    rows: Rows
     begin: Begin | None
     batches: list[slice]
     micro_batch: int | None
@@ -244,8 +243,7 @@ class _Job:
                 f"{type(method).__name__} does not walk from noise to data: x0, start, times, callback and steps need a "
                 "method that does, such as FeynmanKac or Funnel"
             )
-        cond = by_label(flow_map, label, cond)
-        rows = as_condition(flow_map, cond, n)
+        rows = _rows(flow_map, n, by_label(flow_map, label, cond), prompts, labels)
         k = method.particles
         whole_numbers(particles=k)
         tilt = torch.as_tensor(strength, dtype=wide(flow_map.device), device=flow_map.device)
@@ -254,13 +252,6 @@ class _Job:
         if not bool(torch.isfinite(tilt).all()):
             raise ValueError(f"strength={strength}: must be finite")
         tilt = tilt.expand(n)
-        if labels is None and isinstance(rows, Tensor) and rows.ndim == 1 and not rows.is_floating_point():
-            labels = rows
-        if prompts is None and isinstance(flow_map.null, Mapping) and isinstance(cond, str | list | tuple):
-            prompts = cond  # type: ignore[assignment]  # a map of texts is asked in words, and a reward may read them
-        texts = [prompts] * n if isinstance(prompts, str) else prompts
-        if texts is not None and len(texts) != n:
-            raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
         if isinstance(module := rw, torch.nn.Module):
             module.to(flow_map.device)
         size = n if batch_size is None else batch_size
@@ -270,23 +261,32 @@ class _Job:
         batches = [slice(first, min(first + size, n)) for first in range(0, n, size)]
         if micro_batch is None and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
             micro_batch = CPU_ROWS
-        return cls(flow_map, rw, method, all_seeds, tilt, rows, labels, texts, begin, batches, micro_batch)
+        return cls(flow_map, rw, method, all_seeds, tilt, rows, begin, batches, micro_batch)
 
     def noise(self, rows: slice) -> Noise:
         return Noise(self.seeds[rows], self.method.particles)
 
     def problem(self, rows: slice) -> Problem:
         """That of some outputs, a row for each particle."""
-        k, of = self.method.particles, self.flow_map.device
-        return Problem(
-            self.flow_map,
-            self.reward,
-            self.strength[rows].repeat_interleave(k),
-            repeat_rows(take_rows(self.cond, rows), k),
-            None if self.labels is None else self.labels[rows].repeat_interleave(k),
-            None if self.prompts is None else [text for text in self.prompts[rows] for _ in range(k)],
-            torch.arange(rows.stop - rows.start, device=of).repeat_interleave(k),
-        )
+        k, outputs = self.method.particles, self.rows[rows]
+        outputs = replace(outputs, groups=torch.arange(outputs.n, device=self.flow_map.device))
+        return Problem(self.flow_map, self.reward, self.strength[rows].repeat_interleave(k), outputs.repeat(k))
+
+
+def _rows(flow_map: FlowMap, n: int, cond: Any, prompts: str | Sequence[str] | None, labels: Tensor | None) -> Rows:
+    """A row for each output.
+
+    Raises:
+        ValueError: another number of rows than outputs, or an unknown class.
+    """
+    if prompts is None and isinstance(flow_map.null, Mapping) and isinstance(cond, str | list | tuple):
+        prompts = [cond] if isinstance(cond, str) else [str(text) for text in cond]  # a reward may read what a map is asked
+        prompts = prompts * n if len(prompts) == 1 else prompts
+    texts = [prompts] * n if isinstance(prompts, str) else prompts
+    if texts is not None and len(texts) != n:
+        raise ValueError(f"{len(texts)} prompts for n={n} outputs: give one prompt, or one per output")
+    rows = as_condition(flow_map, cond, n)
+    return Rows(n, rows, labels_of(rows) if labels is None else labels, None if texts is None else list(texts))
 
 
 def _begin(

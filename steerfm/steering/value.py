@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, take_rows
+from steerfm.flowmap import FlowMap
 from steerfm.randomness import stream
-from steerfm.rewards import Prompts, Reward, RewardError, Scores
+from steerfm.rewards import Reward, RewardError, Scores
+from steerfm.rows import Condition, Rows
 from steerfm.sampling import Noise
 from steerfm.steering.lookahead import Endpoints, Lookahead
 from steerfm.steering.weights import log_mean_exp, wide
@@ -32,24 +33,23 @@ class Problem:
     Attributes:
         flow_map, reward: as given.
         strength: (b,) strength of the tilt per particle.
-        cond: condition per particle; labels (b,) and prompts for rewards that read them.
-        groups: (b,) the output of each particle, for rewards that compare the particles of one.
+        rows: what each particle is asked for.
     """
 
     flow_map: FlowMap
     reward: Reward
     strength: Tensor
-    cond: Condition = None
-    labels: Tensor | None = None
-    prompts: Prompts = None
-    groups: Tensor | None = None
+    rows: Rows
+
+    @property
+    def cond(self) -> Condition:
+        """The condition of each particle."""
+        return self.rows.cond
 
     def score(self, z: Tensor, k: int = 1) -> Scores:
         """Scores of b * k endpoints in model space, ``k`` for each particle."""
-        labels = None if self.labels is None else self.labels.repeat_interleave(k)
-        prompts = None if self.prompts is None else [prompt for prompt in self.prompts for _ in range(k)]
-        groups = None if self.groups is None else self.groups.repeat_interleave(k)
-        return self.reward.evaluate(self.flow_map.decode(z), prompts, labels, groups)
+        rows = self.rows if k == 1 else self.rows.repeat(k)
+        return self.reward.evaluate(self.flow_map.decode(z), rows.prompts, rows.labels, rows.groups)
 
     def tilt(self, r: Tensor) -> Tensor:
         """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.
@@ -88,14 +88,7 @@ class Problem:
 
     def select(self, rows: Tensor) -> Problem:
         """The problem of the given particles (b',)."""
-        return replace(
-            self,
-            strength=self.strength[rows],
-            cond=take_rows(self.cond, rows),
-            labels=None if self.labels is None else self.labels[rows],
-            prompts=None if self.prompts is None else [self.prompts[row] for row in rows.tolist()],
-            groups=None if self.groups is None else self.groups[rows],
-        )
+        return replace(self, strength=self.strength[rows], rows=self.rows[rows])
 
 
 # --- the value -------------------------------------------------------------------------------------------------------

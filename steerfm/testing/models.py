@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from steerfm.cost import Ledger
-from steerfm.flowmap import Condition, FlowMap, expand_rows, repeat_rows, take_rows
+from steerfm.flowmap import FlowMap
 from steerfm.randomness import untouched
+from steerfm.rows import Condition, expand_rows, repeat_rows, take_rows
 from steerfm.testing.contract import after_seed, failing, furthest, moves_global_state, near, pictures, require
 
 N = 4

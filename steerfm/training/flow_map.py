@@ -10,9 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, NeuralFlowMap, replace_rows, take_rows
+from steerfm.flowmap import NeuralFlowMap
 from steerfm.randomness import stream
 from steerfm.report.pictures import picture_grid
+from steerfm.rows import Condition, replace_rows, take_rows
 from steerfm.sampling import sample
 from steerfm.training.module import Trained
 from steerfm.training.objectives import FlowMatching, Objective, Trajectory

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import Condition, FlowMap, expand_rows, is_null, join_conditions, take_rows
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
+from steerfm.rows import Condition, expand_rows, is_null, join_conditions, take_rows
 
 Times = Callable[[int, torch.Generator], Tensor]
 TimePairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]

@@ -18,20 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm import registry, trust
-from steerfm.encoders import ImageTextHead
-from steerfm.flowmap import (
+from steerfm.checkpoints import (
     CLASSES,
     NETWORK,
     SHAPE,
-    FlowMap,
-    NeuralFlowMap,
     check_arguments,
     check_head,
     is_finite,
     load_into,
     read_weights,
     restore,
-)  # fmt: skip
+)
+from steerfm.encoders import ImageTextHead
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 
 FOLDER = Path(__file__).parent
 

@@ -14,7 +14,7 @@ from PIL import Image
 from reward_helpers import clip_folder, head_file, server_of
 from torch import Tensor
 
-from steerfm.flowmap import build_network, save_weights
+from steerfm.checkpoints import build_network, save_weights
 from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, available, reward
 from steerfm.testing import check_reward

@@ -15,6 +15,7 @@ import torch
 
 import steerfm
 from steerfm import FlowMap, GaussianMixture
+from steerfm.rows import Rows
 from steerfm.steering import (
     BestOfN,
     Denoise,
@@ -328,7 +329,7 @@ def test_gradient_of_the_exact_value_brings_the_effective_sample_size_to_one_wit
 
 def test_many_posterior_endpoints_approach_the_exact_value():
     x = torch.linspace(-2, 2, 64, dtype=torch.float64).unsqueeze(1)
-    problem = Problem(GAUSSIAN.flow_map(), steerfm.reward(lambda x: SLOPE * x[:, 0]), torch.full((64,), 2.0).double())
+    problem = Problem(GAUSSIAN.flow_map(), steerfm.reward(lambda x: SLOPE * x[:, 0]), torch.full((64,), 2.0).double(), Rows(64))
     half = View(problem, PosteriorSamples(4096), None, x, 0.4, lambda ends, tilt: torch.full((64,), 0.5).double())
     estimate = look(half).value
     exact = GAUSSIAN.value(x, 0.4, linear=[SLOPE])

@@ -10,6 +10,7 @@ from steerfm import GaussianMixture
 from steerfm.cost import Ledger
 from steerfm.flowmap import Wrapped
 from steerfm.interpolant import Trigonometric
+from steerfm.rows import Rows
 from steerfm.sampling import Noise
 from steerfm.steering import (
     ExactPosterior,
@@ -43,7 +44,7 @@ def reward(x):
 
 
 def view(lookahead, x, t, seed=0):
-    problem = Problem(MIXTURE.flow_map(), steerfm.reward(reward), torch.ones(len(x)).double())
+    problem = Problem(MIXTURE.flow_map(), steerfm.reward(reward), torch.ones(len(x)).double(), Rows(len(x)))
     noise = Noise(range(seed, seed + len(x)))
     return View(problem, lookahead, noise, x, t, lambda ends, tilt: torch.ones(len(tilt)).to(tilt))
 

@@ -206,7 +206,7 @@ def test_updates_that_share_samples_are_asked_for_the_same():
 
 # --- judging ---------------------------------------------------------------------------------------------------------
 def panel(flow_map, n: int = 64) -> Panel:
-    tasks, support = Tasks().take(torch.zeros(n).long()), Tasks().take(torch.zeros(400).long())
+    tasks, support = Tasks()[torch.zeros(n).long()], Tasks()[torch.zeros(400).long()]
     return Panel(flow_map, as_reward(linear), None, tasks, support, lambda x: x)
 
 
@@ -219,7 +219,7 @@ def test_the_base_is_as_diverse_and_as_near_as_itself():
     assert all(reading.support > 0.9 and reading.distance < 0.2 for reading in readings)
     best = panel(flow_map).measure(chain(4)(flow_map), 16)
     assert best.reward > reading.reward + 1
-    assert control_cost(flow_map, flow_map, Tasks().take(torch.zeros(8).long())) == 0
+    assert control_cost(flow_map, flow_map, Tasks()[torch.zeros(8).long()]) == 0
 
 
 def test_without_control_it_collapses_and_the_guard_keeps_a_model_from_before(tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 import steerfm
 from steerfm import cli
-from steerfm.flowmap import read_weights
+from steerfm.checkpoints import read_weights
 
 FAST = [
     "batch_size=4",

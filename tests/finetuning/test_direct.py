@@ -21,7 +21,7 @@ def update(flow_map, control=0.0, step=0, b=8, reward=linear) -> Update:
     tuned = copy_of(flow_map)
     tuned.requires_grad_(True)
     return Update(
-        step, 10, tuned, tuned, reference.requires_grad_(False), as_reward(reward), Tasks().take(torch.zeros(b).long()),
+        step, 10, tuned, tuned, reference.requires_grad_(False), as_reward(reward), Tasks()[torch.zeros(b).long()],
         Tasks(), Noise(range(b)), torch.Generator().manual_seed(step), control, 1.0,
     )  # fmt: skip
 

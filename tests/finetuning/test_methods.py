@@ -24,7 +24,7 @@ def linear(x):
 
 def update(tuned, reference, b=64, control=1.0, memory=None, step=0) -> Update:
     return Update(
-        step, 10, tuned, tuned, reference, as_reward(linear), Tasks().take(torch.zeros(b).long()), Tasks(), Noise(range(b)),
+        step, 10, tuned, tuned, reference, as_reward(linear), Tasks()[torch.zeros(b).long()], Tasks(), Noise(range(b)),
         torch.Generator().manual_seed(0), control, 1.0, {} if memory is None else memory,
     )  # fmt: skip
 
