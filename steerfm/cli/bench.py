@@ -14,7 +14,7 @@ import json
 import platform
 import re
 import runpy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -368,7 +368,7 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, flo
     return found
 
 
-def _diversity(features: Tensor, names: list[str]) -> float:
+def _diversity(features: Tensor, names: Sequence[str]) -> float:
     """Mean distance between outputs that were asked for the same."""
     index: dict[str, list[int]] = {}
     for row, name in enumerate(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ def commit() -> str:
         return "unknown"
 
 
-def grid_rows(pictures: Tensor, captions: list[str], columns: int = 6) -> tuple[Tensor, list[list[str]]]:
+def grid_rows(pictures: Tensor, captions: Sequence[str], columns: int = 6) -> tuple[Tensor, list[list[str]]]:
     """Pictures (n, c, h, w) as rows of at most ``columns``, padded with white."""
     columns = min(columns, len(pictures))
     missing = -len(pictures) % columns
     padded = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
-    texts = captions + [""] * missing
+    texts = [*captions, *[""] * missing]
     rows = len(padded) // columns
     return padded.unflatten(0, (rows, columns)), [texts[i * columns : (i + 1) * columns] for i in range(rows)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
-from steerfm.rows import Condition, Rows
+from steerfm.rows import Condition, Rows, move_condition
 from steerfm.sampling import Noise, time_grid, walk
 from steerfm.steering.value import Problem
 from steerfm.transitions import Jump, Transition

@@ -10,10 +10,11 @@ import torch
 
 import steerfm
 from steerfm import cli, zoo
+from steerfm.checkpoints import build_network, save_weights
 from steerfm.cli.bench import Yardstick
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.finetune import build_panel
-from steerfm.flowmap import Guided, NeuralFlowMap, build_network, save_weights
+from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.rewards import Reward
 
