@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sampling weights weight_files rewards lent steering \
-	noise_search tree_search training config cli) tests/finetuning/test_base.py
+	noise_search tree_search config cli) tests/training/test_training.py tests/finetuning/test_base.py
 
 .PHONY: demo quick test test-lowest lint bench bench-check data clean
 .DEFAULT_GOAL := demo

@@ -23,9 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steerfm import files
-
-FOLDER = Path(__file__).parent / "zoo"
+from steerfm import files, plugins
 
 
 @dataclass
@@ -212,9 +210,8 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
     """
     import open_clip as oc
 
-    folder = next(
-        (f for f in (FOLDER / model, Path(model.removeprefix("local-dir:"))) if (f / "open_clip_config.json").is_file()), None
-    )
+    places = (plugins.model_folder(model), Path(model.removeprefix("local-dir:")))
+    folder = next((f for f in places if f is not None and (f / "open_clip_config.json").is_file()), None)
     with _quiet():
         if folder is not None:
             return _own_open_clip(oc, folder, device, model)
@@ -306,7 +303,7 @@ def nearest(word: str, choices: Sequence[str], n: int = 3, cutoff: float = 0.3) 
 
 
 def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
-    shipped = [path.parent.name for path in FOLDER.glob("*/open_clip_config.json")]
+    shipped = [path.parent.name for folder in plugins.folders() for path in folder.glob("*/open_clip_config.json")]
     if "/" in model or model.startswith("local-dir:"):
         raise FileNotFoundError(f"no open_clip_config.json in {model}: pass a folder that open_clip wrote, or an architecture")
     if model not in oc.list_models():

@@ -208,3 +208,14 @@ def digest(path: str | Path) -> str:
 def _digest(path: str, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """Where data are kept: ``root``, else $STEERFM_DATA, else ~/.cache/steerfm."""
+    return Path(root or os.environ.get("STEERFM_DATA") or Path.home() / ".cache" / "steerfm")
+
+
+def where_set(root: str | Path | None = None) -> str:
+    """What an error about missing data says of $STEERFM_DATA, where it decides."""
+    own = os.environ.get("STEERFM_DATA")
+    return f" (STEERFM_DATA={own} is set: no other folder is looked in)" if own and not root else ""

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from steerfm import emoji
-from steerfm.training.data import fashion_folder, fashion_mnist
+from steerfm_zoo.emoji import pictures as emoji
+from steerfm_zoo.fashion.data import fashion_folder, fashion_mnist
 
 PACKAGE = "dataset-fashion-mnist"
 

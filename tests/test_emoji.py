@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from steerfm_zoo.emoji import pictures as emoji
+from steerfm_zoo.emoji.data import EmojiData
 
-from steerfm import cli, emoji
+from steerfm import cli
 from steerfm.cli.prompts import read_prompts
-from steerfm.training.data import EmojiData
 
 needs_data = pytest.mark.data("emoji")
 

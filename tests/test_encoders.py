@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from steerfm_zoo.emoji.data import EmojiData
 from torch.nn import functional as F
 
 import steerfm
@@ -16,9 +17,8 @@ from steerfm import encoders, zoo
 from steerfm.checkpoints import build_network
 from steerfm.encoders import Preprocessing, TextEncoder
 from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap
-from steerfm.training.data import EmojiData
 
-FOLDER = zoo.FOLDER / "emoji-clip"
+FOLDER = zoo.find("emoji-clip").with_suffix("")
 PROMPTS = ["red heart", "dog face", "pizza"]
 
 

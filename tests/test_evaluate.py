@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from PIL import Image
+from steerfm_zoo.emoji import pictures as emoji
 
 import steerfm
-from steerfm import cli, emoji, zoo
+from steerfm import cli, zoo
 from steerfm.checkpoints import build_network
 from steerfm.cli import evaluate as evaluation
 from steerfm.cli.config import EvaluateConfig

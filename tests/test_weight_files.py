@@ -88,7 +88,7 @@ CLIP = [
 @pytest.mark.parametrize("value", [None, -1, float("nan"), "text", [None]], ids=str)
 def test_a_configuration_of_open_clip_of_wrong_types_is_one_line(tmp_path, path, value):
     (tmp_path / "clip").mkdir()
-    for file in (zoo.FOLDER / "emoji-clip").iterdir():
+    for file in (zoo.find("emoji-clip").with_suffix("")).iterdir():
         (tmp_path / "clip" / file.name).symlink_to(file)
     config = tmp_path / "clip" / "open_clip_config.json"
     told = json.loads(config.read_text())
@@ -110,7 +110,7 @@ def test_a_configuration_of_open_clip_of_wrong_types_is_one_line(tmp_path, path,
 )  # fmt: skip
 def test_a_configuration_of_open_clip_runs_and_fetches_nothing(tmp_path, part, change):
     folder = tmp_path / "clip"
-    shutil.copytree(zoo.FOLDER / "emoji-clip", folder)
+    shutil.copytree(zoo.find("emoji-clip").with_suffix(""), folder)
     told = json.loads((folder / "open_clip_config.json").read_text())
     told["model_cfg"][part] |= change
     (folder / "open_clip_config.json").write_text(json.dumps(told))
@@ -194,7 +194,7 @@ def test_an_adapter_names_its_base(tmp_path, base):
 @pytest.mark.parametrize("change", ["part", "none", "cut", "missing", "nan"])
 def test_an_open_clip_folder_is_never_a_random_network(tmp_path, change):
     folder = tmp_path / "clip"
-    shutil.copytree(zoo.FOLDER / "emoji-clip", folder)
+    shutil.copytree(zoo.find("emoji-clip").with_suffix(""), folder)
     file = folder / "open_clip_model.safetensors"
     if change == "part":
         file.rename(file.with_name(f"{file.name}.part"))

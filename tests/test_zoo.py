@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import encoders, zoo
+from steerfm import encoders, plugins, zoo
 from steerfm.metrics import frechet_distance, texture
 
 
@@ -19,7 +19,7 @@ def fashion():
 
 
 def test_every_model_has_its_card_and_keeps_the_limits():
-    files = list(zoo.FOLDER.rglob("*.safetensors"))
+    files = [file for folder in plugins.folders() for file in folder.rglob("*.safetensors")]
     assert sum(file.stat().st_size for file in files) < 40 * 2**20
     assert all(file.stat().st_size < 16e6 for file in files)
     models = zoo.models()
@@ -43,7 +43,7 @@ def test_models_load_whatever_else_was_loaded_before(monkeypatch):
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_classifiers_reach_their_accuracy(name):
-    from steerfm.training.data import fashion_mnist
+    from steerfm_zoo.fashion.data import fashion_mnist
 
     network, names, _ = zoo.load_classifier(name)
     pictures, labels = fashion_mnist("test")
@@ -56,7 +56,7 @@ def test_classifiers_reach_their_accuracy(name):
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_shipped_statistics_are_those_of_the_test_split(name):
-    from steerfm.training.data import fashion_mnist
+    from steerfm_zoo.fashion.data import fashion_mnist
 
     network, pictures = zoo.load_classifier(name)[0], fashion_mnist("test")[0].float() / 255
     with torch.inference_mode():

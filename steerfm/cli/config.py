@@ -28,7 +28,7 @@ from steerfm.values import (
 class DataConfig:
     """What a network is trained on."""
 
-    name: str = option("fashion", "data set: fashion or emoji")
+    name: str = option("fashion", "data set, as of steerfm data")
     batch_size: int = count(128, "picture", "pictures a step")
     root: str | None = option(None, "folder of the data's files; null for the usual ones")
     augment: int = natural(0, "largest random shift of a picture, in pixels")

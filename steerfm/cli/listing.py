@@ -21,7 +21,8 @@ def list_models() -> None:
     table = make_table("model", "kind", "network", "parameters", "data", "metrics")
     for name, head in zoo.models().items():
         card = head.get("card", {})
-        files = [zoo.FOLDER / f"{name}.safetensors", zoo.FOLDER / name / "open_clip_model.safetensors"]
+        file = zoo.find(name)
+        files = [file, file.with_suffix("") / "open_clip_model.safetensors"]
         size = sum(file.stat().st_size for file in files if file.is_file())
         metrics = ", ".join(f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train"))
         network = head.get("network", {}).get("name", head["kind"])

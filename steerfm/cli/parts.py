@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from steerfm import registry, rewards, zoo
-from steerfm.cli.config import FinetuneConfig, OptimizerConfig, SteerConfig
+from steerfm import plugins, registry, rewards, trust, zoo
+from steerfm.cli.config import DataConfig, FinetuneConfig, OptimizerConfig, SteerConfig
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.rewards import Reward
@@ -43,6 +43,19 @@ def pick_device(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def data_set(name: str) -> Any:
+    """The data module of a name.
+
+    Raises:
+        ConfigError: no plug-in brings it; with the nearest.
+    """
+    points = plugins.data_sets()
+    if name not in points:
+        names = sorted(points, key=lambda point: point != DataConfig().name)  # the default first
+        raise ConfigError(f"unknown data {name!r}{trust.nearest(name, points)}; data: {', '.join(names)}")
+    return points[name].load()
 
 
 def build_reward(value: Any) -> Reward:

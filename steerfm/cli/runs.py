@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm import files, shipped, trust, zoo
+from steerfm import files, plugins, shipped, trust, zoo
 from steerfm.cli.loading import kept, plain
 from steerfm.registry import named
 from steerfm.report.run_folder import RunFolder
@@ -46,7 +46,8 @@ def _named_files(text: str) -> list[Path]:
     path, code = Path(text), shipped.example(Path(text.rsplit(":", 1)[0]))
     if os.path.isdir(path) and os.path.isfile(path / "open_clip_config.json"):
         return sorted(file for file in path.iterdir() if file.is_file())
-    ours = [zoo.FOLDER / f"{text}.safetensors", shipped.folder("configs") / "prompts" / text] if path.name == text else []
+    models = plugins.models()
+    ours = [zoo.find(text)] if text in models else [shipped.folder("configs") / "prompts" / text] if path.name == text else []
     for file in (path, *([code] if code.suffix == ".py" else []), *ours):
         if os.path.isfile(file):
             head = file.with_suffix(".json")

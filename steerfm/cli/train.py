@@ -16,7 +16,7 @@ from steerfm.checkpoints import build_network, load_into, read_weights, save_wei
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
 from steerfm.cli.loading import did_you_mean, kept, load, plain, recipes
-from steerfm.cli.parts import schedule
+from steerfm.cli.parts import data_set, schedule
 from steerfm.cli.runs import commit, inputs
 from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, texture
@@ -70,11 +70,7 @@ def load_data(config: TrainConfig) -> Any:
     Raises:
         ConfigError: no such data, or files that are missing.
     """
-    from steerfm.training.data import DATA
-
-    if config.data.name not in DATA:
-        raise ConfigError(f"unknown data {config.data.name!r}{did_you_mean(config.data.name, DATA)}; data: {', '.join(DATA)}")
-    data: Any = DATA[config.data.name](config.data.batch_size, config.data.root, config.data.augment, config.seed)
+    data = data_set(config.data.name)(config.data.batch_size, config.data.root, config.data.augment, config.seed)
     missing = []
     for check in (lambda: _check_files(config), data.setup):
         try:
@@ -196,9 +192,7 @@ def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tenso
     """``n`` pictures (3 n, c, h, w) each in one, two and four jumps of a flow map, asked for captions of the data."""
     flow_map, generator, parts = zoo.load(model), stream(seed, "captions"), []
     for part, jumps in enumerate((1, 2, 4)):
-        groups = torch.randint(len(data.groups), (n,), generator=generator)
-        captions = data.emoji.captions(torch.stack([data.groups[g][0] for g in groups.tolist()]), generator)
-        cond = flow_map.condition(captions, n)
+        cond = flow_map.condition(data.captions(n, generator), n)
         seeds = [derive(seed, "training pictures", part, i) for i in range(n)]
         parts.append(flow_map.decode(draw(flow_map, n, jumps, seeds, cond, batch_size=200)))
     return torch.cat(parts)

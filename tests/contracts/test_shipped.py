@@ -9,9 +9,9 @@ import pytest
 
 import steerfm
 from steerfm import zoo
+from steerfm.plugins import data_sets
 from steerfm.steering import METHODS
 from steerfm.testing import check_data, check_method, check_model
-from steerfm.training.data import DATA
 
 MAPS = [name for name, head in zoo.models().items() if head["kind"] == "flow_map"]
 SMALL = {"particles": 4, "steps": 2, "children": 2, "first": 8, "budget": 6, "rounds": 2, "iterations": 2}
@@ -40,6 +40,6 @@ def test_models_around_models():
     check_model(steerfm.flowmap.Microbatched(flow_map, 3))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.data(name)) for name in DATA])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.data(name)) for name in data_sets()])
 def test_data(name):
-    check_data(DATA[name]())
+    check_data(data_sets()[name].load()())

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from steerfm_zoo.fashion.data import CLASSES, FashionMnist, fashion_mnist
 
-from steerfm.training.data import DATA, FASHION_CLASSES, FashionMnist, TensorBatches, fashion_mnist, shift_and_mirror
+from steerfm.cli.parts import data_set
+from steerfm.training.data import TensorBatches, shift_and_mirror
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -72,8 +74,8 @@ def test_a_folder_of_the_environment_hides_all_others_and_nothing_is_fetched(fol
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # would be an ImportError, were it asked
     for read, command in (
         (lambda: fashion_mnist("test"), "apt-get install dataset-fashion-mnist"),
-        (DATA["fashion"]().setup, "apt-get install dataset-fashion-mnist"),
-        (DATA["emoji"]().setup, "steerfm data emoji"),
+        (data_set("fashion")().setup, "apt-get install dataset-fashion-mnist"),
+        (data_set("emoji")().setup, "steerfm data emoji"),
     ):
         with pytest.raises(FileNotFoundError, match=re.escape(f"STEERFM_DATA={empty} is set")) as error:
             read()
@@ -194,9 +196,9 @@ def test_augmentation_belongs_to_the_seed_and_the_batch(many):
 # --- the installed data ----------------------------------------------------------------------------------------------
 @pytest.mark.data("fashion")
 def test_fashion_mnist_as_installed():
-    data = DATA["fashion"](batch_size=64)
+    data = data_set("fashion")(batch_size=64)
     data.setup()
-    assert len(data.class_names) == len(FASHION_CLASSES) == 10
+    assert len(data.class_names) == len(CLASSES) == 10
     for (pictures, labels), each in ((data.train, 6000), (data.test, 1000)):
         assert pictures.shape == (10 * each, *data.shape)
         assert pictures.dtype == torch.uint8

@@ -1,6 +1,6 @@
 """Captioned colour pictures: emoji in three styles, read from the npm packages that carry them.
 
->>> data = emoji.prepare("runs/data")            # once: packs are fetched with npm, pictures pasted on white and shrunk
+>>> data = pictures.prepare("runs/data")            # once: packs are fetched with npm, pictures pasted on white and shrunk
 >>> data.pictures, data.concept, data.captions(torch.arange(8), generator)
 
 A *concept* is what one emoji means, whatever its style or skin tone. Splits are by concept, so that no style of a held-out
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import tarfile
@@ -26,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from steerfm.files import write, write_tensors
+from steerfm.files import data_root, where_set, write, write_tensors
 
 PACKS = {
     "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/", "Apache-2.0 (Noto Emoji, Google)"),
@@ -88,17 +87,6 @@ class Emoji:
                 text = ", ".join(some if draw[0] > 0.8 else [text, *some])
             texts.append(text + (f", {STYLES[int(self.style[row])]} style" if draw[3] < 1 / 3 else ""))
         return texts
-
-
-def data_root(root: str | Path | None = None) -> Path:
-    """Where data are kept: ``root``, else $STEERFM_DATA, else ~/.cache/steerfm."""
-    return Path(root or os.environ.get("STEERFM_DATA") or Path.home() / ".cache" / "steerfm")
-
-
-def where_set(root: str | Path | None = None) -> str:
-    """What an error about missing data says of $STEERFM_DATA, where it decides."""
-    own = os.environ.get("STEERFM_DATA")
-    return f" (STEERFM_DATA={own} is set: no other folder is looked in)" if own and not root else ""
 
 
 def data_folder(root: str | Path | None = None) -> Path:

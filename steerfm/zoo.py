@@ -9,7 +9,6 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from steerfm import registry, trust
+from steerfm import plugins, registry, trust
 from steerfm.checkpoints import (
     CLASSES,
     NETWORK,
@@ -32,12 +31,10 @@ from steerfm.checkpoints import (
 from steerfm.encoders import ImageTextHead
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 
-FOLDER = Path(__file__).parent
-
 
 def models() -> dict[str, dict[str, Any]]:
     """Shipped models by name, with the content of their JSON."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+    return {name: json.loads(path.read_text()) for name, path in plugins.models().items()}
 
 
 def find(name: str | Path) -> Path:
@@ -49,9 +46,9 @@ def find(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix == ".safetensors" or path.parent != Path("."):
         return path
-    known = [path.stem for path in sorted(FOLDER.glob("*.json"))]
+    known = plugins.models()
     if str(name) in known:
-        return FOLDER / f"{name}.safetensors"
+        return known[str(name)].with_suffix(".safetensors")
     hint = trust.nearest(str(name), known)
     raise ValueError(
         f"unknown model {str(name)!r}{hint}; models: {', '.join(known)}, a path to a .safetensors file, or FILE.py:NAME"
@@ -216,7 +213,10 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
 
 def pictured(name: str) -> Any:
     """The data set of a name as `steerfm.metrics.evaluator.Pictured`; None where there is none, or it shows no pictures."""
-    data = import_module("steerfm.training.data").DATA.get(name)
+    points = plugins.data_sets()
+    if name not in points:
+        return None
+    data = points[name].load()
     return data() if hasattr(data, "reference") else None
 
 

@@ -1,0 +1,45 @@
+"""What installed plug-ins bring: files of models and data sets, found by entry point; nothing is imported before it is used.
+
+[project.entry-points."steerfm.models"]
+mine = "my_package.models"             # a package; the files of the models are in its folder: mine.json, mine.safetensors
+[project.entry-points."steerfm.data"]
+mine = "my_package.data:MyData"        # a LightningDataModule, see CONTRIBUTING
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+MODELS, DATA = "steerfm.models", "steerfm.data"
+
+
+@cache
+def folders() -> tuple[Path, ...]:
+    """The folders in which plug-ins keep their models."""
+    found: dict[Path, None] = {}
+    for point in sorted(entry_points(group=MODELS), key=lambda point: point.name):
+        try:
+            spec = importlib.util.find_spec(point.value)
+        except ImportError:  # its package is gone
+            continue
+        found |= dict.fromkeys(Path(place) for place in (spec and spec.submodule_search_locations) or ())
+    return tuple(found)
+
+
+def models() -> dict[str, Path]:
+    """The JSON of every model that a plug-in brings, by name."""
+    files = [file for folder in folders() for file in folder.glob("*.json")]
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of a model that is a folder of files, as open_clip's are; None where no plug-in brings it."""
+    return next((folder / name for folder in folders() if (folder / name).is_dir()), None) if Path(name).name == name else None
+
+
+def data_sets() -> dict[str, EntryPoint]:
+    """Data sets by name."""
+    return {point.name: point for point in sorted(entry_points(group=DATA), key=lambda point: point.name)}

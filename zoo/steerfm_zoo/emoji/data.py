@@ -1,0 +1,112 @@
+"""Captioned emoji as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from steerfm.randomness import stream
+from steerfm.training.data import endless, epoch_rows, shift
+from steerfm_zoo.emoji import pictures as source
+
+
+class EmojiData(L.LightningDataModule):
+    """Emoji in three styles with captions (`pictures`): batches (pictures in [0, 1], captions, concepts (b,)).
+
+    An epoch holds each concept once per style, in a random skin tone and with a random caption. Validation is the held-out
+    concepts, each style once, with their plain captions.
+
+    Args:
+        batch_size: rows per training batch.
+        root: folder of the prepared data, see `pictures.data_folder`.
+        augment: pixels of random shift.
+        seed: of the batches.
+    """
+
+    class_names = ()
+    asked = (
+        "red heart",
+        "grinning face",
+        "dog face",
+        "pizza",
+        "airplane",
+        "cactus",
+        "blue book",
+        "soccer ball",
+        "house",
+        "woman scientist",
+    )
+    shape = (3, 32, 32)
+    licence = source.LICENCE
+
+    def __init__(self, batch_size: int = 64, root: str | None = None, augment: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.root, self.augment, self.seed = batch_size, root, augment, seed
+
+    def setup(self, stage: str | None = None) -> None:
+        self.emoji = source.load(self.root, self.shape[-1])
+        self.groups, self.held_out = self.emoji.groups(False), self.emoji.groups(True)
+        self.train = self.emoji.pictures[torch.cat(self.groups)], None
+        trained, held_out = (self.emoji.concept[torch.cat(groups)] for groups in (self.groups, self.held_out))
+        assert not torch.isin(trained, held_out).any(), "a concept is both trained on and held out"
+        epoch_rows(len(self.groups), self.batch_size, self.seed, 0)  # a batch that is too large is refused here
+
+    def train_dataloader(self) -> DataLoader:
+        return endless(self, self.batch, shared=False)
+
+    def batch(self, step: int) -> tuple[Tensor, list[str], Tensor]:
+        """The batch of a number: of an update, or of an update and a rank."""
+        generator = stream(self.seed, "data", step)
+        chosen = [self.groups[g] for g in epoch_rows(len(self.groups), self.batch_size, self.seed, step).tolist()]
+        picks = torch.rand(len(chosen), generator=generator).tolist()
+        rows = torch.stack([group[int(pick * len(group))] for group, pick in zip(chosen, picks)])
+        pictures = self.emoji.pictures[rows].float() / 255
+        if self.augment:
+            pictures = shift(pictures, self.augment, generator)
+        return pictures, self.emoji.captions(rows, generator), self.emoji.concept[rows]
+
+    def reference(self) -> Tensor:
+        """Pictures (m, 3, h, w) in [0, 1] of the training data, one of each concept and style."""
+        data = source.load(self.root, self.shape[-1])
+        return data.pictures[torch.stack([group[0] for group in data.groups(held_out=False)])].float() / 255
+
+    def prompts(self, held_out: bool) -> list[str]:
+        """The plain caption of each concept, of those that are trained on or of the others."""
+        data = source.load(self.root, self.shape[-1])
+        return list(dict.fromkeys(data.caption(int(group[0])) for group in data.groups(held_out)))
+
+    def folder(self) -> Path:
+        """Where the pictures are."""
+        return source.data_folder(self.root)
+
+    def val_dataloader(self) -> DataLoader:
+        rows = torch.stack([group[0] for group in self.held_out])  # no skin tone
+        parts = rows[self.emoji.style[rows].argsort(stable=True)].split(self.batch_size)
+        whole: Any = [
+            (self.emoji.pictures[r].float() / 255, [self.emoji.caption(int(i)) for i in r], self.emoji.concept[r])
+            for r in parts
+        ]
+        return DataLoader(whole, batch_size=None)
+
+    def captions(self, n: int, generator: torch.Generator) -> list[str]:
+        """Captions of n pictures that are trained on, drawn at random; after `setup`."""
+        groups = torch.randint(len(self.groups), (n,), generator=generator)
+        return self.emoji.captions(torch.stack([self.groups[g][0] for g in groups.tolist()]), generator)
+
+    @staticmethod
+    def prepare(root: str | None, size: int, tick: Callable[[int, int], None]) -> tuple[list[list[str]], list[str]]:
+        """Fetch and prepare the pictures. Returns a table, its header first, and lines that say what there is."""
+        data = source.prepare(root, size, tick)
+        table = [["style", "pictures", "of them with a skin tone", "package", "licence of the pictures"]]
+        for style, (package, _, licence) in source.PACKS.items():
+            mine = data.style == source.STYLES.index(style)
+            table.append([style, f"{int(mine.sum()):,}", f"{int((data.tone[mine] > 0).sum()):,}", package, licence])
+        held = int(data.held_out.sum())
+        lines = [f"{len(data.names):,} concepts, {held} of them held out; captions: {source.WORDS} (MIT)"]
+        return table, [*lines, f"in {source.data_folder(root)}, with credits.json"]
