@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from operator import gt
 
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False, markup=False, emoji=False)
-"""Prints texts as they are: a name in brackets is no style. What is to be bold is a `Text`."""
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+"""Prints texts as they are: a name in brackets is no style, and a path or command that is broken cannot be pasted. What is to
+be bold is a `Text`."""
+
+
+class WholeWords(Table):
+    """A table that breaks no word: columns become narrower where there are spaces, the widest first; where that is not enough,
+    the lines are longer than the terminal."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = [[str(cell) for cell in (column.header, *column.cells)] for column in self.columns]
+        least = [max(cell_len(word) for cell in column for word in ("", *cell.split())) for column in cells]
+        widths = [max(map(cell_len, column)) for column in cells]
+        frame = 3 * len(cells)
+        while sum(widths) + frame > options.max_width and any(map(gt, widths, least)):
+            widths[max(range(len(cells)), key=lambda i: (widths[i] > least[i], widths[i]))] -= 1
+        for column, width in zip(self.columns, widths):
+            column.width = width
+        yield from super().__rich_console__(console, options.update_width(max(options.max_width, sum(widths) + frame)))
 
 
 def make_table(*columns: str, title: str = "") -> Table:
-    """A table without frames; the first column is in one line, and where there is no room for the others they go on below."""
-    table = Table(*columns, title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.overflow = "fold"  # a figure that is cut is lost
-    return table
+    """A table without frames."""
+    return WholeWords(*columns, title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
