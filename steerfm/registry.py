@@ -199,7 +199,8 @@ class Named(type):
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        names = [each.name for each in fields(cls) if each.init]  # type: ignore[arg-type]
+        made: Any = cls
+        names = [each.name for each in fields(made) if each.init]
         positional = dict(zip(names, args))
         for key in kwargs:
             if key not in names:

@@ -130,11 +130,11 @@ class Reward(nn.Module):
         count("reward_calls", len(images))
         images = images.to(torch.promote_types(images.dtype, torch.float32))  # half precision is too coarse for sums
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            scores = self._scores(images, prompts, labels, groups)
+            scores = self.raw_scores(images, prompts, labels, groups)
         count_backward("reward_backwards", len(images), scores.total)
         return scores
 
-    def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
+    def raw_scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
         size = max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
         size, begin, parts = min(size, self._fits or size), 0, []
         while begin < len(images):
@@ -279,10 +279,10 @@ class WeightedSum(Reward):
     def terms(self) -> list[tuple[float, Reward]]:
         return list(zip(self.weights, self.rewards))  # type: ignore[arg-type]
 
-    def _scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
+    def raw_scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
         total, components = torch.zeros(len(images), dtype=torch.float32, device=images.device), {}
         for weight, reward in self.terms:
-            scores = reward._scores(images, prompts, labels, groups)
+            scores = reward.raw_scores(images, prompts, labels, groups)
             if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
                 raise RewardError(f"reward {reward.name!r} has no gradient, a term of a sum: set its differentiable = False")
             total = total + weight * scores.total

@@ -13,6 +13,7 @@ from copy import copy
 from functools import cached_property
 from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,12 +102,15 @@ def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
     whole_numbers(n=n)
     if n < 1:
         raise ValueError(f"n={n}: at least one output is needed")
+    given: Any = seeds
     try:
-        first = None if isinstance(seeds, bool) else index(seeds)  # type: ignore[arg-type]
-        out = [first + i for i in range(n)]  # type: ignore[operator]
+        first = None if isinstance(given, bool) else index(given)
+        out = [] if first is None else [first + i for i in range(n)]
     except TypeError:
+        first, out = None, []
+    if first is None:
         try:
-            out = [index(seed) for seed in seeds]  # type: ignore[union-attr]
+            out = [index(seed) for seed in given]
         except TypeError:
             raise ValueError(f"seeds={seeds!r}: give one integer, or one seed per output") from None
     if len(out) != n:

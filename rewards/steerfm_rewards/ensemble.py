@@ -13,7 +13,7 @@ from steerfm.rewards import Prompts, Reward, RewardError, build
 
 def _value(member: Any, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Tensor:
     """A member's checked value, counted with the reward around it and not again."""
-    return member._scores(images, prompts, labels, groups).total
+    return member.raw_scores(images, prompts, labels, groups).total
 
 
 class Ensemble(Reward):

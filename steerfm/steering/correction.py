@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -286,8 +286,10 @@ class Jarzynski:
         with torch.enable_grad():
             x = view.x.detach().requires_grad_()
             t = torch.full((len(x),), view.t, dtype=x.dtype, device=x.device, requires_grad=True)
-            beta = parts.tempering(t)  # type: ignore[arg-type]
-            here = replace(view, t=t, beta=lambda ends, tilt: torch.as_tensor(beta).to(tilt).expand(len(tilt)))  # type: ignore[arg-type]
+            tempering: Callable[[Any], Any] = parts.tempering  # here of a tensor, for its derivative
+            beta = torch.as_tensor(tempering(t))
+            at: Any = t
+            here = replace(view, t=at, beta=lambda ends, tilt: beta.to(tilt).expand(len(tilt)))
             value = here.value(here.endpoints(x)).value.sum()
             gradient, rate = torch.autograd.grad(value, (x, t), create_graph=bool(chi), allow_unused=True)
             assert gradient is not None
