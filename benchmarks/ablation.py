@@ -39,7 +39,7 @@ def forget_jumps(model: str, path: Path) -> Path:
     """Save the model with a network that takes t - s for 0: its velocity is the same, its jumps are Euler steps."""
     head, _ = read_weights(zoo.find(model), "flow_map")
     network = steerfm.load(model).network  # type: ignore[attr-defined]
-    first, f = network.condition.time[0], len(network.condition.omega)
+    first, f = network.condition.time[0], network.condition.frequencies
     with torch.no_grad():  # columns: s, t - s, sin(s w), sin((t - s) w), cos(s w), cos((t - s) w) for f frequencies w
         first.bias += first.weight[:, 2 + 3 * f :].sum(1)
         for columns in (slice(1, 2), slice(2 + f, 2 + 2 * f), slice(2 + 3 * f, None)):
