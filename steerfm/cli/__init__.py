@@ -42,7 +42,7 @@ EXAMPLES = {
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
   steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32
   steerfm evaluate model=emoji n=1000 steps=[1,2,4] euler=64 held_out=true""",
-    "models": "examples:\n  steerfm models",
+    "models": "examples:\n  steerfm models\n  steerfm models fashion",
     "rewards": """examples:
   steerfm rewards
   steerfm rewards classifier
@@ -68,7 +68,7 @@ HELP = {
     "finetune": "make a flow map keep a reward",
     "data": "prepare and check training data",
     "evaluate": "measure a flow map: distances, accuracy, consistency",
-    "models": "list the shipped models",
+    "models": "list the shipped models, or show the card of one",
     "rewards": "list the installed rewards, or explain one",
     "methods": "list the steering methods, or show the parts of one",
     "bench": "list the benchmarks, or run one with its own options",
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--config", metavar="FILE_OR_RECIPE", help="a yaml file, or the name of a shipped recipe")
             sub.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
-        elif name in ("rewards", "methods"):
+        elif name in ("rewards", "methods", "models"):
             sub.add_argument("name", nargs="?", help="the one to explain")
             if name == "rewards":
                 sub.add_argument("--check", action="store_true", help="check that it keeps the contract (steerfm.testing)")
@@ -172,7 +172,7 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
         case "models":
             from steerfm.cli.listing import list_models
 
-            list_models()
+            list_models(options.name)
         case "rewards" if options.check:
             from steerfm.cli.check import check_reward
 

@@ -3,31 +3,54 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from rich.text import Text
 
-from steerfm import registry, rewards, zoo
-from steerfm.cli.console import console, make_table
+from steerfm import registry, rewards, trust, zoo
+from steerfm.cli.console import console, make_table, print_table
 from steerfm.closed_form import GaussianMixture
+from steerfm.report.formats import short
 from steerfm.steering import METHOD, METHODS, MapGradient, Method, Sampler, steer
 from steerfm.steering.correction import Parts
 from steerfm.steering.noise_search import NoiseAscent
+from steerfm.values import ConfigError
 
 
-def list_models() -> None:
-    """The shipped models."""
-    table = make_table("model", "kind", "network", "parameters", "data", "metrics")
-    for name, head in zoo.models().items():
+def list_models(name: str | None = None) -> None:
+    """The shipped models, or the card of one of them."""
+    models = zoo.models()
+    if name is not None:
+        if name not in models:
+            raise ConfigError(f"unknown model {name!r}{trust.nearest(name, models)}; models: {', '.join(models)}")
+        head = models[name]
         card = head.get("card", {})
-        file = zoo.find(name)
+        console.print(Text.assemble((name, "bold"), f"  ({zoo.find(name)})\n"))
+        facts = {"kind": head["kind"], "network": head.get("network", {}).get("name", head["kind"])}
+        facts |= {key: card[key] for key in ("data", "licence", "command") if card.get(key)}
+        print_table(("", ""), [(key, short(value)) for key, value in facts.items()])
+        print_table(("metric", "value"), [(key, short(value)) for key, value in flat(card.get("metrics", {})).items()])
+        return
+    table = make_table("model", "kind", "network", "parameters", "data")
+    for key, head in models.items():
+        card = head.get("card", {})
+        file = zoo.find(key)
         files = [file, file.with_suffix("") / "open_clip_model.safetensors"]
         size = sum(file.stat().st_size for file in files if file.is_file())
-        metrics = ", ".join(f"{key} {value}" for key, value in card.get("metrics", {}).items() if not key.startswith("train"))
         network = head.get("network", {}).get("name", head["kind"])
-        table.add_row(name, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""), metrics)
+        table.add_row(key, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""))
     console.print(table)
+    console.print("the card of one: steerfm models NAME; use one: steerfm sample model=NAME")
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A dictionary of dictionaries as one, names joined by spaces."""
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= flat(item, f"{prefix}{key} ") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return out
 
 
 def list_rewards(name: str | None = None) -> None:

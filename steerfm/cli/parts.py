@@ -72,7 +72,8 @@ def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward:
     """The held-out reward: what ``judge`` says, or by default the one that the model's card names, where it knows what is
     asked for."""
     if config.judge == "auto":
-        return Evaluator(flow_map).judge(reward, labels=config.label is not None, prompts=config.prompt is not None)
+        labels = config.label is not None or "labels" in reward.needs  # all classes in turn where none is given
+        return Evaluator(flow_map).judge(reward, labels=labels, prompts=config.prompt is not None)
     return None if config.judge is None else build_reward(config.judge)
 
 
