@@ -68,15 +68,26 @@ def _curve(ax: Any, title: str, steps: np.ndarray, values: np.ndarray) -> bool:
     """One curve; whether it is so long that it was smoothed."""
     tone, long = look("value").colour, len(values) > 40
     trend = smooth(values) if long else values
+    wide = len(values) > 0 and values.min() > 0 and trend.max() > 30 * trend.min()
+    title, factor = (f"{title} (log scale)", 1) if wide else in_parts(title, values)
+    values, trend = factor * values, factor * trend
+    prepare(ax, title, WIDTH / 2 - 0.5)
     if long:
         ax.plot(steps, values, color=tone, alpha=0.3, linewidth=0.8)
     ax.plot(steps, trend, color=tone, linewidth=1.6, marker="" if long else "o", markersize=3)
-    wide = len(values) > 0 and values.min() > 0 and trend.max() > 30 * trend.min()
-    prepare(ax, title + (" (log scale)" if wide else ""), WIDTH / 2 - 0.5)
     ax.locator_params(axis="x", nbins=3)
     if wide:
         count_by_factors(ax.yaxis, values)
     return long
+
+
+def in_parts(title: str, values: Any) -> tuple[str, float]:
+    """A title with the unit in which small values have few digits, and how many of it make one."""
+    largest = max((abs(float(value)) for value in values), default=0.0)
+    for unit, factor in (("thousandths", 1e3), ("millionths", 1e6), ("billionths", 1e9)):
+        if largest < 5e-3 <= largest * factor:
+            return f"{title}, in {unit}", factor
+    return title, 1
 
 
 def readable(name: str) -> str:
@@ -154,11 +165,12 @@ def jumps_plot(
     x = [jumps[i] for i in order]
     map_, reference_, data_ = look("value").colour, look("base").colour, look("data").colour
     for ax, (name, (values, reference, data)) in zip(panels, lines.items()):
-        prepare(ax, name, WIDTH / 2 - 0.5)
-        ax.plot(x, [values[i] for i in order], color=map_, linewidth=1.6, marker="o", markersize=4)
-        ax.axhline(reference, color=reference_, linewidth=1.4, linestyle="--")
+        title, factor = in_parts(name, [*values, reference, *([] if data is None else [data])])
+        prepare(ax, title, WIDTH / 2 - 0.5)
+        ax.plot(x, [factor * values[i] for i in order], color=map_, linewidth=1.6, marker="o", markersize=4)
+        ax.axhline(factor * reference, color=reference_, linewidth=1.4, linestyle="--")
         if data is not None:
-            ax.axhline(data, color=data_, linewidth=1.6, linestyle=":")
+            ax.axhline(factor * data, color=data_, linewidth=1.6, linestyle=":")
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(value) for value in x])
         ax.minorticks_off()
@@ -217,8 +229,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 # --- small multiples -------------------------------------------------------------------------------------------------
-FOOT = 0.75
-"""Inches below the panels, for the name of their axis and a key."""
+GUTTER, FOOT = 0.8, 0.75
+"""Inches left of a panel, for ticks, and below all, for the name of their axis and a key."""
 
 
 def _panels(count: int, each: float) -> tuple[Figure, list[Any]]:
@@ -228,11 +240,11 @@ def _panels(count: int, each: float) -> tuple[Figure, list[Any]]:
     down = -(-count // across)
     height = down * (each + 0.75) + FOOT
     fig = Figure(figsize=(WIDTH, height), dpi=DPI)
-    wide = (WIDTH - 0.15 - 0.68 * across) / across
+    wide = (WIDTH - 0.1 - GUTTER * across) / across
     axes = []
     for i in range(count):
         row, column = divmod(i, across)
-        left, top = 0.66 + column * (wide + 0.68), 0.45 + row * (each + 0.75)
+        left, top = GUTTER - 0.02 + column * (wide + GUTTER), 0.45 + row * (each + 0.75)
         axes.append(fig.add_axes((left / WIDTH, 1 - (top + each) / height, wide / WIDTH, each / height)))
     return fig, axes
 
