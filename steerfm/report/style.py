@@ -77,7 +77,7 @@ def count_by_factors(axis: Axis, values: Any) -> None:
     values = np.asarray(values, float)
     span = np.log10(values.max() / values.min()) if len(values) and values.min() > 0 else 0.0
     steps = (1, 2, 3, 5) if span < 0.7 else (1, 2, 5) if span < 1.6 else (1, 3) if span < 2.5 else (1,)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
+    axis.axes.set(xscale="log") if axis is axis.axes.xaxis else axis.axes.set(yscale="log")
     axis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.set_minor_formatter(NullFormatter())
