@@ -63,7 +63,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
     trace = run.first.plot(folder.path / "trace.png", label, want.names, run.values["rewards"])
     pictures = [*_draw_steering(folder.path, run, reward.name, want), (OVER_TIME, trace)]
     facts = _facts(config, run, method)
-    tables = [("mean rewards over outputs; of a steered one the best particle counts", header, table)]
+    tables = [("mean rewards over outputs; of a steered one the best particle counts", header, _by(label, table))]
     report(folder, f"{config.model} steered by {reward.name}", {"command": command} | facts, tables, pictures)
     folder.save_result({"command": command} | summary(run, want, reward, judge))  # last: it says that the run is finished
     folder.clear_parts()
@@ -259,6 +259,11 @@ def _by_prompt(want: Outputs, scores: Mapping[str, Tensor], held_out: Mapping[st
         means |= {f"held_out_{name}": value[rows].mean().item() for name, value in held_out.items()}
         out.append({"prompt": want.names[start], **means})
     return out
+
+
+def _by(method: str, table: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The rows with the method beside what it steered, whose colour they then have."""
+    return [(name.replace("steered (best)", f"steered ({method}), best"), *values) for name, *values in table]
 
 
 def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from torch import as_tensor
 
-from steerfm.report.palette import Look, look
+from steerfm.report.palette import COLOURS, LINES, OWN_MARKERS, Look, look
 from steerfm.report.pictures import enlarged
 from steerfm.report.style import INK, TEXT, WIDTH, add_key, array, mark, name_axes, new_figure, prepare, save_figure
 
@@ -110,7 +110,8 @@ def _groups(names: Sequence[str], method: str) -> list[Group]:
     if len(different) < 2:
         return [Group("", look(method), np.arange(0))]  # no indices: all
     asked = np.array(names)
-    return [Group(name, look(name), np.flatnonzero(asked == name)) for name in different[:GROUPS]]
+    looks = [Look(COLOURS[i], OWN_MARKERS[i], LINES[i % len(LINES)]) for i in range(GROUPS)]  # few and all different
+    return [Group(name, at, np.flatnonzero(asked == name)) for name, at in zip(different, looks)]
 
 
 def _of(values: np.ndarray, rows: np.ndarray, axis: int) -> np.ndarray:
