@@ -33,40 +33,17 @@ class WholeWords(Table):
         yield from super().__rich_console__(console, options.update_width(max(options.max_width, sum(widths) + frame)))
 
 
-GAP = 3
-"""Blanks between two columns."""
-
-
 def make_table(*columns: str, title: str = "") -> Table:
     """A table without frames."""
     return WholeWords(*columns, title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
 
 
 def print_table(header: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
-    """Print a table of texts. Where it is wider than the terminal its columns go on in a second table, below the first column
-    again: a word or figure is never broken."""
-    header, rows = list(header), [list(row) for row in rows]
-    columns = list(zip(*rows)) or [()] * len(header)
-    least = [
-        max(map(len, [word for text in (name, *cells) for word in text.split()] or [""]))
-        for name, cells in zip(header, columns)
-    ]
-    least[0] = max(map(len, (header[0], *columns[0])))
-    part, width = [0], least[0]
-    parts = [part]
-    for column in range(1, len(header)):
-        if len(part) > 1 and width + least[column] + GAP > console.width:
-            part, width = [0], least[0]
-            parts.append(part)
-        part.append(column)
-        width += least[column] + GAP
-    for number, part in enumerate(parts):
-        table = make_table(*(header[column] for column in part), title="" if number else title)
-        for shown, column in zip(table.columns, part):
-            shown.min_width = least[column]
-        for row in rows:
-            table.add_row(*(row[column] for column in part))
-        console.print(table)
+    """Print a table of texts."""
+    table = make_table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 @contextmanager
