@@ -9,6 +9,7 @@ Every output owns one `torch.Generator` on the CPU, so a sample does not depend 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from functools import cached_property
 from operator import index
@@ -102,17 +103,13 @@ def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
     whole_numbers(n=n)
     if n < 1:
         raise ValueError(f"n={n}: at least one output is needed")
-    given: Any = seeds
+    given: Any = None if isinstance(seeds, bool) else seeds
+    with suppress(TypeError):  # where there is one per output
+        given = range(first := index(given), first + n)
     try:
-        first = None if isinstance(given, bool) else index(given)
-        out = [] if first is None else [first + i for i in range(n)]
+        out = [index(seed) for seed in given]
     except TypeError:
-        first, out = None, []
-    if first is None:
-        try:
-            out = [index(seed) for seed in given]
-        except TypeError:
-            raise ValueError(f"seeds={seeds!r}: give one integer, or one seed per output") from None
+        raise ValueError(f"seeds={seeds!r}: give one integer, or one seed per output") from None
     if len(out) != n:
         raise ValueError(f"{len(out)} seeds for n={n} outputs: give one integer, or one seed per output")
     return out
