@@ -23,7 +23,7 @@ from steerfm.checkpoints import HEAD, HEAD_TEXT, INTERPOLANTS, check_head, read_
 from steerfm.cost import count, count_backward
 from steerfm.encoders import TextEncoder
 from steerfm.interpolant import Interpolant, expand_time
-from steerfm.rows import Condition, expand_rows, join_conditions, take_rows
+from steerfm.rows import Condition, expand_rows, join_conditions, split_negative, take_rows
 
 
 class FlowMap(nn.Module):
@@ -385,8 +385,9 @@ class Microbatched(Wrapped):
 class Guided(Wrapped):
     """Classifier-free guidance: u = u(null) + scale (u(cond) - u(null)), both halves in one call.
 
-    Ho & Salimans 2207.12598. For jumps this extrapolates the average velocity, which is exact guidance only in the limit of
-    small jumps: guidance does not commute with the flow map.
+    Ho & Salimans 2207.12598. A negative prompt or class, ``steer(..., negative=...)``, stands in place of null. For jumps this
+    extrapolates the average velocity, which is exact guidance only in the limit of small jumps: guidance does not commute with
+    the flow map.
 
     Args:
         flow_map: a map trained with a null condition.
@@ -411,9 +412,10 @@ class Guided(Wrapped):
         return self._extrapolated(self.flow_map.instantaneous_velocity, x, (t,), cond)
 
     def _extrapolated(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
+        cond, negative = split_negative(cond)
         if cond is None:
             raise ValueError("guidance needs a condition: pass cond=, or use the map without guidance")
-        both = join_conditions(expand_rows(self.without, x.shape[0], x.device), cond)
+        both = join_conditions(expand_rows(self.without, x.shape[0], x.device) if negative is None else negative, cond)
         u = hook(torch.cat([x, x]), *(torch.cat([time, time]) for time in times), both)
         u_null, u_cond = u.chunk(2)
         return torch.lerp(u_null, u_cond, self.scale)

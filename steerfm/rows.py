@@ -71,6 +71,29 @@ def is_null(cond: Condition, null: Condition) -> Tensor:
     return torch.stack([is_null(cond[name], null[name]) for name in cond]).all(0)
 
 
+def with_negative(cond: Condition, negative: Condition) -> Condition:
+    """A condition that also says what guidance leads away from, row by row; `Guided` reads it by `split_negative`.
+
+    Raises:
+        ValueError: of different forms.
+    """
+    if isinstance(cond, Tensor) and isinstance(negative, Tensor):
+        return {"cond": cond, "negative": negative}
+    if isinstance(cond, Mapping) and isinstance(negative, Mapping):
+        return {**cond, **{f"negative {name}": value for name, value in negative.items()}}
+    raise ValueError("negative= needs a condition of the same form: pass cond= or label=, too")
+
+
+def split_negative(cond: Condition) -> tuple[Condition, Condition]:
+    """(condition, negative) of what `with_negative` put together; the second is None where there is none."""
+    if not isinstance(cond, Mapping):
+        return cond, None
+    if cond.keys() == {"cond", "negative"}:
+        return cond["cond"], cond["negative"]
+    negative = {name.removeprefix("negative "): value for name, value in cond.items() if name.startswith("negative ")}
+    return {name: value for name, value in cond.items() if not name.startswith("negative ")}, negative or None
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """All that outputs are asked for, a row for each output, or for each particle.

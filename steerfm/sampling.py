@@ -21,9 +21,9 @@ from torch import Tensor
 
 from steerfm import zoo
 from steerfm.checks import whole_numbers
-from steerfm.flowmap import FlowMap, by_label
+from steerfm.flowmap import FlowMap, Guided, by_label
 from steerfm.randomness import derive, stream
-from steerfm.rows import Condition, map_condition, take_rows
+from steerfm.rows import Condition, map_condition, take_rows, with_negative
 from steerfm.transitions import Jump, Transition
 
 
@@ -127,6 +127,7 @@ def sample(
     power: float = 1.0,
     *,
     label: str | int | Sequence[str | int] | None = None,
+    negative: Condition | str | int | Sequence[str | int] = None,
 ) -> Tensor:
     """Unsteered samples.
 
@@ -140,6 +141,7 @@ def sample(
         batch_size: rows per network call; default all. The result does not depend on it.
         power: of the time grid.
         label: in place of ``cond``: the class, by name or index, of all or of each.
+        negative: as ``cond``; what classifier-free guidance leads away from, in place of nothing.
 
     Returns:
         (n, *shape) in model space; `FlowMap.decode` makes pictures of it.
@@ -147,7 +149,7 @@ def sample(
     move: Transition = transition or Jump()
     flow_map = zoo.load(flow_map)
     all_seeds, times = seed_list(seeds, n), time_grid(steps, power)
-    cond = as_condition(flow_map, by_label(flow_map, label, cond), n)
+    cond = leading_away(flow_map, as_condition(flow_map, by_label(flow_map, label, cond), n), negative, n)
     size = n if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one sample at a time")
@@ -180,6 +182,21 @@ def as_condition(flow_map: FlowMap, cond: Condition | str | int | Sequence[str |
         return rows.to(flow_map.device)
 
     return map_condition(check, cond)
+
+
+def leading_away(
+    flow_map: FlowMap, cond: Condition, negative: Condition | str | int | Sequence[str | int], n: int
+) -> Condition:
+    """The condition of n rows, with a negative one where that is given: one for all, or one for each.
+
+    Raises:
+        ValueError: the map is not guided, or there is no condition to lead to.
+    """
+    if negative is None:
+        return cond
+    if not isinstance(flow_map, Guided):
+        raise ValueError("negative= needs classifier-free guidance: steerfm.Guided(flow_map, scale), or guidance=SCALE")
+    return with_negative(cond, as_condition(flow_map, negative, n))
 
 
 def walk(flow_map: FlowMap, noise: Noise, times: Sequence[float], cond: Condition, transition: Transition) -> Tensor:

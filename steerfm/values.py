@@ -33,6 +33,7 @@ class Range:
     Attributes:
         least, most: included. above, below: not included. of: what is counted, for the message. off: also 0.
         empty: what to say of an empty list.
+        word: that may stand in place of a number.
     """
 
     least: float = -math.inf
@@ -42,6 +43,7 @@ class Range:
     of: str = ""
     off: bool = False
     empty: str = "name at least one"
+    word: str = ""
 
     def check(self, value: Any, key: str) -> None:
         """Raise a ConfigError unless the number, or every one of a list or dictionary, is in the range."""
@@ -52,6 +54,10 @@ class Range:
                 self.check(item, key)
             return
         if value is None or (self.off and value == 0):
+            return
+        if isinstance(value, str):
+            if value != self.word:
+                raise ConfigError(f"{key}={value}: give a number" + (f", or {self.word}" if self.word else ""))
             return
         if not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")

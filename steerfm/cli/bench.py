@@ -34,6 +34,7 @@ from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
 from steerfm.metrics.evaluator import Evaluator
+from steerfm.report.formats import short
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import cost_plot
@@ -117,7 +118,7 @@ class Problem:
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {stem(self.config.model)}, strength {self.config.strength:g}"
+        return f"{self.name}, {stem(self.config.model)}, strength {short(self.config.strength)}"
 
     def evaluations(self, method: Method) -> float:
         """Network evaluations of one output, by trying it."""
@@ -315,7 +316,7 @@ def _problems(config: BenchConfig) -> list[Problem]:
                 judge = build_judge(problem, flow_map, reward)
                 if judge is None:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
-                want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward)
+                want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward, problem.negative)
                 check_needs((reward, judge), want.labels, want.prompts)
                 made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
     return made

@@ -126,6 +126,7 @@ CODE = "a shipped flow map (steerfm models), a path to a .safetensors file, or F
 REWARD = "what to raise: a name (steerfm rewards), FILE.py:NAME, or a list of {name, weight, ...}; reward.KEY sets an argument"
 JUDGE = "a second, held-out reward for the report, written as reward; auto for one that fits, null for none"
 GUIDANCE = "scale of classifier-free guidance; 1 for none, above 1 for stronger"
+NEGATIVE = "what guidance leads away from: a class or a text, or a list, one for each output; needs guidance"
 COMPILE = "compile the network by torch.compile: the first calls take a minute, later ones less"
 DEVICE = "auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps"
 PRECISION = "precision of network and reward"
@@ -136,12 +137,13 @@ class SampleConfig:
     """Unsteered samples."""
 
     model: str = option("fashion", CODE)
-    label: str | None = option(None, "class by name or index; null for a mix of all")
+    label: Words = option(None, "class by name or index, or a list, one for each sample; null for a mix of all")
     prompt: Words = option(None, "what to ask a map of words for: a text, a list of texts, or a file of them")
     n: int = count(16, "output", "samples, of each prompt where there are several")
     seeds: int = seed_field("seed of the first sample; the next have seeds + 1, seeds + 2, ...")
     steps: int = count(4, "step", "jumps from noise to data; each is one network call a sample")
     guidance: float = finite(1.0, GUIDANCE)
+    negative: Words = option(None, NEGATIVE)
     device: str = option("auto", DEVICE)
     precision: str = choice("32", "bf16", doc=PRECISION, what="precision")
     compile: bool = option(False, COMPILE)
@@ -159,14 +161,19 @@ class SteerConfig:
         {"name": "funnel"}, "a name (steerfm methods) or FILE.py:CLASS; method.KEY sets an argument (steerfm methods NAME)"
     )
     judge: Any = option("auto", JUDGE)
-    label: str | None = option(
-        None, "class that the model is asked for, by name or index; null for none, or for all in turn where the reward reads it"
+    label: Words = option(
+        None,
+        "class that the model is asked for, by name or index, or a list, one for each output; null for none, or for all in "
+        "turn where the reward reads it",
     )
     prompt: Words = option(None, "for models and rewards that read words: a text, a list of texts, or a file of them")
     n: int = count(16, "output", "outputs, of each prompt where there are several; each has particles of its own")
     seeds: int = seed_field("seed of the first output; the next have seeds + 1, seeds + 2, ...")
-    strength: float = finite(10.0, "how hard to tilt, in 1 / units of the reward; 0 is the model itself")
+    strength: float | str = ranged(
+        10.0, "how hard to tilt, in 1 / units of the reward; 0 is the model itself; auto for two of its spreads", word="auto"
+    )
     guidance: float = finite(1.0, GUIDANCE)
+    negative: Words = option(None, NEGATIVE)
     batch_size: int = count(16, "output", "outputs at a time: memory grows with it, results do not depend on it")
     device: str = option("auto", DEVICE)
     precision: str = choice("32", "bf16", doc=PRECISION, what="precision")

@@ -12,6 +12,7 @@ from steerfm.cli.prompts import read_prompts
 from steerfm.flowmap import FlowMap
 from steerfm.rewards import Reward
 from steerfm.rows import Rows
+from steerfm.sampling import leading_away
 from steerfm.values import ConfigError
 
 
@@ -36,12 +37,15 @@ class Outputs(Rows):
         return [first + i % self.each for i in range(self.n)]
 
 
-def outputs_of(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward: Reward | None = None) -> Outputs:
+def outputs_of(
+    flow_map: FlowMap, label: str | list[str] | None, prompt: Any, n: int, reward: Reward | None = None, negative: Any = None
+) -> Outputs:
     """``n`` outputs of each prompt, where there are several; a map of texts is conditioned on them, others on the label, or on
     all classes in turn where a reward reads labels and none is given.
 
     Raises:
         ConfigError: n below 1; a file of prompts that cannot be read; a label for a map of texts.
+        ValueError: a negative for a map without guidance.
     """
     if n < 1:
         raise ConfigError(f"n={n}: at least one output is needed")
@@ -50,7 +54,7 @@ def outputs_of(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward
     if reads and label is not None:
         raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
     if reads:
-        cond = flow_map.condition(texts, len(texts)) if texts else None
+        cond = leading_away(flow_map, flow_map.condition(texts, len(texts)) if texts else None, negative, len(texts) or n)
         return Outputs(len(texts) or n, cond, None, texts or None, names=tuple(texts or [""] * n), each=n)
     total = len(texts) or n
     names = flow_map.class_names
@@ -58,4 +62,4 @@ def outputs_of(flow_map: FlowMap, label: str | None, prompt: Any, n: int, reward
     labels = flow_map.condition([names[i % len(names)] for i in range(total)] if turns else label, total)
     assert labels is None or isinstance(labels, Tensor)
     names = texts or ([""] * n if labels is None else [flow_map.class_names[i] for i in labels.tolist()])
-    return Outputs(total, labels, labels, texts or None, names=tuple(names), each=n)
+    return Outputs(total, leading_away(flow_map, labels, negative, total), labels, texts or None, names=tuple(names), each=n)

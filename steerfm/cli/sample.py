@@ -16,7 +16,7 @@ from steerfm.sampling import sample as draw
 def sample(config: SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
-    want = outputs_of(flow_map, config.label, config.prompt, config.n)
+    want = outputs_of(flow_map, config.label, config.prompt, config.n, negative=config.negative)
     seeds, precision = want.seeds(config.seeds), autocast(flow_map, config.precision)
     folder = run_folder(config, f"runs/sample/{stem(config.model)}")
     with Ledger() as ledger, progress("sampling", 1) as tick, precision:

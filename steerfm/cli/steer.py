@@ -44,7 +44,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
     judge = build_judge(config, flow_map, reward)
-    want = outputs_of(flow_map, config.label, config.prompt, config.n, reward)
+    want = outputs_of(flow_map, config.label, config.prompt, config.n, reward, config.negative)
     check_needs((reward, judge), want.labels, want.prompts)
     autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
     folder = run_folder(config, default)
@@ -273,7 +273,7 @@ def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
     log_z = {"log Z": f"{run.values['log_z'].mean():.4g}, mean over outputs"} if "log_z" in run.values else {}
     return {
         "method": f"{named(config.method, 'method')[0]}: {method!r}",
-        "strength": short(config.strength),
+        "strength": f"auto: {short(run.first.strength[0])}" if config.strength == "auto" else short(config.strength),
         "outputs": f"{n} of {k} particles",
         "ESS": f"{share.mean():.0%} of the particles carry the weight at the end (mean over outputs; lowest {share.min():.0%})",
         **log_z,
