@@ -188,6 +188,13 @@ def test_no_method_gets_more_than_the_budget(name, budget):
     assert method is not None or budget == 8
 
 
+@pytest.mark.parametrize(("name", "least"), [("multi_round", 4), ("svdd", 4), ("feynman_kac", 4), ("best_of_n", 1), ("dps", 1)])
+def test_what_selects_has_particles_to_select_from(name, least):
+    flow_map = GaussianMixture([[-1.0, 0.0]], [[0.2, 0.2]]).flow_map(steps=2)
+    method = within_budget(METHODS[name](), lambda m: steer(flow_map, lambda x: x[:, 0], m).cost.evaluations, 8)
+    assert method.particles == least or (least == 1 and method.particles < 4)
+
+
 def cell(held, evaluations):
     return {
         "held_out": torch.tensor(held), "reward": torch.tensor(held) + 1, "features": torch.tensor(held)[:, None],

@@ -41,7 +41,7 @@ from steerfm.report.plots import cost_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
-from steerfm.steering import Method, steer
+from steerfm.steering import Method, Sampler, steer
 from steerfm.values import ConfigError
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
@@ -171,7 +171,8 @@ def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int)
     if "particles" not in names:
         return method if evaluations(method) <= budget else None
     unit = int(getattr(method, "children", 1))
-    least = max(unit, 1 if unit == 1 and getattr(method, "resampling", None) is None else 4)  # fewer leave nothing to select
+    selects = isinstance(method, Sampler) and method.parts.selection is not None
+    least = max(unit, 4 if unit > 1 or selects else 1)  # fewer leave nothing to select
     length = "steps" if "steps" in names else "iterations" if "iterations" in names else None
     size = min(getattr(method, length), budget) if length else 1  # a step costs at least one evaluation
     while size >= 1:
