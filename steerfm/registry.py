@@ -181,15 +181,26 @@ def default(cls: type, name: str) -> Any:
     return own.default if own.default_factory is MISSING else own.default_factory()
 
 
-def objects(cls: type, given: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The arguments of a class, with objects where there are names of parts.
+def objects(
+    cls: type,
+    given: Mapping[str, Any],
+    tables: Mapping[str, Mapping[str, Any]],
+    short: Mapping[str, Callable[[Any], Any]] | None = None,
+) -> dict[str, Any]:
+    """The arguments of a class with objects in place of names of parts, its defaults among them.
 
     Args:
         cls: a dataclass, whose own parts a dictionary of arguments changes.
         given: arguments by name.
         tables: what names stand for, by argument.
+        short: what may stand for a part beside that, by argument: a number, the name of a scheme.
     """
-    return {k: part(value, tables[k], k, default(cls, k)) if k in tables else value for k, value in given.items()}
+
+    def resolved(key: str, value: Any, own: Any = None) -> Any:
+        return part(short[key](value) if short and key in short else value, tables[key], key, own)
+
+    usual = {key: resolved(key, default(cls, key)) for key in tables}
+    return usual | {key: resolved(key, value, usual[key]) if key in tables else value for key, value in given.items()}
 
 
 class Named(type):
@@ -201,11 +212,12 @@ class Named(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         made: Any = cls
         names = [each.name for each in fields(made) if each.init]
-        positional = dict(zip(names, args))
+        first = [each.name for each in fields(made) if each.init and not each.kw_only]
+        positional = dict(zip(first, args))
         for key in kwargs:
             if key not in names:
                 raise TypeError(f"{cls.__name__} takes no {key}{trust.nearest(key, names)}; it takes {', '.join(names)}")
-        if len(args) > len(names) or positional.keys() & kwargs.keys():
+        if len(args) > len(first) or positional.keys() & kwargs.keys():
             return super().__call__(*args, **kwargs)  # which says what is wrong
         return super().__call__(**cls.resolve(positional | kwargs))
 

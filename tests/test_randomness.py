@@ -181,7 +181,7 @@ def test_weights_of_seeds_differ_as_much_as_those_of_unrelated_noises(monkeypatc
     unrelated = []
     for part in range(3):
         entropy = iter(np.random.SeedSequence([77, part]).generate_state(4096, np.uint32).tolist())
-        monkeypatch.setattr("steerfm.finetuning.base.derive", lambda *key, entropy=entropy: next(entropy))
+        monkeypatch.setattr("steerfm.finetuning.module.derive", lambda *key, entropy=entropy: next(entropy))
         unrelated.append(tune(Direct(), 0, 20)[0])
     assert 0.4 < ours / distances(unrelated) < 2.5
 

@@ -210,7 +210,7 @@ BROKEN_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "moves at s = t": (
         {
             "jump": lambda self, x, s, t, cond=None: (
-                x + self._evaluate(x, torch.full((len(x),), 0.2).view(-1, 1), torch.ones(len(x), 1), cond)
+                x + self.average_velocity(x, torch.full((len(x),), 0.2), torch.ones(len(x)), cond)
             )
         },
         "same time",

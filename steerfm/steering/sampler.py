@@ -65,20 +65,23 @@ class Sampler(metaclass=Named):
     guidance: Guidance | None = None
     tempering: Tempering = field(default_factory=Power)
     transition: Transition = field(default_factory=Renoise)
-    power: float = 1.0
-    recurrence: int = 1
-    stop: float = 1.0
+    power: float = field(default=1.0, kw_only=True)
+    recurrence: int = field(default=1, kw_only=True)
+    stop: float = field(default=1.0, kw_only=True)
 
     @classmethod
     def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments with objects in place of names."""
+        """The arguments, and the parts that are by default, with objects in place of names."""
         names = {field.name for field in fields(cls) if field.init}
-        given = {k: SHORT[k](value) if k in SHORT else value for k, value in given.items()}
-        if "resampling" in names and given.get("threshold") is not None:
-            resampling = objects(cls, {"resampling": given["resampling"]}, TABLES) if "resampling" in given else {}
-            own = resampling.get("resampling", default(cls, "resampling"))
-            given |= {"resampling": with_threshold(own, given["threshold"]), "threshold": None}
-        return objects(cls, given, {name: table for name, table in TABLES.items() if name in names})
+        out = objects(cls, given, {name: table for name, table in TABLES.items() if name in names}, SHORT)
+        if out.get("threshold") is not None:
+            out |= {"resampling": with_threshold(out["resampling"], out["threshold"]), "threshold": None}
+        return out
+
+    @classmethod
+    def usual(cls, name: str) -> Any:
+        """What an argument is by itself, as an object."""
+        return cls.resolve({}).get(name, default(cls, name))
 
     def __post_init__(self) -> None:
         whole_numbers(particles=self.particles, recurrence=self.recurrence)
@@ -89,7 +92,7 @@ class Sampler(metaclass=Named):
         time_grid(self.steps, self.power)
         for name in ("transition", "correction", "tempering"):
             if getattr(self, name, "") is None:
-                raise ValueError(f"{name}=None: give one, such as {default(type(self), name)}")
+                raise ValueError(f"{name}=None: give one, such as {self.usual(name)}")
         if self.guidance is not None and self.lookahead is None:
             raise ValueError("guidance needs a look-ahead: lookahead=jump or lookahead=denoise")
         selection = self.parts.selection
@@ -116,7 +119,7 @@ class Sampler(metaclass=Named):
         shown = []
         for name in (each.name for each in fields(self) if each.init):
             value = getattr(self, name)
-            if name in ("particles", "steps") or value != default(type(self), name):
+            if name in ("particles", "steps") or value != self.usual(name):
                 shown.append(f"{name}={getattr(value, '__name__', None) or repr(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -141,7 +144,7 @@ class Sampler(metaclass=Named):
             ValueError: a setting that would do nothing, or a black box where a gradient is needed.
         """
         for name, why in self._idle().items():
-            if getattr(self, name) != default(type(self), name):
+            if getattr(self, name) != self.usual(name):
                 raise ValueError(f"{name}={getattr(self, name)!r} does nothing in this {type(self).__name__}: {why}")
         if needs_gradient(self.guidance) and not reward.differentiable:
             raise RewardError(
