@@ -56,6 +56,8 @@ class Range:
         if value is None or (self.off and value == 0):
             return
         if isinstance(value, str):
+            if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+                raise ConfigError(f"{key}={value}: must be finite")
             if value != self.word:
                 raise ConfigError(f"{key}={value}: give a number" + (f", or {self.word}" if self.word else ""))
             return
