@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    import lightning  # noqa: F401  # sets its own level when it is imported
+    import lightning  # noqa: F401  # sets its own level; run on old code, this file stands alone
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     draws = {name: value for part in (sampling, steering, tuning) for name, value in part()}

@@ -15,7 +15,6 @@ from steerfm.cli.config import (
     TrainConfig,
 )
 from steerfm.cli.loading import (
-    did_you_mean,
     dump,
     find_recipe,
     load,
@@ -24,6 +23,7 @@ from steerfm.cli.loading import (
     sequence,
 )
 from steerfm.registry import named
+from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "steer": SteerConfig, "evaluate": EvaluateConfig}
@@ -183,8 +183,8 @@ def test_unknown_recipes_name_the_known():
 
 
 def test_suggestions():
-    assert did_you_mean("strenght", ["strength", "seeds"]) == " (did you mean 'strength'?)"
-    assert did_you_mean("zzz", ["strength", "seeds"]) == ""
+    assert nearest("strenght", ["strength", "seeds"]) == " (did you mean 'strength'?)"
+    assert nearest("zzz", ["strength", "seeds"]) == ""
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import signal
 import sys
@@ -195,17 +194,12 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
             bench(options.name, options.arguments, command)
         case "sample" | "steer" | "evaluate" | "train" | "finetune":
             if options.command in ("train", "finetune"):
-                _quiet()
+                from steerfm.cli.console import quiet_lightning
+
+                quiet_lightning()
             module = import_module(f"steerfm.cli.{options.command}")
             getattr(module, options.command)(config, command)
     return 0
-
-
-def _quiet() -> None:
-    """Lightning's tips and lists of devices hide what a run has to say."""
-    import lightning.pytorch  # noqa: F401  sets its own level
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _indent(text: str) -> str:

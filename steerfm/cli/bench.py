@@ -25,8 +25,8 @@ from torch import Tensor
 import steerfm
 from steerfm import files, shipped
 from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
-from steerfm.cli.console import console, print_table, progress
-from steerfm.cli.loading import did_you_mean, explain, find_recipe, kept, load, make, plain, recipes
+from steerfm.cli.console import console, print_table, progress, quiet_lightning
+from steerfm.cli.loading import explain, find_recipe, kept, load, make, plain, recipes
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import contents, stem
@@ -42,6 +42,7 @@ from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, Sampler, steer
+from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
@@ -60,10 +61,11 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
         if not scripts:
             console.print(SCRIPTS)
     elif name in scripts:
+        quiet_lightning()
         runpy.run_path(str(scripts[name]))["main"](arguments)
     elif name not in suites and not Path(name).is_file():
         known = [*suites, *scripts]
-        listed = f"{did_you_mean(name, known)}; benchmarks: {', '.join(known)}"
+        listed = f"{nearest(name, known)}; benchmarks: {', '.join(known)}"
         raise ConfigError(f"unknown benchmark {name!r}{listed}" + ("" if scripts else f"; {SCRIPTS}"))
     elif {"-h", "--help"} & set(arguments):
         path = find_recipe(name, "bench")
@@ -285,7 +287,7 @@ def _methods(config: BenchConfig) -> dict[str, Any]:
         made[name] = {"name": name} | ({"name": told} if isinstance(told, str) else dict(told or {}))
     unknown = [name for name in config.only if name not in made]
     if unknown:
-        raise ConfigError(f"only={unknown[0]}: no such method{did_you_mean(unknown[0], made)}; methods: {', '.join(made)}")
+        raise ConfigError(f"only={unknown[0]}: no such method{nearest(unknown[0], made)}; methods: {', '.join(made)}")
     made = {name: told for name, told in made.items() if not config.only or name in config.only}
     if not _baseline(made):
         made = {BASELINE: {"name": BASELINE, "steps": 1}} | made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
 from operator import gt
@@ -53,3 +54,10 @@ def progress(what: str, total: int):
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def quiet_lightning() -> None:
+    """Lightning's tips and lists of devices hide what a run has to say."""
+    import lightning.pytorch  # noqa: F401  sets its own level
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -10,7 +10,6 @@ of a reward that are declared ``str``) it is taken as it stands: ``12:30``, ``no
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import sys
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 from steerfm.cli.config import NAMED, FinetuneConfig, TrainConfig
 from steerfm.shipped import folder
+from steerfm.trust import nearest
 from steerfm.values import (
     ConfigError,
     Raw,
@@ -147,13 +147,7 @@ def find_recipe(source: str, kind: str) -> Path:
     known = recipes(kind)
     if source in known:
         return known[source]
-    raise ConfigError(f"no file or recipe {source!r}{did_you_mean(source, known)}; recipes: {', '.join(known) or 'none'}")
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest choice, or nothing."""
-    near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    raise ConfigError(f"no file or recipe {source!r}{nearest(source, known)}; recipes: {', '.join(known) or 'none'}")
 
 
 def _section(schema: Any, values: Any, key: str) -> dict[str, Any]:
@@ -187,7 +181,7 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             f.metadata["range"].check(value, key)
         if "choices" in f.metadata and value not in f.metadata["choices"]:
             choices, what = f.metadata["choices"], f.metadata["what"]
-            listed = f"{did_you_mean(str(value), choices)}; {what or f.name}s: {', '.join(choices)}"
+            listed = f"{nearest(str(value), choices)}; {what or f.name}s: {', '.join(choices)}"
             raise ConfigError(f"unknown {what} {value!r}{listed}" if what else f"{key}={value}{listed}")
         if "form" in f.metadata and not re.fullmatch(f.metadata["form"][0], str(value)):
             raise ConfigError(f"{key}={value}: give {f.metadata['form'][1]}")
@@ -301,7 +295,7 @@ def _checked(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
     for key, given in layer.items():
         value = given
         if key not in known:
-            raise ConfigError(f"unknown key '{prefix}{key}'{did_you_mean(key, known)}; keys: {', '.join(known)}")
+            raise ConfigError(f"unknown key '{prefix}{key}'{nearest(key, known)}; keys: {', '.join(known)}")
         kind = hints[key]
         if isinstance(value, Raw) and (is_dataclass(kind) or get_origin(kind) is dict):
             value = flow(str(value), f"{prefix}{key}") if value[:1] in "[{" else str(value)

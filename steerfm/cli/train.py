@@ -15,7 +15,7 @@ from steerfm import encoders, files, zoo
 from steerfm.checkpoints import build_network, load_into, read_weights, save_weights
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
-from steerfm.cli.loading import did_you_mean, kept, load, plain, recipes
+from steerfm.cli.loading import kept, load, plain, recipes
 from steerfm.cli.parts import data_set, schedule
 from steerfm.cli.runs import commit, inputs
 from steerfm.flowmap import Guided, NeuralFlowMap
@@ -25,6 +25,7 @@ from steerfm.report.card import model_card
 from steerfm.report.plots import curves_plot
 from steerfm.report.run_folder import ANEW, edited
 from steerfm.sampling import sample as draw
+from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
 
@@ -137,9 +138,7 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     shares = o.shares or {"lagrangian": 0.25}
     for name in shares:
         if name not in OFF_DIAGONAL:
-            raise ConfigError(
-                f"unknown objective {name!r}{did_you_mean(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}"
-            )
+            raise ConfigError(f"unknown objective {name!r}{nearest(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}")
     if config.init:
         load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
     pixels = data.train[0].float() / 127.5 - 1

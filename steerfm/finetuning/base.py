@@ -22,7 +22,7 @@ from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import Condition, Rows, move_condition
 from steerfm.sampling import Noise, time_grid, walk
-from steerfm.steering.value import Problem
+from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.transitions import Jump, Transition
 
 Law = Callable[[Noise, Condition], Tensor]
@@ -177,14 +177,12 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
         NothingToLearnError: the reward is constant there.
     """
     rows = tasks[torch.arange(n) % tasks.n]
-    x = draw(chain(4)(flow_map), rows, flow_map, [derive(seed, "scale", 0, i) for i in range(n)])
-    with torch.no_grad():
-        values = rows.problem(flow_map, reward).score(x).total.double()
-    if values.std() <= 1e-6 * values.abs().max():  # rounding: scores are float32
+    values = plain_rewards(rows.problem(flow_map, reward), [derive(seed, "scale", 0, i) for i in range(n)])
+    if not (std := deviation(values)):
         raise NothingToLearnError(
             f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn"
         )
-    return values.std().item()
+    return std
 
 
 def check(method: Method, reward: Reward, control: float) -> None:

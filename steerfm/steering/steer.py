@@ -19,16 +19,15 @@ from steerfm.flowmap import FlowMap, Microbatched, by_label
 from steerfm.randomness import derive, untouched
 from steerfm.rewards import Reward
 from steerfm.rows import Condition, Rows, labels_of
-from steerfm.sampling import Noise, as_condition, leading_away, seed_list, time_grid, walk
+from steerfm.sampling import Noise, as_condition, leading_away, seed_list
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
 from steerfm.steering.presets import Funnel
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Sampler
 from steerfm.steering.state import Begin, Callback, State
-from steerfm.steering.value import Problem
+from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.steering.weights import wide
-from steerfm.transitions import Jump
 
 CPU_ROWS = 128
 
@@ -310,15 +309,13 @@ def automatic(flow_map: FlowMap, reward: Reward, rows: Rows, word: str) -> float
         raise ValueError(f"strength={word!r}: give a number, one per output, or 'auto'")
     turns = torch.arange(PLAIN) % rows.n
     some = replace(rows[turns], groups=turns.to(flow_map.device))
-    noise = Noise([derive(0, "strength", 0, i) for i in range(PLAIN)])
-    with torch.inference_mode():
-        x = walk(flow_map, noise, time_grid(4), some.cond, Jump())
-        values = Problem(flow_map, reward, torch.ones(PLAIN, device=flow_map.device), some).score(x).total.double()
-    if values.std() <= 1e-6 * values.abs().max():
+    problem = Problem(flow_map, reward, torch.ones(PLAIN, device=flow_map.device), some)
+    values = plain_rewards(problem, [derive(0, "strength", 0, i) for i in range(PLAIN)])
+    if not (spread := deviation(values)):
         raise ValueError(
             f"strength='auto': reward {reward.name!r} is {values[0].item():.4g} for all of {PLAIN} plain samples: give a number"
         )
-    return SPREADS / values.std().item()
+    return SPREADS / spread
 
 
 def _rows(flow_map: FlowMap, n: int, cond: Any, prompts: str | Sequence[str] | None, labels: Tensor | None) -> Rows:

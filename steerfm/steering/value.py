@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from steerfm import transitions
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import Condition, Rows
-from steerfm.sampling import Noise
+from steerfm.sampling import Noise, time_grid, walk
 from steerfm.steering.lookahead import Endpoints, Lookahead
 from steerfm.steering.weights import log_mean_exp, wide
 
@@ -89,6 +90,20 @@ class Problem:
     def select(self, rows: Tensor) -> Problem:
         """The problem of the given particles (b',)."""
         return replace(self, strength=self.strength[rows], rows=self.rows[rows])
+
+
+def plain_rewards(problem: Problem, seeds: Sequence[int]) -> Tensor:
+    """Rewards (b,) of unsteered samples in four jumps, one for each row of a problem and each of the seeds; in float64."""
+    flow_map = problem.flow_map
+    with torch.no_grad():
+        x = walk(flow_map, Noise(seeds), time_grid(4), problem.cond, transitions.Jump())
+        return problem.score(x).total.double()
+
+
+def deviation(rewards: Tensor) -> float:
+    """Standard deviation of rewards (b,); 0 where they differ by no more than rounding: scores are float32."""
+    std = rewards.std().item()
+    return std if std > 1e-6 * rewards.abs().max().item() else 0.0
 
 
 # --- the value -------------------------------------------------------------------------------------------------------
