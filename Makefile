@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sampling weights weight_files rewards lent steering \
-	noise_search tree_search config cli) tests/training/test_training.py tests/finetuning/test_base.py
+CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sampling weight_files rewards lent) \
+	$(patsubst %,tests/steering/test_%.py,weights steering noise_search tree_search) \
+	tests/cli/test_config.py tests/cli/test_cli.py tests/training/test_training.py tests/finetuning/test_base.py
 
 .PHONY: demo quick test test-lowest lint bench bench-check data clean
 .DEFAULT_GOAL := demo

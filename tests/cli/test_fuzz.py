@@ -1,6 +1,6 @@
 """Random command lines: whatever is typed, the answer is a result or one line, never a traceback.
 
-More of them: FUZZ=100 pytest tests/test_fuzz.py
+More of them: FUZZ=100 pytest tests/cli/test_fuzz.py
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from steerfm.cli.outputs import Outputs
 from steerfm.closed_form import GaussianMixture
 from steerfm.steering import METHODS, steer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OWN = '''
 from dataclasses import dataclass
 from steerfm.steering import BestOfN

@@ -27,7 +27,7 @@ from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
 SCHEMAS = {"train": TrainConfig, "sample": SampleConfig, "steer": SteerConfig, "evaluate": EvaluateConfig}
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = [
     (kind, path) for kind in SCHEMAS for path in sorted((CONFIGS / kind).glob("*.yaml"))
 ]  # folders without a schema here belong to other commands

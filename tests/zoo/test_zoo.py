@@ -133,7 +133,7 @@ def test_classes_by_name(fashion):
 
 def test_a_velocity_can_forget_its_jumps(tmp_path):
     """The start of benchmarks/ablation.py: the same velocity, and one Euler step for every jump."""
-    forget_jumps = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "ablation.py"))["forget_jumps"]
+    forget_jumps = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "ablation.py"))["forget_jumps"]
     trained, forgot = steerfm.load("fashion"), steerfm.load(forget_jumps("fashion", tmp_path / "start.safetensors"))
     x, cond = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     velocity = trained.velocity(x, 0.3, cond)
