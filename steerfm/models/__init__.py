@@ -1,0 +1,1 @@
+"""Models of others as flow maps: their paths, their networks."""
