@@ -5,6 +5,7 @@
 from steerfm.closed_form import GaussianMixture as GaussianMixture
 from steerfm.cost import Cost as Cost, Ledger as Ledger
 from steerfm.flowmap import FlowMap as FlowMap, Guided as Guided, NeuralFlowMap as NeuralFlowMap
+from steerfm.models.network import VelocityModel as VelocityModel
 from steerfm.interpolant import Interpolant as Interpolant, Trigonometric as Trigonometric
 from steerfm.rewards import Reward as Reward, RewardError as RewardError, reward as reward
 from steerfm.sampling import sample as sample

@@ -16,7 +16,7 @@ Times and weights are floats or tensors that broadcast against the state; a path
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ def velocity(x: Tensor, t: Tensor, ends: Ends, first: float = 0.0, last: float =
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------
+@runtime_checkable
 class Path(Protocol):
     """A path z = a data + b noise and the time of its networks; any object with these members is one.
 
@@ -126,6 +127,14 @@ class Path(Protocol):
 
     def own_time(self, t: Tensor) -> Tensor:
         """The networks' time at our times, first <= t <= last."""
+        ...
+
+    def time_at(self, own: float) -> float:
+        """Our time at one of the networks'.
+
+        Raises:
+            ValueError: the path has no such time.
+        """
         ...
 
     def weights(self, t: Tensor) -> Weights:
@@ -156,6 +165,11 @@ class Linear:
 
     def own_time(self, t: Tensor) -> Tensor:
         return 1 - t if self.noise_at else t
+
+    def time_at(self, own: float) -> float:
+        if not 0 <= own <= 1:
+            raise ValueError(f"time {own}: those of the linear path are from 0 to 1")
+        return 1 - own if self.noise_at else own
 
     def weights(self, t: Tensor) -> Weights:
         return Weights(t, 1 - t)
@@ -216,6 +230,14 @@ class VariancePreserving:
         whole = index.round()
         return torch.where((index - whole).abs() < 2e-4, whole, index)  # some networks look a time up in a table
 
+    def time_at(self, own: float) -> float:
+        last = len(self.log_ratios) - 1
+        if not 0 <= own <= last:
+            raise ValueError(f"time {own}: alphas_cumprod has the indices 0 to {last}")
+        low = min(int(own), last - 1)
+        here, next_one = self.log_ratios[last - low], self.log_ratios[last - low - 1]
+        return float(torch.sigmoid(torch.lerp(here, next_one, own - low)))
+
     def weights(self, t: Tensor) -> Weights:
         c = spread(t)
         return Weights(t / c, (1 - t) / c)
@@ -246,6 +268,11 @@ class VarianceExploding:
 
     def own_time(self, t: Tensor) -> Tensor:
         return (1 - t) / t
+
+    def time_at(self, own: float) -> float:
+        if not 0 <= own < math.inf:
+            raise ValueError(f"time {own}: sigma is finite and at least 0")
+        return 1 / (1 + own)
 
     def weights(self, t: Tensor) -> Weights:
         return Weights(torch.ones_like(t), (1 - t) / t)

@@ -115,6 +115,20 @@ def test_the_index_of_a_time_and_the_time_of_an_index():
     assert path.first == pytest.approx(0.0640, abs=5e-4)  # the least SNR of Stable Diffusion
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_our_time_and_the_networks_lead_back_to_each_other(name):
+    path = PATHS[name]
+    t = times(path, 33).clamp(2e-4, 1 - 1e-3).flatten()
+    for ours, own in zip(t.tolist(), path.own_time(t).tolist()):
+        assert path.time_at(own) == pytest.approx(ours, rel=1e-3 if "vp" in name else 1e-9)  # an index is rounded
+    for none in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="time"):
+            path.time_at(none)
+    if name != "ve":
+        with pytest.raises(ValueError, match="time"):
+            path.time_at(1000)
+
+
 def test_sigma_of_a_time():
     path = VarianceExploding(0.01, 50)
     assert path.first == pytest.approx(1 / 51) and path.last == pytest.approx(1 / 1.01)

@@ -1,0 +1,215 @@
+"""A bare network, in its own convention, as a flow map.
+
+>>> fm = steerfm.VelocityModel(net, (3, 32, 32))                                    # flow matching, data at 0 and noise at 1
+>>> fm = steerfm.VelocityModel(net, (4, 64, 64), predicts="noise", path="vp", alphas_cumprod=scheduler.alphas_cumprod)
+>>> fm = steerfm.VelocityModel(edm, (3, 64, 64), predicts="data", path="ve")        # an EDM denoiser
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.flowmap import FlowMap
+from steerfm.interpolant import expand_time
+from steerfm.models import paths
+from steerfm.models.paths import Ends, Path, Weights
+from steerfm.rows import Condition
+from steerfm.trust import nearest
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network can predict.
+
+    Attributes:
+        ends: both ends, from the state, the prediction, the weights and their slope.
+        first, last: our times between which the ends can be told from it: noise says nothing of the data where nearly all is
+            noise, and a denoiser nothing of the noise where nearly all are data.
+    """
+
+    ends: Callable[[Tensor, Tensor, Weights, Callable[[], Weights]], Ends]
+    first: float = 0.0
+    last: float = 1.0
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    "velocity": Prediction(lambda z, out, at, slope: paths.ends_of_velocity(z, out, at, slope())),
+    "noise": Prediction(lambda z, out, at, slope: paths.ends_of_noise(z, out, at), first=0.01),
+    "data": Prediction(lambda z, out, at, slope: paths.ends_of_data(z, out, at), last=0.999),
+    "v": Prediction(lambda z, out, at, slope: paths.ends_of_v(z, out, at)),
+}
+"""Predictions by the name that `VelocityModel` takes."""
+
+
+class VelocityModel(FlowMap):
+    """A flow-matching or diffusion network, trained by whomever, as a flow map: its velocity is right, a jump is an Euler step.
+
+    The network is called as ``net(x, t, cond)``, with x (b, *shape) in its own space and precision, t (b,) in its own time (in
+    float32: an index above 256 is no number in bfloat16), and cond as `steer` and `sample` are given it, one row for each of x.
+    It returns (b, *shape). Space and time are those of its path:
+
+        linear    x = data and noise in shares of 1 - t and t, or of t and 1 - t; t from 0 to 1
+        vp        x = sqrt(a) data + sqrt(1 - a) noise with a = alphas_cumprod[t]; t from 0 to n - 1, fractions among them
+        ve        x = data + t noise; t = sigma
+
+    It knows no time outside the span on which it was trained: there it is asked at the nearest, and `paths.velocity` says what
+    the velocity is then. So a model whose noise ends at sigma = 80, or at an SNR above 0, starts at our t = 0 all the same.
+
+    Args:
+        net: a module, or any function of these three; a module's weights can be tuned and saved.
+        shape: shape of one sample in model space. Samples of three axes are pictures in [-1, 1]; a subclass with ``decode`` and
+            ``encode`` of its own has others.
+        predicts: "velocity", dx/dt in the network's own time; "noise"; "data", the denoiser; "v", a noise - b data where x is
+            a data + b noise.
+        path: "linear", "vp" or "ve"; or any `paths.Path`.
+        noise_at: the network's time of pure noise on the linear path, 0 or 1.
+        alphas_cumprod: (n,), of the path vp: products of 1 - beta, falling from nearly 1.
+        span: the least and the largest of the network's own times on which it was trained; default all that its path has:
+            (0, 1), (0, n - 1), or EDM's sigmas (0.002, 80).
+        class_names: of the labels that ``cond`` may hold, for a network with classes.
+        null: the condition of one row that stands for none, for `Guided`; default the label after the last class.
+
+    Raises:
+        ValueError: an argument that is none of these, or that belongs to another path.
+    """
+
+    capabilities = frozenset({"velocity"})
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        shape: Sequence[int],
+        predicts: str = "velocity",
+        path: str | Path = "linear",
+        noise_at: float = 1.0,
+        alphas_cumprod: Any = None,
+        *,
+        span: Sequence[float] | None = None,
+        class_names: Sequence[str] = (),
+        null: Condition = None,
+    ) -> None:
+        _check(net, shape)
+        super().__init__(shape, class_names=class_names)
+        if predicts not in PREDICTIONS:
+            raise ValueError(f"unknown predicts={predicts!r}{nearest(str(predicts), PREDICTIONS)}: {', '.join(PREDICTIONS)}")
+        self.network, self.none = net, null
+        self.path = _path(path, noise_at, alphas_cumprod)
+        self.predicts = predicts
+        self.first, self.last = _known(self.path, PREDICTIONS[predicts], span)
+        straight = isinstance(self.path, paths.Linear) and predicts == "velocity" and (self.first, self.last) == (0, 1)
+        self.sign = self.path.slope(torch.empty(0)).data if straight else None
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.instantaneous_velocity(x, s, cond)
+
+    def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        t = expand_time(t, x)
+        if self.sign is not None:  # it is ours, up to the direction of time
+            return self.sign * self.predict(x, self.path.own_time(t), cond)
+        near = t.clamp(self.first, self.last)
+        at = self.path.weights(near)
+        z = paths.from_linear(x, *at) * (paths.spread(near) / paths.spread(t))  # as wide as states are at that time
+        out = self.predict(z, self.path.own_time(near), cond)
+        ends = PREDICTIONS[self.predicts].ends(z, out, at, lambda: self.path.slope(near))
+        return paths.velocity(x, t, ends, self.first, self.last)
+
+    def predict(self, z: Tensor, time: Tensor, cond: Condition) -> Tensor:
+        """What the network says of states of its own (b, *shape) at its own times, which broadcast; in the precision of z.
+
+        Raises:
+            ValueError: it is of another shape or type.
+        """
+        given = z.to(self._precision(z.dtype))
+        out: Any = self.network(given, time.flatten(), cond)
+        name = f"the network {getattr(self.network, '__name__', type(self.network).__name__)}"
+        if not isinstance(out, Tensor):
+            raise ValueError(f"{name} returns a {type(out).__name__}: return the tensor in it, such as net(x, t).sample")
+        if out.shape != z.shape:
+            wider = out.ndim == z.ndim and out.shape[1] > z.shape[1]
+            fix = f"leave out what is no prediction, out[:, :{z.shape[1]}]" if wider else "return (b, *shape), a row for each"
+            raise ValueError(f"{name} answers states {tuple(z.shape)} with {tuple(out.shape)}: {fix}")
+        mixed = torch.is_autocast_enabled(z.device.type) and out.is_floating_point()
+        if not (mixed or out.dtype in (given.dtype, z.dtype)):
+            raise ValueError(f"{name} answers {given.dtype} with {out.dtype}: return {given.dtype}, out.to(x.dtype)")
+        return out.to(z.dtype)
+
+    def _precision(self, states: torch.dtype) -> torch.dtype:
+        """That in which the network gets states: of its weights, or of the states where it has none."""
+        if not isinstance(self.network, nn.Module):
+            return states
+        own = (
+            tensor.dtype for tensor in chain(self.network.parameters(), self.network.buffers()) if tensor.is_floating_point()
+        )
+        return next(own, states)
+
+    def at_door(self, x: Tensor) -> Tensor:
+        return x  # the network is called in its own precision, what stands around it in that of the states
+
+    @property
+    def null(self) -> Condition:
+        return super().null if self.none is None else self.none
+
+    def with_network(self, network: nn.Module) -> VelocityModel:
+        """The same map with another network; nothing is copied."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "network": network}
+        return other
+
+
+# --- what is asked for, checked ----------------------------------------------------------------------------------------
+def _check(net: Any, shape: Any) -> None:
+    if not callable(net) or isinstance(net, type):
+        name = net.__name__ if isinstance(net, type) else ""
+        shown, what = (name, f"it is a class, call it, {name}(...)") if name else (repr(net), "give a module")
+        raise ValueError(f"net={shown}: {what}, or a function of x, t and cond")
+    sizes = list(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else []
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ValueError(f"shape={shape!r}: give the shape of one sample, without the batch, such as (3, 32, 32) or (2,)")
+
+
+def _path(path: Any, noise_at: float, alphas_cumprod: Any) -> Path:
+    """The path of a name, with what belongs to it alone."""
+    if not isinstance(path, str | Path):
+        raise ValueError(f"path={path!r}: give linear, vp or ve, or an object with the members of steerfm.models.paths.Path")
+    if alphas_cumprod is not None and path != "vp":
+        raise ValueError(f'alphas_cumprod= belongs to path="vp", and path={path!r} has none: leave it out, or give path="vp"')
+    if noise_at != 1 and path != "linear":
+        raise ValueError(f'noise_at={noise_at} belongs to path="linear", and path={path!r} has no choice: leave it out')
+    if not isinstance(path, str):
+        return path
+    match path:
+        case "linear":
+            return paths.Linear(noise_at)
+        case "vp" if alphas_cumprod is None:
+            raise ValueError(
+                'path="vp" needs alphas_cumprod=, the product of 1 - beta by index (a scheduler\'s alphas_cumprod)'
+            )
+        case "vp":
+            return paths.VariancePreserving(alphas_cumprod)
+        case "ve":
+            return paths.VarianceExploding()
+    raise ValueError(f"unknown path={path!r}{nearest(path, ('linear', 'vp', 've'))}: linear, vp, ve")
+
+
+def _known(path: Path, prediction: Prediction, span: Any) -> tuple[float, float]:
+    """Our times between which the network is asked."""
+    first, last = path.first, path.last
+    if span is not None:
+        ends = list(span) if isinstance(span, Sequence) and not isinstance(span, str) else []
+        if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not ends[0] < ends[1]:
+            raise ValueError(f"span={span!r}: give the least and the largest of the network's own times, such as (0.002, 80.0)")
+        try:
+            first, last = sorted(path.time_at(end) for end in ends)
+        except ValueError as error:
+            raise ValueError(f"span={span}: {error}") from None
+    first, last = max(first, prediction.first), min(last, prediction.last)
+    if not first < last:
+        raise ValueError(f"span={span}: it leaves no time at which that prediction says both the data and the noise")
+    return first, last
