@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfm.capabilities import TWO_TIME
 from steerfm.checkpoints import HEAD, HEAD_TEXT, INTERPOLANTS, check_head, read_weights, restore, save_weights, weights_file
 from steerfm.cost import count, count_backward
 from steerfm.encoders import TextEncoder
-from steerfm.interpolant import Interpolant, expand_time
+from steerfm.interpolant import Interpolant, expand_time, time_grid
 from steerfm.rows import Condition, expand_rows, join_conditions, split_negative, take_rows
 
 
@@ -35,11 +36,19 @@ class FlowMap(nn.Module):
         class_names: names of the labels that ``cond`` may hold, in order; empty where there are none.
         card: its model card: licence, recipe, and what its samples are measured with (`steerfm.metrics.evaluator`).
         evaluations: network evaluations per call (2 under classifier-free guidance), for the ledger.
+        capabilities: what it can do, see `steerfm.capabilities`; all of it unless a class says otherwise.
+        transition: how it is sampled, a `Transition`; None for the usual one, see `steerfm.transitions.usual`.
+        steps: in how many it is sampled unless somebody says otherwise.
+        micro_batch: rows at a time of a network call, and of a call of the decoder; None for all.
     """
 
     shape: tuple[int, ...]
     card: Mapping[str, Any] = MappingProxyType({})
     evaluations: int = 1
+    capabilities: frozenset[str] = TWO_TIME
+    transition: Any = None  # typed here, transitions and maps would import each other
+    steps: int = 4
+    micro_batch: int | None = None
 
     def __init__(self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()) -> None:
         super().__init__()
@@ -97,6 +106,10 @@ class FlowMap(nn.Module):
         """grad log p_t(x); infinite at t = 1. Shape of x."""
         t = expand_time(t, x)
         return self.interpolant.score(x, self._counted(self.instantaneous_velocity, x, (t,), cond), t)
+
+    def grid(self, steps: int) -> list[float]:
+        """Its own time grid 0 = t_0 < ... < t_steps = 1, which sampling and methods follow; here equal steps."""
+        return time_grid(steps)
 
     # --- pictures ------------------------------------------------------------------------------------------------
     def decode(self, z: Tensor) -> Tensor:
@@ -336,12 +349,17 @@ class Wrapped(FlowMap):
     def __init__(self, flow_map: FlowMap) -> None:
         super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
         self.flow_map, self.evaluations, self.card = flow_map, flow_map.evaluations, flow_map.card
+        self.capabilities, self.transition = flow_map.capabilities, flow_map.transition
+        self.steps, self.micro_batch = flow_map.steps, flow_map.micro_batch
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)
 
     def at_door(self, x: Tensor) -> Tensor:
         return self.flow_map.at_door(x)
+
+    def grid(self, steps: int) -> list[float]:
+        return self.flow_map.grid(steps)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.flow_map.decode(z)
@@ -368,18 +386,29 @@ class Microbatched(Wrapped):
         super().__init__(flow_map)
         if rows < 1:
             raise ValueError(f"micro_batch={rows}: at least one row per network call")
-        self.rows = rows
+        self.micro_batch = rows
+
+    def decode(self, z: Tensor) -> Tensor:
+        return in_parts(self.flow_map.decode, z, self.micro_batch)
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self._in_parts(self.flow_map.average_velocity, x, (s, t), cond)
+        return self._by_parts(self.flow_map.average_velocity, x, (s, t), cond)
 
     def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self._in_parts(self.flow_map.instantaneous_velocity, x, (t,), cond)
+        return self._by_parts(self.flow_map.instantaneous_velocity, x, (t,), cond)
 
-    def _in_parts(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
-        rows = [slice(begin, begin + self.rows) for begin in range(0, len(x), self.rows)]
+    def _by_parts(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
+        size = self.micro_batch or len(x)
+        rows = [slice(begin, begin + size) for begin in range(0, len(x), size)]
         parts = [hook(x[part], *(time[part] for time in times), take_rows(cond, part)) for part in rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_parts(call: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -> Tensor:
+    """A call of x (b, ...) made of calls of at most ``rows`` rows; None for one call."""
+    if rows is None or len(x) <= rows:
+        return call(x)
+    return torch.cat([call(x[begin : begin + rows]) for begin in range(0, len(x), rows)])
 
 
 class Guided(Wrapped):

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from steerfm.checks import whole_numbers
+
 Time = TypeVar("Time", float, Tensor)
 
 
@@ -34,6 +36,20 @@ def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
     if t.shape[0] != x.shape[0] or t.numel() != x.shape[0]:
         raise ValueError(f"time has shape {tuple(t.shape)} for a batch of {x.shape[0]}: give a float or one time per row")
     return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def time_grid(steps: int, power: float = 1.0) -> list[float]:
+    """Times 0 = t_0 < ... < t_steps = 1, t_i = (i / steps)^power; a power above 1 takes small steps near the noise.
+
+    Raises:
+        ValueError: steps below 1 or power not positive.
+    """
+    whole_numbers(steps=steps)
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
+    if not power > 0:
+        raise ValueError(f"power={power}: must be positive")
+    return [(i / steps) ** power for i in range(steps + 1)]
 
 
 class Interpolant:

@@ -20,26 +20,20 @@ import torch
 from torch import Tensor
 
 from steerfm import zoo
+from steerfm.capabilities import Choosy, in_words
 from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap, Guided, by_label
+from steerfm.interpolant import time_grid
 from steerfm.randomness import derive, stream
 from steerfm.rows import Condition, map_condition, take_rows, with_negative
-from steerfm.transitions import Jump, Transition
+from steerfm.transitions import Transition, usual
 
 
 # --- time grids ------------------------------------------------------------------------------------------------------
-def time_grid(steps: int, power: float = 1.0) -> list[float]:
-    """Times 0 = t_0 < ... < t_steps = 1, t_i = (i / steps)^power; a power above 1 takes small steps near the noise.
-
-    Raises:
-        ValueError: steps below 1 or power not positive.
-    """
-    whole_numbers(steps=steps)
-    if steps < 1:
-        raise ValueError(f"steps={steps}: at least one step is needed")
-    if not power > 0:
-        raise ValueError(f"power={power}: must be positive")
-    return [(i / steps) ** power for i in range(steps + 1)]
+def grid_of(flow_map: FlowMap, steps: int, power: float = 1.0) -> list[float]:
+    """The grid of a map, with its times to a power: above 1 it takes small steps near the noise."""
+    time_grid(steps, power)  # what is wrong with them
+    return [t**power for t in flow_map.grid(steps)]
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -119,7 +113,7 @@ def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
 def sample(
     flow_map: FlowMap | str | Path,
     n: int = 1,
-    steps: int = 4,
+    steps: int | None = None,
     seeds: int | Sequence[int] = 0,
     cond: Condition | str | int | Sequence[str | int] = None,
     transition: Transition | None = None,
@@ -134,10 +128,10 @@ def sample(
     Args:
         flow_map: the map, or its name, as `steerfm.load` takes it.
         n: number of samples.
-        steps: transitions from t = 0 to t = 1.
+        steps: transitions from t = 0 to t = 1, on the map's own grid; default as many as it is sampled in, `FlowMap.steps`.
         seeds: an integer s for s, s + 1, ..., or one seed per sample.
         cond: one row per sample; a class name, index or prompt for all or for each; or None.
-        transition: default `Jump()`.
+        transition: default the map's own: `Jump()`, or `Renoise()` for a map that only jumps to the data.
         batch_size: rows per network call; default all. The result does not depend on it.
         power: of the time grid.
         label: in place of ``cond``: the class, by name or index, of all or of each.
@@ -145,10 +139,14 @@ def sample(
 
     Returns:
         (n, *shape) in model space; `FlowMap.decode` makes pictures of it.
+
+    Raises:
+        ValueError: naming what is wrong and the fix.
     """
-    move: Transition = transition or Jump()
     flow_map = zoo.load(flow_map)
-    all_seeds, times = seed_list(seeds, n), time_grid(steps, power)
+    move = usual(flow_map) if transition is None else transition
+    all_seeds, times = seed_list(seeds, n), grid_of(flow_map, flow_map.steps if steps is None else steps, power)
+    check_fit(flow_map, move, times)
     cond = leading_away(flow_map, as_condition(flow_map, by_label(flow_map, label, cond), n), negative, n)
     size = n if batch_size is None else batch_size
     if size < 1:
@@ -197,6 +195,18 @@ def leading_away(
     if not isinstance(flow_map, Guided):
         raise ValueError("negative= needs classifier-free guidance: steerfm.Guided(flow_map, scale), or guidance=SCALE")
     return with_negative(cond, as_condition(flow_map, negative, n))
+
+
+def check_fit(flow_map: FlowMap, transition: Transition, times: Sequence[float]) -> None:
+    """Refuse steps that are wrong for a map; its own transition is right for it.
+
+    Raises:
+        ValueError: what it lacks, and what to take in place of it.
+    """
+    if transition == flow_map.transition or not isinstance(transition, Choosy):
+        return
+    if why := transition.lacks(flow_map, times):
+        raise ValueError(f"transition={transition}: this model has only {in_words(flow_map)}; {transition} {why}")
 
 
 def walk(flow_map: FlowMap, noise: Noise, times: Sequence[float], cond: Condition, transition: Transition) -> Tensor:

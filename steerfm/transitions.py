@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can, needs
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant
 from steerfm.rows import Condition
@@ -49,12 +50,9 @@ class Step:
 class Transition(Protocol):
     """A move of the whole batch from time s to time t; any object with these members is one.
 
-    The step into t = 1 should be deterministic: noise added to the data would stay in them. One that is so for certain may say
-    ``lands = True``: a sampler then does not ask for the gradient that no step would follow.
+    The step into t = 1 should be deterministic: noise added to the data would stay in them. One that is so for certain may also
+    be `Landing`, one that can use an endpoint `Sharing`, and one that does not fit every map `steerfm.capabilities.Choosy`.
 
-    Attributes:
-        endpoint: the kind of endpoint that saves a network call if a look-ahead has it already: "jump" for X_{s,1}(x),
-            "denoised" for E[x_1 | x_s = x], "posterior" for a sample of p(x_1 | x_s = x); "" for none.
     """
 
     @property
@@ -62,12 +60,30 @@ class Transition(Protocol):
         """Whether the steps before the last have noise."""
         ...
 
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        """The kernel from x (b, *shape) at time s to time t > s; ``endpoint`` is of the kind that `Sharing` names, if known."""
+        ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A transition that can use an endpoint which a look-ahead has already.
+
+    Attributes:
+        endpoint: its kind: "jump" for X_{s,1}(x), "denoised" for E[x_1 | x_s = x], which save a network call, "posterior" for a
+            sample of p(x_1 | x_s = x); "" for none.
+    """
+
     @property
     def endpoint(self) -> str: ...
 
-    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
-        """The kernel from x (b, *shape) at time s to time t > s; ``endpoint`` as described above, where it is known."""
-        ...
+
+@runtime_checkable
+class Landing(Protocol):
+    """A transition that says whether its step into t = 1 is deterministic, so that nobody asks for a gradient there in vain."""
+
+    @property
+    def lands(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,14 @@ class Jump:
         for i in range(self.hops):
             x = flow_map.jump(x, s + (t - s) * (i / self.hops), s + (t - s) * ((i + 1) / self.hops), cond)
         return Step(x, 0.0)
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`. A jump of a velocity is an Euler step."""
+        if can(flow_map, "velocity") or (len(times) == 2 and self.hops == 1 and can(flow_map, "generator")):
+            return ""
+        if can(flow_map, "endpoint"):
+            return needs("two_time", "take transition=renoise, which jumps to the data and noises back, or steps=1")
+        return needs("two_time", "take steps=1")
 
 
 @dataclass(frozen=True)
@@ -124,6 +148,18 @@ class Renoise:
         scale, std = flow_map.interpolant.renoise(r, t)
         x_r = endpoint if endpoint is not None and r == 1 else flow_map.jump(x, s, r, cond)
         return Step(x_r if scale == 1 else scale * x_r, std)
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`."""
+        if self.gamma == 0 or len(times) == 2:
+            return Jump().lacks(flow_map, times)
+        if can(flow_map, "endpoint" if self.gamma == 1 else "two_time"):
+            return ""
+        if can(flow_map, "velocity"):
+            return needs("endpoint", "take transition=midpoint, bridge or diffuse, which need no more than a velocity")
+        if can(flow_map, "endpoint"):
+            return needs("two_time", "take gamma=1, which jumps to the data and noises back")
+        return needs("endpoint", "take steps=1")
 
 
 @dataclass(frozen=True)
@@ -156,6 +192,48 @@ class Diffuse:
         else:
             epsilon = self.epsilon(s) if callable(self.epsilon) else self.epsilon
         return Step(x + h * (b + epsilon * path.score(x, b, s)), math.sqrt(2 * epsilon * h))
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`."""
+        return "" if can(flow_map, "velocity") else _no_velocity(flow_map)
+
+
+@dataclass(frozen=True)
+class Midpoint:
+    """The ODE of the velocity by the midpoint rule to r = t + churn (t - s), then noise back: x' = (alpha_t/alpha_r) x_r + std z.
+
+        x_r = x + (r - s) b(x + (r - s)/2 b(x, s), (s + r)/2)
+
+    Two velocities a step, of which a look-ahead by denoiser shares the first, and an error of order 1 / steps^2, where `Bridge`,
+    `Diffuse` and an Euler step have 1 / steps: eight steps are nearer to the law of the ODE than 64 of those. The sampler of Karras
+    et al. 2206.00364 (algorithm 2), with its noise after the step, so that the step has a Gaussian density.
+
+    Args:
+        churn: noise that is drawn anew, in steps: 0 none (the ODE), 1 as much as one step takes away, at least 0.
+    """
+
+    churn: float = 1.0
+    endpoint, lands = "denoised", True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.churn < math.inf:
+            raise ValueError(f"churn={self.churn}: must be at least 0, and finite")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.churn > 0
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        path, r = flow_map.interpolant, min(1.0, t + self.churn * (t - s))
+        b = flow_map.velocity(x, s, cond) if endpoint is None else path.velocity_from_denoised(x, endpoint, s)
+        half = (r - s) / 2
+        x_r = x + 2 * half * flow_map.velocity(x + half * b, s + half, cond)
+        scale, std = path.renoise(r, t)
+        return Step(x_r if scale == 1 else scale * x_r, std)
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`."""
+        return "" if can(flow_map, "velocity") else _no_velocity(flow_map)
 
 
 @dataclass(frozen=True)
@@ -196,6 +274,10 @@ class Bridge:
         keep, share, std = self.coefficients(path, s, t)
         return Step(keep * x + share * endpoint, std)
 
+    def lacks(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`."""
+        return "" if can(flow_map, "velocity") else _no_velocity(flow_map)
+
     def coefficients(self, path: Interpolant, s: float, t: float) -> tuple[float, float, float]:
         """(keep, share, std) of the step to t < 1, N(keep x + share z, std^2 I)."""
         # Given z, the path back is x_t -> x_s with this scale and std; Bayes' rule gives the kernel forward.
@@ -205,5 +287,16 @@ class Bridge:
         return keep, path.alpha(t) - keep * path.alpha(s), std
 
 
-TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge}
+def _no_velocity(flow_map: FlowMap) -> str:
+    return needs("velocity", "take transition=renoise" if can(flow_map, "endpoint") else "take transition=jump and steps=1")
+
+
+def usual(flow_map: FlowMap) -> Transition:
+    """How a map is sampled: by its own transition, or by jumps; by `Renoise` where it jumps to the data only."""
+    if flow_map.transition is not None:
+        return flow_map.transition
+    return Renoise() if can(flow_map, "endpoint") and not can(flow_map, "velocity") else Jump()
+
+
+TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint}
 """Transitions by the name that configurations use."""

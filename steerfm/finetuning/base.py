@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class Method(Protocol):
         law_is_map: whether the trained network is itself the flow map of what was learnt; if not, it is distilled.
         law_is_velocity: whether its velocity is that of what was learnt, so that only its jumps have to be distilled.
 
-    One that uses its samples for several updates also has ``reuse``, their number: these get the same tasks and noise.
+    One that uses its samples for several updates is also `Reusing`.
     """
 
     differentiates: bool
@@ -129,6 +129,14 @@ class Method(Protocol):
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         """How samples of what was learnt are drawn."""
         ...
+
+
+@runtime_checkable
+class Reusing(Protocol):
+    """A method that uses its samples for ``reuse`` updates: these get the same tasks and noise."""
+
+    @property
+    def reuse(self) -> int: ...
 
 
 def chain(steps: int, transition: Transition | None = None) -> Callable[[FlowMap], Law]:

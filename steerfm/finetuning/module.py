@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from steerfm.cost import Cost, Ledger
-from steerfm.finetuning.base import Law, Method, Tasks, Update, ask_for_a_gradient, check, spread
+from steerfm.finetuning.base import Law, Method, Reusing, Tasks, Update, ask_for_a_gradient, check, spread
 from steerfm.finetuning.lora import LoRA, LoRAOff
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.randomness import derive, stream
@@ -179,4 +179,4 @@ class FineTuning(Trained):
 
 
 def _reuse(method: Method) -> int:
-    return getattr(method, "reuse", 1)
+    return method.reuse if isinstance(method, Reusing) else 1

@@ -207,8 +207,6 @@ class Marginal(Twisted):
     `Jump`, or `Bridge` with `Denoise`; elsewhere, and at steps without noise, it is `Twisted`. Costs k m distances a step.
     """
 
-    mixes = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.potential != "difference":

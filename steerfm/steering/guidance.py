@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,15 +37,14 @@ def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
 
 def needs_gradient(guidance: Guidance | None) -> bool:
     """Whether a reward without a gradient cannot be steered by it."""
-    return guidance is not None and guidance.differentiates and getattr(guidance, "required", True)
+    return guidance is not None and guidance.differentiates and not (isinstance(guidance, Optional) and not guidance.required)
 
 
 class Guidance(Protocol):
     """How a step is pushed uphill; any object with these members is one.
 
     Attributes:
-        differentiates: whether it follows the gradient of the reward. A guidance that does may also have ``required``: whether
-            a reward without one is an error (so it is where it has no such member); if not, it is steered without guidance.
+        differentiates: whether it follows the gradient of the reward. A guidance that does may also be `Optional`.
     """
 
     differentiates: bool
@@ -59,6 +58,14 @@ class Guidance(Protocol):
     ) -> Tensor:
         """What is added to the step's mean, (b, *shape)."""
         ...
+
+
+@runtime_checkable
+class Optional(Protocol):
+    """A guidance by gradient that says whether a reward without one is an error; if not, it is steered without guidance."""
+
+    @property
+    def required(self) -> bool: ...
 
 
 @dataclass(frozen=True)

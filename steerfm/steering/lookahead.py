@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from steerfm import sampling
+from steerfm import transitions
+from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap
@@ -34,24 +35,45 @@ class Endpoints:
 
 
 class Lookahead(Protocol):
-    """Any object with these members is a look-ahead.
-
-    Attributes:
-        kind: what the first endpoint is, for a transition that can use it: "jump", "denoised" or "posterior"; see
-            `steerfm.sampling.Transition`. "" for anything else.
-    """
-
-    @property
-    def kind(self) -> str: ...
+    """Any object with this member is a look-ahead; it may also be `Sharing`, and `Choosy`."""
 
     def endpoints(self, flow_map: FlowMap, x: Tensor, t: float, cond: Condition, noise: Noise | None = None) -> Endpoints:
         """Endpoints of x (b, *shape) at time t < 1; ``noise`` is a stream with one row per row of x."""
         ...
 
 
+@runtime_checkable
+class Sharing(Protocol):
+    """A look-ahead that says what its first endpoint is, for a transition that can use it.
+
+    Attributes:
+        kind: "jump", "denoised" or "posterior", see `steerfm.transitions.Sharing`; "" for anything else.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A look-ahead that does not see right through every map; any object with this member is one."""
+
+    def blind(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """What the map lacks for looks from all but the last of the times, and what to take in its place; "" where it fits."""
+        ...
+
+
+class _ByVelocity:
+    """What look-aheads by the velocity share."""
+
+    def blind(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`."""
+        return "" if can(flow_map, "velocity") else needs("velocity", "take lookahead=jump")
+
+
 # --- one endpoint ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(_ByVelocity):
     """z = E[x_1 | x_t = x], one call: blurry and off the data early on, exact at t = 1.
 
     What DPS (2209.14687), FK steering (2501.06848) and DAS (2501.05803) look at.
@@ -64,7 +86,7 @@ class Denoise:
 
 
 @dataclass(frozen=True)
-class Jump(sampling.Jump):
+class Jump(transitions.Jump):
     """z = X_{t,1}(x), the sample that is going to come out (FMTT 2511.22688, FMRG 2604.27147). Also the transition.
 
     Args:
@@ -78,9 +100,21 @@ class Jump(sampling.Jump):
     def endpoints(self, flow_map: FlowMap, x: Tensor, t: float, cond: Condition, noise: Noise | None = None) -> Endpoints:
         return Endpoints(flow_map.lookahead(x, t, cond, self.hops).unsqueeze(1))
 
+    def blind(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`."""
+        if can(flow_map, "two_time") or (self.hops == 1 and can(flow_map, "endpoint")):
+            return ""
+        if can(flow_map, "velocity"):
+            return needs("endpoint", "take lookahead=denoise, rollout or posterior, which need no more than a velocity")
+        if can(flow_map, "endpoint"):
+            return needs("two_time", "take hops=1")
+        if self.hops == 1 and list(times[:-1]) == [0.0] and can(flow_map, "generator"):
+            return ""
+        return needs("endpoint", "take steps=1, or lookahead=none and the reward at the end only")
+
 
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(_ByVelocity):
     """z = the end of the ODE from x by Euler steps of the velocity: what a jump shows, without a flow map, for many calls.
 
     Args:
@@ -102,7 +136,7 @@ class Rollout:
 
 # --- many endpoints --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Smooth:
+class Smooth(_ByVelocity):
     """z_j = E[x_1 | x_t = x] + scale sigma_t e_j: the denoiser blurred by noise (LGD-MC, Song et al. 2023, equation 11).
 
     One call for all. A Gaussian stands in for the posterior.
@@ -177,6 +211,13 @@ class Renoise:
             log_w = log_w + self._reference(flow_map, x, x_back, t, back, cond, cond_k)
         return Endpoints(z, log_w)
 
+    def blind(self, flow_map: FlowMap, times: Sequence[float]) -> str:
+        """See `Choosy`. The trapezoid of the weights reads the score."""
+        if not can(flow_map, "endpoint"):
+            return Jump().blind(flow_map, times)
+        scored = "reference" in self.terms and self.reference is None
+        return _ByVelocity().blind(flow_map, times) if scored else ""
+
     def _reference(
         self, flow_map: FlowMap, x: Tensor, x_back: Tensor, t: float, back: float, cond: Condition, cond_k: Condition
     ) -> Tensor:
@@ -191,7 +232,7 @@ class Renoise:
 
 
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(_ByVelocity):
     """z_j ~ p(x_1 | x_t = x) from any velocity: the inner ODE of GLASS flows (2602.05993), by the midpoint rule.
 
         dz/ds = (D(x, z, s) - z)/(1 - s),  z_0 ~ N(0, I),   s from 0 to 1

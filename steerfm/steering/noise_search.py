@@ -18,7 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import repeat_rows
@@ -123,6 +125,14 @@ class NoiseSearch:
 
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`: the generator is one jump, or several, which may be Euler steps."""
+        if can(flow_map, "generator" if self.hops == 1 else "velocity"):
+            return ""
+        if can(flow_map, "velocity"):
+            return "with hops=1 " + needs("generator", "take hops=8 or more, which are Euler steps")
+        return f"with hops={self.hops} " + needs("two_time", "take hops=1")
 
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`."""

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steerfm import files
+from steerfm.checks import at_least_one
 from steerfm.cost import Cost
-from steerfm.flowmap import FlowMap, Wrapped
+from steerfm.flowmap import FlowMap, Wrapped, in_parts
 from steerfm.steering.outcome import Outcome, Trace
 from steerfm.steering.selection import Resample
 from steerfm.steering.weights import effective_sample_size
@@ -51,21 +52,26 @@ class SteeringResult(Outcome):
         trace: see `Trace`. cost: see `steerfm.cost.Cost`.
         strength: (n,) of the tilt.
         flow_map: the model, which decodes the samples; None where a file does not say how (see `load`).
+        micro_batch: samples that are decoded at a time, unless a method says otherwise; None for all.
     """
 
     cost: Cost
     strength: Tensor
     flow_map: FlowMap | None
+    micro_batch: int | None = None
 
     # --- pictures ------------------------------------------------------------------------------------------------
-    def images(self) -> Tensor:
-        """(n, k, c, h, w) pictures in [0, 1] (vectors stay as they are).
+    def images(self, batch_size: int | None = None) -> Tensor:
+        """(n, k, c, h, w) pictures in [0, 1], or (n, k, c, f, h, w) videos (vectors stay as they are).
+
+        Args:
+            batch_size: samples that are decoded at a time, for memory; default as in the run.
 
         Raises:
             ValueError: the result was loaded without the model that knows how to decode its samples.
         """
         n, k = self.samples.shape[:2]
-        return self._decode(self.samples.flatten(0, 1)).unflatten(0, (n, k))
+        return self._decode(self.samples.flatten(0, 1), batch_size).unflatten(0, (n, k))
 
     def best(self) -> Tensor:
         """(n, *shape): the particle of highest reward of each output, of the lowest where ``strength`` is negative.
@@ -152,7 +158,7 @@ class SteeringResult(Outcome):
         steps = vars(self.trace) | {"rewards": self.rewards if rewards is None else rewards}
         looks = steps.pop("lookaheads")
         if looks is not None and self.flow_map is not None and len(self.flow_map.shape) == 3:
-            steps["lookaheads"] = self.flow_map.decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
+            steps["lookaheads"] = self._decode(looks.flatten(0, 1)).unflatten(0, looks.shape[:2])
         return trace_plot(steps, path, method, names)
 
     def report(self, folder: str | Path, title: str = "Steered samples", method: str = "value") -> Path:
@@ -254,11 +260,13 @@ class SteeringResult(Outcome):
         if different := [name for part in parts for name in part if name.startswith("component.") and name not in parts[0]]:
             raise ValueError(f"results cannot be joined: {different[0]} is not in all of them")
         rows = {name: _joined([part[name] for part in parts]) for name in parts[0] if all(name in part for part in parts)}
-        return cls._of(rows, sum((result.cost for result in results), Cost()), results[0].flow_map)
+        return cls._of(rows, sum((result.cost for result in results), Cost()), results[0].flow_map, results[0].micro_batch)
 
     def to(self, device: torch.device | str) -> SteeringResult:
         """The same result on another device; the model stays where it is."""
-        return self._of({name: value.to(device) for name, value in self._rows().items()}, self.cost, self.flow_map)
+        return self._of(
+            {name: value.to(device) for name, value in self._rows().items()}, self.cost, self.flow_map, self.micro_batch
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -272,7 +280,7 @@ class SteeringResult(Outcome):
         if not len(picked):
             raise IndexError(f"no outputs left: there are {len(self)}")
         rows = {name: value[picked.to(value.device)] for name, value in self._rows().items()}
-        return self._of(rows, self.cost, self.flow_map)
+        return self._of(rows, self.cost, self.flow_map, self.micro_batch)
 
     def __iter__(self) -> Iterator[SteeringResult]:
         return (self[index] for index in range(len(self)))
@@ -316,10 +324,12 @@ class SteeringResult(Outcome):
         """(n, k) higher is better, also where the tilt is downwards."""
         return torch.where(self.strength.unsqueeze(1) < 0, -self.rewards, self.rewards)
 
-    def _decode(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor, batch_size: int | None = None) -> Tensor:
         if self.flow_map is None:
             raise ValueError("this result does not know how its model decodes: SteeringResult.load(path, flow_map=...)")
-        return self.flow_map.decode(z)
+        rows = self.micro_batch if batch_size is None else batch_size
+        at_least_one(batch_size=1 if rows is None else rows)
+        return in_parts(self.flow_map.decode, z, rows)
 
     def _pictures(self, z: Tensor) -> Tensor:
         pictures = self._decode(z)
@@ -337,7 +347,9 @@ class SteeringResult(Outcome):
         return {name: value for name, value in rows.items() if value is not None}
 
     @classmethod
-    def _of(cls, rows: Mapping[str, Tensor], cost: Cost, flow_map: FlowMap | None) -> SteeringResult:
+    def _of(
+        cls, rows: Mapping[str, Tensor], cost: Cost, flow_map: FlowMap | None, micro_batch: int | None = None
+    ) -> SteeringResult:
         """The inverse of `_rows`; rows of other names are left alone."""
 
         def named(prefix: str) -> dict[str, Tensor]:
@@ -352,6 +364,7 @@ class SteeringResult(Outcome):
             log_z=rows.get("log_z"),
             trace=Trace(**steps),
             cost=cost,
+            micro_batch=micro_batch,
             strength=rows["strength"],
             flow_map=flow_map,
         )

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from steerfm import transitions
+from steerfm.capabilities import Choosy
 from steerfm.checks import whole_numbers
-from steerfm.flowmap import Microbatched
+from steerfm.flowmap import FlowMap
+from steerfm.interpolant import time_grid
 from steerfm.registry import Named, default, objects
 from steerfm.rewards import Reward, RewardError
-from steerfm.sampling import Noise, time_grid
-from steerfm.steering.correction import CORRECTIONS, Correction, Family, Move, Parts, Twisted, Uncorrected
+from steerfm.sampling import Noise, grid_of
+from steerfm.steering import lookahead
+from steerfm.steering.correction import CORRECTIONS, Correction, Family, Marginal, Move, Parts, Twisted, Uncorrected
 from steerfm.steering.guidance import GUIDANCES, Guidance, evaluate, needs_gradient
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.outcome import Outcome, Tick, Trace
@@ -33,7 +36,7 @@ from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
 from steerfm.steering.value import Evaluation, Problem, View, look
 from steerfm.steering.weights import effective_sample_size, largest, log_mean, log_mean_exp, wide
-from steerfm.transitions import TRANSITIONS, Renoise, Step, Transition
+from steerfm.transitions import TRANSITIONS, Landing, Renoise, Sharing, Step, Transition
 
 
 # --- the method by parts ---------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ class Sampler(metaclass=Named):
         lookahead: denoise, jump, rollout, smooth, renoise or posterior, or None: the reward is only seen at the end.
         guidance: map, endpoint, free or ascent, or None: no gradient.
         tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
-        transition: jump, renoise, diffuse or bridge.
+        transition: jump, renoise, diffuse, midpoint or bridge.
         power: of the time grid, t_i = (i / steps)^power.
         recurrence: times each step but the last is taken, going back by noising in between (FreeDoM's time travel).
         stop: guide only at times below this.
@@ -152,9 +155,25 @@ class Sampler(metaclass=Named):
                 "FeynmanKac with guidance=None"
             )
 
-    def times(self) -> list[float]:
-        """The times visited, t_0 = 0 to t_end = 1; with ``recurrence`` they go back and forth."""
-        grid = time_grid(self.steps, self.power)
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """What a map lacks for the parts of this method, and what to take in their place; "" where it fits.
+
+        Args:
+            times: that are visited; default those of `times`.
+        """
+        parts, grid = self.parts, self.times(flow_map) if times is None else times
+        ranks = parts.selection is not None and parts.selection.ranks
+        looks = parts.guidance is not None or parts.correction.samples or ranks or self._drawn()
+        why = {}
+        if looks and isinstance(parts.lookahead, lookahead.Choosy):
+            why["lookahead"] = parts.lookahead.blind(flow_map, grid)
+        if isinstance(parts.transition, Choosy) and parts.transition != flow_map.transition:
+            why["transition"] = parts.transition.lacks(flow_map, grid)
+        return "; ".join(f"its {name} {getattr(parts, name)} {each}" for name, each in why.items() if each)
+
+    def times(self, flow_map: FlowMap) -> list[float]:
+        """The times visited, t_0 = 0 to t_end = 1, on the grid of a map; with ``recurrence`` they go back and forth."""
+        grid = grid_of(flow_map, self.steps, self.power)
         out = grid[:1]
         for s, t in zip(grid, grid[1:]):
             out += [t] if t == 1 else [t, s] * (self.recurrence - 1) + [t]
@@ -206,7 +225,7 @@ class Sampler(metaclass=Named):
         """The state before the first step: particles, what a look ahead says of them, and who of them goes on."""
         begin = begin or Begin()
         with self._mode():
-            x, times, looks = begin.states(problem, noise), begin.grid(self.times()), noise.other()
+            x, times, looks = begin.states(problem, noise), begin.grid(self.times(problem.flow_map)), noise.other()
             zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
             now = self._look(problem, looks, x, times, 0, None, zero)
             log_w = self.parts.correction.start(now).view(-1, noise.k)
@@ -329,7 +348,7 @@ class Sampler(metaclass=Named):
         hottest = 1.0 if t >= 1 else float(tempering(t))
         ranks = parts.selection is not None and parts.selection.ranks
         guided = parts.guidance is not None and t < self.stop and times[i + 1] > t
-        if guided and t >= times[-2] and getattr(parts.transition, "lands", False):
+        if guided and t >= times[-2] and isinstance(parts.transition, Landing) and parts.transition.lands:
             guided = correction.guides(Step(x, 0.0))
         wanted = guided or correction.samples or ranks
         untempered = correction.looks_untempered or ranks or self._drawn()
@@ -343,8 +362,7 @@ class Sampler(metaclass=Named):
             return adapt(ends, tilt, move, log_w, correction, tempering.ess)
 
         view = View(problem, parts.lookahead, noise, x, t, beta)
-        network = problem.flow_map
-        rows = network.rows if isinstance(network, Microbatched) and not isinstance(tempering, Adaptive) else None  # of all
+        rows = None if isinstance(tempering, Adaptive) else problem.flow_map.micro_batch  # adaptive looks at all of them
         after = evaluate(parts.guidance, view, rows) if guided and parts.guidance is not None else look(view)
         return correction.remember(parts, None if move is None else move.before, after, view)
 
@@ -391,8 +409,8 @@ class Sampler(metaclass=Named):
         """All that the particles x (b, *shape) of this step could have come from, where a correction asks for it and it costs
         no network call."""
         transition, guidance = self.parts.transition, self.parts.guidance
-        free = self._shared(parents.now) is not None and getattr(transition, "gamma", 1.0) == 1.0
-        if not (getattr(self.parts.correction, "mixes", False) and step.std and free):
+        free = self._shared(parents.now) is not None and not (isinstance(transition, Renoise) and transition.gamma < 1)
+        if not (isinstance(self.parts.correction, Marginal) and step.std and free):
             return None
         problem, now, log_w, selected = parents.problem, parents.now, parents.log_w, parents.selected
         n, m = log_w.shape
@@ -414,12 +432,16 @@ class Sampler(metaclass=Named):
 
     def _drawn(self) -> bool:
         """Whether the transition lives on endpoints that only the look-ahead draws."""
-        return getattr(self.transition, "endpoint", "") == "posterior"
+        return self._wanted() == "posterior"
 
     def _shared(self, now: Evaluation) -> Tensor | None:
         """The first endpoint of the look-ahead, where it saves the transition its network call."""
-        wanted = getattr(self.transition, "endpoint", "")
-        return now.endpoint if wanted and wanted == getattr(self.lookahead, "kind", "") else None
+        kind = self.lookahead.kind if isinstance(self.lookahead, lookahead.Sharing) else ""
+        return now.endpoint if kind and kind == self._wanted() else None
+
+    def _wanted(self) -> str:
+        """The kind of endpoint that the transition can use."""
+        return self.transition.endpoint if isinstance(self.transition, Sharing) else ""
 
 
 @dataclass(frozen=True)

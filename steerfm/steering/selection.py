@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -73,8 +73,7 @@ class Selection(Protocol):
         prunes: whether it may leave fewer particles. The engine asks the others only before a step with noise: without
             it, copies would stay copies.
 
-    One that is ``unbiased``, so that every particle has children in proportion to its weight on average, says so by a member
-    of that name; without it there is no log Z.
+    One by weights may also be `Fair`; without that there is no log Z.
     """
 
     @property
@@ -86,9 +85,17 @@ class Selection(Protocol):
     def select(self, candidates: Candidates) -> Selected: ...
 
 
+@runtime_checkable
+class Fair(Protocol):
+    """A selection that says whether every particle has children in proportion to its weight on average."""
+
+    @property
+    def unbiased(self) -> bool: ...
+
+
 def unbiased(selection: Selection | None) -> bool:
     """Whether the particles that go on have children in proportion to their weights on average."""
-    return selection is None or bool(getattr(selection, "unbiased", False))
+    return selection is None or (isinstance(selection, Fair) and selection.unbiased)
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,24 @@ import torch
 from torch import Tensor
 
 from steerfm import registry, rewards, zoo
+from steerfm.capabilities import Choosy, can, in_words
 from steerfm.checks import whole_numbers
-from steerfm.cost import Ledger
+from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import FlowMap, Microbatched, by_label
 from steerfm.randomness import derive, untouched
 from steerfm.rewards import Reward
 from steerfm.rows import Condition, Rows, labels_of
 from steerfm.sampling import Noise, as_condition, leading_away, seed_list
+from steerfm.steering.lookahead import Denoise
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
-from steerfm.steering.presets import Funnel
+from steerfm.steering.presets import BestOfN, FeynmanKac, Funnel
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Sampler
 from steerfm.steering.state import Begin, Callback, State
 from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.steering.weights import wide
+from steerfm.transitions import Midpoint
 
 CPU_ROWS = 128
 
@@ -65,8 +68,8 @@ def steer(
         reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps); or its
             name, {name: NAME, weight: ..., its arguments}, or a list of such terms, as `rewards.build` takes it.
         method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; or its name, or {name:
-            NAME, its arguments}, as `steerfm.method` takes it; default `Funnel()`, which takes any reward and costs 128 network
-            calls an output; `Funnel.within(512)` for more.
+            NAME, its arguments}, as `steerfm.method` takes it; default that of `usual_method`: `Funnel()` for a flow map, which
+            takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
         strength: of the tilt, finite; one number, or one per output. "auto": two spreads, 2 / the standard deviation of the
@@ -155,8 +158,7 @@ def steer_batches(
 
         with Ledger() as ledger:
             outcome, job.micro_batch = _fitting(run, job.problem(rows), job.micro_batch)
-        made = SteeringResult(**vars(outcome), cost=ledger.cost, strength=job.strength[rows].clone(), flow_map=job.flow_map)
-        return SteeringResult.cat([made])  # out of inference mode
+        return job.result(outcome, rows, ledger.cost)
 
     return (batch(index, rows) for index, rows in enumerate(job.batches) if index not in skip)
 
@@ -243,9 +245,9 @@ class _Job:
     ) -> _Job:
         """See `steer`."""
         rw = rewards.build(reward)
-        method = Funnel() if method is None else registry.build(method, METHOD)
-        method.check(rw)
         flow_map = zoo.load(flow_map)
+        method = usual_method(flow_map) if method is None else registry.build(method, METHOD)
+        method.check(rw)
         all_seeds = seed_list(seeds, n)
         begin = _begin(flow_map, n, x0, start, times)
         if (needs_states or begin is not None) and not isinstance(method, Sampler):
@@ -253,6 +255,7 @@ class _Job:
                 f"{type(method).__name__} does not walk from noise to data: x0, start, times, callback and steps need a "
                 "method that does, such as FeynmanKac or Funnel"
             )
+        check_method(method, flow_map, None if begin is None else begin.times)
         rows = _rows(flow_map, n, by_label(flow_map, label, cond), prompts, labels)
         rows = replace(rows, cond=leading_away(flow_map, rows.cond, negative, n))
         if isinstance(module := rw, torch.nn.Module):
@@ -272,11 +275,43 @@ class _Job:
     def noise(self, rows: slice) -> Noise:
         return Noise(self.seeds[rows], self.method.particles)
 
+    def result(self, outcome: Outcome, rows: slice, cost: Cost) -> SteeringResult:
+        """That of some outputs, out of inference mode."""
+        made = SteeringResult(**vars(outcome), cost=cost, strength=self.strength[rows].clone(), flow_map=self.flow_map)
+        made.micro_batch = self.micro_batch
+        return SteeringResult.cat([made])
+
     def problem(self, rows: slice) -> Problem:
         """That of some outputs, a row for each particle."""
         k, outputs = self.method.particles, self.rows[rows]
         outputs = replace(outputs, groups=torch.arange(outputs.n, device=self.flow_map.device))
         return Problem(self.flow_map, self.reward, self.strength[rows].repeat_interleave(k), outputs.repeat(k))
+
+
+def usual_method(flow_map: FlowMap) -> Method:
+    """The method that a map is steered by where nobody names one, by what the map can do.
+
+    `Funnel` where it jumps to the data; `FeynmanKac` by denoiser and midpoint steps for a velocity; best-of-n, each one jump,
+    for a generator.
+    """
+    if can(flow_map, "endpoint"):
+        return Funnel()
+    if can(flow_map, "velocity"):
+        return FeynmanKac(particles=32, lookahead=Denoise(), transition=Midpoint())
+    return BestOfN(particles=128, steps=1)
+
+
+def check_method(method: Method, flow_map: FlowMap, times: Sequence[float] | None = None) -> None:
+    """Refuse a method that would be wrong for a map.
+
+    Args:
+        times: that will be visited; None for the method's own.
+
+    Raises:
+        ValueError: what the map lacks, and what to take in place of it.
+    """
+    if isinstance(method, Choosy) and (why := method.lacks(flow_map, times)):
+        raise ValueError(f"{type(method).__name__} does not fit this model, which has only {in_words(flow_map)}: {why}")
 
 
 SPREADS, PLAIN = 2.0, 64

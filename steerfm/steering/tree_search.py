@@ -11,16 +11,19 @@ Time t = 0 is reached from a root before it, whose children are the noise N(0, I
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
+from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.rewards import Reward
-from steerfm.sampling import Noise, time_grid
+from steerfm.sampling import Noise
 from steerfm.steering.noise_search import Found, search_trace
 from steerfm.steering.outcome import Outcome, Tick
 from steerfm.steering.resampling import multinomial
@@ -44,6 +47,17 @@ def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, ga
     sample = flow_map.jump(x, t, 1.0, problem.cond)
     scores = problem.score(sample)
     return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
+
+
+def _lacks(flow_map: FlowMap, steps: int, gamma: float) -> str:
+    """What a map lacks to grow states by `grow` in so many steps, and what to take instead; "" where it fits."""
+    if can(flow_map, "two_time") or can(flow_map, "endpoint" if gamma == 1 else "two_time"):
+        return ""
+    if can(flow_map, "velocity"):
+        return needs("endpoint", "take FKSteering, SVDD or FeynmanKac with lookahead=denoise and transition=bridge")
+    if can(flow_map, "endpoint"):
+        return f"with gamma={gamma} " + needs("two_time", "take gamma=1")
+    return "" if steps == 1 and can(flow_map, "generator") else needs("endpoint", "take steps=1")
 
 
 RECORDS = 64
@@ -155,7 +169,7 @@ class TreeSearch:
     greedy: bool = False
 
     def __post_init__(self) -> None:
-        time_grid(self.steps)
+        at_least_one(steps=self.steps)
         if self.particles < 1:
             raise ValueError(f"particles={self.particles}: at least one particle is needed")
         if self.width < 1 or self.particles % self.width:
@@ -170,6 +184,10 @@ class TreeSearch:
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
 
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`."""
+        return _lacks(flow_map, self.steps, self.gamma)
+
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`."""
         with torch.inference_mode():
@@ -181,7 +199,7 @@ class TreeSearch:
         tree, z = Tree.rooted(n, k + 1, z), z.unflatten(0, (n, k))
         iterations, row = k // width, torch.arange(n, device=z.device)
         u = noise.uniform(iterations * self.steps, z.device).view(n, iterations, self.steps)
-        times = torch.tensor([0.0, *time_grid(self.steps)[:-1]], dtype=z.dtype, device=z.device)  # of the levels
+        times = torch.tensor([0.0, *flow_map.grid(self.steps)[:-1]], dtype=z.dtype, device=z.device)  # of the levels
         problem = problem.select((row.unsqueeze(1) * k + torch.arange(width, device=z.device)).flatten())
         strength, every = problem.strength.view(n, width)[:, :1], math.ceil(iterations / RECORDS)
         parts: list[Found] = []
@@ -265,7 +283,7 @@ class BudgetForcing:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        time_grid(self.steps)
+        at_least_one(steps=self.steps)
         at_least_one(particles=self.particles, width=self.width)
         if self.budget < self.steps:
             raise ValueError(f"budget={self.budget}: at least one for each of the steps={self.steps}")
@@ -275,6 +293,10 @@ class BudgetForcing:
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
 
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`."""
+        return _lacks(flow_map, self.steps, self.gamma)
+
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """See `Method.run`."""
         with torch.inference_mode():
@@ -283,7 +305,7 @@ class BudgetForcing:
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         flow_map, width = problem.flow_map, self.width
         x = torch.zeros(len(problem.strength), *flow_map.shape, dtype=flow_map.state_dtype, device=flow_map.device)
-        times = torch.tensor([0.0, *time_grid(self.steps)[:-1]], dtype=x.dtype, device=x.device)  # before, and of, every level
+        times = torch.tensor([0.0, *flow_map.grid(self.steps)[:-1]], dtype=x.dtype, device=x.device)  # before each, and of it
         edges = torch.arange(self.steps + 1, device=x.device) * self.budget // self.steps
         shares = torch.cat([edges.diff(), edges[:1]])  # nothing more at the end
         endpoint, level = x, torch.zeros(len(x), dtype=torch.long, device=x.device)

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steerfm import transitions
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import Condition, Rows
-from steerfm.sampling import Noise, time_grid, walk
+from steerfm.sampling import Noise, walk
 from steerfm.steering.lookahead import Endpoints, Lookahead
 from steerfm.steering.weights import log_mean_exp, wide
+from steerfm.transitions import usual
 
 Beta = Callable[[Endpoints, Tensor], Tensor]
 """The inverse temperature (b,) of one evaluation, from the endpoints with their log-weights and strength * r (b, k)."""
@@ -48,8 +48,23 @@ class Problem:
         return self.rows.cond
 
     def score(self, z: Tensor, k: int = 1) -> Scores:
-        """Scores of b * k endpoints in model space, ``k`` for each particle."""
-        rows = self.rows if k == 1 else self.rows.repeat(k)
+        """Scores of b * k endpoints in model space, ``k`` for each particle.
+
+        They are decoded, and where the reward judges each by itself also scored, as many at a time as the map takes.
+        """
+        rows, most = self.rows if k == 1 else self.rows.repeat(k), self.flow_map.micro_batch
+        if most is None or len(z) <= most or self.reward.groupwise:
+            return self._scored(z, rows)
+        index, parts = torch.arange(len(z), device=self.strength.device), []
+        for begin in range(0, len(z), most):
+            try:
+                parts.append(self._scored(z[begin : begin + most], rows[index[begin : begin + most]]))
+            except RewardError as error:
+                error.sample = None if error.sample is None else error.sample + begin
+                raise
+        return Scores.join(parts)
+
+    def _scored(self, z: Tensor, rows: Rows) -> Scores:
         return self.reward.evaluate(self.flow_map.decode(z), rows.prompts, rows.labels, rows.groups)
 
     def tilt(self, r: Tensor) -> Tensor:
@@ -93,10 +108,10 @@ class Problem:
 
 
 def plain_rewards(problem: Problem, seeds: Sequence[int]) -> Tensor:
-    """Rewards (b,) of unsteered samples in four jumps, one for each row of a problem and each of the seeds; in float64."""
+    """Rewards (b,) of unsteered samples, one for each row of a problem and each of the seeds; in float64."""
     flow_map = problem.flow_map
     with torch.no_grad():
-        x = walk(flow_map, Noise(seeds), time_grid(4), problem.cond, transitions.Jump())
+        x = walk(flow_map, Noise(seeds), flow_map.grid(flow_map.steps), problem.cond, usual(flow_map))
         return problem.score(x).total.double()
 
 
