@@ -206,7 +206,7 @@ def check_fit(flow_map: FlowMap, transition: Transition, times: Sequence[float])
     if transition == flow_map.transition or not isinstance(transition, Choosy):
         return
     if why := transition.lacks(flow_map, times):
-        raise ValueError(f"transition={transition}: this model has only {in_words(flow_map)}; {transition} {why}")
+        raise ValueError(f"this model has only {in_words(flow_map)}, and transition={transition} {why}")
 
 
 def walk(flow_map: FlowMap, noise: Noise, times: Sequence[float], cond: Condition, transition: Transition) -> Tensor:

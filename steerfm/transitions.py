@@ -200,13 +200,13 @@ class Diffuse:
 
 @dataclass(frozen=True)
 class Midpoint:
-    """The ODE of the velocity by the midpoint rule to r = t + churn (t - s), then noise back: x' = (alpha_t/alpha_r) x_r + std z.
+    """The velocity's ODE by the midpoint rule to r = t + churn (t - s), then noise back: x' = (alpha_t/alpha_r) x_r + std z.
 
         x_r = x + (r - s) b(x + (r - s)/2 b(x, s), (s + r)/2)
 
-    Two velocities a step, of which a look-ahead by denoiser shares the first, and an error of order 1 / steps^2, where `Bridge`,
-    `Diffuse` and an Euler step have 1 / steps: eight steps are nearer to the law of the ODE than 64 of those. The sampler of Karras
-    et al. 2206.00364 (algorithm 2), with its noise after the step, so that the step has a Gaussian density.
+    Two velocities a step, of which a look-ahead by denoiser shares the first. The error is of order 1 / steps^2, where that of
+    `Bridge`, `Diffuse` and Euler steps is 1 / steps: on three modes, 8 steps are nearer to the target than 64 of those. It is
+    the sampler of Karras et al. 2206.00364 (algorithm 2) with the noise after the step, which so has a Gaussian density.
 
     Args:
         churn: noise that is drawn anew, in steps: 0 none (the ODE), 1 as much as one step takes away, at least 0.

@@ -13,7 +13,7 @@ from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant, Trigonometric
 from steerfm.sampling import Noise, sample, seed_list, time_grid
-from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Jump, Renoise, Step
+from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Jump, Midpoint, Renoise, Step
 
 LIKE = torch.empty(0)
 PATHS = [Interpolant(), Trigonometric()]
@@ -120,7 +120,8 @@ def test_a_deterministic_step_has_no_density():
     [
         (lambda: Jump(0), "hops=0"), (lambda: Renoise(1.5), "gamma=1.5"), (lambda: Renoise(-0.1), "gamma=-0.1"),
         (lambda: Renoise(math.nan), "gamma=nan"), (lambda: Diffuse(-1), "epsilon=-1"),
-        (lambda: Diffuse(math.nan), "epsilon=nan"),
+        (lambda: Diffuse(math.nan), "epsilon=nan"), (lambda: Midpoint(-1), "churn=-1"),
+        (lambda: Midpoint(math.nan), "churn=nan"),
     ],
 )  # fmt: skip
 def test_refused_arguments(build, message):
@@ -129,12 +130,18 @@ def test_refused_arguments(build, message):
 
 
 def test_which_transitions_are_stochastic():
-    assert [t.stochastic for t in (Jump(), Jump(4), Renoise(0.0), Diffuse(0.0), Diffuse(0), Bridge(0.0))] == [False] * 6
-    assert [t.stochastic for t in (Renoise(), Renoise(0.1), Diffuse(), Diffuse(0.5), Diffuse(math.sin))] == [True] * 5
-    assert {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge} == TRANSITIONS
+    assert [t.stochastic for t in (Jump(), Jump(4), Renoise(0.0), Diffuse(0.0), Diffuse(0), Bridge(0.0), Midpoint(0))] == [
+        False
+    ] * 7
+    assert [t.stochastic for t in (Renoise(), Renoise(0.1), Diffuse(), Diffuse(0.5), Diffuse(math.sin), Midpoint())] == [
+        True
+    ] * 6
+    assert {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint} == TRANSITIONS
 
 
-@pytest.mark.parametrize("transition", [Jump(), Jump(3), Renoise(), Renoise(0.5), Diffuse(), Diffuse(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "transition", [Jump(), Jump(3), Renoise(), Renoise(0.5), Diffuse(), Diffuse(0.5), Midpoint(), Midpoint(2.0)], ids=repr
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_the_step_into_the_data_is_deterministic(random_map, transition, path):
     fm, x = random_map(interpolant=path), torch.randn(4, 3).double()
@@ -182,7 +189,7 @@ def test_an_endpoint_is_not_used_where_it_does_not_fit(random_map, transition, t
 
 
 # --- plain sampling --------------------------------------------------------------------------------------------------
-TRANSITION_CASES = [Jump(), Jump(2), Renoise(), Renoise(0.5), Diffuse()]
+TRANSITION_CASES = [Jump(), Jump(2), Renoise(), Renoise(0.5), Diffuse(), Midpoint(), Midpoint(0.0)]
 
 
 @pytest.mark.parametrize("transition", TRANSITION_CASES, ids=repr)

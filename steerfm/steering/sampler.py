@@ -169,7 +169,7 @@ class Sampler(metaclass=Named):
             why["lookahead"] = parts.lookahead.blind(flow_map, grid)
         if isinstance(parts.transition, Choosy) and parts.transition != flow_map.transition:
             why["transition"] = parts.transition.lacks(flow_map, grid)
-        return "; ".join(f"its {name} {getattr(parts, name)} {each}" for name, each in why.items() if each)
+        return "; ".join(f"its {name} {type(vars(parts)[name]).__name__} {each}" for name, each in why.items() if each)
 
     def times(self, flow_map: FlowMap) -> list[float]:
         """The times visited, t_0 = 0 to t_end = 1, on the grid of a map; with ``recurrence`` they go back and forth."""

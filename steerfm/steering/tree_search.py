@@ -1,6 +1,6 @@
 """Searches over paths in which outputs, and particles, stand at different times: a tree, and a budget that rolls over.
 
-Both grow states by one kernel, `sampling.Renoise` with a time for every row, and judge a state by one jump to the data:
+Both grow states by one kernel, `transitions.Renoise` with a time for every row, and judge a state by one jump to the data:
 
     x' = (alpha_t / alpha_r) X_{s,r}(x) + std z,      r = t + gamma (1 - t),      value strength * r(X_{t,1}(x'))
 

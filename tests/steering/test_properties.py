@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerfm
+from steerfm import transitions
 from steerfm.steering import Denoise, FeynmanKac, Jump, Resample, Uncorrected
 from steerfm.steering.resampling import SCHEMES
 from steerfm.steering.selection import Candidates
@@ -136,7 +137,7 @@ MAPS = [
     steerfm.GaussianMixture([[-1.5], [1.0]], [[0.2], [0.4]], [0.6, 0.4]).flow_map(),
     steerfm.GaussianMixture([[0.5, -0.5]], [[[0.5, 0.2], [0.2, 0.3]]]).flow_map(),
 ]
-TRANSITIONS = [steerfm.sampling.Jump(), steerfm.sampling.Jump(2), Renoise(1.0), Renoise(0.4), Diffuse(), Diffuse(0.0)]
+TRANSITIONS = [transitions.Jump(), transitions.Jump(2), Renoise(1.0), Renoise(0.4), Diffuse(), Diffuse(0.0)]
 
 
 def walk(**parts) -> FeynmanKac:
