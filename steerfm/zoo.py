@@ -30,6 +30,10 @@ from steerfm.checkpoints import (
 )
 from steerfm.encoders import ImageTextHead
 from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.models import diffusers
+
+DIFFUSERS = "diffusers:"
+"""What names of pipelines begin with."""
 
 
 def models() -> dict[str, dict[str, Any]]:
@@ -63,20 +67,26 @@ MODEL = registry.Kind(
 )
 
 
-def load(name: str | Path | FlowMap, device: str | torch.device | None = None) -> FlowMap:
-    """A flow map from the zoo, from a path, from code, or as it is.
+def load(name: str | Path | FlowMap, device: str | torch.device | None = None, **arguments: Any) -> FlowMap:
+    """A flow map from the zoo, from a path, from diffusers, from code, or as it is.
 
     Args:
-        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside; ``FILE.py:NAME`` of a FlowMap, or of
-            a class or function that makes one; or a FlowMap.
+        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside; ``diffusers:FOLDER_OR_HUB_ID`` of a
+            pipeline; ``FILE.py:NAME`` of a FlowMap, or of a class or function that makes one; or a FlowMap.
         device: where to put it; default the CPU for what is read from a file, and where it is for what is a FlowMap already.
+        **arguments: of `steerfm.models.diffusers.load` (prompt, guidance, height, dtype, ...), or of the class or function.
 
     Raises:
         ValueError, FileNotFoundError: unknown, missing, corrupt or not a flow map; nothing is ever unpickled.
+        ImportError: a package that it needs is missing, with its extra.
     """
+    if isinstance(name, str | Path) and str(name).startswith(DIFFUSERS):
+        return diffusers.load(str(name).removeprefix(DIFFUSERS), device, **arguments)
     if not isinstance(name, str | Path) or registry.is_code(str(name)):
-        flow_map = registry.build(name, MODEL)
+        flow_map = registry.build(name, MODEL, arguments)
         return flow_map if device is None else flow_map.to(device)
+    if arguments:
+        raise ValueError(f"{next(iter(arguments))}=: {name} is a file, and takes no arguments beside device=")
     path = find(name)
     file = path.with_suffix(".json")
     try:

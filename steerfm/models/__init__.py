@@ -1,1 +1,6 @@
-"""Models of others as flow maps: their paths, their networks."""
+"""Models of others as flow maps: pipelines of diffusers, and networks in any convention."""
+
+from steerfm.models.diffusers import from_pipeline
+from steerfm.models.network import VelocityModel
+
+__all__ = ["VelocityModel", "from_pipeline"]

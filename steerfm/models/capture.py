@@ -1,0 +1,228 @@
+"""What a pipeline of diffusers gives its network and its scheduler, taken from its own first call.
+
+The pipeline runs as it is, up to its network or to its first step, and stops there. So there is no copy of it here: whatever it
+does to prompts, sizes and times is done. Nothing outside this file knows how pipelines call their parts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.randomness import stream, untouched
+from steerfm.trust import nearest
+
+STATES = ("hidden_states", "sample", "x")
+TIMES = ("timestep", "t")
+SECOND_TIMES = ("r_timestep", "timestep_r", "target_timestep")
+"""What networks call the states, the time, and the time that a two-time map jumps to."""
+
+
+@dataclass
+class Call:
+    """One call of the network: its arguments by name, and what it gave."""
+
+    arguments: dict[str, Any]
+    output: Any = None
+
+    def among(self, names: tuple[str, ...]) -> str | None:
+        """The first of the names that has a value."""
+        return next((name for name in names if self.arguments.get(name) is not None), None)
+
+
+@dataclass
+class Recording:
+    """What was seen of a pipeline's call.
+
+    Attributes:
+        calls: of the network, before the first step: two where guidance calls it twice.
+        model_output, timestep, sample: what the scheduler's first step was given; None where it was not reached.
+        timesteps, sigmas: the scheduler's own, as they were at the first call of the network.
+        schedule: arguments of the scheduler's `set_timesteps`.
+        size: (height, width) in pixels that latents were made for.
+        encoded: what `encode_prompt` gave, call by call.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    model_output: Any = None
+    timestep: Any = None
+    sample: Any = None
+    timesteps: Any = None
+    sigmas: Any = None
+    schedule: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    encoded: list[Any] = field(default_factory=list)
+
+
+class _Enough(Exception):  # noqa: N818 - nothing is wrong
+    """Stops the pipeline."""
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The network of a pipeline.
+
+    Raises:
+        ValueError: it has none that steps by one scheduler.
+    """
+    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if not isinstance(network, nn.Module) or not hasattr(getattr(pipe, "scheduler", None), "step"):
+        raise ValueError(f"{type(pipe).__name__}: a pipeline with a transformer or unet and a scheduler is needed")
+    if getattr(pipe, "transformer_2", None) is not None and isinstance(pipe.transformer_2, nn.Module):
+        raise ValueError(
+            f"{type(pipe).__name__} has two networks, for early and for late times: pass one with transformer_2=None"
+        )
+    return network
+
+
+def parameters(pipe: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call with their defaults; None for those without."""
+    signature = inspect.signature(type(pipe).__call__).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in signature if p.name != "self"}
+
+
+def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises a ValueError, with the nearest name, where a pipeline's call has no such argument."""
+    names = parameters(pipe)
+    for name in arguments:
+        if name not in names:
+            raise ValueError(f"{type(pipe).__name__} takes no {name}={nearest(name, names)}: it takes {', '.join(names)}")
+
+
+def record(pipe: Any, arguments: Mapping[str, Any], calls: int | None = None, encoded: list[Any] | None = None) -> Recording:
+    """Run a pipeline's own call up to its first step.
+
+    Args:
+        pipe: the pipeline.
+        arguments: of its call; the start noise is drawn from a stream of its own.
+        calls: stop as the network is called for this time, before it runs; None goes on to the scheduler.
+        encoded: what `encode_prompt` is to give in place of encoding, call by call.
+
+    Raises:
+        ValueError: it fails, or ends without a step; in one line.
+    """
+    seen, what = Recording(), type(pipe).__name__
+    usual = {"output_type": "latent", "return_dict": False, "generator": stream(0)}
+    given = {name: value for name, value in usual.items() if name in parameters(pipe)} | dict(arguments)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(untouched())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_watched(pipe, seen, calls, encoded))
+            pipe(**given)
+    except _Enough:
+        return seen
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{what} cannot be called: {type(error).__name__}: {lines[0]}") from error
+    finally:
+        if hasattr(pipe, "maybe_free_model_hooks"):  # a model that was moved in for the call goes out again
+            pipe.maybe_free_model_hooks()
+    raise ValueError(f"{what}: its call ends without a step of its scheduler, so there is nothing to capture")
+
+
+@contextmanager
+def _watched(pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] | None) -> Iterator[None]:
+    network, scheduler = denoiser(pipe), pipe.scheduler
+    signature = inspect.signature(network.forward)
+
+    def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.calls.append(Call(_bound(signature, args, kwargs)))
+        seen.timesteps, seen.sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
+        if len(seen.calls) == calls:
+            raise _Enough
+
+    def leaving(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen.calls[-1].output = output[0] if isinstance(output, tuple) else output.sample
+
+    def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = _bound(inspect.signature(original), args, kwargs)
+        seen.model_output, seen.timestep, seen.sample = (bound[name] for name in ("model_output", "timestep", "sample"))
+        raise _Enough
+
+    def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen.schedule = _bound(inspect.signature(original), args, kwargs)
+        return original(*args, **kwargs)
+
+    def prepare_latents(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = _bound(inspect.signature(original), args, kwargs)
+        if "height" in bound and "width" in bound:
+            seen.size = int(bound["height"]), int(bound["width"])
+        return original(*args, **kwargs)
+
+    memory = list(encoded or ())
+
+    def encode_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = memory.pop(0) if memory else original(*args, **kwargs)
+        seen.encoded.append(out)
+        return out
+
+    def progress_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(iterable, total=total, disable=True)
+
+    with ExitStack() as stack:
+        for owner, function in ((scheduler, step), (scheduler, set_timesteps), (pipe, prepare_latents), (pipe, encode_prompt),
+                                (pipe, progress_bar)):  # fmt: skip
+            stack.enter_context(_replaced(owner, function))
+        for handle in (network.register_forward_pre_hook(entering, with_kwargs=True),
+                       network.register_forward_hook(leaving, with_kwargs=True)):  # fmt: skip
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """A method of one object replaced for a while; pipelines ask for its signature, so that must stay."""
+    name = function.__name__
+    original, own = getattr(owner, name, None), vars(owner).get(name)
+    if original is None:
+        yield
+        return
+
+    @wraps(original)
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    setattr(owner, name, instead)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name; those that a function takes by ``**`` among them."""
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+def rows_of(output: Any, shape: torch.Size | tuple[int, ...], what: str) -> Tensor:
+    """What a network gave, as (b, *shape): a list is stacked, a second half of the channels (a variance) is left out.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    out = torch.stack([row.float() for row in output]) if isinstance(output, list | tuple) else output
+    shape = tuple(shape)
+    if tuple(out.shape[1:]) == shape:
+        return out
+    if out[0].numel() == torch.Size(shape).numel() and 1 in out.shape[2:]:
+        return out.reshape(len(out), *shape)
+    if out.ndim == len(shape) + 1 and tuple(out.shape[1:]) == (2 * shape[0], *shape[1:]):
+        return out[:, : shape[0]]
+    raise ValueError(f"{what} gives {tuple(out.shape[1:])} for states of {shape}: a network of the same shape is needed")

@@ -1,0 +1,141 @@
+"""Latents of a pipeline to pictures in [0, 1] and back, with gradients: a few invertible pieces around its autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FRAMES_FIRST = ("AnyFlow", "CogVideoX")
+"""Pipelines, by the beginning of their names, whose latents of videos are (b, f, c, h, w)."""
+
+
+class Affine(nn.Module):
+    """z * scale + shift, by channels."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.scale + self.shift
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return (z - self.shift) / self.scale
+
+
+class Tokens(nn.Module):
+    """Tokens (b, h w / 4, 4 c) to a picture (b, c, h, w): each token is a square of 2 x 2."""
+
+    def __init__(self, h: int, w: int) -> None:
+        super().__init__()
+        self.h, self.w = h, w
+
+    def forward(self, z: Tensor) -> Tensor:
+        squares = z.unflatten(2, (-1, 2, 2)).unflatten(1, (self.h // 2, self.w // 2))  # b h w c 2 2
+        return squares.permute(0, 3, 1, 4, 2, 5).reshape(len(z), -1, self.h, self.w)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        squares = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # b c h 2 w 2
+        return squares.permute(0, 2, 4, 1, 3, 5).reshape(len(z), self.h * self.w // 4, -1)
+
+
+class FramesFirst(nn.Module):
+    """(b, f, c, h, w) to (b, c, f, h, w)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.transpose(1, 2)
+
+    inverse = forward
+
+
+class OneFrame(nn.Module):
+    """A picture (b, c, h, w) to a video of one frame (b, c, 1, h, w)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.unsqueeze(2)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z.squeeze(2)
+
+
+class Decoder(nn.Module):
+    """Latents to pictures (b, c, h, w), or videos (b, c, f, h, w), in [0, 1], float32.
+
+    Args:
+        vae: the autoencoder.
+        pieces: from latents to what it decodes.
+    """
+
+    def __init__(self, vae: nn.Module, pieces: list[nn.Module]) -> None:
+        super().__init__()
+        self.vae, self.pieces = vae, nn.ModuleList(pieces)
+        self.one_frame = any(isinstance(piece, OneFrame) for piece in pieces)
+
+    def forward(self, z: Tensor) -> Tensor:
+        for piece in self.pieces:
+            z = piece(z)
+        vae: Any = self.vae
+        pictures = vae.decode(z.to(_dtype(vae)), return_dict=False)[0].float()
+        if self.one_frame:
+            pictures = pictures.squeeze(2)
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Its inverse, as far as the autoencoder is one; the mode where the autoencoder gives a distribution."""
+        vae: Any = self.vae
+        x = (pictures * 2 - 1).to(_dtype(vae))
+        out = vae.encode(x.unsqueeze(2) if self.one_frame else x)
+        z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent if hasattr(out, "latent") else out.latents
+        z = z.float()
+        for piece in reversed(self.pieces):
+            z = piece.inverse(z)  # type: ignore[operator]
+        return z
+
+
+def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int] | None) -> Decoder | None:
+    """The decoder of a pipeline's latents; None where it has no autoencoder that is known.
+
+    Args:
+        pipe: the pipeline.
+        shape: of one sample's latents.
+        size: (height, width) of its pictures in pixels.
+    """
+    vae = getattr(pipe, "vae", None)
+    if vae is None or not hasattr(vae, "decode"):
+        return None
+    if getattr(vae.config, "force_upcast", False) and _dtype(vae) == torch.float16:
+        vae.to(torch.float32)  # as the pipeline does before it decodes: half precision overflows
+    pieces: list[nn.Module] = []
+    if len(shape) == 2:
+        if size is None:
+            return None
+        h, w = (2 * (pixels // (2 * pipe.vae_scale_factor)) for pixels in size)
+        if shape[0] * 4 != h * w:
+            return None
+        pieces = [Tokens(h, w)]
+    if hasattr(vae, "bn"):  # of latents that are squares already
+        spread = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).float()
+        pieces.insert(0, Affine(spread, vae.bn.running_mean.float()))
+        return Decoder(vae, pieces)
+    if len(shape) == 4 and type(pipe).__name__.startswith(FRAMES_FIRST):
+        pieces.append(FramesFirst())
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    video = len(shape) == 4 or type(vae).__name__.endswith(("Wan", "QwenImage"))
+    if video and len(shape) < 4:
+        pieces.append(OneFrame())
+    factor = float(getattr(vae.config, "scaling_factor", None) or 1.0)
+    scale = torch.tensor(std if std is not None else [1.0], dtype=torch.float32) / factor
+    shift = torch.tensor(mean if mean is not None else [float(getattr(vae.config, "shift_factor", None) or 0.0)])
+    ones = (-1, *(1,) * (3 if video else 2))
+    pieces.append(Affine(scale.view(ones), shift.view(ones)))
+    return Decoder(vae, pieces)
+
+
+def _dtype(vae: Any) -> torch.dtype:
+    return next(vae.parameters()).dtype

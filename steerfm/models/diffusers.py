@@ -1,0 +1,348 @@
+"""Pipelines of diffusers as flow maps: the only place that knows schedulers, their sigmas and their thousand steps.
+
+>>> fm = steerfm.load("diffusers:FOLDER_OR_HUB_ID", prompt=["a cat", "a dog"], guidance=4.5, height=512, width=512)
+>>> fm = steerfm.models.from_pipeline(pipe, "a cat", steps=4)              # a pipeline that is there already
+>>> result = steerfm.steer(fm, "aesthetic", cond=["a cat", "a dog"], n=2)
+
+The pipeline itself says how its network is asked: its own first call is recorded (`capture`), what follows the prompts in it
+becomes a condition (`layout`, `prompts`), one of three classes goes around the network (`families`), and a few invertible
+pieces around the autoencoder (`decoders`). Which class it is, the scheduler says; so it does for times and noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from steerfm.capabilities import ENDPOINT, TWO_TIME, VELOCITY, closed
+from steerfm.checks import whole_numbers
+from steerfm.flowmap import FlowMap, Guided
+from steerfm.models import paths
+from steerfm.models.capture import Recording, check_arguments, denoiser, parameters
+from steerfm.models.decoders import decoder_of
+from steerfm.models.families import LinearMap, PipelineMap, TrigonometricMap, VariancePreservingMap, Within
+from steerfm.models.prompts import GUIDANCE, Prompts
+from steerfm.transitions import Bridge, Jump, Renoise
+
+SET_HERE = {
+    "prompt": "prompt= of from_pipeline",
+    "num_inference_steps": "steps=",
+    "generator": "seeds= of sample and steer",
+    "output_type": "fm.decode",
+    "return_dict": "fm.decode",
+}
+"""Arguments of pipelines that have another name here."""
+
+
+def from_pipeline(
+    pipe: Any,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | None = None,
+    guidance: float | None = None,
+    steps: int = 4,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    capability: str | None = None,
+    scheduler_grid: bool = False,
+    drop_text_encoders: bool = False,
+    tiling: bool = False,
+    slicing: bool = False,
+    gradient_checkpointing: bool = False,
+    **arguments: Any,
+) -> FlowMap:
+    """A pipeline as a flow map. Nothing is copied: its network is the pipeline's, from now on frozen and in evaluation mode.
+
+    Args:
+        pipe: a text-to-image or text-to-video pipeline of diffusers.
+        prompt: what samples show where ``cond`` says nothing: one for all, or one for each.
+        negative_prompt: what classifier-free guidance leads away from; default the pipeline's.
+        guidance: the scale of guidance, as the pipeline means it; default the pipeline's.
+        steps: in how many steps it is sampled, unless somebody says otherwise.
+        height: of its pictures in pixels; default the pipeline's.
+        width: likewise.
+        capability: what the network is good for where its scheduler does not say it: "endpoint" or "generator" for models that
+            were distilled to few steps; see `steerfm.capabilities`.
+        scheduler_grid: the scheduler's times to the letter, also where they waste the last call; see `Flow`.
+        drop_text_encoders: free them as soon as the prompts are encoded; there are no others then.
+        tiling: decode in tiles: less memory, and slightly other pictures.
+        slicing: decode one picture at a time: less memory.
+        gradient_checkpointing: compute activations anew for gradients: less memory, more time, the same gradients.
+        **arguments: more of the pipeline's own call, by its names, such as num_frames, max_sequence_length, prompt_embeds.
+
+    Raises:
+        ValueError: an argument that its call does not have; a first call that cannot be captured; guidance that is not linear.
+    """
+    whole_numbers(steps=steps)
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
+    able = None if capability is None else closed([capability])
+    network = denoiser(pipe)
+    sizes = {"negative_prompt": negative_prompt, "height": height, "width": width}
+    call = _call(pipe, {name: value for name, value in sizes.items() if value is not None} | arguments, guidance)
+    family = _family(pipe.scheduler)
+    prompts = Prompts(pipe, call, linear=family is not Sprint)
+    schedule = family(prompts, scheduler_grid)
+    flow_map = schedule.around(network, decoder_of(pipe, prompts.first.sample.shape[1:], prompts.first.size))
+    flow_map.capabilities = able or flow_map.capabilities
+    if flow_map.transition is None and "velocity" not in flow_map.capabilities:
+        flow_map.transition = Jump()  # as its scheduler steps, and not as consistency models do
+    flow_map.steps = steps
+    prompts.ask([prompt] if isinstance(prompt, str) else prompt)
+    if drop_text_encoders:
+        prompts.drop_text_encoders()
+    flow_map.eval().requires_grad_(False)
+    _switch(pipe, network, tiling, slicing, gradient_checkpointing)
+    scale = prompts.guidance.scale
+    return flow_map if scale is None else Guided(flow_map, scale)
+
+
+def load(
+    name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, **arguments: Any
+) -> FlowMap:
+    """A pipeline from a folder or from the hub, as a flow map.
+
+    Args:
+        name: a folder that ``save_pretrained`` wrote, or an id of the hub, OWNER/MODEL.
+        device: where to put it; default the CPU.
+        dtype: of its weights, such as "bfloat16"; default float32. States are float32 anyhow.
+        **arguments: of `from_pipeline`.
+
+    Raises:
+        ImportError: diffusers is not installed. ValueError, FileNotFoundError: there is no such pipeline.
+    """
+    pipe = pipeline(name, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return from_pipeline(pipe.to(device or "cpu"), **arguments)
+
+
+def pipeline(name: str, dtype: torch.dtype | None = None) -> Any:
+    """The pipeline of a folder or of the hub; parts that it was saved without are left out. Raises as `load` does."""
+    try:
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    except ImportError:
+        raise ImportError(f"diffusers:{name} needs diffusers: pip install 'steerfm[diffusers]'") from None
+    folder, missing = Path(name), {}
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise ValueError(f"diffusers:{name} is no pipeline, without model_index.json: name a folder of save_pretrained")
+        missing = {part: None for part, where in json.loads(index.read_text()).items() if where == [None, None]}
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"diffusers:{name}: no such folder")
+    try:
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **missing)
+    except Exception as error:  # whatever libraries below raise where there is no network, no such model, or a broken file
+        if folder.is_dir():
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(f"diffusers:{name} cannot be read: {type(error).__name__}: {line}") from error
+        raise ValueError(
+            f"diffusers:{name}: no such folder here, and the hub does not give it ({type(error).__name__}): download it where "
+            f"there is a network, `hf download {name} --local-dir FOLDER`, and name the folder"
+        ) from error
+
+
+def _call(pipe: Any, given: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
+    """The arguments of the pipeline's own call, apart from its prompt and its steps."""
+    for name in given:
+        if name in SET_HERE:
+            raise ValueError(f"{name}=: this is {SET_HERE[name]}")
+    check_arguments(pipe, given)
+    names, guider = parameters(pipe), getattr(pipe, "guider", None)
+    embedded = {"negative_prompt": None} if "negative_prompt_embeds" in given and "negative_prompt" in names else {}
+    call = embedded | dict(given)
+    if guidance is not None:
+        scales = [name for name in GUIDANCE if name in names]
+        if "true_cfg_scale" in scales and not getattr(denoiser(pipe).config, "guidance_embeds", True):
+            scales = ["true_cfg_scale"]  # the other scale is an input of networks that were distilled with it
+        if not scales:
+            raise ValueError(f"guidance={guidance}: {type(pipe).__name__} has no guidance")
+        call[scales[0]] = float(guidance)
+    if getattr(guider, "num_conditions", 1) > 1 and getattr(guider, "_enabled", True):
+        raise ValueError(f"{type(pipe).__name__} is guided by {type(guider).__name__}, which is not linear: pass guider=None")
+    return call
+
+
+def _switch(pipe: Any, network: Any, tiling: bool, slicing: bool, gradient_checkpointing: bool) -> None:
+    for name, part, wanted in (
+        ("enable_tiling", getattr(pipe, "vae", None), tiling),
+        ("enable_slicing", getattr(pipe, "vae", None), slicing),
+        ("enable_gradient_checkpointing", network, gradient_checkpointing),
+    ):
+        if wanted:
+            if not hasattr(part, name):
+                raise ValueError(
+                    f"{name.removeprefix('enable_')}=True: {type(part).__name__} of {type(pipe).__name__} has none"
+                )
+            getattr(part, name)()
+
+
+# --- schedulers ------------------------------------------------------------------------------------------------------
+class Schedule:
+    """A scheduler's own times, and the class of maps that it is for.
+
+    Args:
+        prompts: of the pipeline.
+        to_the_letter: times as the scheduler makes them by default.
+    """
+
+    def __init__(self, prompts: Prompts, to_the_letter: bool) -> None:
+        self.prompts, self.to_the_letter = prompts, to_the_letter
+        self.scheduler = prompts.pipe.scheduler
+        self._grids: dict[int, list[float]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Schedule:
+        return self
+
+    def __call__(self, steps: int) -> list[float]:
+        """Times from 0, noise, to 1, data; at most steps + 1, since a scheduler may have a time twice."""
+        whole_numbers(steps=steps)
+        if steps < 1:
+            raise ValueError(f"steps={steps}: at least one step is needed")
+        if steps not in self._grids:
+            inner = sorted({min(max(float(t), 0.0), 1.0) for t in self.inner(steps)})
+            self._grids[steps] = [0.0, *(t for t in inner if 0 < t < 1), 1.0]
+        return list(self._grids[steps])
+
+    def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
+        """The map of a network."""
+        raise NotImplementedError
+
+    def inner(self, steps: int) -> Sequence[float]:
+        """Times after the first step and before the last."""
+        raise NotImplementedError
+
+    def seen(self, steps: int) -> Recording:
+        """The pipeline's call with so many steps, up to its network; nothing is encoded again."""
+        return self.prompts.again(steps)
+
+    def parts(self, decoder: Any) -> dict[str, Any]:
+        shape, layout = self.prompts.first.sample.shape[1:], self.prompts.layout
+        return {"shape": shape, "layout": layout, "prompts": self.prompts, "times": self, "decoder": decoder}
+
+
+class Flow(Schedule):
+    """Flow matching: sigma = 1 - t, and the time of the network is sigma, 1000 sigma or t.
+
+    By default diffusers' Euler scheduler takes equal steps from the largest to the smallest of its sigmas, which are shifted
+    already, and shifts them again: of four calls of SD3 one is at t = .99, and is wasted. Here the N sigmas are 1, 1 - 1/N,
+    ..., 1/N, shifted once, as pipelines pass them that pass any.
+    """
+
+    def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
+        first, layout = self.prompts.first, self.prompts.layout
+        given = float(layout.reference.flatten()[0])
+        thousand = float(self.scheduler.config.num_train_timesteps)
+        sigma = float(torch.as_tensor(first.timestep).flatten()[0]) / thousand
+        forms = {(thousand, -thousand): thousand * sigma, (1.0, -1.0): sigma, (0.0, 1.0): 1 - sigma}
+        offset, slope = min(forms, key=lambda form: abs(forms[form] - given))
+        if abs(offset + slope * (1 - sigma) - given) > 1e-2 * max(offset, 1.0):
+            name = type(self.prompts.pipe).__name__
+            raise ValueError(f"{name}: its network is given the time {given} at sigma = {sigma}: this form is not known")
+        flow_map = LinearMap(network, **self.parts(decoder))
+        flow_map.factor, flow_map.offset, flow_map.slope = self.prompts.guidance.factor, offset, slope
+        flow_map.capabilities = VELOCITY if layout.second_time is None else TWO_TIME
+        if getattr(self.scheduler.config, "stochastic_sampling", False) or "LCM" in type(self.scheduler).__name__:
+            flow_map.capabilities, flow_map.transition = ENDPOINT, Renoise(1.0)  # jumps to the data and back
+        return flow_map
+
+    def inner(self, steps: int) -> Sequence[float]:
+        if steps == 1:
+            return []  # with a terminal shift diffusers divides by 0 here
+        seen = self.seen(steps)
+        given = seen.schedule
+        default = given.get("sigmas") is None and given.get("timesteps") is None
+        if default and not self.to_the_letter and type(self.scheduler).__name__ in SHIFT_TWICE:
+            scheduler = copy.deepcopy(self.scheduler)
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=given.get("mu"))
+            return [1 - float(sigma) for sigma in scheduler.sigmas[1:-1]]
+        return [1 - float(sigma) for sigma in seen.sigmas[1:-1]]
+
+
+class Diffusion(Schedule):
+    """Diffusion, variance preserving or in sigma = b / a: times are indices of ``alphas_cumprod``."""
+
+    def __init__(self, prompts: Prompts, to_the_letter: bool) -> None:
+        super().__init__(prompts, to_the_letter)
+        self.path = paths.VariancePreserving(self.scheduler.alphas_cumprod)
+        self.starts: dict[float, tuple[float, float]] = {}
+
+    def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
+        kind, name = self.scheduler.config.prediction_type, type(self.scheduler).__name__
+        flow_map = VariancePreservingMap(network, **self.parts(decoder))
+        flow_map.path, flow_map.ends = self.path, PREDICTIONS[kind]
+        if "LCM" in name:
+            flow_map.scalings = self.scheduler.get_scalings_for_boundary_condition_discrete
+            flow_map.capabilities, flow_map.transition = ENDPOINT, Renoise(1.0)
+            return flow_map
+        move = Bridge(1.0) if "Ancestral" in name or "DDPM" in name else Jump()
+        self(1)  # so that one step starts where the scheduler does
+        first = self.path.first
+        flow_map.transition = Within(move, self.starts, (first, math.hypot(first, 1 - first)), self._last())
+        return flow_map
+
+    def inner(self, steps: int) -> Sequence[float]:
+        seen, scheduler = self.seen(steps), self.scheduler
+        in_sigma = hasattr(scheduler, "is_scale_input_called")  # states are data + sigma noise
+        if in_sigma:
+            times = [1 / (1 + float(sigma)) for sigma in seen.sigmas[:-1]]
+        else:
+            times = [self._time(int(index)) for index in seen.timesteps]
+        scale = float(scheduler.init_noise_sigma) * times[0] if in_sigma else math.hypot(times[0], 1 - times[0])
+        first, *inner = dict.fromkeys(times)
+        self.starts[inner[0] if inner else 1.0] = first, scale
+        return inner
+
+    def _time(self, index: int) -> float:
+        square = float(self.scheduler.alphas_cumprod[index].double().clamp(2.0**-24, 1 - 2.0**-24))
+        return paths.time_of(square**0.5, (1 - square) ** 0.5)
+
+    def _last(self) -> float:
+        """The time at which the scheduler stops: 1, or that of index 0."""
+        if hasattr(self.scheduler, "is_scale_input_called"):
+            return 1 / (1 + float(self.scheduler.sigmas[-1]))
+        square = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
+        return paths.time_of(square**0.5, (1 - square) ** 0.5)
+
+
+class Sprint(Schedule):
+    """Consistency models in angles: t = cos / (cos + sin)."""
+
+    def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
+        flow_map = TrigonometricMap(network, **self.parts(decoder))
+        flow_map.capabilities, flow_map.transition = ENDPOINT, Renoise(1.0)
+        return flow_map
+
+    def inner(self, steps: int) -> Sequence[float]:
+        angles = self.seen(steps).timesteps[1:-1].double()
+        return (angles.cos() / (angles.cos() + angles.sin())).tolist()
+
+
+SHIFT_TWICE = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+
+PREDICTIONS = {"epsilon": paths.ends_of_noise, "v_prediction": paths.ends_of_v, "sample": paths.ends_of_data}
+"""What networks of diffusion predict, by the scheduler's word for it."""
+
+
+def _family(scheduler: Any) -> type[Schedule]:
+    """The kind of schedule that a scheduler has.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if name == "SCMScheduler":
+        return Sprint
+    flow = name.startswith("Flow") or getattr(config, "use_flow_sigmas", False)
+    if flow or getattr(config, "prediction_type", None) == "flow_prediction":
+        return Flow
+    if hasattr(scheduler, "alphas_cumprod") and getattr(config, "prediction_type", None) in PREDICTIONS:
+        return Diffusion
+    raise ValueError(f"{name} is not known here: set pipe.scheduler to an Euler or DDIM scheduler of diffusers for this model")

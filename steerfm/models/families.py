@@ -1,0 +1,245 @@
+"""Flow maps around the networks of pipelines: one class a parameterisation.
+
+States are on the linear path, x_t = t data + (1 - t) noise, whatever the network was trained on; each class translates at the
+network's door.
+
+    LinearMap               flow matching: the network gives +-(noise - data), and time is t, 1 - t or 1000 (1 - t)
+    VariancePreservingMap   diffusion, z = a data + b noise: the network gives noise, data or v at one of 1000 indices
+    TrigonometricMap        z = cos(th) data + sin(th) noise: consistency models (sCM)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.capabilities import VELOCITY
+from steerfm.cost import count
+from steerfm.flowmap import FlowMap
+from steerfm.interpolant import expand_time
+from steerfm.models import paths
+from steerfm.models.capture import rows_of
+from steerfm.models.decoders import Decoder
+from steerfm.models.layout import Layout
+from steerfm.rows import Condition
+from steerfm.transitions import Step, Transition
+
+
+class Source(Protocol):
+    """Conditions by prompt: `prompts.Prompts`."""
+
+    def condition(self, prompts: Sequence[str] | None, n: int) -> Condition: ...
+
+    @property
+    def null(self) -> Condition: ...
+
+    def drop_text_encoders(self) -> None: ...
+
+
+class PipelineMap(FlowMap):
+    """A flow map around the network of a pipeline. The network, its weights and the autoencoder are the pipeline's own.
+
+    Attributes:
+        network: the pipeline's transformer or unet.
+        layout: which arguments of the network follow the prompts.
+        prompts: the conditions, by prompt.
+        times: the grid for a number of steps.
+        decoder: latents to pictures; None where the autoencoder is not known.
+    """
+
+    capabilities = VELOCITY
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: Sequence[int],
+        layout: Layout,
+        prompts: Source,
+        times: Callable[[int], list[float]],
+        decoder: Decoder | None,
+    ) -> None:
+        super().__init__(shape)
+        self.network, self.decoder = network, decoder
+        self.layout, self.prompts, self.times = layout, prompts, times
+
+    # --- the network ---------------------------------------------------------------------------------------------
+    def predict(self, x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
+        """What the network gives, (b, *shape) in the precision of x.
+
+        Args:
+            x: what it is given, (b, *shape).
+            times: (b,) in its own form: the time, and the time to jump to where it takes one.
+            cond: rows as `condition` gives them; None for those that the map was made with.
+        """
+        b, layout = len(x), self.layout
+        rows = self.prompts.condition(None, b) if cond is None else cond
+        assert rows is None or isinstance(rows, Mapping)
+        arguments = layout.give(rows or {}, b)
+        given: Any = x.to(self.dtype)
+        if layout.listed is not None:
+            given = list(given.reshape(b, *layout.listed).unbind(0))
+        arguments[layout.states] = given
+        for name, time in zip((layout.time, layout.second_time), times):
+            if name is not None:
+                like = layout.reference
+                form = time.to(like.dtype if like.is_floating_point() else x.dtype).view(-1, *[1] * (like.ndim - 1))
+                arguments[name] = form.expand(b, *like.shape[1:])
+        out = self.network(**arguments, return_dict=False)[0]
+        return rows_of(out, self.shape, type(self.network).__name__).to(x.dtype)
+
+    def at_door(self, x: Tensor) -> Tensor:
+        return x  # times of a narrow network would be too coarse: states and times are float32 up to the call itself
+
+    # --- conditions and times ------------------------------------------------------------------------------------
+    def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Condition:
+        """Prompts to what the network is given for them; each distinct prompt is encoded once.
+
+        Args:
+            labels: a prompt for all, or one for each; None for those that the map was made with.
+            n: number of rows.
+
+        Raises:
+            ValueError: another number of prompts than rows; a new prompt after the text encoders were dropped.
+        """
+        if labels is None:
+            return self.prompts.condition(None, n)
+        prompts = [str(labels)] * n if isinstance(labels, str | int) else [str(label) for label in labels]
+        if len(prompts) != n:
+            raise ValueError(f"{len(prompts)} prompts for n={n} outputs: give one prompt, or one per output")
+        return self.prompts.condition(prompts, n)
+
+    @property
+    def null(self) -> Condition:
+        """The negative prompt, or the empty one."""
+        return self.prompts.null
+
+    def grid(self, steps: int) -> list[float]:
+        """The pipeline's own times for a number of steps: 0 first and 1 last."""
+        return self.times(steps)
+
+    def drop_text_encoders(self) -> None:
+        """Free what encodes prompts; those that were asked for stay."""
+        self.prompts.drop_text_encoders()
+
+    # --- pictures ------------------------------------------------------------------------------------------------
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents to pictures (b, c, h, w), or videos (b, c, f, h, w), in [0, 1], float32; differentiable."""
+        count("decodes", len(z))
+        return self._decoder()(z)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures in [0, 1] to latents (b, *shape), float32."""
+        return self._decoder().encode(pictures)
+
+    def _decoder(self) -> Decoder:
+        if self.decoder is None:
+            raise ValueError(f"latents {self.shape} cannot be decoded here: subclass this map and write decode()")
+        return self.decoder
+
+
+class LinearMap(PipelineMap):
+    """Flow matching, x_t = t data + (1 - t) noise, with one time or two.
+
+    Args:
+        factor: the network gives factor (noise - data): 1 or -1.
+        slope, offset: its time is offset + slope t, such as 1000 - 1000 t.
+    """
+
+    factor, slope, offset = 1.0, -1.0, 1.0
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        times = [self.offset + self.slope * time for time in (s, t)]
+        return -self.factor * self.predict(x, times, cond)
+
+
+class VariancePreservingMap(PipelineMap):
+    """Diffusion, z = a data + b noise with a^2 + b^2 = 1, on the linear path: x = z / (a + b) at t = a / (a + b).
+
+    Attributes:
+        path: a and b by index.
+        ends: from what the network predicts to both ends, such as `paths.ends_of_noise`.
+        scalings: (skip, output) of a consistency model at indices (b,), X_{s,1} = skip z + output data; None for others.
+    """
+
+    path: paths.VariancePreserving
+    ends: Callable[[Tensor, Tensor, paths.Weights], paths.Ends]
+    scalings: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        time = expand_time(s, x)
+        at = s.clamp(self.path.first, self.path.last)
+        z, index = x / paths.spread(time), self.path.own_time(at)
+        weights = self.path.weights(expand_time(at, x))
+        ends = self.ends(z, self.predict(z, (index,), cond), weights)
+        if self.scalings is None:
+            return paths.velocity(x, time, ends, self.path.first, self.path.last)
+        skip, output = (expand_time(scale, x) for scale in self.scalings(index))
+        return _towards(x, skip * z + output * ends.data, time)
+
+
+class TrigonometricMap(PipelineMap):
+    """A consistency model of z = cos(th) data + sin(th) noise (sCM, Lu & Song 2410.11081), as SANA-Sprint has it (2503.09641).
+
+    Its network is one of flow matching that went on: it takes x itself and the time 1 - t, and F, by which the endpoint is
+    cos(th) z - sin(th) F, follows from what it gives. Only X_{s,1} is right.
+    """
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        time, sigma = expand_time(s, x), expand_time(1 - s, x)
+        n = paths.spread(time)
+        out = self.predict(x, (1 - s,), cond)
+        F = ((1 - 2 * sigma) * x + (1 - 2 * sigma + 2 * sigma**2) * out) / n
+        return _towards(x, (time * x / n - sigma * F) / n, time)
+
+
+def _towards(x: Tensor, end: Tensor, s: Tensor) -> Tensor:
+    """u(x, s, t) of a map that knows X_{s,1} alone: the straight way there, whatever t."""
+    return (end - x) / (1 - s).clamp_min(torch.finfo(x.dtype).eps)
+
+
+# --- transitions -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Within:
+    """A transition between the first and the last time at which a scheduler asks its network.
+
+    A scheduler of diffusion takes pure noise for its state at the first of its times, although there are data in it; and some
+    take their last state for data, although there is noise in it. So does this, and gives what they give.
+
+    Args:
+        inner: the transition.
+        starts: by the time after the first step: the first of the scheduler's times, and what it multiplies the noise by.
+        first: the same where that time is not one of the scheduler's.
+        last: the last of its times.
+    """
+
+    inner: Transition
+    starts: Mapping[float, tuple[float, float]]
+    first: tuple[float, float]
+    last: float = 1.0
+
+    @property
+    def stochastic(self) -> bool:
+        return self.inner.stochastic
+
+    @property
+    def endpoint(self) -> str:
+        return ""  # a look-ahead is from where the state is said to be, and not from where a scheduler takes it to be
+
+    @property
+    def lands(self) -> bool:
+        return True
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        if s == 0:
+            s, scale = self.starts.get(t, self.first)
+            x = x * scale
+        if t < 1 or self.last == 1:
+            return self.inner.step(flow_map, x, s, t, cond)
+        step = self.inner.step(flow_map, x, s, self.last, cond)
+        c = math.hypot(self.last, 1 - self.last)
+        return Step(step.mean / c, step.std / c)

@@ -1,0 +1,187 @@
+"""Which arguments of a network have a row for each sample, and how they become a condition: a dictionary of tensors (n, ...).
+
+It is read off two first calls, of b samples and of 2 b: what doubles has rows. Names are paths, "added_cond_kwargs.time_ids".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from steerfm.models.capture import SECOND_TIMES, STATES, TIMES, Call
+
+Path = tuple[str | int, ...]
+
+
+class Part(Protocol):
+    """One argument that follows the samples."""
+
+    def take(self, value: Any, length: int) -> dict[str, Tensor]:
+        """Its rows in a condition; ``length`` is that of the texts of this call."""
+        ...
+
+    def give(self, cond: Mapping[str, Tensor], b: int) -> Any:
+        """The argument for the b rows of a condition."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A tensor of which every row has the same shape."""
+
+    name: str
+
+    def take(self, value: Any, length: int) -> dict[str, Tensor]:
+        return {self.name: value}
+
+    def give(self, cond: Mapping[str, Tensor], b: int) -> Any:
+        return cond[self.name]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows as long as their texts, (b, length, ...) or a list of (length, ...); in a condition all are as long as can be.
+
+    The network gets what its pipeline would give it for these rows together: no row longer than it must be.
+
+    Args:
+        longest: length of the rows of a condition.
+        listed: the argument is a list.
+        optional: it is a mask, and left out where all rows are of one length.
+    """
+
+    name: str
+    longest: int
+    listed: bool = False
+    optional: bool = False
+
+    def take(self, value: Any, length: int) -> dict[str, Tensor]:
+        rows = [torch.ones(length, dtype=torch.long)] if value is None else list(value)
+        for row in rows:
+            if len(row) > self.longest:
+                raise ValueError(f"a prompt of {len(row)} tokens for at most {self.longest}: max_sequence_length={len(row)}")
+        padded = [F.pad(row, (0, 0) * (row.ndim - 1) + (0, self.longest - len(row))) for row in rows]
+        lengths = torch.tensor([len(row) for row in rows], device=padded[0].device)
+        return {self.name: torch.stack(padded), self._length: lengths}
+
+    def give(self, cond: Mapping[str, Tensor], b: int) -> Any:
+        lengths, rows = cond[self._length].tolist(), cond[self.name]
+        if self.listed:
+            return [row[:length] for row, length in zip(rows, lengths)]
+        return None if self.optional and len(set(lengths)) == 1 else rows[:, : max(lengths)]
+
+    @property
+    def _length(self) -> str:
+        return f"{self.name} length"
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A list that says the same of every sample, such as its size."""
+
+    item: Any
+
+    def take(self, value: Any, length: int) -> dict[str, Tensor]:
+        return {}
+
+    def give(self, cond: Mapping[str, Tensor], b: int) -> Any:
+        return [self.item] * b
+
+
+class Layout:
+    """The arguments of a network apart from states and times.
+
+    Args:
+        one, two: first calls, of b samples and of twice as many.
+        longest: tokens of the longest prompt, where prompts are as long as they are.
+
+    Attributes:
+        states, time: names of these arguments; ``second_time`` that of the time that is jumped to, or None.
+        listed: shape of one element, where states are a list; None where they are a tensor.
+        reference: the time as it was given: its form is that of all times.
+    """
+
+    def __init__(self, one: Call, two: Call, longest: int) -> None:
+        states, time = one.among(STATES), one.among(TIMES)
+        if states is None or time is None:
+            raise ValueError(f"its network is called with {', '.join(one.arguments)}: {STATES[0]} and {TIMES[0]} are needed")
+        self.states, self.time, self.second_time = states, time, one.among(SECOND_TIMES)
+        given = one.arguments[states]
+        self.listed = tuple(given[0].shape) if isinstance(given, list) else None
+        self.reference = torch.as_tensor(one.arguments[time])
+        self.fixed: dict[str, Any] = {}
+        self.parts: dict[Path, Part] = {}
+        self._longest = longest
+        ours = {states, time, self.second_time, "return_dict"}
+        for name, value in one.arguments.items():
+            if name not in ours:
+                self.fixed[name] = value
+                for path, first, second in _leaves(value, two.arguments.get(name), (name,)):
+                    part = self._part(path, first, second)
+                    if part is not None:
+                        self.parts[path] = part
+
+    def _part(self, path: Path, one: Any, two: Any) -> Part | None:
+        name = ".".join(str(key) for key in path)
+        if isinstance(one, Tensor) and isinstance(two, Tensor):
+            if one.ndim == 0 or 2 * len(one) != len(two):
+                return None
+            same = one.shape[1:] == two.shape[1:]
+            return Plain(name) if same else Texts(name, max(self._longest, one.shape[1]))
+        if one is None and isinstance(two, Tensor):
+            return Texts(name, self._longest, optional=True)
+        if isinstance(one, list) and isinstance(two, list) and 2 * len(one) == len(two):
+            if isinstance(one[0], Tensor):
+                return Texts(name, max(self._longest, *(len(row) for row in one)), listed=True)
+            return Repeated(one[0])
+        return None
+
+    def take(self, call: Call) -> dict[str, Tensor]:
+        """The rows of a call, as a condition."""
+        values = {path: _at(call.arguments, path) for path in self.parts}
+        length = max((value.shape[1] for path, value in values.items()
+                      if isinstance(self.parts[path], Texts) and isinstance(value, Tensor)), default=0)  # fmt: skip
+        rows: dict[str, Tensor] = {}
+        for path, part in self.parts.items():
+            rows |= part.take(values[path], length)
+        return rows
+
+    def give(self, cond: Mapping[str, Tensor], b: int) -> dict[str, Any]:
+        """The arguments for the b rows of a condition."""
+        arguments = dict(self.fixed)
+        for path, part in self.parts.items():
+            _set(arguments, path, part.give(cond, b))
+        return arguments
+
+
+def _leaves(one: Any, two: Any, path: Path) -> Iterator[tuple[Path, Any, Any]]:
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        for key in one:
+            yield from _leaves(one[key], two.get(key), (*path, key))
+    elif isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
+        for index, (first, second) in enumerate(zip(one, two)):
+            yield from _leaves(first, second, (*path, index))
+    else:
+        yield path, one, two
+
+
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    for key in path:
+        value = None if value is None else value[key]
+    return value
+
+
+def _set(holder: dict[Any, Any], path: Path, value: Any) -> None:
+    """Put a value at a path; what holds it is copied, so that nothing else changes."""
+    key, *rest = path
+    if rest:
+        inner = holder[key]
+        as_dict = dict(inner) if isinstance(inner, Mapping) else dict(enumerate(inner))
+        _set(as_dict, tuple(rest), value)
+        value = as_dict if isinstance(inner, Mapping) else type(inner)(as_dict.values())
+    holder[key] = value

@@ -1,0 +1,198 @@
+"""Prompts to what a pipeline's network is given for them, and the guidance that the pipeline makes of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerfm.models.capture import Call, Recording, parameters, record, rows_of
+from steerfm.models.layout import Layout
+from steerfm.rows import Condition, map_condition
+
+PROBE = "a picture of a cat"
+"""What is asked for to see how a pipeline calls its network."""
+LONGEST = 512
+"""Tokens of the longest prompt, where prompts are as long as they are and the pipeline does not say."""
+CLOSE = 3e-2
+"""Largest relative difference between what a scheduler is given and guidance of what the network gave, in bfloat16 perhaps."""
+
+
+GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "true_cfg_scale")
+"""What pipelines call the scale of guidance."""
+
+
+class Guidance(NamedTuple):
+    """What a pipeline makes of its network's outputs: factor ((1 - scale) negative + scale positive).
+
+    Attributes:
+        factor: 1 or -1.
+        scale: None where there is one output.
+        positive: its number among the outputs.
+    """
+
+    factor: float
+    scale: float | None = None
+    positive: int = 0
+
+
+class Prompts:
+    """The conditions of a pipeline, by prompt; each is encoded once, by the pipeline's own call.
+
+    Args:
+        pipe: the pipeline.
+        call: arguments of its call, apart from the prompt.
+
+    Attributes:
+        first: its first call, up to the scheduler.
+        layout: which arguments of the network follow the prompts.
+        guidance: what it makes of the network's outputs.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], linear: bool) -> None:
+        self.pipe, self.call = pipe, dict(call)
+        names = parameters(pipe)
+        self.in_words = "prompt" in names and not any("prompt_embeds" in name for name in call)
+        self._probe = self.call | ({"prompt": PROBE} if self.in_words else {})
+        self.first = record(pipe, _steps(pipe, self._probe, 2))
+        longest = int(call.get("max_sequence_length") or names.get("max_sequence_length") or LONGEST)
+        twice = record(pipe, _steps(pipe, _twice(self._probe), 2), calls=1)
+        self.layout = Layout(self.first.calls[0], twice.calls[0], longest)
+        self._rows: dict[str, dict[str, Tensor]] = {}
+        self._given: dict[str, Tensor] = {}
+        self._asked: list[str] | None = None
+        self._dropped = False
+        sides = self._sides(self.first.calls)
+        self.guidance = _guidance(self.first, {**names, **call}, type(pipe).__name__) if linear else Guidance(1.0)
+        self._given = sides[self.guidance.positive]
+        self._negative = sides[1 - self.guidance.positive] if self.guidance.scale is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
+        return self  # the copy of a map has a network of its own, and prompts mean the same to both
+
+    def ask(self, prompts: Sequence[str] | None) -> None:
+        """What is shown where nothing is asked for: a prompt for all, or one for each; None for the empty prompt."""
+        if prompts is not None and not self.in_words:
+            raise ValueError("prompt= and prompt_embeds= are given: give one of them")
+        self._asked = [""] if prompts is None else [str(prompt) for prompt in prompts]
+        if self.in_words:
+            for prompt in self._asked:
+                self._encode(prompt)
+            if self._negative is None:
+                self._negative = self._encode(self.call.get("negative_prompt") or "")
+
+    def condition(self, prompts: Sequence[str] | None, n: int) -> Condition:
+        """The rows of n prompts; None for what `ask` says."""
+        if prompts is None and not self.in_words:
+            return self._repeated(self._given, n)
+        if not self.in_words:
+            raise ValueError(f"cond={prompts[0] if prompts else ''!r}: this map was made of prompt_embeds=, and not of words")
+        asked = self._asked or [""]
+        if prompts is None and len(asked) not in (1, n):
+            raise ValueError(f"{len(asked)} prompts for n={n} outputs: give one prompt, or one per output")
+        rows = [self._encode(prompt) for prompt in prompts or (asked * n)[:n]]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} or None
+
+    @property
+    def null(self) -> Condition:
+        """The row of the negative prompt, or of the empty one; None where there is neither."""
+        return map_condition(lambda rows: rows[:1], self._negative or None)
+
+    def again(self, steps: int) -> Recording:
+        """Its first call with another number of steps, up to the network; nothing is encoded for it."""
+        return record(self.pipe, _steps(self.pipe, self._probe, steps), calls=1, encoded=self.first.encoded)
+
+    def drop_text_encoders(self) -> None:
+        """Free all that encodes prompts."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and ("text_encoder" in name or "image_encoder" in name):
+                setattr(self.pipe, name, None)
+        self._dropped = True
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        if prompt not in self._rows:
+            if self._dropped:
+                raise ValueError(f"prompt {prompt!r} is new, and the text encoders are dropped: name it in prompt=")
+            halves = len(self._sides(self.first.calls[:1]))
+            call = _steps(self.pipe, {**self.call, "prompt": prompt}, 2)
+            seen = record(self.pipe, call, calls=self.guidance.positive // halves + 1)
+            self._rows[prompt] = self._sides(seen.calls)[self.guidance.positive]
+        return self._rows[prompt]
+
+    def _sides(self, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
+        """The rows of each condition that the network was called with: guidance has two, in one call or in two."""
+        sides = []
+        for call in calls:
+            k = len(call.arguments[self.layout.states]) // len(self.first.sample)
+            chunks = {name: rows.chunk(k) for name, rows in self.layout.take(call).items()}
+            sides += [{name: rows[i] for name, rows in chunks.items()} for i in range(k)]
+        return sides
+
+    @staticmethod
+    def _repeated(rows: dict[str, Tensor], n: int) -> Condition:
+        given = len(next(iter(rows.values()), ()))
+        if given not in (0, 1, n):
+            raise ValueError(f"prompt_embeds= has {given} rows for n={n} outputs: give one row, or one per output")
+        return {name: value.expand(n, *value.shape[1:]) for name, value in rows.items()} or None
+
+
+def _steps(pipe: Any, call: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    middle = {} if steps == 2 or "intermediate_timesteps" not in parameters(pipe) else {"intermediate_timesteps": None}
+    return {**middle, **call, "num_inference_steps": steps}  # SANA-Sprint has a time of its own between two steps
+
+
+def _twice(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The same call for twice as many samples; the second prompt is longer, so that what depends on the length shows."""
+
+    def doubled(name: str, value: Any) -> Any:
+        if name == "prompt":
+            return [value, f"{value} {value}"]
+        if name != "latents" and "prompt" not in name:
+            return value
+        return torch.cat([value, value]) if isinstance(value, Tensor) else value * 2 if isinstance(value, list) else value
+
+    return {name: doubled(name, value) for name, value in call.items()}
+
+
+def _guidance(first: Recording, call: Mapping[str, Any], what: str) -> Guidance:
+    """How what the scheduler was given comes from what the network gave, by least squares.
+
+    Raises:
+        ValueError: not by classifier-free guidance with one scale.
+    """
+    shape, b = first.sample.shape[1:], len(first.sample)
+    outputs = [part.double() for call in first.calls for part in rows_of(call.output, shape, what).split(b)]
+    target = first.model_output.double().reshape(outputs[0].shape)
+    best, error = Guidance(1.0), float("inf")
+    for factor in (1.0, -1.0):
+        for positive in range(len(outputs)):
+            scale, guided = None, outputs[positive]
+            if len(outputs) == 2:
+                away = outputs[1 - positive]
+                ahead = outputs[positive] - away
+                scale = float(((factor * target - away) * ahead).sum() / ahead.square().sum())
+                guided = away + scale * ahead
+                if not scale >= 1:  # then positive and negative are the other way round
+                    continue
+            distance = float((factor * guided - target).norm() / target.norm())
+            if distance < error:
+                best, error = Guidance(factor, scale and _rounded(scale, call), positive), distance
+    if len(outputs) > 2 or not error < CLOSE:
+        raise ValueError(
+            f"{what} does not guide by negative + scale (positive - negative), but by a rule of its own: switch guidance off "
+            f"(guidance=1), or the rule, by the argument of its call that does so"
+        )
+    return best
+
+
+def _rounded(scale: float, call: Mapping[str, Any]) -> float:
+    """The scale that was asked for, or one more where a pipeline counts from 0: they differ by the network's rounding."""
+    asked = [float(call[name]) + more for name in GUIDANCE if isinstance(call.get(name), int | float) for more in (0, 1)]
+    nearest = min(asked, key=lambda value: abs(value - scale), default=scale)
+    return nearest if abs(nearest - scale) < 1e-2 * scale else scale
