@@ -76,6 +76,11 @@ class FlowMap(nn.Module):
         """The hook behind `velocity`, for maps that have b(x, t) in another way than as u(x, t, t). Shapes as above."""
         return self.average_velocity(x, t, t, cond)
 
+    def take_after(self, other: FlowMap) -> None:
+        """Say of this map what is said of another one."""
+        self.evaluations, self.card, self.capabilities = other.evaluations, other.card, other.capabilities
+        self.transition, self.steps, self.micro_batch = other.transition, other.steps, other.micro_batch
+
     # --- jumps ---------------------------------------------------------------------------------------------------
     def jump(self, x: Tensor, s: float | Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
         """X_{s,t}(x): (b, *shape) -> (b, *shape). Times are floats or (b,); exactly x where s = t."""
@@ -348,9 +353,8 @@ class Wrapped(FlowMap):
 
     def __init__(self, flow_map: FlowMap) -> None:
         super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
-        self.flow_map, self.evaluations, self.card = flow_map, flow_map.evaluations, flow_map.card
-        self.capabilities, self.transition = flow_map.capabilities, flow_map.transition
-        self.steps, self.micro_batch = flow_map.steps, flow_map.micro_batch
+        self.flow_map = flow_map
+        self.take_after(flow_map)
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from steerfm.capabilities import can, needs
 from steerfm.finetuning.base import Law, Terms, Update, ode
 from steerfm.flowmap import FlowMap
-from steerfm.sampling import time_grid
 from steerfm.transitions import Bridge
 
 
@@ -42,7 +43,7 @@ class Adjoint:
             raise ValueError("steps is at least 2, ode and trained at least 1")
 
     def loss(self, update: Update) -> Terms:
-        move, times, problem = Bridge(1.0), time_grid(self.steps), update.problem
+        move, times, problem = Bridge(1.0), update.tuned.grid(self.steps), update.problem
         cond = problem.cond
         states, x = [], update.normal()
         with torch.no_grad():
@@ -79,6 +80,10 @@ class Adjoint:
         miss = update.tuned.denoise(xs, at, repeated) - torch.cat([endpoints[i] for i in chosen])
         losses = weight * miss.square().flatten(1).sum(1)
         return {"loss": losses.sum() / b * len(states_at) / count / x[0].numel(), "reward": r.detach().mean()}
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`."""
+        return "" if can(flow_map, "velocity") else needs("velocity", "take draft_k, or policy with transition=renoise")
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, self.ode)

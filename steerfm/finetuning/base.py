@@ -17,13 +17,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import Choosy, in_words
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import Condition, Rows, move_condition
-from steerfm.sampling import Noise, time_grid, walk
+from steerfm.sampling import Noise, walk
 from steerfm.steering.value import Problem, deviation, plain_rewards
-from steerfm.transitions import Jump, Transition
+from steerfm.transitions import Transition, usual
 
 Law = Callable[[Noise, Condition], Tensor]
 """How samples are drawn: noise of b rows and their condition to (b, *shape)."""
@@ -113,7 +114,7 @@ class Method(Protocol):
         law_is_map: whether the trained network is itself the flow map of what was learnt; if not, it is distilled.
         law_is_velocity: whether its velocity is that of what was learnt, so that only its jumps have to be distilled.
 
-    One that uses its samples for several updates is also `Reusing`.
+    One that uses its samples for several updates is also `Reusing`, one that does not fit every map `Choosy`.
     """
 
     differentiates: bool
@@ -139,17 +140,20 @@ class Reusing(Protocol):
     def reuse(self) -> int: ...
 
 
-def chain(steps: int, transition: Transition | None = None) -> Callable[[FlowMap], Law]:
-    """The law of a map sampled in ``steps`` transitions, by default jumps."""
-    move: Transition = transition or Jump()
-    times = time_grid(steps)
+def chain(steps: int | None = None, transition: Transition | None = None) -> Callable[[FlowMap], Law]:
+    """The law of a map sampled in ``steps`` transitions on its own grid; by default as many, and such, as are usual for it."""
 
-    return lambda flow_map: lambda noise, cond: walk(flow_map, noise, times, cond, move)
+    def of(flow_map: FlowMap) -> Law:
+        times = flow_map.grid(flow_map.steps if steps is None else steps)
+        move: Transition = transition or usual(flow_map)
+        return lambda noise, cond: walk(flow_map, noise, times, cond, move)
+
+    return of
 
 
 def ode(flow_map: FlowMap, steps: int) -> Law:
     """The law of a map's velocity: its ODE by the midpoint rule, two calls a step."""
-    times = time_grid(steps)
+    times = flow_map.grid(steps)
 
     def law(noise: Noise, cond: Condition) -> Tensor:
         x = noise.start(flow_map)
@@ -193,8 +197,10 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
     return std
 
 
-def check(method: Method, reward: Reward, control: float) -> None:
+def check(method: Method, reward: Reward, control: float, flow_map: FlowMap | None = None) -> None:
     """Refuse what cannot work, before anything is run; see `FineTuning` for the errors."""
+    if flow_map is not None and isinstance(method, Choosy) and (why := method.lacks(flow_map, None)):
+        raise ValueError(f"{type(method).__name__} does not fit this model, which has only {in_words(flow_map)}: {why}")
     if not (math.isfinite(control) and control >= 0):
         raise ValueError(f"control={control}: must be finite and at least 0 (it is lambda: larger stays nearer to the base)")
     if control == 0 and method.tilts:

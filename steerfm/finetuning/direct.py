@@ -10,6 +10,7 @@ adversarial change; training the first and freezing the last, with the gradient 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from steerfm.capabilities import can, needs
 from steerfm.finetuning.base import Law, Terms, Update
 from steerfm.flowmap import FlowMap
-from steerfm.interpolant import expand_time
+from steerfm.interpolant import expand_time, time_grid
 from steerfm.rows import Condition
 from steerfm.sampling import Noise
+from steerfm.transitions import Step, usual
 
 
 @dataclass(frozen=True)
@@ -77,24 +80,29 @@ class Direct:
 
     def loss(self, update: Update) -> Terms:
         tuned, reference, cond = update.tuned, update.reference, update.problem.cond
-        times, x = self.times([2 * update.uniform() - 1 for _ in range(self.jumps - 1)]), update.normal()
+        grid = tuned.grid(self.jumps)
+        times, x = self.times([2 * update.uniform() - 1 for _ in range(self.jumps - 1)], grid), update.normal()
         low, high = self._truncation()
         active = self.jumps - (low + int(update.uniform() * (high - low + 1)))  # the first jump with a gradient
         control = x.new_zeros(len(x))
         for i, (s, t) in enumerate(pairwise(times)):
             if i < active:
                 with torch.no_grad():
-                    x = tuned.jump(x, s, t, cond)
+                    step = usual(tuned).step(tuned, x, s, t, cond)
+                x = step.mean
             elif i not in self._trained():
-                x = self._jump(reference, x, s, t, cond, again=True)
+                step = self._step(reference, x, s, t, cond, again=True)
+                x = step.mean
             else:
                 start, seen = x, torch.lerp(x.detach(), x, self.mix) if self.mix < 1 else x
-                moved = self._jump(tuned, seen, s, t, cond) - seen  # h u(x)
+                step = self._step(tuned, seen, s, t, cond)
+                moved = step.mean - seen  # h u(x)
                 x = start + moved
                 if update.control:
                     with torch.no_grad():
-                        moved_ref = reference.jump(start.detach(), s, t, cond) - start.detach()
+                        moved_ref = usual(reference).step(reference, start.detach(), s, t, cond).mean - start.detach()
                     control = control + (moved - moved_ref).square().flatten(1).mean(1) / (2 * (t - s))
+            x = Step(x, step.std).sample(update.normal() if step.std else None)
         if self.averages:
             return self._averaged(update, x.detach(), times[-2], control)
         return self._terms(update, update.problem.score(x).total, control)
@@ -106,8 +114,8 @@ class Direct:
         rows = torch.arange(b).repeat(n)
         problem = update.tasks[rows].problem(update.tuned, update.reward)
         again = path.interpolate(noise, x1[rows.to(x1.device)], expand_time(s, noise))
-        back = self._jump(update.tuned, again, s, 1.0, problem.cond)
-        return self._terms(update, problem.score(back).total, control)
+        back = self._step(update.tuned, again, s, 1.0, problem.cond)
+        return self._terms(update, problem.score(back.mean).total, control)
 
     def _terms(self, update: Update, r: Tensor, control: Tensor) -> Terms:
         counted = r if self.ceiling is None else r.clamp(max=self.ceiling)
@@ -115,7 +123,7 @@ class Direct:
         return {"loss": loss, "reward": r.mean(), "control_cost": control.mean()}
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
-        times = self.times([0.0] * (self.jumps - 1))
+        times = self.times([0.0] * (self.jumps - 1), tuned.grid(self.jumps))
         maps = [
             tuned if i in self._trained() or i < self.jumps - self._truncation()[0] else reference for i in range(self.jumps)
         ]
@@ -123,22 +131,48 @@ class Direct:
         def law(noise: Noise, cond: Condition) -> Tensor:
             x = noise.start(tuned)
             for flow_map, (s, t) in zip(maps, pairwise(times)):
-                x = flow_map.jump(x, s, t, cond)
+                step = usual(flow_map).step(flow_map, x, s, t, cond)
+                x = step.sample(noise.normal(flow_map.shape, x) if step.std else None)
             return x
 
         return law
 
-    def times(self, shifts: list[float]) -> list[float]:
-        """0 = t_0 < ... < t_K = 1; ``shifts`` in [-1, 1] of the interior times."""
-        inner = [((i + 1 + self.jitter * shift) / self.jumps) ** self.power for i, shift in enumerate(shifts)]
-        return [0.0, *inner, 1.0]
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`: a chain of which all steps are trained is one of steps that are right for any map."""
+        if not can(flow_map, "endpoint") and not can(flow_map, "velocity") and self.jumps > 1:
+            return needs("endpoint", "take jumps=1 and trained=null")
+        if can(flow_map, "two_time") or len(self._trained()) == self.jumps:
+            return ""
+        return "jumps that stay frozen are made one with the others by a distillation, which " + needs(
+            "two_time", f"take trained=null, or draft_k, with jumps={flow_map.steps}"
+        )
 
-    def _jump(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, again: bool = False) -> Tensor:
+    def times(self, shifts: list[float], grid: list[float]) -> list[float]:
+        """0 = t_0 < ... < t_K = 1.
+
+        Args:
+            shifts: in [-1, 1], of the interior times.
+            grid: that of the map; times lie between its own as they would between equal steps.
+        """
+        inner = [((i + 1 + self.jitter * shift) / self.jumps) ** self.power for i, shift in enumerate(shifts)]
+        return [0.0, *(between(grid, u) for u in inner), 1.0]
+
+    def _step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, again: bool = False) -> Step:
+        """The usual step of a map; ``again`` computes it a second time on the way back, as `checkpoint` does for all."""
+        move = usual(flow_map)
         if not (again or self.checkpoint):
-            return flow_map.jump(x, s, t, cond)
-        moved = checkpointed(lambda x: flow_map.jump(x, s, t, cond), x, use_reentrant=False)
+            return move.step(flow_map, x, s, t, cond)
+        std = 0.0
+
+        def mean(x: Tensor) -> Tensor:
+            nonlocal std
+            step = move.step(flow_map, x, s, t, cond)
+            std = step.std
+            return step.mean
+
+        moved = checkpointed(mean, x, use_reentrant=False)
         assert isinstance(moved, Tensor)
-        return moved
+        return Step(moved, std)
 
     def _trained(self) -> set[int]:
         return set(range(self.jumps)) if self.trained is None else {i % self.jumps for i in self.trained}
@@ -148,6 +182,14 @@ class Direct:
             return self.jumps, self.jumps
         low, high = (self.truncate, self.truncate) if isinstance(self.truncate, int) else self.truncate
         return min(low, self.jumps), min(high, self.jumps)
+
+
+def between(grid: list[float], u: float) -> float:
+    """The time at u in [0, 1] of a grid, which equal steps would reach at i / steps; u itself where its steps are equal."""
+    if grid == time_grid(len(grid) - 1):
+        return u
+    i = min(int(u * (len(grid) - 1)), len(grid) - 2)
+    return grid[i] + (u * (len(grid) - 1) - i) * (grid[i + 1] - grid[i])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Panel:
         support: tasks of the samples of the base that others are compared with, of every class that it knows.
         features: pictures or vectors to (n, d). classes: to (n,) class indices, or None for one class.
         seeds: of the samples; those of the comparison are others.
+        jumps: that samples of the base take; None for as many as are usual for it.
     """
 
     base: FlowMap
@@ -76,7 +78,7 @@ class Panel:
     features: Features
     classes: Features | None = None
     seeds: int = 0
-    jumps: int = 4
+    jumps: int | None = None
     _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def place(self, device: torch.device | str) -> None:
@@ -150,14 +152,13 @@ class Panel:
         return frechet_distance(*feature_statistics(f), *feature_statistics(torch.cat(parts)))
 
 
-def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0, jumps: int = 4) -> float:
+def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0) -> float:
     """Mean over samples of sum_i h_i |u(x_i) - u_base(x_i)|^2 / 2 along the tuned map's jumps, mean over entries."""
     cond = move_condition(tasks.cond, tuned.device)
     total = 0.0
     with torch.no_grad():
         x = Noise([seeds + i for i in range(tasks.n)]).start(tuned)
-        for i in range(jumps):
-            s, t = i / jumps, (i + 1) / jumps
+        for s, t in pairwise(tuned.grid(tuned.steps)):
             after = tuned.jump(x, s, t, cond)
             total += ((after - base.jump(x, s, t, cond)).square().mean() / (2 * (t - s))).item()
             x = after

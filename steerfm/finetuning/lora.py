@@ -81,10 +81,18 @@ class LoRAOff(FlowMap):
     def __init__(self, flow_map: NeuralFlowMap) -> None:
         super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
         self.flow_map = (flow_map,)  # in a tuple: not registered twice
+        self.take_after(flow_map)
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         with switched_off(self.flow_map[0].network):
             return self.flow_map[0].average_velocity(x, s, t, cond)
+
+    def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        with switched_off(self.flow_map[0].network):
+            return self.flow_map[0].instantaneous_velocity(x, t, cond)
+
+    def grid(self, steps: int) -> list[float]:
+        return self.flow_map[0].grid(steps)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.flow_map[0].decode(z)

@@ -83,7 +83,7 @@ class FineTuning(Trained):
         start: NeuralFlowMap | None = None,
         **options: Any,
     ) -> None:
-        check(method, reward, control)
+        check(method, reward, control, flow_map)
         network = copy.deepcopy((start or flow_map).network).requires_grad_(True).train()
         if lora is not None:
             lora.inject(network, options.get("seed", 0))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can, needs
 from steerfm.finetuning.base import Law, Terms, Update
 from steerfm.flowmap import FlowMap
 from steerfm.rows import Condition
-from steerfm.sampling import Noise, time_grid
+from steerfm.sampling import Noise
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,26 @@ class HyperNoise:
     def shift(self, tuned: FlowMap, reference: FlowMap, x0: Tensor, cond: Condition) -> Tensor:
         """f(x_0), shape of x_0."""
         with torch.no_grad():
-            base = reference.velocity(x0, 0.0, cond)
-        return tuned.velocity(x0, 0.0, cond) - base
+            base = self._field(reference, x0, cond)
+        return self._field(tuned, x0, cond) - base
+
+    def _field(self, flow_map: FlowMap, x0: Tensor, cond: Condition) -> Tensor:
+        """What the network says of the noise: its velocity, or where it has none that of the jump."""
+        return flow_map.velocity(x0, 0.0, cond) if can(flow_map, "velocity") else flow_map.jump(x0, 0.0, 1.0, cond) - x0
 
     def _generate(self, reference: FlowMap, x: Tensor, cond: Condition) -> Tensor:
-        times = time_grid(self.jumps)
+        times = reference.grid(self.jumps)
         for s, t in zip(times, times[1:]):
             x = reference.jump(x, s, t, cond)
         return x
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`: the generator is one jump, or several, which may be Euler steps."""
+        if can(flow_map, "generator" if self.jumps == 1 else "velocity"):
+            return ""
+        if can(flow_map, "velocity"):
+            return "with jumps=1 " + needs("generator", f"take jumps={max(flow_map.steps, 8)}, Euler steps")
+        return f"with jumps={self.jumps} " + needs("two_time", "take jumps=1")
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         def law(noise: Noise, cond: Condition) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import Choosy, can, needs
 from steerfm.finetuning.base import Law, Terms, Update, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.registry import Named, objects
-from steerfm.sampling import time_grid
 from steerfm.training.objectives import mean_square
 from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Renoise, Transition
 
@@ -60,7 +61,7 @@ class Policy(metaclass=Named):
         if update.step % self.reuse == 0:
             update.memory |= self._rollout(update)
         states, old, advantage = (update.memory[name].to(update.tuned.device) for name in ("states", "log_p", "advantage"))
-        cond, times = update.problem.cond, time_grid(self.steps)
+        cond, times = update.problem.cond, update.tuned.grid(self.steps)
         gain, divergence = states.new_zeros(()), states.new_zeros(())
         ratios: list[Tensor] = []
         for i, (s, t) in enumerate(zip(times[:-1], times[1:-1])):
@@ -85,7 +86,7 @@ class Policy(metaclass=Named):
     @torch.no_grad()
     def _rollout(self, update: Update) -> dict[str, Tensor]:
         """States before each transition and after the last stochastic one, their log-probabilities, and advantages."""
-        problem, times = update.problem, time_grid(self.steps)
+        problem, times = update.problem, update.tuned.grid(self.steps)
         x = update.normal()
         states, log_p = [x], []
         for s, t in zip(times, times[1:]):
@@ -100,6 +101,13 @@ class Policy(metaclass=Named):
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return chain(self.steps, self.transition)(tuned)
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`."""
+        if not isinstance(self.transition, Choosy) or self.transition == flow_map.transition:
+            return ""
+        why = self.transition.lacks(flow_map, flow_map.grid(self.steps))
+        return why and f"its transition {type(self.transition).__name__} {why}"
 
 
 def advantages(r: Tensor, group: int, within: bool = True) -> Tensor:
@@ -182,6 +190,10 @@ class NFT:
         noise = update.noise.other(f"fit {update.step % self.reuse}")
         x0 = noise.start(update.tuned)
         return noise.uniform(1, x0.device).squeeze(1).to(x0), x0
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`."""
+        return "" if can(flow_map, "velocity") else needs("velocity", "take policy with transition=renoise, or draft_k")
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, 4 * self.ode)

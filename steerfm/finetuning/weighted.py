@@ -6,12 +6,14 @@ pair of times (s, t) learns of the new law, not only those that a method visits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can, needs
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, chain, draw
 from steerfm.flowmap import FlowMap
@@ -112,6 +114,16 @@ class Weighted(metaclass=Named):
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return chain(self.jumps)(tuned)
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `Choosy`: the fit is of velocities, and with ``refit.trajectory`` of jumps between any two times."""
+        if not can(flow_map, "velocity"):
+            return needs("velocity", "take draft_k, or policy with transition=renoise")
+        if can(flow_map, "two_time") or not self.refit.trajectory:
+            return ""
+        return "its fit of jumps " + needs(
+            "two_time", f"take refit.trajectory=0 and jumps={max(flow_map.steps, 8)}, Euler steps"
+        )
 
     def loss(self, update: Update) -> Terms:
         number = min(self.rounds - 1, update.step * self.rounds // update.steps)
