@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import steerfm
 from steerfm import cli, zoo
 from steerfm.checkpoints import read_weights, save_weights
+from steerfm.networks import UNet
 
 ROWS = {
     "none: flow matching only": {},
@@ -38,10 +40,12 @@ NONE = dict.fromkeys(("progressive", "lagrangian", "eulerian", "meanflow", "traj
 def forget_jumps(model: str, path: Path) -> Path:
     """Save the model with a network that takes t - s for 0: its velocity is the same, its jumps are Euler steps."""
     head, _ = read_weights(zoo.find(model), "flow_map")
-    network = steerfm.load(model).network  # type: ignore[attr-defined]
+    network = steerfm.load(model).network
+    assert isinstance(network, UNet)
     first, f = network.condition.time[0], network.condition.frequencies
+    assert isinstance(first, nn.Linear)
     with torch.no_grad():  # columns: s, t - s, sin(s w), sin((t - s) w), cos(s w), cos((t - s) w) for f frequencies w
-        first.bias += first.weight[:, 2 + 3 * f :].sum(1)
+        first.bias.add_(first.weight[:, 2 + 3 * f :].sum(1))
         for columns in (slice(1, 2), slice(2 + f, 2 + 2 * f), slice(2 + 3 * f, None)):
             first.weight[:, columns] = 0
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from rich.table import Table
 import steerfm
 from steerfm.finetuning import Direct, DRaFT, FineTuning, Tasks, Update
 from steerfm.finetuning.base import draw
+from steerfm.flowmap import NeuralFlowMap
 from steerfm.randomness import derive, stream
 from steerfm.sampling import Noise
 
@@ -52,6 +53,7 @@ class Updates:
 
     def __init__(self, name: str, batch: int, rate: float = 1e-3, seed: int = 0, control: float = 1.0) -> None:
         flow_map = steerfm.load("fashion")
+        assert isinstance(flow_map, NeuralFlowMap)
         if "Euler" in name:
             flow_map.average_velocity = _euler(flow_map)  # type: ignore[method-assign]
         self.module = FineTuning(
@@ -67,7 +69,7 @@ class Updates:
     def __call__(self) -> float:
         started = time.perf_counter()
         tuned, reference = self.module.maps
-        tasks = Tasks().take(torch.zeros(self.batch).long())
+        tasks = Tasks()[torch.zeros(self.batch).long()]
         noise = Noise([derive(self.seed, "training", self.step, row) for row in range(self.batch)])
         update = Update(
             self.step, 100, tuned, tuned, reference, self.module.judged[0], tasks, Tasks(), noise,
@@ -83,7 +85,7 @@ class Updates:
     def held_out(self, n: int = 256) -> float:
         """Mean of the judge over n samples, drawn as this variant draws them, from seeds that it never trains on."""
         tuned, reference = self.module.maps
-        law, tasks = self.module.method.law(tuned, reference), Tasks().take(torch.zeros(n).long())
+        law, tasks = self.module.method.law(tuned, reference), Tasks()[torch.zeros(n).long()]
         samples = draw(law, tasks, tuned, list(range(n)))
         with torch.no_grad():
             return tasks.problem(tuned, self.judge).score(samples).total.mean().item()

@@ -28,6 +28,7 @@ from rich.table import Table
 import steerfm
 from steerfm.metrics import interval, mmd, sliced_wasserstein
 from steerfm.steering import Denoise, Jarzynski, Jump, MapGradient, Resample, Steering
+from steerfm.steering.correction import Parts
 from steerfm.transitions import Diffuse
 
 EXACT = runpy.run_path(str(Path(__file__).with_name("exact.py")))
@@ -40,7 +41,7 @@ KERNELS = [0.5, 1.0, 2.0]
 class Unchecked(Jarzynski):
     """The simple weight for any look-ahead, right or wrong."""
 
-    def check(self, steering: Steering) -> None:
+    def check(self, parts: Parts) -> None:
         pass
 
 

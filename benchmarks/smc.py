@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import particles
+import particles  # pyright: ignore[reportMissingImports] # it is in the extra bench, which a check has not to have
 import torch
+from particles import resampling as their_resampling  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,6 +82,7 @@ def theirs(
         model = TwistedPath(lookahead, reward, steps, np.random.default_rng(output))
         run = particles.SMC(fk=model, N=k, resampling="systematic", ESSrmin=0.5)
         run.run()
+        assert run.W is not None and run.X is not None
         out.append((run.logLt, run.W @ run.X[:, 1]))
     log_z, mean = np.array(out).T
     return log_z, mean
@@ -110,7 +112,7 @@ def resampling(scheme: str, k: int, n: int, repeats: int) -> dict[str, float]:
     np.random.seed(1)
     means = {
         "steerfm": x[children.numpy()].mean(1),
-        "particles": np.array([x[particles.resampling.resampling(scheme, w)].mean() for _ in range(4000)]),
+        "particles": np.array([x[their_resampling.resampling(scheme, w)].mean() for _ in range(4000)]),
     }
     squares = {side: 100 * (values - w @ x) ** 2 for side, values in means.items()}
     row = {f"{side} variance": float(values.mean()) for side, values in squares.items()}
@@ -122,7 +124,7 @@ def resampling(scheme: str, k: int, n: int, repeats: int) -> dict[str, float]:
     for rows in (1, n):
         calls = {
             "steerfm": lambda rows=rows: SCHEMES[scheme](all_w[:rows], all_u[:rows]),
-            "particles": lambda rows=rows: [particles.resampling.resampling(scheme, one) for one in w[:rows]],
+            "particles": lambda rows=rows: [their_resampling.resampling(scheme, one) for one in w[:rows]],
         }
         for side, call in calls.items():
             seconds: list[float] = []

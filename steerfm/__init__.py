@@ -40,7 +40,8 @@ def _names() -> dict[str, str]:
     from pathlib import Path
 
     stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
-    return {alias.name: str(line.module) for line in stub.body if isinstance(line, ast.ImportFrom) for alias in line.names}
+    lines = [line for line in stub.body if isinstance(line, ast.ImportFrom) and line.module]
+    return {alias.name: str(line.module) for line in lines for alias in line.names}
 
 
 @cache

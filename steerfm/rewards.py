@@ -240,10 +240,10 @@ class Reward(nn.Module):
         return f"<{type(self).__name__} {self.name!r}{': ' if told else ''}{told}>"
 
     # --- composition ---------------------------------------------------------------------------------------------
-    def __add__(self, other: Reward) -> WeightedSum:
+    def __add__(self, other: Reward | Callable[..., Any]) -> WeightedSum:
         return WeightedSum([*_terms(self), *_terms(as_reward(other))])
 
-    def __sub__(self, other: Reward) -> WeightedSum:
+    def __sub__(self, other: Reward | Callable[..., Any]) -> WeightedSum:
         return self + (-1.0) * as_reward(other)
 
     def __mul__(self, weight: float) -> WeightedSum:
@@ -382,11 +382,11 @@ def as_reward(reward: Any) -> Reward:
     return FunctionReward(reward)
 
 
-def reward(spec: str | Callable[..., Tensor] | Reward, **arguments: Any) -> Reward:
+def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
     """Find and build a reward.
 
     Args:
-        spec: the name of an installed plug-in, ``pkg.mod:Name``, ``path/to/file.py:name``, a function or a Reward.
+        spec: the name of an installed plug-in, ``pkg.mod:Name``, ``path/to/file.py:name``, a function, a Reward or its class.
         arguments: of the reward's class or function.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -97,7 +98,7 @@ def test_costs_add_up():
     assert a + b == Cost(11, 22, 33, 44, 55, 66.5, 700)
     assert a == Cost(1, 2, 3, 4, 5, 6.5, 700)  # unchanged
     assert sum([a, b], Cost()) == a + b
-    assert Cost(**a.as_dict()) == a
+    assert replace(Cost(), **a.as_dict()) == a
     assert list(a.as_dict()) == [
         "forwards", "backwards", "reward_calls", "reward_backwards", "decodes", "seconds", "peak_bytes",
     ]  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from kinds import a
 from PIL import Image
 from steerfm_zoo.emoji.data import EmojiData
 from torch.nn import functional as F
@@ -42,12 +44,12 @@ def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("shape", [(32, 32), (64, 64), (150, 90), (90, 151), (500, 333)])
 def test_tensors_are_prepared_as_open_clip_prepares_pil_pictures(shape, interpolation, mode):
     """Equal, but for a level or two where a value lies just between two; without rounding, but for what PIL's rounding does."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from open_clip.transform import Compose, PreprocessCfg, image_transform_v2
 
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.5, 1.0)
     cfg = PreprocessCfg(size=64, mean=mean, std=std, interpolation=interpolation, resize_mode=mode)
     picture = photograph(*shape)
-    expected = image_transform_v2(cfg, is_train=False)(picture)
+    expected = a(torch.Tensor, a(Compose, image_transform_v2(cfg, is_train=False))(picture))
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0) / 255
     found = Preprocessing((64, 64), mean, std, interpolation, mode)(tensor)[0]
     levels = (found - expected).abs() * torch.tensor(std).view(3, 1, 1) * 255
@@ -58,7 +60,8 @@ def test_tensors_are_prepared_as_open_clip_prepares_pil_pictures(shape, interpol
 
 def test_the_score_agrees_with_the_pil_path(clip):
     """Cosines through open_clip's own transform of PIL pictures and through ours, pictures of several sizes."""
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
+    created: Any = open_clip.create_model_and_transforms(f"local-dir:{FOLDER}")
+    model, _, transform = created
     tokens = open_clip.get_tokenizer(f"local-dir:{FOLDER}")(["red heart"])
     for side in (32, 48, 64, 150):
         pictures = [photograph(side, side, seed) for seed in range(16)]
@@ -79,7 +82,7 @@ def test_grey_pictures_are_taken_and_other_channels_refused(clip):
 
 # --- models ----------------------------------------------------------------------------------------------------------
 def test_the_shipped_model_is_a_folder_of_open_clip(clip):
-    plain = open_clip.create_model(f"local-dir:{FOLDER}").eval()
+    plain: Any = open_clip.create_model(f"local-dir:{FOLDER}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{FOLDER}")(PROMPTS)
     with torch.no_grad():
         assert torch.allclose(plain.encode_text(tokens, normalize=True), clip.encode_text(PROMPTS), atol=1e-6)
@@ -109,7 +112,7 @@ def test_a_model_of_ones_own_is_written_and_read(tmp_path):
         "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
     }
     torch.manual_seed(0)
-    model = encoders.build(cfg).eval()
+    model: Any = encoders.build(cfg).eval()
     told = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     folder = encoders.save_open_clip(model, tmp_path / "own", cfg, told, half=False)
     read = encoders.open_clip(str(folder))

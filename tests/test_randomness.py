@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -79,7 +80,9 @@ def test_streams_look_independent(z_score):
 
 def test_a_stream_depends_on_no_global_state():
     expected = draws(stream(5, "training", 3)), Noise([5], 2).normal((3,), torch.empty(0))
-    torch.manual_seed(9), np.random.seed(9), random.seed(9)
+    torch.manual_seed(9)
+    np.random.seed(9)
+    random.seed(9)
     torch.set_default_dtype(torch.float64)
     try:
         again = draws(stream(5, "training", 3)), Noise([5], 2).normal((3,), torch.empty(0, dtype=torch.float32))
@@ -143,14 +146,14 @@ METHODS = {
 }
 
 
-def tune(method, seed: int, steps: int = 4, watch=()) -> tuple[torch.Tensor, list[torch.Tensor], FineTuning]:
-    """Weights after a few updates, and the noise of each."""
+def tune(method, seed: int, steps: int = 4, watch=()) -> tuple[torch.Tensor, list[tuple[list[int], torch.Tensor]], FineTuning]:
+    """Weights after a few updates, and the seeds and noise of each."""
     seen = []
 
     class Watched(FineTuning):
         def update(self, rows):
             update = super().update(rows)
-            seen.append((update.noise.seeds, Noise(update.noise.seeds).start(update.tuned)))
+            seen.append((list(update.noise.seeds), Noise(update.noise.seeds).start(update.tuned)))
             return update
 
     module = Watched(
@@ -265,7 +268,7 @@ def test_dropout_belongs_to_the_seed_and_the_update():
 
     def masks(seed):
         network = Net()
-        data = [(torch.ones(2, 1, 8, 8), torch.tensor([0, 1]))] * 3
+        data: Any = [(torch.ones(2, 1, 8, 8), torch.tensor([0, 1]))] * 3
         module = ClassifierTraining(network, steps=3, seed=seed)
         trainer(3).fit(module, DataLoader(data, batch_size=None))
         return network.seen

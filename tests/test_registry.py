@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import operator
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +157,8 @@ def test_the_arguments_of_a_method():
     assert steerfm.methods() == list(METHODS) and len(steerfm.methods()) > 28
     assert steerfm.method("fmrg_j", particles=8) == steerfm.FMRGJ(particles=8)
     assert steerfm.method({"name": "fmrg_j", "particles": 8}, steps=3) == steerfm.FMRGJ(particles=8, steps=3)
-    assert steerfm.method("fmrg_j", guidance={"scale": 2.0}).guidance.scale == 2
+    scaled: Any = steerfm.method("fmrg_j", guidance={"scale": 2.0})
+    assert scaled.guidance.scale == 2
     assert steerfm.method(steerfm.TDS()) == steerfm.TDS()
     for spec, arguments, words in [
         ("funel", {}, "did you mean 'funnel'"), ("funnel", {"particels": 8}, "did you mean 'particles'"),
@@ -169,7 +173,8 @@ def test_methods_of_ones_own(own):
     assert steerfm.method(f"{own}:Mine", particles=4).particles == 4
     assert steerfm.method({"name": f"{own}:made", "steps": 2}) == steerfm.BestOfN(particles=5, steps=2)
     assert steerfm.method(f"{own}:ready").particles == 6
-    assert steerfm.method(f"{own}:Plain", steps=2).steps == 2
+    plain: Any = steerfm.method(f"{own}:Plain", steps=2)
+    assert plain.steps == 2
     for name, words in [("number", "is not an object with the interface"), ("nothing", "makes a int"), ("Mine2", "'Mine'")]:
         with pytest.raises(ValueError, match=words):
             steerfm.method(f"{own}:{name}")
@@ -190,7 +195,7 @@ def test_steer_by_names_is_steer_by_objects(fashion):
 @pytest.mark.parametrize("reward", ["first", {"name": "first", "weight": 2}, ["first", {"name": "first"}], "function"])
 @pytest.mark.parametrize("method", ["Mine", "Plain", "made", {"name": "Mine", "particles": 2}, {"name": "best_of_n"}])
 def test_all_that_can_be_named(own, flow_map, reward, method):
-    def full(spec):
+    def full(spec: Any) -> Any:
         if isinstance(spec, list):
             return [full(term) for term in spec]
         if isinstance(spec, dict):
@@ -286,6 +291,9 @@ def test_all_modules_are_reachable():
     assert out[0].startswith("False")
     here = {module.name for module in iter_modules(steerfm.__path__) if not module.name.startswith("_")}
     assert here | set(steerfm.__all__) <= set(out[1].split())
+    stub = ast.parse(Path(steerfm.__file__).with_suffix(".pyi").read_text())  # what type checkers and editors know
+    lines = [line for line in stub.body if isinstance(line, ast.ImportFrom) and not line.module]
+    assert {alias.name for line in lines for alias in line.names} == here
     for name in sorted(here):
         assert getattr(steerfm, name).__name__ == f"steerfm.{name}"
     for name in steerfm.__all__:
@@ -293,7 +301,7 @@ def test_all_modules_are_reachable():
     for name in ("__main__", "nothing", "__wrapped__"):
         assert not hasattr(steerfm, name)
     with pytest.raises(AttributeError, match=r"no attribute 'FeynmannKac' .did you mean 'FeynmanKac'"):
-        steerfm.FeynmannKac  # noqa: B018
+        operator.attrgetter("FeynmannKac")(steerfm)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

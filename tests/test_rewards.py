@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
 import torch
+from kinds import sure
 from torch import Tensor, nn
 
 from steerfm import rewards
@@ -44,7 +46,7 @@ class Labelled(Reward):
     name, needs = "labelled", frozenset({"labels"})
 
     def score(self, images, prompts=None, labels=None):
-        return labels.float()
+        return sure(labels).float()
 
 
 # --- what can be a reward --------------------------------------------------------------------------------------------
@@ -69,7 +71,8 @@ def test_a_function_may_carry_facts():
     def fact(images):
         return mean(images)
 
-    fact.name, fact.differentiable, fact.batch_size = "my fact", False, 2
+    facts: Any = fact  # types know no attributes of functions
+    facts.name, facts.differentiable, facts.batch_size = "my fact", False, 2
     rw = as_reward(fact)
     assert (rw.name, rw.differentiable, rw.batch_size) == ("my fact", False, 2)
 
@@ -167,7 +170,7 @@ def test_a_sum_needs_what_its_terms_need():
 
 def test_weights_are_finite():
     with pytest.raises(RewardError, match="weight of reward 'scaled' is nan"):
-        float("nan") * Scaled()
+        _ = float("nan") * Scaled()
 
 
 # --- micro-batches and costs -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kinds import a, sure
 
 import steerfm
 from steerfm import FeynmanKac, GaussianMixture, Guided, cli
@@ -16,9 +17,12 @@ def rows() -> Rows:
 
 def test_rows_are_taken_repeated_and_moved_together():
     twice = rows().repeat(2)
-    assert twice.n == 6 and twice.prompts == ["a", "a", "b", "b", "c", "c"] and twice.labels.tolist() == [3, 3, 1, 1, 2, 2]
+    assert (
+        twice.n == 6 and twice.prompts == ["a", "a", "b", "b", "c", "c"] and sure(twice.labels).tolist() == [3, 3, 1, 1, 2, 2]
+    )
     some = rows()[torch.tensor([2, 2, 0])]
-    assert some.n == 3 and some.prompts == ["c", "c", "a"] and some.cond.tolist() == some.labels.tolist() == [2, 2, 3]
+    assert some.n == 3 and some.prompts == ["c", "c", "a"] and sure(some.labels).tolist() == [2, 2, 3]
+    assert sure(some.labels).equal(a(torch.Tensor, some.cond))
     assert rows()[1:].prompts == ["b", "c"] and rows()[1:].n == 2
     assert Rows.of({"text": torch.zeros(2, 4)}).labels is None and Rows().n == 1
     with pytest.raises(ValueError, match="2 prompts for 3 conditions"):
@@ -40,7 +44,9 @@ def test_a_negative_class_stands_in_place_of_none():
     flow_map = steerfm.load("fashion")
     guided = Guided(flow_map, 3.0)
     plain = steerfm.sample(guided, n=2, label="Bag")
-    torch.testing.assert_close(steerfm.sample(guided, n=2, label="Bag", negative=flow_map.null.repeat(2)), plain)
+    torch.testing.assert_close(
+        steerfm.sample(guided, n=2, label="Bag", negative=a(torch.Tensor, flow_map.null).repeat(2)), plain
+    )
     away = steerfm.sample(guided, n=2, label="Bag", negative="Shirt")
     assert (away - plain).abs().mean() > 0.01
     torch.testing.assert_close(away, steerfm.sample(Guided(flow_map, 3.0, torch.tensor([6])), n=2, label="Bag"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds import a
 from safetensors.torch import load_file, save_file
 
 import steerfm
@@ -167,7 +168,7 @@ def test_adapters_are_whole_finite_and_of_their_base(own, tmp_path, change):
     path = tmp_path / "adapter.safetensors"
     path.with_suffix(".json").write_text(json.dumps({"kind": "adapter", "base": str(own)}))
     save_file(factors, path)
-    before, after = (steerfm.load(name).network.inputs.weight for name in (own, path))
+    before, after = (a(Mlp, steerfm.load(name).network).inputs.weight for name in (own, path))
     torch.testing.assert_close(after, before + 1)
     save_file(
         {k: v for k, v in (factors | changes.get(change, {})).items() if k != f"inputs.{change}" and change != "none"}, path
@@ -180,7 +181,7 @@ def test_the_strength_of_a_map_whose_base_is_another(own, tmp_path):
     path = tmp_path / "tuned.safetensors"
     NeuralFlowMap(Mlp(2, width=4, depth=1), (2,)).save(path, ARCHITECTURE | {"width": 4, "classes": 0}, {}, origin=str(own))
     with pytest.raises(ValueError, match="another architecture"):
-        steerfm.load(path).with_strength(0.5)
+        a(NeuralFlowMap, steerfm.load(path)).with_strength(0.5)
 
 
 @pytest.mark.parametrize("base", [None, 3, "", [], {"a": 1}])

@@ -119,6 +119,7 @@ class Remote(Reward):
     def _ask(self, body: bytes, n: int) -> Any:
         """What the server says to a request, from JSON."""
         deadline, limit, reason = time.monotonic() + self.timeout, 2**16 + 256 * n, ""
+        trial = 0
         for trial in range(self.retries + 1):
             if trial:
                 time.sleep(max(0.0, min(self.pause * 2 ** (trial - 1), deadline - time.monotonic())))
@@ -205,7 +206,7 @@ def _opener(local: bool) -> urllib.request.OpenerDirector:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
         return None
 
 

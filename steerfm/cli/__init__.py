@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int:
+    config = None
     if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
         config = loading.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
         if options.show:
@@ -162,7 +163,7 @@ def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int
             raise ValueError(f"{options.settings[0]}: only a check takes settings: steerfm rewards {options.name} --check")
     elif extra:
         parser().error(f"unrecognized arguments: {' '.join(extra)}")
-    return _run(options, argv, config if hasattr(options, "overrides") else None)
+    return _run(options, argv, config)
 
 
 def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:

@@ -187,20 +187,20 @@ class Monitor(L.Callback):
         self.rows: list[dict[str, float]] = []
         self.best_step, self.best_weights, self.reason = -1, {}, ""
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if is_derived(self.panel.seeds + self.panel.tasks.n - 1):
             raise ValueError(f"panel seeds from {self.panel.seeds}: seeds of 128 bits are trained on, hold out smaller ones")
-        module.place(module.device)
-        self.panel.place(module.device)
+        pl_module.place(pl_module.device)
+        self.panel.place(pl_module.device)
         if self.reason:  # a run that was stopped and started again
             trainer.should_stop = True
         elif not self.rows:
-            self._judge(trainer, module)
+            self._judge(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if (step % self.every == 0 or step >= module.steps) and (not self.rows or self.rows[-1]["step"] < step):
-            self._judge(trainer, module)
+        if (step % self.every == 0 or step >= pl_module.steps) and (not self.rows or self.rows[-1]["step"] < step):
+            self._judge(trainer, pl_module)
 
     def _judge(self, trainer: L.Trainer, module: FineTuning) -> None:
         step = trainer.global_step
@@ -250,7 +250,7 @@ class Monitor(L.Callback):
         if self.best_weights:
             module.ema.load_state_dict(self.best_weights)
 
-    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state before the step that failed is what a later start goes on from."""
         if isinstance(exception, RewardError) and self.folder is not None and trainer.global_step:
             save_checkpoint(trainer, self.folder / "checkpoints")
@@ -263,6 +263,6 @@ class Monitor(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "best_step": self.best_step, "best_weights": self.best_weights, "reason": self.reason}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self.best_step = state["rows"], state["best_step"]
-        self.best_weights, self.reason = state["best_weights"], state["reason"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.best_step = state_dict["rows"], state_dict["best_step"]
+        self.best_weights, self.reason = state_dict["best_weights"], state_dict["reason"]

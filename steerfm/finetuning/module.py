@@ -152,8 +152,8 @@ class FineTuning(Trained):
             self.log(f"train/{name}", value.detach().float(), prog_bar=name in ("loss", "reward"))
         return terms["loss"]
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        super().on_train_batch_start()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         self._started = time.perf_counter()
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
@@ -163,8 +163,8 @@ class FineTuning(Trained):
         cost = replace(total, seconds=time.perf_counter() - self._started, peak_bytes=self._ledger.cost.peak_bytes)
         self.spent = self.spent + cost  # here, since a callback that saves a checkpoint runs before later hooks
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        super().on_train_batch_end()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
         self.log("train/reward_calls", float(self.spent.reward_calls))
         self.log("train/evaluations", float(self.spent.evaluations))
         self.log("train/seconds", self.spent.seconds)

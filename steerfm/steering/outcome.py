@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -115,5 +115,6 @@ class Preset(Method, Protocol):
         paper: number on arXiv, or the place; "" where there is none.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # it is a dataclass
     samples: ClassVar[str]
     paper: ClassVar[str]

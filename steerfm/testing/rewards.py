@@ -301,6 +301,7 @@ def _moved(images: Tensor, by: Tensor) -> Tensor:
 
 def memory(probe: Probe) -> None:
     """Neither the pictures nor the graph outlive a call."""
+    alive = []
     for _ in range(2):  # what is made at the first call may stay
         images = probe.images.clone().requires_grad_()
         value = probe(images)

@@ -67,11 +67,11 @@ class Checkpoints(L.Callback):
         self.folder, self.every, self.pending = folder, every, pending
         self.saved = 0
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.saved = trainer.global_step
         self.pending.listen()  # Lightning has put a handler of its own before ours
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         stop = trainer.strategy.reduce_boolean_decision(bool(self.pending.number), all=False)
         if step > self.saved and (stop or (self.every and step % self.every == 0)):
@@ -80,7 +80,7 @@ class Checkpoints(L.Callback):
         if stop:
             raise Stopped(self.pending.number or SIGTERM, f"the run up to step {step} is in {self.folder}")
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Lightning knows how to go on from the end of an update, where it saves by itself: so the count of batches says that
         the last update has just ended, and not that a batch has been fetched since."""
         loops = checkpoint["loops"]["fit_loop"]

@@ -114,14 +114,14 @@ class SampleGrid(L.Callback):
     def __init__(self, folder: Path, every: int, asked: Sequence[str | int] = ()) -> None:
         self.folder, self.every, self.asked = folder, every, asked
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if not self.every or step % self.every or not trainer.is_global_zero:
             return
-        flow_map = module.averaged()
+        flow_map = pl_module.averaged()
         asked = self.asked or flow_map.class_names
         n = len(asked) or 8
-        cond = flow_map.condition(asked, n) if asked and module.null is not None else None
+        cond = flow_map.condition(asked, n) if asked and pl_module.null is not None else None
         pictures = [flow_map.decode(sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
         labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
         picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)

@@ -49,7 +49,7 @@ class Lines(L.Callback):
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every == 0 and trainer.is_global_zero:
             values = {name: f"{float(value):.4f}" for name, value in trainer.progress_bar_metrics.items() if name != "v_num"}
             print(f"step {trainer.global_step}/{trainer.max_steps}", *(f"{k} {v}" for k, v in values.items()), flush=True)

@@ -81,10 +81,10 @@ class Trained(L.LightningModule):
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, left))
 
-    def on_train_batch_start(self, *_: Any) -> None:  # dropout draws from torch's own generators
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # dropout draws from torch's own generators
         self._global.enter_context(global_stream(self.seed, "dropout", self.global_step, self.global_rank))
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._global.close()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

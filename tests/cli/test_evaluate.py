@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from kinds import a, classifier
 from PIL import Image
 from steerfm_zoo.emoji import pictures as emoji
 
@@ -80,7 +81,7 @@ def test_the_numbers_are_those_of_the_samples(fashion_run):
     """From the samples themselves, by the functions: no batch is lost, no space mixed up with another."""
     found = json.loads((fashion_run / "result.json").read_text())["samplers"]["4 jumps"]
     flow_map = steerfm.load("fashion")
-    labels = examine(flow_map, EvaluateConfig(n=300)).cond
+    labels = a(torch.Tensor, examine(flow_map, EvaluateConfig(n=300)).cond)
     with torch.inference_mode():
         pictures = flow_map.decode(
             torch.cat(
@@ -88,16 +89,16 @@ def test_the_numbers_are_those_of_the_samples(fashion_run):
             )
         )
         for name, space in found["spaces"].items():
-            features, data = zoo.load_classifier(name)[0].features(pictures), zoo.statistics(name)
+            features, data = classifier(name).features(pictures), zoo.statistics(name)
             expected = frechet_distance(*feature_statistics(features), data["test_mean"], data["test_cov"])
             assert space["frechet"] == pytest.approx(expected, rel=1e-3)
             assert space["kernel"] == pytest.approx(discrepancy(features.double(), data["test_rows"], cubic), abs=1e-5)
-    assert found["texture"] == pytest.approx(float(texture(pictures).mean() / data["test_texture"]), rel=1e-3)
+            assert found["texture"] == pytest.approx(float(texture(pictures).mean() / data["test_texture"]), rel=1e-3)
 
 
 def test_classes_are_drawn_like_the_datas():
     """Independent draws: classes in turn would make an unbiased distance too low."""
-    labels = examine(steerfm.load("fashion"), EvaluateConfig(n=2000)).cond
+    labels = a(torch.Tensor, examine(steerfm.load("fashion"), EvaluateConfig(n=2000)).cond)
     counts = labels.bincount(minlength=10)
     chi = float(((counts - 200) ** 2 / 200).sum())
     assert 1.2 < chi < 30  # 9 degrees of freedom

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds import sure
 from safetensors.torch import load_file
 
 import steerfm
@@ -212,7 +213,7 @@ def test_the_command_in_the_report_can_be_pasted(tmp_path, monkeypatch, prompt):
     argv = [*STEER[:-1], "out=a run", f"prompt={prompt}"]
     assert cli.main(argv) == 0
     page = Path("a run/report.html").read_text()
-    shown = html.unescape(re.search(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL).group(1))
+    shown = html.unescape(sure(re.search(r"<pre><code>(.*?)</code></pre>", page, re.DOTALL)).group(1))
     assert shlex.split(shown) == ["steerfm", *argv]
     assert shlex.split(json.loads(Path("a run/result.json").read_text())["command"]) == ["steerfm", *argv]
 

@@ -9,8 +9,9 @@ import gzip
 import os
 import random
 import signal
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def key(draw: random.Random, command: str) -> str:
     known = keys(BenchConfig if command == "bench" else cli.SCHEMAS[command])
     more = []
     if command in ("steer", "finetune"):
-        methods = METHODS if command == "steer" else finetuning.METHODS
+        methods: Mapping[str, Any] = METHODS if command == "steer" else finetuning.METHODS
         made = [f.name for kind in methods.values() for f in fields(kind)]
         more = [
             f"method.{draw.choice(made)}",

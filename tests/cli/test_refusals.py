@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from steerfm.cli.loading import load
 from steerfm.cli.parts import build_method
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.networks import UNet
+from steerfm.registry import Kind
 from steerfm.report.pictures import picture_grid
 from steerfm.steering import METHOD, METHODS, EndpointGradient, Jump
 from steerfm.values import ConfigError
@@ -101,7 +102,7 @@ def test_refused_before_there_is_a_folder(capsys, tmp_path, monkeypatch, command
 
 
 # --- methods and their parts -----------------------------------------------------------------------------------------
-def method(*overrides: str, schema=SteerConfig, kind=METHOD):
+def method(*overrides: str, schema: type[SteerConfig | FinetuneConfig] = SteerConfig, kind: Kind = METHOD) -> Any:
     return build_method(load(schema, None, list(overrides)).method, kind)
 
 
@@ -157,7 +158,8 @@ def test_a_method_takes_every_argument_that_is_listed(name, capsys):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, randomise):
     def model(channels: int, classes: int = 0, data: str = "") -> str:
-        architecture = {"channels": channels, "widths": [8], "attention": False} | ({"classes": classes} if classes else {})
+        architecture: dict[str, Any] = {"channels": channels, "widths": [8], "attention": False}
+        architecture |= {"classes": classes} if classes else {}
         network = randomise(UNet(**architecture))
         flow_map = NeuralFlowMap(network, (channels, 28, 28), class_names=[f"class {i}" for i in range(classes)])
         path = tmp_path_factory.mktemp("models") / f"own-{channels}-{classes}"

@@ -26,8 +26,9 @@ WORDS = [
 def shown(monkeypatch):
     def shown(width: int, call) -> str:
         file = io.StringIO()
-        options = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": printing.console.soft_wrap}
-        monkeypatch.setattr(printing, "console", Console(file=file, width=width, **options))
+        soft = printing.console.soft_wrap
+        console = Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=soft)
+        monkeypatch.setattr(printing, "console", console)
         call()
         return file.getvalue()
 

@@ -6,12 +6,16 @@ import copy
 import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from kinds import a, classifier, sure
 from PIL import Image
 from reward_helpers import clip_folder, head_file, server_of
+from steerfm_rewards.clip import Clip
+from steerfm_rewards.inverse import TargetImage
 from torch import Tensor
 
 from steerfm.checkpoints import build_network, save_weights
@@ -92,10 +96,11 @@ def test_it_keeps_the_contract(plugin):
     assert plugin.unit and type(plugin).__doc__
 
 
-def networks(plugin: Reward) -> list[torch.nn.Module]:
+def networks(plugin: Reward) -> list[Any]:
     """Those that the reward shares with others of this process."""
     parts = [late for part in plugin.modules() for late in (part, getattr(part, "encoder", None))]
-    return [part.load() for part in parts if hasattr(part, "load")]
+    loads = [getattr(part, "load", None) for part in parts]
+    return [load() for load in loads if callable(load)]
 
 
 def smooth(plugin: Reward, yes: bool) -> None:
@@ -148,7 +153,7 @@ def test_values_under_autocast_are_near(plugin, dtype):
 
 def test_words_first_met_under_one_autocast_are_used_under_another():
     """Embeddings of prompts are kept for the process, in whatever precision the first call ran."""
-    words = reward("clip")
+    words = a(Clip, reward("clip"))
     for kept, dtype in (("a snow man", torch.float16), ("a fresh egg", torch.bfloat16)):
         with torch.autocast("cpu", dtype):
             words(pictures(1), prompts=[kept])
@@ -278,7 +283,7 @@ def test_the_classifier_is_frozen_in_evaluation_mode_and_gives_features(checkpoi
 
     network, names, _ = load_classifier(checkpoint[1])
     assert names == NAMES and not network.training and not any(p.requires_grad for p in network.parameters())
-    assert network.features(pictures()).shape == (6, network.num_features)
+    assert classifier(checkpoint[1]).features(pictures()).shape == (6, classifier(checkpoint[1]).num_features)
 
 
 def test_the_judge_is_another_classifier_by_default(checkpoint):
@@ -372,7 +377,7 @@ def test_score_and_gradient_are_those_of_a_linear_measurement_with_noise(name):
     """y = A x* + noise with A as a matrix: log N(y; A x, noise^2 I) up to its constant, and A'(y - A x) / noise^2."""
     shape, noise = (3, 6, 8), 0.3
     truth, x = pictures(1, shape, seed=2)[0], pictures(4, shape).double().requires_grad_()
-    rw = reward("target_image", target=truth, operator=name, noise=noise, seed=5)
+    rw = a(TargetImage, reward("target_image", target=truth, operator=name, noise=noise, seed=5))
     A = operators()[name](torch.eye(truth.numel(), dtype=torch.float64).unflatten(1, shape)).flatten(1).T
     y = rw.y.double().flatten()
     z = torch.randn(rw.y.shape, generator=stream(5, "measurement")).double().flatten()
@@ -386,9 +391,9 @@ def test_score_and_gradient_are_those_of_a_linear_measurement_with_noise(name):
 
 def test_the_truth_is_the_full_picture_where_there_is_one():
     y = operators()["downsample"](TARGET[None])[0]
-    assert reward("target_image", target=TARGET, operator="downsample", seed=0).truth.equal(TARGET)
+    assert sure(reward("target_image", target=TARGET, operator="downsample", seed=0).truth).equal(TARGET)
     assert reward("target_image", target=y, operator="downsample", measured=True).truth is None
-    assert (reward("symmetry") + 2.0 * reward("target_image", target=TARGET)).truth.equal(TARGET)
+    assert sure((reward("symmetry") + 2.0 * reward("target_image", target=TARGET)).truth).equal(TARGET)
     assert (reward("symmetry") + reward("sharpness")).truth is None
 
 
@@ -425,7 +430,10 @@ def test_a_measurement_and_an_operator_of_your_own():
 
 
 def test_the_noise_of_a_measurement_has_a_seed_and_a_scale():
-    first, again, other = (reward("target_image", target=TARGET, noise=0.2, seed=seed).y for seed in (0, 0, 1))
+    def measured(seed: int) -> Tensor:
+        return a(TargetImage, reward("target_image", target=TARGET, noise=0.2, seed=seed)).y
+
+    first, again, other = (measured(seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert float((first - TARGET).std()) == pytest.approx(0.2, rel=0.1)
 

@@ -1,9 +1,11 @@
 """Every preset that claims to sample the tilt does; those that do not claim it are seen not to."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from kinds import sure
 from weighed import weighed
 
 import steerfm
@@ -58,7 +60,7 @@ def exact():
     return torch.stack([f(x).mean() for f in FUNCTIONS]) * LOG_Z.exp()
 
 
-def check(name, values, expected, variance=0.0):
+def check(name: str, values: torch.Tensor, expected: torch.Tensor, variance: torch.Tensor | float = 0.0) -> None:
     scores = (values.mean(1) - expected) / (values.var(1) / values.shape[1] + variance).sqrt()
     print(f"{name:40s}", " ".join(f"{score:+.2f}" for score in scores))
     assert scores.abs().max() < LIMIT, scores
@@ -104,7 +106,7 @@ def test_adaptive_tempering_samples_the_tilt(guidance):
     method = FeynmanKac(512, 8, tempering=Adaptive(0.8), guidance=guidance, transition=Renoise(1.0))
     result = steerfm.steer(MIXTURE.flow_map(), reward, method, n=100)
     check(f"adaptive {guidance}", estimates(result), exact())
-    beta = result.trace.beta
+    beta = sure(result.trace.beta)
     assert (beta.diff(dim=0) >= 0).all() and (beta[-1] == 1).all() and (beta >= 0).all()
     previous = torch.ones(100, dtype=torch.float64)
     for i in range(7):
@@ -119,7 +121,7 @@ def tilted_mean(method, n=40):
     return means.mean().item(), means.std().item() / math.sqrt(n)
 
 
-def fmtt(steps, ascent=None, correction="jarzynski", lookahead="jump", particles=500):
+def fmtt(steps, ascent=None, correction: Any = "jarzynski", lookahead="jump", particles=500):
     guidance = MapGradient(0.5, cap=None, ascent=ascent)
     transition = Diffuse(lambda t: 1 - t)
     return Steering(particles, steps, lookahead, guidance, "linear", transition, correction, None)
@@ -139,7 +141,7 @@ def test_extra_ascent_is_a_bias_that_the_general_weight_cures():
     assert abs(cured[0] - want) < 0.01 + LIMIT * cured[1]
 
     class Careless(Jarzynski):
-        def check(self, steering):
+        def check(self, parts):
             pass
 
     biased = tilted_mean(fmtt(100, chi, Careless()))
@@ -156,7 +158,7 @@ def test_the_general_weight_holds_for_a_denoiser_where_the_simple_one_does_not()
         return abs((w * (x > CUTS[1])).sum(1).mean().item() - (exact()[3] / LOG_Z.exp()).item())
 
     class Careless(Jarzynski):
-        def check(self, steering):
+        def check(self, parts):
             pass
 
     simple = error(fmtt(100, None, "jarzynski", particles=1000))
@@ -175,7 +177,7 @@ def test_fmtt_converges_with_steps():
 
 
 # --- what does not sample ------------------------------------------------------------------------------------------------
-SEARCHES = [name for name, method in METHODS.items() if "Samples: no" in method.__doc__]
+SEARCHES = [name for name, method in METHODS.items() if "Samples: no" in sure(method.__doc__)]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -192,4 +194,4 @@ def test_what_does_not_claim_to_sample_is_seen_not_to(name):
 
 def test_every_preset_says_what_it_samples():
     for name, method in METHODS.items():
-        assert "Samples:" in method.__doc__, name
+        assert "Samples:" in sure(method.__doc__), name

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from kinds import a
 
 from steerfm.finetuning import (
     METHODS,
@@ -30,10 +32,10 @@ from steerfm.finetuning.evaluation import Monitor, Panel, control_cost
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import interval
 from steerfm.networks import Mlp
-from steerfm.rewards import RewardError, as_reward
+from steerfm.rewards import Reward, RewardError, as_reward
 from steerfm.training import fit
 
-QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 0, "save_every": 3, "progress": False}
+QUICK: dict[str, Any] = {"accelerator": "cpu", "log_every": 1, "validate_every": 0, "save_every": 3, "progress": False}
 SMALL = {
     "direct": {},
     "weighted": {"rounds": 3, "samples": 64},
@@ -74,7 +76,7 @@ def test_a_killed_run_continues_to_the_same_bits(name, tmp_path):
     method = METHODS[name](**SMALL[name])
     whole = module(method)
     fit(whole, whole.data(), tmp_path / "whole", **QUICK)
-    killed = module(method)
+    killed: Any = module(method)
     loss, calls = killed.method.loss, iter(range(100))
 
     class Fragile:  # dies in the middle of step 8
@@ -110,7 +112,7 @@ def test_the_reference_and_the_base_are_never_changed(tmp_path):
 def test_the_reward_goes_up(tmp_path):
     for name, options in SMALL.items():
         m = module(METHODS[name](**options), steps=60, control=0.3, scale=1.0, batch_size=32)
-        fit(m, m.data(), tmp_path / name, **QUICK | {"save_every": 60})
+        fit(m, m.data(), tmp_path / name, **dict(QUICK, save_every=60))
         x, y = (draw(law, Tasks(), m.reference, [7], 2000) for law in (m.law(), chain(4)(m.reference)))
         assert linear(x).mean() > linear(y).mean() + 0.1, name
 
@@ -121,8 +123,8 @@ def losses_and_weights(name: str, devices: int) -> tuple[list[float], torch.Tens
     losses = []
 
     class Watch(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, *_):
-            losses.append(module.all_gather(outputs["loss"]).mean().item())
+        def on_train_batch_end(self, trainer, pl_module, outputs: Any, batch, batch_idx):
+            losses.append(a(torch.Tensor, pl_module.all_gather(outputs["loss"])).mean().item())
 
     trainer = L.Trainer(
         max_steps=6, max_epochs=-1, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
@@ -251,11 +253,11 @@ def test_a_run_without_a_model_within_the_floor_keeps_the_base(tmp_path):
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-def black_box(x):
-    return linear(x.detach())
+class BlackBox(Reward):
+    differentiable = False
 
-
-black_box.differentiable = False
+    def score(self, images, prompts=None, labels=None):
+        return linear(images)
 
 
 def test_what_cannot_work_is_refused_at_once():
@@ -265,8 +267,8 @@ def test_what_cannot_work_is_refused_at_once():
         check(Weighted(), as_reward(linear), 0.0)
     for method in (Direct(), HyperNoise()):
         with pytest.raises(RewardError, match="black box"):
-            check(method, as_reward(black_box), 1.0)
-    check(Policy(), as_reward(black_box), 0.0)
+            check(method, BlackBox(), 1.0)
+    check(Policy(), BlackBox(), 0.0)
     with pytest.raises(RewardError, match="nothing to learn"):
         spread(small_map(), as_reward(lambda x: 0 * x[:, 0]), Tasks())
 

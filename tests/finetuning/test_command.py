@@ -11,10 +11,12 @@ import time
 
 import pytest
 import torch
+from kinds import a, sure
 
 import steerfm
 from steerfm import cli
 from steerfm.checkpoints import read_weights
+from steerfm.flowmap import NeuralFlowMap
 
 FAST = [
     "batch_size=4",
@@ -72,7 +74,7 @@ def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypat
     found, base = result["readings"]["tuned, 1 jump"], result["readings"]["base, 4 jumps"]
     assert base["over_base"] == 0 and found["over_base_half"] > 0
     assert found["over_base"] == pytest.approx(found["held_out"] - base["held_out"], abs=1e-4)  # the same seeds
-    tuned = steerfm.load(folder / "fashion-tuned.safetensors")
+    tuned = a(NeuralFlowMap, steerfm.load(folder / "fashion-tuned.safetensors"))
     assert tuned.data == "fashion"  # what it draws is judged like what its base draws
     x = torch.randn(2, 1, 28, 28)
     adapted = steerfm.load(folder / "adapter.safetensors")
@@ -102,8 +104,8 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     killed.wait()
     assert not (tmp_path / "killed" / "result.json").is_file()
     again = start("killed")
-    assert again.wait(timeout=300) == 0, again.stderr.read()
-    assert whole.wait(timeout=300) == 0, whole.stderr.read()
+    assert again.wait(timeout=300) == 0, sure(again.stderr).read()
+    assert whole.wait(timeout=300) == 0, sure(whole.stderr).read()
     one, two = (read_weights(tmp_path / out / "fashion-tuned.safetensors", "flow_map")[1] for out in ("whole", "killed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from kinds import a
 
 import steerfm
 from steerfm import zoo
@@ -89,7 +90,7 @@ def test_unknown_layers_are_named(flow_map):
 
 
 def test_on_the_shipped_model_they_are_less_than_a_tenth():
-    fm = steerfm.load("fashion")
+    fm = a(NeuralFlowMap, steerfm.load("fashion"))
     module = FineTuning(fm, as_reward(lambda x: x.mean((1, 2, 3))), Policy(), lora=LoRA(rank=4), batch_size=16)
     sizes = {True: 0, False: 0}
     for p in module.network.parameters():

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from kinds import classifier
 
 import steerfm
 from steerfm import cli, zoo
@@ -45,7 +46,7 @@ def test_every_shipped_map_names_what_it_is_measured_with():
 
 def test_the_card_decides_for_all_commands(fashion, pictures):
     evaluator = Evaluator(fashion)
-    features = zoo.load_classifier(NAMES[0])[0].features
+    features = classifier(NAMES[0]).features
     assert list(evaluator.spaces) == NAMES and evaluator.judged is evaluator.spaces[NAMES[1]] and not evaluator.gaps
     assert torch.equal(Yardstick.of(fashion).features(pictures), features(pictures))
     panel = panel_of(fashion)

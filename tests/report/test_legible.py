@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,9 +89,8 @@ def texts(fig: Figure) -> list[Text]:
 def shown(text: Text, fig: Figure) -> bool:
     """Ticks beyond the end of an axis are made and not drawn."""
     ticks = {label for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for label in every_label(axis)}
-    return text not in ticks or text in {
-        label for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for tick in axis._update_ticks() for label in (tick.label1,)
-    }
+    axes: list[Any] = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]  # their own list of ticks is not public
+    return text not in ticks or text in {tick.label1 for axis in axes for tick in axis._update_ticks()}
 
 
 def every_label(axis: Axis) -> list[Text]:
@@ -104,7 +104,7 @@ def test_texts_are_nine_pixels_high_on_a_phone_and_inside(figure, name):
     found = texts(fig)
     assert found
     for text in found:
-        pixels = text.get_fontsize() / 72 * fig.dpi * PHONE / width
+        pixels = float(text.get_fontsize()) / 72 * fig.dpi * PHONE / width
         assert pixels >= 9, text.get_text()
         box = text.get_window_extent()
         assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text.get_text()
@@ -171,7 +171,7 @@ def test_captions_of_a_grid_are_nine_pixels_high_on_a_phone(figure, columns, lab
     fig = figure(lambda path: picture_grid(torch.rand(2, columns, 1, 28, 28), path, names, captions, "a title of some words"))
     width, height = fig.get_size_inches() * fig.dpi
     for text in texts(fig):
-        assert text.get_fontsize() / 72 * fig.dpi * min(1, PHONE / width) >= 9, text.get_text()
+        assert float(text.get_fontsize()) / 72 * fig.dpi * min(1, PHONE / width) >= 9, text.get_text()
         box = text.get_window_extent()
         assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text.get_text()
 

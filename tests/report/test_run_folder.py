@@ -9,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from kinds import sure
 from safetensors.torch import load_file
 
 from steerfm import files
@@ -92,7 +93,7 @@ def test_result_is_plain_json(tmp_path):
     run.save_result(result)
     text = (tmp_path / "result.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    loaded = run.load_result()
+    loaded = sure(run.load_result())
     assert loaded == json.loads(text)
     assert loaded["nan"] is None and loaded["inf"] == [None, None] and loaded["tensor"] == [0.3333333, None]
     assert (loaded["np"], loaded["flag"], loaded["count"], loaded["5"]) == (0.1, True, 7, None)
@@ -139,7 +140,7 @@ def test_a_corrupt_part_is_done_again(tmp_path):
             if run.load_part(index) is None:
                 done.append(index)
                 run.save_part(index, {"x": torch.full((10,), float(index))})
-        return [run.load_part(index)["x"] for index in run.parts()]
+        return [sure(run.load_part(index))["x"] for index in run.parts()]
 
     first = work()
     file = tmp_path / "parts" / "part-00001.safetensors"

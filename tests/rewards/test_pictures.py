@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from kinds import a
 from PIL import Image
+from steerfm_rewards.inverse import TargetImage
 
 import steerfm
 from steerfm.rewards import RewardError
@@ -157,4 +159,4 @@ def test_a_broken_or_missing_file_is_one_line(tmp_path, content):
 def test_a_mask_is_unknown_where_it_is_transparent(tmp_path):
     quarter("RGBA", (255, 255, 255, 0), (255, 255, 255, 255)).save(tmp_path / "m.png")
     reward = steerfm.reward("target_image", target=torch.zeros(1, 4, 4), operator="inpaint", mask=str(tmp_path / "m.png"))
-    assert reward.y.numel() == 1
+    assert a(TargetImage, reward).y.numel() == 1

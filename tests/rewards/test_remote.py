@@ -255,7 +255,7 @@ def test_a_token_that_is_not_there_or_cannot_be_sent(value, monkeypatch):
         monkeypatch.setenv("STEERFM_TOKEN", value)
     with pytest.raises(RewardError, match="STEERFM_TOKEN") as error:
         steerfm.reward("remote", url="http://localhost:1", token_env="STEERFM_TOKEN")
-    assert not (value or "").strip() or value not in str(error.value)
+    assert value is None or not value.strip() or value not in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["example.org", "10.0.0.1", "localhost.example.org", "127.0.0.1.example.org"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import steerfm
 from steerfm import transitions
-from steerfm.steering import Denoise, FeynmanKac, Jump, Resample, Uncorrected
+from steerfm.steering import Denoise, FeynmanKac, Jump, Resample, SteeringResult, Uncorrected
 from steerfm.steering.resampling import SCHEMES
 from steerfm.steering.selection import Candidates
 from steerfm.transitions import Diffuse, Renoise
@@ -169,11 +169,11 @@ def reward(x):
     return 1.5 * x[:, 0] - 0.5 * x[:, -1] ** 2
 
 
-def assert_equal(a, b, order=slice(None)):
+def assert_equal(a: SteeringResult, b: SteeringResult, order: slice | torch.Tensor = slice(None)) -> None:
     """Two results bit for bit, up to the order of the outputs."""
     for name in ("samples", "rewards", "log_weights", "log_z"):
         left, right = getattr(a, name), getattr(b, name)
-        assert (left is None and right is None) or left[order].equal(right), name
+        assert left[order].equal(right) if left is not None and right is not None else left is right, name
     for field in fields(a.trace):
         left, right = getattr(a.trace, field.name), getattr(b.trace, field.name)
         if field.name != "t" and left is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,11 +67,11 @@ def tensors(result: SteeringResult) -> dict[str, torch.Tensor | None]:
 
 
 def same(a: SteeringResult, b: SteeringResult) -> bool:
+    def alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+        return one is other if one is None or other is None else one.dtype == other.dtype and one.equal(other)
+
     one, other = tensors(a), tensors(b)
-    return one.keys() == other.keys() and all(
-        other[name] is None if value is None else value.dtype == other[name].dtype and value.equal(other[name])
-        for name, value in one.items()
-    )
+    return one.keys() == other.keys() and all(alike(value, other[name]) for name, value in one.items())
 
 
 CASES = {
@@ -187,7 +188,8 @@ def test_outputs_are_indexed_as_a_tensor_is():
         assert part.samples.equal(result.samples[index]) and part.trace.value.equal(result.trace.value[:, index])
         assert part.strength.equal(result.strength[index]) and part.trace.t.equal(result.trace.t)
         assert part.images().equal(result.images()[index]) and part.best().equal(result.best()[index])
-    for index in (2, -1, np.int64(1), torch.tensor(0)):
+    numbers: list[Any] = [2, -1, np.int64(1), torch.tensor(0)]
+    for index in numbers:
         assert result[index].samples.equal(result.samples[[int(index)]])
     for wrong in (4, -5, slice(4, None), [7]):
         with pytest.raises(IndexError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kinds import sure
 from torch import nn
 
 import steerfm
@@ -41,7 +43,7 @@ class Good(steerfm.Reward):
         return images.flatten(1).mean(1)
 
 
-def broken(body, **facts: Any) -> steerfm.Reward:
+def broken(body: Callable[..., Any], **facts: Any) -> steerfm.Reward:
     """A reward of one line and some class facts."""
     return type("Broken", (Good,), {"score": body, **facts})()
 
@@ -69,8 +71,8 @@ class Half(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
-        return gradient / 2
+    def backward(ctx, *grad_outputs):
+        return grad_outputs[0] / 2
 
 
 def mean(images):
@@ -149,9 +151,12 @@ BROKEN_REWARDS = {
     "a gradient all the same": (broken(lambda self, images, **_: mean(images), differentiable=False), "differentiable = True"),
     "a root at grey": (broken(lambda self, images, **_: images.var((1, 2, 3)).sqrt()), "epsilon"),
     "half its gradient": (broken(lambda self, images, **_: mean(Half.apply(images))), "not that of its value"),
-    "reads labels": (broken(lambda self, images, labels=None, **_: mean(images) / (1 + labels)), "add what it reads to needs"),
+    "reads labels": (
+        broken(lambda self, images, labels=None, **_: mean(images) / sure(labels).add(1)),
+        "add what it reads to needs",
+    ),
     "reads prompts": (
-        broken(lambda self, images, prompts=None, **_: mean(images) / torch.tensor([len(p) for p in prompts])),
+        broken(lambda self, images, prompts=None, **_: mean(images) / torch.tensor([len(p) for p in sure(prompts)])),
         "add what it reads to needs",
     ),
     "keeps": (Keeps(), "store nothing"),

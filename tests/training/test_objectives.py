@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from kinds import a, sure
 
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap, NeuralFlowMap
@@ -171,7 +172,8 @@ def test_mean_flow_has_its_minimum_too(path, s, t, z_score):
 @pytest.mark.parametrize("objective", [FlowMatching(), MeanFlow()], ids=["flow matching", "mean flow"])
 def test_noisy_targets_have_no_gradient_on_average_at_the_exact_map(objective, z_score):
     fm, generator = exact_map(), seeded()
-    output = [fm.network.outputs.weight, fm.network.outputs.bias]  # the rest has no gradient: the output is zero
+    last = a(Mlp, fm.network).outputs
+    output = [last.weight, last.bias]  # the rest has no gradient: the output is zero
     gradients = []
     for i in range(40):
         losses = objective(fm, data(400, seed=i + 10), None, generator)
@@ -266,8 +268,9 @@ def test_mean_flow_aims_at_the_eulerian_target(z_score):
         def forward(self, x, s, t, cond):
             return (t - s)[:, None] * (self.network(x, s, t, cond) + x.sin())
 
+    last = a(Mlp, fm.network).outputs
     fm.network = Bent(fm.network)
-    weights = [fm.network.network.outputs.weight, fm.network.network.outputs.bias]
+    weights = [last.weight, last.bias]
     differences, size = [], 0.0
     for i in range(40):
         x1 = data(200, seed=i + 10)
@@ -357,7 +360,7 @@ def test_guidance_pulls_the_target_of_labelled_rows_away_from_the_null_velocity(
 
     class ByLabel(FlowMap):
         def average_velocity(self, x, s, t, cond):
-            return cond.to(x).unsqueeze(1) * x
+            return a(torch.Tensor, cond).to(x).unsqueeze(1) * x
 
     flow_map, null, w = ByLabel((2,)), 3, 1.5
     x1 = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
@@ -428,7 +431,7 @@ def test_trajectories_end_where_their_shares_say():
 def test_pairs_of_a_trajectory_share_its_condition():
     class Labelled(FlowMap):
         def average_velocity(self, x, s, t, cond):
-            return cond.to(x).unsqueeze(1).expand_as(x)
+            return a(torch.Tensor, cond).to(x).unsqueeze(1).expand_as(x)
 
     cond = torch.arange(12) % 5
     assert Trajectory(uses=3)(Labelled((2,)), torch.zeros(12, 2), cond, seeded()).max() < 1e-9
@@ -442,12 +445,13 @@ def test_kept_trajectories_are_drawn_from_and_the_oldest_forgotten():
 
         def average_velocity(self, x, s, t, cond):
             Labelled.calls += 1
-            return cond.to(x).unsqueeze(1).expand_as(x)
+            return a(torch.Tensor, cond).to(x).unsqueeze(1).expand_as(x)
 
     objective, flow_map = Trajectory(uses=3, keep=24, steps=2), Labelled((2,))
     for call in range(9):
         cond = torch.arange(12) + 12 * (call // 3)
         assert objective(flow_map, torch.zeros(12, 2), cond, seeded(call)).max() < 1e-9
     assert Labelled.calls == 9 + 3 * 2 * 2
-    assert sorted(objective.pool.paths.cond.tolist()) == list(range(12, 36))
-    assert objective.pool.paths.states.shape == (3, 24, 2)
+    paths = sure(objective.pool.paths)
+    assert sorted(a(torch.Tensor, paths.cond).tolist()) == list(range(12, 36))
+    assert paths.states.shape == (3, 24, 2)

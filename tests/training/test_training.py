@@ -6,10 +6,12 @@ import math
 import os
 import signal
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from kinds import sure
 from torch.utils.data import DataLoader
 
 from steerfm import encoders
@@ -30,7 +32,7 @@ from steerfm.training import (
 from steerfm.training.objectives import FlowMatching, Lagrangian, Progressive, Trajectory
 
 STEPS = 12
-QUICK = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}
+QUICK: dict[str, Any] = {"accelerator": "cpu", "log_every": 1, "validate_every": 4, "save_every": 3, "progress": False}
 
 
 class Pictures(L.LightningDataModule):
@@ -43,12 +45,15 @@ class Pictures(L.LightningDataModule):
         self.batch = (0.2 * noise + 0.8 * labels[:, None, None, None], labels)
         self.started_at: list[int] = []
 
+    def batches(self, n: int) -> Any:  # a list is a data set, too, but not by its type
+        return [self.batch] * n
+
     def train_dataloader(self) -> DataLoader:
-        self.started_at.append(self.trainer.global_step)
-        return DataLoader([self.batch] * 1000, batch_size=None)
+        self.started_at.append(sure(self.trainer).global_step)
+        return DataLoader(self.batches(1000), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader([self.batch] * 2, batch_size=None)
+        return DataLoader(self.batches(2), batch_size=None)
 
 
 class Watch(L.Callback):
@@ -58,9 +63,9 @@ class Watch(L.Callback):
         self.weights: list[torch.Tensor] = []
         self.averages: list[torch.Tensor] = []
 
-    def on_train_batch_end(self, trainer, module, *_) -> None:
-        self.weights.append(flat(module.network))
-        self.averages.append(flat(module.ema))
+    def on_train_batch_end(self, trainer, pl_module: Any, outputs, batch, batch_idx) -> None:
+        self.weights.append(flat(pl_module.network))
+        self.averages.append(flat(pl_module.ema))
 
 
 def flat(network: torch.nn.Module) -> torch.Tensor:
@@ -309,11 +314,12 @@ class Recorder:
         return torch.full((len(x1),), self.loss)
 
 
-def one_step(shares: dict[float, float], n: int = 8, **options):
+def one_step(shares: dict[float, float], n: int = 8, **options: Any):
     """(loss, diagonal, off-diagonal recorders) of one training step on n pictures; the losses are the keys of shares."""
     diagonal, recorders = Recorder(1.0), [Recorder(loss) for loss in shares]
     off_diagonal = dict(zip(recorders, shares.values()))
-    trained = module(off_diagonal=off_diagonal, diagonal=diagonal, **({"start": 0.0} | options))
+    given: dict[str, Any] = {"start": 0.0} | options
+    trained = module(off_diagonal=off_diagonal, diagonal=diagonal, **given)
     trained.generator.manual_seed(0)
     pictures = torch.linspace(0, 1, n)[:, None, None, None].expand(n, 1, 8, 8)
     return trained.training_step((pictures, torch.arange(n) % 2), 0), diagonal, recorders
@@ -375,7 +381,7 @@ def test_training_a_classifier(tmp_path):
         ResNet(1, widths=(8,), classes=2, dropout=0.0), noise=0.05, steps=30, warmup=2, lr=0.02, ema=0.8
     )
     data = Pictures()
-    fit(trained, data, tmp_path, **QUICK | {"validate_every": 30, "save_every": 30})
+    fit(trained, data, tmp_path, **dict(QUICK, validate_every=30, save_every=30))
     logged = history(tmp_path)
     assert logged["train/loss"][1][-1] < 0.5 * logged["train/loss"][1][0]
     assert logged["val/accuracy"] == ([29, 30], [1.0, 1.0])
@@ -393,7 +399,8 @@ STRAIGHT = encoders.Preprocessing((32, 32), [0.5] * 3, [0.5] * 3, eight_bits=Fal
 
 def robust(**options):
     torch.manual_seed(0)
-    network, teacher = encoders.build(SMALL_CLIP), encoders.build(SMALL_CLIP).eval()
+    network = encoders.build(SMALL_CLIP)
+    teacher: Any = encoders.build(SMALL_CLIP).eval()
     embed = torch.no_grad()(lambda x: teacher.encode_image(STRAIGHT(x), normalize=True))
     words = encoders.tokenizer(SMALL_CLIP)
     return RobustTraining(network, words, STRAIGHT, embed, radius=0.5, **options), torch.rand(12, 3, 32, 32)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds import a, classifier
 
 import steerfm
 from steerfm import encoders, plugins, zoo
+from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import frechet_distance, texture
 
 
@@ -58,7 +60,7 @@ def test_classifiers_reach_their_accuracy(name):
 def test_shipped_statistics_are_those_of_the_test_split(name):
     from steerfm_zoo.fashion.data import fashion_mnist
 
-    network, pictures = zoo.load_classifier(name)[0], fashion_mnist("test")[0].float() / 255
+    network, pictures = classifier(name), fashion_mnist("test")[0].float() / 255
     with torch.inference_mode():
         features = torch.cat([network.features(part) for part in pictures.split(500)]).double()
     kept = zoo.statistics(name)
@@ -134,7 +136,8 @@ def test_classes_by_name(fashion):
 def test_a_velocity_can_forget_its_jumps(tmp_path):
     """The start of benchmarks/ablation.py: the same velocity, and one Euler step for every jump."""
     forget_jumps = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "ablation.py"))["forget_jumps"]
-    trained, forgot = steerfm.load("fashion"), steerfm.load(forget_jumps("fashion", tmp_path / "start.safetensors"))
+    names = ("fashion", forget_jumps("fashion", tmp_path / "start.safetensors"))
+    trained, forgot = (a(NeuralFlowMap, steerfm.load(name)) for name in names)
     x, cond = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(4)
     velocity = trained.velocity(x, 0.3, cond)
     assert torch.allclose(forgot.velocity(x, 0.3, cond), velocity, atol=1e-5)
