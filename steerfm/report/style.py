@@ -66,9 +66,14 @@ class Counted(ScalarFormatter):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.set_scientific(False)
+        self.largest = 0.0
+
+    def set_locs(self, locs: Any) -> None:
+        super().set_locs(locs)
+        self.largest = max((abs(float(x)) for x in locs), default=0.0)
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        plain = x == 0 or 1e-3 <= max(abs(x) for x in self.locs) < 1e5 if len(self.locs) else False
+        plain = self.largest > 0 and (x == 0 or 1e-3 <= self.largest < 1e5)
         return super().__call__(x, pos) if plain else number(x)
 
 

@@ -9,6 +9,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from kinds import a
 from torch import Tensor, nn
 
 import steerfm
@@ -364,7 +365,7 @@ def test_another_network_in_the_same_map():
     fm = VelocityModel(Wide(), (2,), class_names=("a",), null=torch.tensor([7]))
     other = fm.with_network(Wide())
     assert other is not fm and other.network is not fm.network and isinstance(other, VelocityModel)
-    assert other.class_names == ("a",) and other.null.equal(torch.tensor([7]))
+    assert other.class_names == ("a",) and a(torch.Tensor, other.null).equal(torch.tensor([7]))
     assert [name for name, _ in fm.named_parameters()] == [name for name, _ in other.named_parameters()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_slope_is_that_of_the_weights_by_the_networks_own_time(name):
         torch.testing.assert_close(torch.as_tensor(value).expand(41).double(), (other - one) / step, rtol=1e-5, atol=1e-8)
 
 
-def _log_ratio() -> Tensor:
+def _log_ratio() -> Any:
     square = alphas_cumprod()
     return ((square / (1 - square)).log() / 2).numpy()
 
