@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
+
+diffusers: Any = import_module("diffusers")  # it says neither which names are its own nor what may be None
 
 B = 2
 Made = tuple[Any, dict[str, Any]]
