@@ -216,7 +216,7 @@ class Monitor(L.Callback):
         best = next((row["held_out"] for row in self.rows if row["step"] == self.best_step), None)
         if not self.patience or best is None or (kept and numbers["held_out"] > best):  # at first it is the base itself
             self.best_step = step
-            self.best_weights = {name: value.detach().cpu().clone() for name, value in module.ema.state_dict().items()}
+            self.best_weights = {name: value.cpu().clone() for name, value in module.learnt().items()}
         waited = sum(row["step"] > self.best_step for row in self.rows)
         if self.patience and waited >= self.patience and step < module.steps:
             last = [row for row in self.rows if row["step"] > self.best_step]
@@ -236,7 +236,7 @@ class Monitor(L.Callback):
 
     def _write(self, step: int, reading: Reading, module: FineTuning) -> None:
         assert self.folder is not None
-        weights = {name: value.detach().half().cpu().contiguous() for name, value in module.ema.state_dict().items()}
+        weights = {name: value.half().cpu().contiguous() for name, value in module.learnt().items()}
         write_tensors(self.folder / "averaged" / f"{step:06d}.safetensors", weights)
         if reading.pictures.ndim == 4:
             picture_grid(reading.pictures[None, :10], self.folder / "samples" / f"{step:06d}.png", [f"step {step}"])
@@ -248,7 +248,7 @@ class Monitor(L.Callback):
         module.place(module.device)
         self.panel.place(module.device)
         if self.best_weights:
-            module.ema.load_state_dict(self.best_weights)
+            module.ema.load_state_dict({**module.ema.state_dict(), **self.best_weights})
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state before the step that failed is what a later start goes on from."""

@@ -21,6 +21,7 @@ from steerfm.rewards import Reward
 from steerfm.sampling import Noise
 from steerfm.training import Trained
 from steerfm.training.data import endless
+from steerfm.training.module import share_frozen
 
 
 class TaskData(L.LightningDataModule):
@@ -84,7 +85,9 @@ class FineTuning(Trained):
         **options: Any,
     ) -> None:
         check(method, reward, control, flow_map)
-        network = copy.deepcopy((start or flow_map).network).requires_grad_(True).train()
+        base = (start or flow_map).network
+        network = copy.deepcopy(base).requires_grad_(True) if lora is None else share_frozen(base)
+        network.train()
         if lora is not None:
             lora.inject(network, options.get("seed", 0))
         super().__init__(network, **options)

@@ -5,6 +5,7 @@ Automatic optimisation, one loss, one optimiser: precision, devices and strategy
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import ExitStack
 from typing import Any
@@ -49,7 +50,7 @@ class Trained(L.LightningModule):
         super().__init__()
         self.network = network
         average = _ema(ema)
-        self.average = AveragedModel(network, avg_fn=average, use_buffers=False).requires_grad_(False)
+        self.average = AveragedModel(_Lean(network), avg_fn=average, use_buffers=False).requires_grad_(False)
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.steps, self.warmup, self.decay, self.seed = steps, warmup, decay, seed
         self.skipped = 0
@@ -101,11 +102,42 @@ class Trained(L.LightningModule):
         super().optimizer_step(*arguments, **options)
         self.average.update_parameters(self.network)
 
+    def learnt(self) -> dict[str, Tensor]:
+        """The averaged weights, without those that are frozen."""
+        frozen = self.frozen()
+        return {name: value.detach() for name, value in self.ema.state_dict().items() if name not in frozen}
+
+    def frozen(self) -> set[str]:
+        """Names of the network's parameters that are not trained."""
+        return {name for name, parameter in self.network.named_parameters() if not parameter.requires_grad}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is frozen is not saved: whoever goes on has it."""
         checkpoint["skipped"] = self.skipped
+        for name in self.frozen():
+            for place in ("network", "average.module"):
+                checkpoint["state_dict"].pop(f"{place}.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+
+def share_frozen(network: nn.Module) -> nn.Module:
+    """A copy of a network that has its frozen parameters in common with it, wherever they move: low-rank tuning needs one
+    network and not three."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
+
+
+class _Lean(nn.Module):
+    """A network that shares its frozen parameters with its copies."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return share_frozen(self.network)
 
 
 def _ema(decay: float):
