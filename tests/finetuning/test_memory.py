@@ -77,7 +77,7 @@ class KilledError(Exception):
 
 
 class Kill(L.Callback):
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 3:
             raise KilledError
 
