@@ -91,3 +91,9 @@ def test_benchmarks_are_listed(capsys):
     assert "exact" in capsys.readouterr().out
     assert cli.main(["bench", "exakt"]) == 2
     assert "did you mean 'exact'" in capsys.readouterr().err
+
+
+def test_the_table_of_what_fits_which_map_is_current(capsys):
+    assert cli.main(["models", "--markdown"]) == 0
+    table = capsys.readouterr().out.strip()
+    assert table in (DOCS / "models.md").read_text(), "paste the output of `steerfm models --markdown` into docs/models.md"

@@ -111,8 +111,8 @@ def parser() -> argparse.ArgumentParser:
                 sub.add_argument(
                     "settings", nargs="*", metavar="key=value", help="reward.KEY=, model=, prompt= or label= of a check"
                 )
-            if name == "methods":
-                sub.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
+            if name in ("methods", "models"):
+                sub.add_argument("--markdown", action="store_true", help="the table of the documentation")
         elif name == "data":
             sub.add_argument("name", help="emoji or fashion")
             sub.add_argument("--size", type=int, default=32, help="side of the emoji, 8 to 64")
@@ -172,7 +172,7 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
         case "models":
             from steerfm.cli.listing import list_models
 
-            list_models(options.name)
+            list_models(options.name, options.markdown)
         case "rewards" if options.check:
             from steerfm.cli.check import check_reward
 

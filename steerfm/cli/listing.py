@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from rich.text import Text
 
 from steerfm import registry, rewards, trust, zoo
+from steerfm.capabilities import KINDS, WORDS, Choosy
 from steerfm.cli.console import console, make_table, print_table
 from steerfm.closed_form import GaussianMixture
+from steerfm.flowmap import FlowMap
 from steerfm.report.formats import short
 from steerfm.steering import METHOD, METHODS, MapGradient, Method, Sampler, steer
 from steerfm.steering.correction import Parts
@@ -19,8 +21,11 @@ from steerfm.steering.noise_search import NoiseAscent
 from steerfm.values import ConfigError
 
 
-def list_models(name: str | None = None) -> None:
-    """The shipped models, or the card of one of them."""
+def list_models(name: str | None = None, markdown: bool = False) -> None:
+    """The shipped models, or the card of one of them; ``markdown`` is the table of docs/models.md: what fits which map."""
+    if markdown:
+        print(fits_markdown())
+        return
     models = zoo.models()
     if name is not None:
         if name not in models:
@@ -90,8 +95,7 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
     """The steering methods, or one of them with its four parts and defaults; ``markdown`` is the table of docs/methods.md."""
     import inspect
 
-    from steerfm import finetuning
-
+    tuning = finetuning_methods()
     if markdown:
         print(methods_markdown())
         return
@@ -102,12 +106,12 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         console.print(table)
         console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n")
         table = make_table("fine-tuning", "gradient", "what")
-        for key, method in finetuning.METHODS.items():
+        for key, method in tuning.items():
             table.add_row(key, "reward" if method.differentiates else "none", method_title(method))
         console.print(table)
         console.print("use one: steerfm finetune --config NAME")
         return
-    kind = registry.find(name, replace(METHOD, named=METHODS | finetuning.METHODS))
+    kind = registry.find(name, replace(METHOD, named=METHODS | dict(tuning)))
     method: Any = kind()
     console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
     console.print(inspect.getdoc(kind) or "")
@@ -129,6 +133,40 @@ def methods_markdown() -> str:
         facts = [method.samples, method_gradient(made), calls_a_step(made)]
         rows.append([f"`{name}`", f"`{method.__name__}`", *facts, *parts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def fits_markdown() -> str:
+    """One row a method: whether it fits a map that can do only so much, or what to take in it to make it fit; "no" for one that
+    does not."""
+    kinds = ("endpoint", "velocity", "generator")
+    rows = [["method", *(f"`{kind}`: {WORDS[kind]}" for kind in kinds)], ["---"] * 4]
+    for name, method in {**METHODS, **finetuning_methods()}.items():
+        made = method()
+        why = [made.lacks(_able(kind), None) if isinstance(made, Choosy) else "" for kind in kinds]
+        rows.append([f"`{name}`", *(_in_its_place(each, (*METHODS, *finetuning_methods())) for each in why)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _in_its_place(why: str, methods: Collection[str]) -> str:
+    """What to take, in short, where that is not another method."""
+    take = [words.partition(", which")[0] for words in re.findall(r"take ([^;]*)", why)]
+    if any(words.split(",")[0].split()[0] in methods for words in take):
+        return "no"
+    return "; ".join(f"`{words}`" if words.count("=") == 1 and " " not in words else words for words in take) or "yes"
+
+
+def finetuning_methods() -> Mapping[str, Any]:
+    """Methods of tuning by name; they import on first use."""
+    from steerfm import finetuning
+
+    return finetuning.METHODS
+
+
+def _able(kind: str) -> FlowMap:
+    """A map that can do so much and no more."""
+    flow_map = FlowMap((1,))
+    flow_map.capabilities, flow_map.steps = KINDS[kind], 1 if kind == "generator" else 4
+    return flow_map
 
 
 def method_title(method: type) -> str:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steerfm.capabilities import can, needs
-from steerfm.finetuning.base import Law, Terms, Update, ode
+from steerfm.finetuning.base import Law, Terms, Update, by_velocity, ode
 from steerfm.flowmap import FlowMap
 from steerfm.transitions import Bridge
 
@@ -83,7 +82,7 @@ class Adjoint:
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`."""
-        return "" if can(flow_map, "velocity") else needs("velocity", "take draft_k, or policy with transition=renoise")
+        return by_velocity(flow_map)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, self.ode)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from steerfm.capabilities import Choosy, in_words
+from steerfm.capabilities import Choosy, can, in_words, needs
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
@@ -195,6 +195,17 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
             f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn"
         )
     return std
+
+
+def by_velocity(flow_map: FlowMap) -> str:
+    """What a map lacks for a method that trains its velocity, and what to take in place of it."""
+    if can(flow_map, "velocity"):
+        return ""
+    return needs("velocity", "take draft_k, or policy with transition=renoise" if can(flow_map, "endpoint") else ONE_JUMP)
+
+
+ONE_JUMP = "take noise, or direct with jumps=1 and trained=null"
+"""What fits a generator."""
 
 
 def check(method: Method, reward: Reward, control: float, flow_map: FlowMap | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steerfm.capabilities import Choosy, can, needs
-from steerfm.finetuning.base import Law, Terms, Update, chain, ode
+from steerfm.finetuning.base import ONE_JUMP, Law, Terms, Update, by_velocity, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.registry import Named, objects
@@ -104,6 +104,8 @@ class Policy(metaclass=Named):
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`."""
+        if not (can(flow_map, "endpoint") or can(flow_map, "velocity")):
+            return needs("endpoint", ONE_JUMP)
         if not isinstance(self.transition, Choosy) or self.transition == flow_map.transition:
             return ""
         why = self.transition.lacks(flow_map, flow_map.grid(self.steps))
@@ -193,7 +195,7 @@ class NFT:
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`."""
-        return "" if can(flow_map, "velocity") else needs("velocity", "take policy with transition=renoise, or draft_k")
+        return by_velocity(flow_map)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, 4 * self.ode)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steerfm.capabilities import can, needs
 from steerfm.cost import count, count_backward
-from steerfm.finetuning.base import Law, Terms, Update, chain, draw
+from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, draw
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive, stream
 from steerfm.registry import Named, objects
@@ -117,10 +117,8 @@ class Weighted(metaclass=Named):
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`: the fit is of velocities, and with ``refit.trajectory`` of jumps between any two times."""
-        if not can(flow_map, "velocity"):
-            return needs("velocity", "take draft_k, or policy with transition=renoise")
-        if can(flow_map, "two_time") or not self.refit.trajectory:
-            return ""
+        if not can(flow_map, "velocity") or can(flow_map, "two_time") or not self.refit.trajectory:
+            return by_velocity(flow_map)
         return "its fit of jumps " + needs(
             "two_time", f"take refit.trajectory=0 and jumps={max(flow_map.steps, 8)}, Euler steps"
         )

@@ -110,7 +110,7 @@ class Jump(transitions.Jump):
             return needs("two_time", "take hops=1")
         if self.hops == 1 and list(times[:-1]) == [0.0] and can(flow_map, "generator"):
             return ""
-        return needs("endpoint", "take best_of_n with steps=1, or a search of the noise: reno, zero_order or random_search")
+        return needs("endpoint", "take steps=1")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from steerfm import transitions
-from steerfm.capabilities import Choosy
+from steerfm.capabilities import Choosy, can, needs
 from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import time_grid
@@ -162,6 +162,8 @@ class Sampler(metaclass=Named):
             times: that are visited; default those of `times`.
         """
         parts, grid = self.parts, self.times(flow_map) if times is None else times
+        if len(grid) > 2 and not (can(flow_map, "endpoint") or can(flow_map, "velocity")):
+            return needs("endpoint", "take best_of_n with steps=1, or a search of the noise: reno, zero_order or random_search")
         ranks = parts.selection is not None and parts.selection.ranks
         looks = parts.guidance is not None or parts.correction.samples or ranks or self._drawn()
         why = {}

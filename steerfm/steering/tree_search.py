@@ -54,7 +54,7 @@ def _lacks(flow_map: FlowMap, steps: int, gamma: float) -> str:
     if can(flow_map, "two_time") or can(flow_map, "endpoint" if gamma == 1 else "two_time"):
         return ""
     if can(flow_map, "velocity"):
-        return needs("endpoint", "take FKSteering, SVDD or FeynmanKac with lookahead=denoise and transition=bridge")
+        return needs("endpoint", "take fk_steering, svdd, or feynman_kac with lookahead=denoise and transition=midpoint")
     if can(flow_map, "endpoint"):
         return f"with gamma={gamma} " + needs("two_time", "take gamma=1")
     return "" if steps == 1 and can(flow_map, "generator") else needs("endpoint", "take steps=1")
