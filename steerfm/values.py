@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -33,7 +33,6 @@ class Range:
     Attributes:
         least, most: included. above, below: not included. of: what is counted, for the message. off: also 0.
         empty: what to say of an empty list.
-        word: that may stand in place of a number.
     """
 
     least: float = -math.inf
@@ -43,7 +42,6 @@ class Range:
     of: str = ""
     off: bool = False
     empty: str = "name at least one"
-    word: str = ""
 
     def check(self, value: Any, key: str) -> None:
         """Raise a ConfigError unless the number, or every one of a list or dictionary, is in the range."""
@@ -53,13 +51,7 @@ class Range:
             for item in value.values() if isinstance(value, dict) else value:
                 self.check(item, key)
             return
-        if value is None or (self.off and value == 0):
-            return
-        if isinstance(value, str):
-            if value.lower().lstrip("+-") in ("nan", "inf", "infinity"):
-                raise ConfigError(f"{key}={value}: must be finite")
-            if value != self.word:
-                raise ConfigError(f"{key}={value}: give a number" + (f", or {self.word}" if self.word else ""))
+        if value is None or isinstance(value, str) or (self.off and value == 0):  # a text: a word that the type allows
             return
         if not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")
@@ -255,7 +247,9 @@ def convert(value: Any, kind: Any, key: str, words: bool = False) -> Any:
             value = number
         else:
             value = scalar(text, key)
-    known = {int, float, bool, str, type(None), *lists.values()}
+    if isinstance(value, str) and any(value in _words_of(one) for one in kinds):
+        return str(value)
+    known = {int, float, bool, str, type(None), *lists.values(), *(one for one in kinds if _words_of(one))}
     if isinstance(value, Mapping) and any(get_origin(one) is dict for one in kinds):
         item = next(get_args(one)[1] for one in kinds if get_origin(one) is dict)
         return {str(name): convert(entry, item, f"{key}.{name}") for name, entry in value.items()}
@@ -275,8 +269,9 @@ def convert(value: Any, kind: Any, key: str, words: bool = False) -> Any:
             if not value and str in kinds:
                 raise ConfigError(f"{key}=[]: name at least one")
             (item,) = lists
-            return [convert(entry, item, key, words) for entry in value]
-        if str not in kinds:
+            numbered = bool(kinds & {int, float})  # one value or a list of them: say which one it is
+            return [convert(entry, item, f"{key}[{i}]" if numbered else key, words) for i, entry in enumerate(value)]
+        if not kinds & {str, int, float}:
             (item,) = lists
             return [convert(value, item, key, words)]
     if not kinds <= known and not any(get_origin(one) is dict for one in kinds):
@@ -322,12 +317,28 @@ def wanted(kinds: set[Any]) -> str:
     if str in kinds:
         return "not a text: write it in quotes"
     names = {int: "a whole number", float: "a number", bool: "true or false"}
+    single = " or ".join(name for one, name in names.items() if one in kinds and not (one is float and int in kinds))
+    words = [word for one in kinds for word in _words_of(one)]
+    if single or words:
+        lists = ["a list of numbers"] if any(get_origin(one) in (list, Sequence) for one in kinds) else []
+        return f"give {', or '.join(filter(None, [single, *words, *lists]))}"
     for one in kinds:
         if get_origin(one) in (list, Sequence):
             return "give a list of texts" if get_args(one)[0] is str else "give a list of numbers"
         if get_origin(one) is dict:
             return "give keys and values, {name: value}"
-    return "give " + " or ".join(name for one, name in names.items() if one in kinds and not (one is float and int in kinds))
+    return "give something else"
+
+
+def _words_of(kind: Any) -> tuple[str, ...]:
+    """The words that a type consists of, ``Literal["auto"]``; of another type none."""
+    words = get_args(kind) if get_origin(kind) is Literal else ()
+    return words if all(isinstance(word, str) for word in words) else ()
+
+
+def _either(words: list[str]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def type_words(kind: Any, limits: Range | None = None) -> str:
@@ -335,14 +346,16 @@ def type_words(kind: Any, limits: Range | None = None) -> str:
     names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     of = {key: f"{name}s" for key, name in names.items()}
     words = []
-    for one in sorted(members(kind) - {type(None)}, key=lambda one: one is not str):
+    for one in sorted(members(kind) - {type(None)}, key=lambda one: (one is not str, str(one))):
         if get_origin(one) in (list, Sequence):
             words.append(f"list of {of[get_args(one)[0]]}")
         elif get_origin(one) is dict:
             words.append(f"{{name: {names.get(get_args(one)[1], '...')}}}")
+        elif _words_of(one):
+            words += _words_of(one)
         else:
             words.append(names.get(one, "name, or {name: NAME, ...}"))
-    said = " or ".join(words)
+    said = _either(words)
     if limits is not None and math.isfinite(limits.least) and math.isfinite(limits.most):
         said += f", {limits.least:g} to {_bound(limits.most)}"
     elif limits is not None and limits.limits():

@@ -15,7 +15,8 @@ import platform
 import re
 import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from steerfm.cli.parts import build_judge, build_method, build_reward, check_nee
 from steerfm.cli.runs import contents, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
-from steerfm.metrics import bootstrap, feature_statistics, frechet_distance, interval, pairwise_diversity
+from steerfm.metrics import (
+    Difference,
+    bootstrap,
+    feature_statistics,
+    frechet_distance,
+    interval,
+    paired_difference,
+    pairwise_diversity,
+)
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -42,6 +51,7 @@ from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, Sampler, steer
+from steerfm.steering.steer import automatic
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
@@ -118,6 +128,14 @@ class Problem:
     judge: Reward
     outputs: Outputs
 
+    @cached_property
+    def strengths(self) -> float | list[float]:
+        """One for all outputs, or for each. "auto" is worked out once, at no method's cost."""
+        told = self.outputs.strengths(self.config.strength)
+        if isinstance(told, str):
+            return automatic(self.flow_map, self.reward, self.outputs.to(self.flow_map.device), told)
+        return told
+
     @property
     def title(self) -> str:
         return f"{self.name}, {stem(self.config.model)}, strength {short(self.config.strength)}"
@@ -126,18 +144,19 @@ class Problem:
         """Network evaluations of one output, by trying it."""
         row = self.outputs[:1]
         told = {"prompts": row.prompts, "labels": row.labels}
-        return steer(self.flow_map, self.reward, method, 1, 0, self.config.strength, row.cond, **told).cost.evaluations
+        strength = self.strengths[0] if isinstance(self.strengths, list) else self.strengths
+        return steer(self.flow_map, self.reward, method, 1, 0, strength, row.cond, **told).cost.evaluations
 
     def measure(self, method: Method | None, seed: int) -> dict[str, Tensor]:
         """One cell: the best particle of each output by the reward, as the judge sees it; None draws plain samples."""
-        want, size = self.outputs, self.config.batch_size
+        want, size, strengths = self.outputs, self.config.batch_size, self.strengths
         seeds = want.seeds(seed * self.config.n)
         with Ledger() as ledger:
             if method is None:
                 x = draw(self.flow_map, want.n, 4, seeds, want.cond, batch_size=max(size, 100))
             else:
                 x = steer(
-                    self.flow_map, self.reward, method, want.n, seeds, self.config.strength, want.cond,
+                    self.flow_map, self.reward, method, want.n, seeds, strengths, want.cond,
                     prompts=want.prompts, labels=want.labels, batch_size=size,
                 ).best()  # fmt: skip
         cost = ledger.cost
@@ -202,7 +221,9 @@ Cells = Mapping[Column, list[dict[str, Tensor]]]
 
 def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
     """Measure every cell that has no file yet, then write the table, the plots and the report of all of them."""
-    methods, problems = _methods(config), _problems(config)
+    methods = _methods(config)
+    _check_difference(config.difference, [BASE, *methods])
+    problems = _problems(config)
     part, parts = _share(config.share)
     path = Path(config.out or f"runs/bench/{suite}")
     told = f"suite: {suite}\n"  # one folder takes further methods, problems and budgets, and several processes
@@ -296,6 +317,15 @@ def _methods(config: BenchConfig) -> dict[str, Any]:
     return made
 
 
+def _check_difference(pair: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse what are not two methods of the suite."""
+    for name in pair:
+        if name not in names:
+            raise ConfigError(f"difference: no method {name!r}{nearest(name, names)}; methods: {', '.join(names)}")
+    if pair and (len(pair) != 2 or pair[0] == pair[1]):
+        raise ConfigError(f"difference=[{', '.join(pair)}]: give two methods, [A, B]: {', '.join(names)}")
+
+
 def _baseline(methods: Mapping[str, Any]) -> str | None:
     """The name under which a suite has best-of-n."""
     return next((name for name, told in methods.items() if told["name"] == BASELINE), None)
@@ -321,6 +351,7 @@ def _problems(config: BenchConfig) -> list[Problem]:
                     raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
                 want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward, problem.negative)
                 check_needs((reward, judge), want.labels, want.prompts)
+                want.strengths(problem.strength)
                 made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
     return made
 
@@ -364,6 +395,19 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
     return rows
 
 
+def differences(cells: Cells, a: str, b: str) -> dict[Column, Difference]:
+    """By how much the held-out reward of method ``a`` is above that of ``b``, output by output of the same seeds: for each
+    problem and budget, by its column of ``a``; nothing where one of them has no cells."""
+    out = {}
+    for column in cells:
+        other = replace(column, method=b, budget=0 if b == BASE else column.budget)
+        one = replace(column, method=a, budget=0 if a == BASE else column.budget)
+        if column in (one, other) and column.budget and one in cells and other in cells:
+            held = (torch.stack([cell["held_out"] for cell in cells[of]]) for of in (one, other))
+            out[replace(column, method=a)] = paired_difference(*held)
+    return out
+
+
 def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
     """Method -> (evaluations, held-out reward, half of its interval) of the rows of a `summary`, for `cost_plot`."""
     found: dict[str, list[tuple[float, float, float]]] = {}
@@ -397,13 +441,18 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
         name = name if name not in names else f"{name}-{len(names)}"  # "a b" and "a/b" are two problems
         names.append(name)
         pictures += _draw(problem, of, cells, config.budgets[-1], folder.path / name)
+    apart = differences(cells, *config.difference) if config.difference else {}
+    if config.difference:
+        tables.insert(0, _difference_table(config.difference, apart))
     means = _mean_ranks(rows)
     tables.append(("mean rank over problems and budgets", ["method", "rank"], [[n, f"{r:.2f}"] for n, r in means.items()]))
     told = {
         "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": torch.get_num_threads(),
         "machine": platform.machine(), "torch": torch.__version__, "steerfm": steerfm.__version__,
     }  # fmt: skip
-    files.write(folder.path / "summary.json", json.dumps(told | {"ranks": means, "rows": rows}, indent=1))
+    of = [{"of": config.difference, "problem": c.problem.title, "budget": c.budget, **asdict(d)} for c, d in apart.items()]
+    whole = told | {"ranks": means, "rows": rows} | ({"differences": of} if of else {})
+    files.write(folder.path / "summary.json", json.dumps(whole, indent=1))
     page = report(folder, f"Benchmark {suite}", told, tables, pictures)
     console.print(STAR)
     console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
@@ -437,6 +486,26 @@ def _table(problem: Problem, budget: int, of: Mapping[Column, dict[str, Any]]) -
     title = f"{problem.title}: {budget} network evaluations an output"
     print_table([HEADER[i] for i in SHORT], [[line[i] for i in SHORT] for line in lines], title)
     return f"{problem.title}: {budget} evaluations. {STAR}", HEADER, lines
+
+
+def _difference_table(pair: Sequence[str], found: Mapping[Column, Difference]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, header, lines) of how two methods differ; prints it."""
+    a, b = pair
+    header = ["problem", "calls", "difference", "95%", "better"]
+    lines = [
+        [
+            of.problem.title,
+            str(of.budget),
+            f"{d.mean:+.3f}",
+            d.limits,
+            d.better(a, b),
+        ]
+        for of, d in found.items()
+    ]
+    pairs = next((f", {d.pairs} pairs of the same seed" for d in found.values()), ": they share no budget")
+    title = f"held-out reward of {a} over {b}{pairs}"
+    print_table(header, lines, title)
+    return title, header, lines
 
 
 def _draw(

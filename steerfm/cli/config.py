@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Literal
 
 from steerfm.values import (
     Range,
@@ -129,6 +126,7 @@ GUIDANCE = "scale of classifier-free guidance; 1 for none, above 1 for stronger"
 NEGATIVE = "what guidance leads away from: a class or a text, or a list, one for each output; needs guidance"
 COMPILE = "compile the network by torch.compile: the first calls take a minute, later ones less"
 DEVICE = "auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps"
+SEEDS = "seed of the first output, the next have seeds + 1, seeds + 2, ...; or one for each output, for all prompts the same"
 PRECISION = "precision of network and reward"
 
 
@@ -140,7 +138,7 @@ class SampleConfig:
     label: Words = option(None, "class by name or index, or a list, one for each sample; null for a mix of all")
     prompt: Words = option(None, "what to ask a map of words for: a text, a list of texts, or a file of them")
     n: int = count(16, "output", "samples, of each prompt where there are several")
-    seeds: int = seed_field("seed of the first sample; the next have seeds + 1, seeds + 2, ...")
+    seeds: int | list[int] = seed_field(SEEDS)
     steps: int = count(4, "step", "jumps from noise to data; each is one network call a sample")
     guidance: float = finite(1.0, GUIDANCE)
     negative: Words = option(None, NEGATIVE)
@@ -168,9 +166,10 @@ class SteerConfig:
     )
     prompt: Words = option(None, "for models and rewards that read words: a text, a list of texts, or a file of them")
     n: int = count(16, "output", "outputs, of each prompt where there are several; each has particles of its own")
-    seeds: int = seed_field("seed of the first output; the next have seeds + 1, seeds + 2, ...")
-    strength: float | str = ranged(
-        10.0, "how hard to tilt, in 1 / units of the reward; 0 is the model itself; auto for two of its spreads", word="auto"
+    seeds: int | list[int] = seed_field(SEEDS)
+    strength: float | list[float] | Literal["auto"] = finite(
+        10.0,
+        "how hard to tilt, in 1 / units of the reward; 0 is the model itself, auto two of its spreads; or one for each output",
     )
     guidance: float = finite(1.0, GUIDANCE)
     negative: Words = option(None, NEGATIVE)
@@ -298,6 +297,7 @@ class BenchConfig:
     )
     methods: dict[str, Any] = option({}, "name -> a method's name or FILE.py:CLASS, or {name: ..., its arguments}", of="method")
     only: list[str] = option([], "names of the methods to run; [] for all")
+    difference: list[str] = option([], "two of the methods, [A, B]: says how much better A is than B, and how sure that is")
     budgets: list[int] = option(
         [8, 32, 128], "network evaluations an output", range=Range(least=1, of="evaluation", empty=NOTHING)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from steerfm.rewards import Reward
 from steerfm.rows import Rows
 from steerfm.sampling import leading_away
 from steerfm.values import ConfigError
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,35 @@ class Outputs(Rows):
         chosen = range(self.n)[rows] if isinstance(rows, slice) else rows.tolist()
         return replace(super().__getitem__(rows), names=tuple(self.names[row] for row in chosen))
 
-    def seeds(self, first: int) -> list[int]:
-        """A seed for each output: the same ones for every prompt."""
-        return [first + i % self.each for i in range(self.n)]
+    def seeds(self, seeds: int | list[int]) -> list[int]:
+        """A seed for each output; a number is the first of those of a prompt, which every prompt has.
+
+        Raises:
+            ConfigError: see `spread`.
+        """
+        return self.spread("seeds", list(range(seeds, seeds + self.each)) if isinstance(seeds, int) else seeds)
+
+    def strengths(self, strength: float | list[float] | Literal["auto"]) -> float | list[float] | Literal["auto"]:
+        """One strength for all outputs, or a list of one for each.
+
+        Raises:
+            ConfigError: see `spread`.
+        """
+        return self.spread("strengths", strength) if isinstance(strength, list) else strength
+
+    def spread(self, what: str, values: list[Number]) -> list[Number]:
+        """Values, one for each output: as many as there are, or those of a prompt, which every prompt has.
+
+        Args:
+            what: they are called, for the message.
+
+        Raises:
+            ConfigError: another number of them.
+        """
+        if len(values) not in (self.each, self.n):
+            of = "outputs" if self.each == self.n else f"outputs of each of {self.n // self.each} prompts"
+            raise ConfigError(f"{len(values)} {what} for n={self.each} {of}: give one number, or one per output")
+        return values * (self.n // len(values))
 
 
 def outputs_of(

@@ -29,7 +29,7 @@ from steerfm.sampling import sample as draw
 from steerfm.steering import Method, SteeringResult, steer_batches
 from steerfm.steering.result import OVER_TIME
 from steerfm.steering.result import facts as result_facts
-from steerfm.steering.weights import effective_sample_size
+from steerfm.steering.weights import ess_in_words
 
 SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
@@ -46,6 +46,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
     judge = build_judge(config, flow_map, reward)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, reward, config.negative)
     check_needs((reward, judge), want.labels, want.prompts)
+    seeds, strengths = want.seeds(config.seeds), want.strengths(config.strength)
     autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
     folder = run_folder(config, default)
     if folder.load_result() is not None:
@@ -55,7 +56,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
         console.print(NO_JUDGE)
     if judge is not None:
         judge.to(flow_map.device)
-    batches = steered(config, folder, flow_map, want, reward, method)
+    batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths)
     run = gather(batches, flow_map, want, reward, judge, autocast(flow_map, config.precision))
     folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
     header, table = _compare(run, reward, judge)
@@ -69,23 +70,28 @@ def steer(config: SteerConfig, command: str = "") -> None:
     folder.clear_parts()
     lines = [[value if isinstance(value, str) else f"{value:.4g}" for value in row] for row in table]
     print_table(header, lines, f"{want.n} outputs of {run.values['log_weights'].shape[1]} particles")
-    for name in ("ESS", "cost"):
-        console.print(f"{name}: {facts[name]}")
+    for name in ("ESS", "low ESS", "cost"):
+        if name in facts:
+            console.print(f"{name}: {facts[name]}")
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
 def steered(
-    config: SteerConfig, folder: RunFolder, flow_map: FlowMap, want: Outputs, reward: Reward, method: Method
+    config: SteerConfig,
+    folder: RunFolder,
+    flow_map: FlowMap,
+    want: Outputs,
+    reward: Reward,
+    method: Method,
+    seeds: list[int],
+    strengths: float | list[float] | str,
 ) -> Iterator[tuple[SteeringResult, Tensor]]:
     """A batch of outputs at a time: its result, and plain samples (n, *shape) of the same seeds. Both are a part of the folder
-    as soon as they are there; those that a killed run left are read."""
-    seeds, size, there = want.seeds(config.seeds), config.batch_size, set()
+    as soon as they are there; those that a killed run left are read, and with them the strength that "auto" was for them."""
+    size, there = config.batch_size, set()
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
+    fresh: Iterator[SteeringResult] | None = None  # begins with the first batch that is missing: "auto" costs calls
     with progress("steering", len(batches)) as tick:
-        fresh = steer_batches(
-            flow_map, reward, method, want.n, seeds, config.strength, want.cond, prompts=want.prompts, labels=want.labels,
-            batch_size=size, lookaheads=config.lookaheads, progress=tick, skip=there,
-        )  # fmt: skip
         for index, rows in enumerate(batches):
             file = folder.part(index)
             try:
@@ -93,6 +99,11 @@ def steered(
                 base = read_tensor(file, "base")
                 there.add(index)
             except (FileNotFoundError, ValueError):  # not there, or torn
+                fresh = fresh or steer_batches(
+                    flow_map, reward, method, want.n, seeds, _noted(strengths, folder, len(batches)), want.cond,
+                    prompts=want.prompts, labels=want.labels, batch_size=size, lookaheads=config.lookaheads, progress=tick,
+                    skip=there,
+                )  # fmt: skip
                 with autocast(flow_map, config.precision):
                     result = next(fresh)
                 if rows.start >= SHOWN:
@@ -105,6 +116,17 @@ def steered(
                 folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
                 result.save(file, base=base)
             yield result, base
+
+
+def _noted(strengths: float | list[float] | str, folder: RunFolder, batches: int) -> float | list[float] | str:
+    """The strengths of a run; of "auto" what it was for the first part that a killed run left, where there is one."""
+    if strengths == "auto":
+        for index in range(batches):
+            try:
+                return read_tensor(folder.part(index), "strength")[0].item()
+            except (FileNotFoundError, ValueError):  # not there, or torn
+                continue
+    return strengths
 
 
 @dataclass
@@ -213,7 +235,7 @@ def gather(
 
 def _numbers(result: SteeringResult) -> dict[str, Tensor]:
     """What a result says of its outputs and particles, by name."""
-    of = {"rewards": result.rewards, "log_weights": result.log_weights, "log_z": result.log_z}
+    of = {"rewards": result.rewards, "log_weights": result.log_weights, "log_z": result.log_z, "strength": result.strength}
     of |= {f"component.{name}": value for name, value in result.components.items()}
     return {name: value for name, value in of.items() if value is not None}
 
@@ -235,9 +257,15 @@ def summary(run: Steered, want: Outputs, reward: Reward, judge: Reward | None) -
         **{key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()},
         "components": weighted,
         "log_z": run.values["log_z"].mean() if "log_z" in run.values else None,
+        "strength": _one_or_all(run.values["strength"]),
         "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
         "cost": run.cost.as_dict(),
     }
+
+
+def _one_or_all(values: Tensor) -> Any:
+    """The value of all outputs (n,) where they have the same, else all of them."""
+    return values[0] if bool((values == values[0]).all()) else values
 
 
 def _compare(run: Steered, reward: Reward, judge: Reward | None) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -269,13 +297,12 @@ def _by(method: str, table: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
     """What stands above the pictures of the page."""
     n, k = run.values["log_weights"].shape
-    share = effective_sample_size(run.values["log_weights"])
     log_z = {"log Z": f"{run.values['log_z'].mean():.4g}, mean over outputs"} if "log_z" in run.values else {}
     return {
         "method": f"{named(config.method, 'method')[0]}: {method!r}",
         "strength": f"auto: {short(run.first.strength[0])}" if config.strength == "auto" else short(config.strength),
         "outputs": f"{n} of {k} particles",
-        "ESS": f"{share.mean():.0%} of the particles carry the weight at the end (mean over outputs; lowest {share.min():.0%})",
+        **ess_in_words(run.values["log_weights"]),
         **log_z,
         "cost": str(run.cost),
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from steerfm.metrics.consistency import consistency_errors, semigroup_error
 from steerfm.metrics.functional import (
     BLOCK,
+    Difference,
     bootstrap,
     coverage,
     cubic,
@@ -21,6 +22,7 @@ from steerfm.metrics.functional import (
     frechet_distance,
     interval,
     mmd,
+    paired_difference,
     pairwise_diversity,
     precision,
     restoration,
@@ -36,10 +38,10 @@ if TYPE_CHECKING:
     from steerfm.metrics.accumulators import FrechetDistance, KernelDistance, TextureRatio
 
 __all__ = [
-    "BLOCK", "FrechetDistance", "KernelDistance", "TextureRatio", "bootstrap", "consistency_errors", "coverage", "cubic",
-    "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "mmd", "pairwise_diversity", "precision",
-    "restoration", "reward_statistics", "semigroup_error", "sliced_wasserstein", "split_statistics", "texture", "vendi",
-    "wasserstein_1d",
+    "BLOCK", "Difference", "FrechetDistance", "KernelDistance", "TextureRatio", "bootstrap", "consistency_errors", "coverage",
+    "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "mmd", "paired_difference",
+    "pairwise_diversity", "precision", "restoration", "reward_statistics", "semigroup_error", "sliced_wasserstein",
+    "split_statistics", "texture", "vendi", "wasserstein_1d",
 ]  # fmt: skip
 
 

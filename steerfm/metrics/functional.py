@@ -7,6 +7,7 @@ caller's choice: numbers are only comparable within one feature network and, for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -353,6 +354,54 @@ def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
     """
     found = reward_statistics(torch.as_tensor(values))
     return found["mean"], 1.96 * found["standard_error"] if len(values) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much a is above b, from pairs.
+
+    Attributes:
+        mean: of a - b. half: half the width of its 95% interval. pairs: how many there are.
+    """
+
+    mean: float
+    half: float
+    pairs: int
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return abs(self.mean) > self.half and self.pairs > 1
+
+    @property
+    def limits(self) -> str:
+        """The interval: "+0.051 to +0.196"."""
+        return f"{self.mean - self.half:+.3f} to {self.mean + self.half:+.3f}"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} (95%: {self.limits}, {self.pairs} pairs)"
+
+    def better(self, a: str, b: str) -> str:
+        """The name of the better one, or that nobody can say."""
+        return "cannot be told" if not self.is_sure else a if self.mean > 0 else b
+
+
+def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> Difference:
+    """Is a better than b, by how much, how sure: the mean of a - b, pair by pair, with its 95% interval (`interval`).
+
+    >>> paired_difference(one.rewards.amax(1), other.rewards.amax(1))    # two runs of `steer` with the same seeds
+
+    Args:
+        a, b: (n,) or any shape, the same for both; higher is better. Pairs share their noise, and are independent.
+
+    Raises:
+        ValueError: of different shapes, or no values.
+    """
+    first, second = (float64(torch.as_tensor(values)) for values in (a, b))
+    if first.shape != second.shape:
+        raise ValueError(f"no pairs: {tuple(first.shape)} and {tuple(second.shape)} values; give one of each for every seed")
+    values = (first - second).flatten()
+    return Difference(*interval(values), len(values))
 
 
 def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: int = 4000, seed: int = 0) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap, Wrapped, in_parts
 from steerfm.steering.outcome import Outcome, Trace
 from steerfm.steering.selection import Resample
-from steerfm.steering.weights import effective_sample_size
+from steerfm.steering.weights import ess_in_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -304,7 +304,6 @@ class SteeringResult(Outcome):
         n, k, *shape = self.samples.shape
         best = self.rewards.gather(1, self.best_index().unsqueeze(1))
         values = [float(value) for value in self.strength.unique()]
-        share = effective_sample_size(self.log_weights)
         told = {
             "outputs": f"{n} of {k} particles, each {tuple(shape)} {str(self.samples.dtype).removeprefix('torch.')}",
             "reward": f"mean {self.rewards.mean():.4g}, best {best.mean():.4g} (of each output, mean over outputs)",
@@ -314,7 +313,7 @@ class SteeringResult(Outcome):
             more = f" and {len(terms) - 6} more" if len(terms) > 6 else ""
             told["terms"] = f"mean {', '.join(terms[:6])}{more}"
         told["strength"] = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
-        told["ESS"] = f"{share.mean():.0%} of the particles, lowest {share.min():.0%}"
+        told |= ess_in_words(self.log_weights)
         if self.log_z is not None:
             told["log Z"] = f"{self.log_z.mean():.4g} (mean over outputs)"
         return told | {"steps": str(len(self.trace.t)), "cost": str(self.cost)}

@@ -30,6 +30,18 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
     return w.sum(1).square() / (w.square().sum(1) * log_w.shape[1])
 
 
+LOW = 0.25
+"""Share of the particles below which `ess_in_words` says what to change."""
+
+
+def ess_in_words(log_w: Tensor) -> dict[str, str]:
+    """What weights (n, k) at the end of a run mean, by name, a line each; where they are uneven, also what to change."""
+    share = effective_sample_size(log_w)
+    said = f"{share.mean():.0%} of the particles carry the weight at the end (mean over outputs; lowest {share.min():.0%})"
+    advice = "a few particles stand for all: lower the strength, or take more particles or steps"
+    return {"ESS": said} | ({"low ESS": advice} if share.mean() < LOW else {})
+
+
 def largest(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, halvings: int = 30) -> Tensor:
     """The largest value from ``low``, where it holds, to ``high`` at which it still holds, entry by entry, by bisection."""
     low = torch.where(holds(high), high, low)
