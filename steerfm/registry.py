@@ -203,7 +203,53 @@ def objects(
     return usual | {key: resolved(key, value, usual[key]) if key in tables else value for key, value in given.items()}
 
 
-class Named(type):
+class Arguments(inspect.Signature):
+    """A signature that prints an argument a line."""
+
+    def __str__(self) -> str:
+        lines, keyword = [], False
+        for one in self.parameters.values():
+            if one.kind is one.KEYWORD_ONLY and not keyword:
+                lines, keyword = [*lines, "*"], True
+            kind = "" if one.annotation is one.empty else f": {str(one.annotation).strip(chr(39))}"
+            lines.append(
+                f"{one.name}{kind}"
+                + ("" if one.default is one.empty else f" = {getattr(one.default, '__name__', None) or repr(one.default)}")
+            )
+        return "".join(["(", *(f"\n    {line}," for line in lines), "\n)"])
+
+
+CALLED_BY_STEER = {"check", "run", "sized"}
+"""Methods of a method that nobody calls by hand: `steering.Method` and `steerfm bench` say what they do."""
+
+
+class Readable(type):
+    """Dataclasses whose ``help`` is a screen: the docstring, an argument a line, and what the class adds to those that it is
+    made from. Its objects complete as any others do."""
+
+    def __dir__(cls) -> list[str]:
+        made: Any = cls
+        own = {name for name in vars(cls) if not name.startswith("_")} - {each.name for each in fields(made)}
+        inherited = {name for base in cls.__mro__[1:] for name, value in vars(base).items() if not isinstance(value, str)}
+        return sorted(own - inherited - CALLED_BY_STEER)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of ``__init__``, which is more than ``*args, **kwargs``."""
+        made: Any = cls
+        of = {each.name: each for each in fields(made) if each.init}
+        whole = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        return Arguments(
+            [
+                one.replace(default=default(made, one.name))
+                if one.name in of and of[one.name].default_factory is not MISSING
+                else one
+                for one in whole
+            ]
+        )
+
+
+class Named(Readable):
     """Constructors that take a part, its name, or a dictionary of its arguments; behind them there are objects only.
 
     A class of this kind is a dataclass with a class method ``resolve``, from the arguments as given to those of ``__init__``.
@@ -223,9 +269,3 @@ class Named(type):
 
     def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
         return given
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """For ``help``: that of ``__init__``, which is more than ``*args, **kwargs``."""
-        whole = inspect.signature(cls.__init__)
-        return whole.replace(parameters=list(whole.parameters.values())[1:])

@@ -22,6 +22,7 @@ from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
+from steerfm.registry import Readable
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import repeat_rows
 from steerfm.sampling import Noise
@@ -104,7 +105,7 @@ def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
 
 # --- what all of them share ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class NoiseSearch:
+class NoiseSearch(metaclass=Readable):
     """The common loop; a method writes `_walk`, which yields its candidates at the start and after every iteration.
 
     Attributes:

@@ -22,6 +22,7 @@ from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
+from steerfm.registry import Readable
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
 from steerfm.steering.noise_search import Found, search_trace
@@ -128,7 +129,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class TreeSearch:
+class TreeSearch(metaclass=Readable):
     """Diffusion tree sampling (DTS, 2506.20701, algorithm 1), with one jump of the flow map as its rollout.
 
     One tree per output over the states at t_0 = 0, ..., t_{steps-1}. Each iteration walks from the root to a child with
@@ -253,7 +254,7 @@ class TreeSearch:
 
 # --- a budget that rolls over ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class BudgetForcing:
+class BudgetForcing(metaclass=Readable):
     """Rollover budget forcing (RBF, 2503.19385): advance at the first child that beats the best so far.
 
     The budget is shared equally between the times t_0 = 0, ..., t_{steps-1}. At t_0 all of the share is drawn from N(0, I),
