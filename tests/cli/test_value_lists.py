@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_sample_takes_a_list_of_seeds():
 
 @pytest.mark.parametrize("schema", [SampleConfig, SteerConfig])
 def test_lists_are_read_in_the_same_words_everywhere(schema, tmp_path):
-    asked = {"seeds": ([3, 7, 2**64 - 1], [8], 5)}
+    asked: dict[str, tuple[Any, ...]] = {"seeds": ([3, 7, 2**64 - 1], [8], 5)}
     if schema is SteerConfig:
         asked["strength"] = ([1.0, -2.5, 1e3], [0.5], 2.0, "auto")
     for key, values in asked.items():

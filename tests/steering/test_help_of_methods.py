@@ -24,9 +24,9 @@ def test_help_is_a_screen_with_the_docstring_and_an_argument_a_line(name):
     kind = type(method)
     lines = [line.removeprefix(" |  ") for line in help_of(kind).splitlines()]
     assert len(lines) <= SCREEN, len(lines)
-    assert all(line.strip() in [shown.strip() for shown in lines] for line in inspect.getdoc(kind).splitlines())
+    assert all(line.strip() in [shown.strip() for shown in lines] for line in (inspect.getdoc(kind) or "").splitlines())
     assert is_dataclass(kind)
-    arguments = [each.name for each in sorted(fields(kind), key=lambda each: each.kw_only) if each.init]
+    arguments = [each.name for each in sorted(fields(kind), key=lambda each: bool(each.kw_only)) if each.init]
     shown = [line.strip().partition(":")[0] for line in lines[lines.index(f"{kind.__name__}(") + 1 : lines.index(")")]]
     assert [one for one in shown if one != "*,"] == arguments
     assert list(inspect.signature(kind).parameters) == arguments
