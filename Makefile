@@ -15,11 +15,11 @@ demo: .venv/installed  ## install, then steer the shipped model with four method
 test: .venv/dev  ## fetch the data that tests read, where that can be done and STEERFM_DATA hides none; the tests, in parallel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fetch $(TESTS)  # one thread a worker: more would fight for the cores
 
-quick: .venv/dev  ## the tests but the slow ones and those that need the network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not net' $(TESTS)
+quick: .venv/dev  ## the tests but the slow ones and those that need a network or an accelerator: two minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not net and not gpu' $(TESTS)
 
 test-lowest: .venv-lowest/installed  ## the tests of the core, with the lowest versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(CORE) -k 'not train-emoji'  # those recipes need extras
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(CORE) -o filterwarnings=default -k 'not train-emoji'  # those recipes need extras
 
 lint: .venv/dev  ## style, types and layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

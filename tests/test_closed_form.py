@@ -278,6 +278,7 @@ def test_semigroup_and_push_forward(make):
     close(gm.log_prob(end), gm.log_prob(x, 0.1) - volume, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", CASES)
 def test_derivatives_of_the_map(make):
     gm, fm = make(), make().flow_map(steps=24)

@@ -14,12 +14,14 @@ DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = Path(__file__).parent.parent / "configs" / "steer"
 
 
+@pytest.mark.slow
 def test_the_table_of_methods_is_current(capsys):
     assert cli.main(["methods", "--markdown"]) == 0
     table = capsys.readouterr().out.strip()
     assert table in (DOCS / "methods.md").read_text(), "paste the output of `steerfm methods --markdown` into docs/methods.md"
 
 
+@pytest.mark.slow
 def test_the_snippets_of_fine_tuning_run(capsys):
     snippets = re.findall(r"```python\n(.*?)```", (DOCS / "finetuning.md").read_text(), re.DOTALL)
     assert snippets
@@ -44,6 +46,7 @@ def test_the_snippets_of_rewards_run(capsys):
     assert "clip + 2 red True frozenset()" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(find_spec(name) is None for name in find("emoji_judge").packages), reason="needs what emoji_judge needs"
 )

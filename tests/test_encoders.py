@@ -90,6 +90,7 @@ def test_the_shipped_model_is_a_folder_of_open_clip(clip):
     assert not clip.training and not any(p.requires_grad for p in clip.train().parameters()) and not clip.training
 
 
+@pytest.mark.slow
 @pytest.mark.data("emoji")
 def test_the_shipped_model_finds_held_out_concepts(clip):
     """Recall at 5 among the 200 concepts that were not trained on, each style: at least .30 (chance .025)."""

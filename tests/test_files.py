@@ -53,6 +53,7 @@ def test_an_error_names_the_file(tmp_path):
 HOLD = "import sys, time; from steerfm import files; files.claim(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path):
     (tmp_path / ".result.json.1.tmp").touch()
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -63,7 +64,7 @@ def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path):
         RunFolder(tmp_path, "a: 1", shared=True)  # a sweep is shared out
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     RunFolder(tmp_path, "a: 1")
     RunFolder(tmp_path, "a: 1")  # the same process
     files.release()
@@ -150,6 +151,7 @@ def test_a_name_that_is_too_long_is_one_line(capsys, tmp_path, monkeypatch, argv
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_shared_folder_is_swept_of_what_killed_processes_left(tmp_path):
     """And of nothing else: others may be writing, here or on another machine."""
     code = (

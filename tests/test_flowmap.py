@@ -401,6 +401,7 @@ def test_missing_files_are_named(saved, suffix):
         NeuralFlowMap.load(path)
 
 
+@pytest.mark.slow
 def test_a_compiled_map_is_the_same_map(randomise):
     """In value and gradient, for any number of rows."""
     torch.manual_seed(0)

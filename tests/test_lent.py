@@ -259,6 +259,7 @@ def bent(x):
     return x[:, 0] - 0.3 * x[:, 1] ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_negative_strength_is_the_negative_reward(name):
     down = steerfm.steer(VECTORS, bent, METHODS[name](), n=3, seeds=4, strength=-1.5)

@@ -163,6 +163,7 @@ def tune(method, seed: int, steps: int = 4, watch=()) -> tuple[torch.Tensor, lis
     return torch.cat([p.detach().flatten() for p in module.network.parameters()]), seen, module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_seeds_train_on_noise_of_their_own(name):
     seeds = [0, 1, 12345, 2**32, 2**40]
@@ -174,6 +175,7 @@ def test_seeds_train_on_noise_of_their_own(name):
     assert torch.equal(tune(METHODS[name], 1)[0], runs[1][0])
 
 
+@pytest.mark.slow
 def test_weights_of_seeds_differ_as_much_as_those_of_unrelated_noises(monkeypatch):
     """Distances over 20 updates, against the same training with noise from elsewhere."""
 

@@ -25,6 +25,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("steerfm")])
 def test_commands(command, tmp_path):
     words = shlex.split(command)
@@ -35,6 +36,7 @@ def test_commands(command, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", blocks("python"), ids=lambda snippet: snippet.splitlines()[0][:30])
 def test_snippets(snippet, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

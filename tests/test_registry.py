@@ -191,6 +191,7 @@ def test_steer_by_names_is_steer_by_objects(fashion):
     assert named.images().shape == (2, 16, 1, 28, 28)  # the map that was loaded goes with the result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow_map", ["toy", "toy_map"])
 @pytest.mark.parametrize("reward", ["first", {"name": "first", "weight": 2}, ["first", {"name": "first"}], "function"])
 @pytest.mark.parametrize("method", ["Mine", "Plain", "made", {"name": "Mine", "particles": 2}, {"name": "best_of_n"}])
@@ -311,6 +312,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
     return code, out + err
 
 
+@pytest.mark.slow
 def test_commands_take_a_map_that_code_makes(capsys, tmp_path, monkeypatch, own, fashion):
     monkeypatch.chdir(tmp_path)
     code, said = run(capsys, "sample", "model=own.py:clothes", "n=2", "steps=1", "label=Bag", "out=a")

@@ -93,6 +93,7 @@ def test_a_strength_that_cannot_be_chosen_is_refused(strength, reward, message):
         steerfm.steer(GaussianMixture([[1.0]], [[0.25]]).flow_map(), reward, FeynmanKac(4, 2), strength=strength)
 
 
+@pytest.mark.slow
 def test_the_command_takes_them_in_the_same_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = ["method.particles=4", "method.first=4", "method.steps=2"]

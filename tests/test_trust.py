@@ -90,6 +90,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
 def test_a_configuration_cannot_name_what_is_no_reward(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -103,6 +104,7 @@ def test_a_configuration_cannot_name_what_is_no_reward(value, tmp_path, monkeypa
     assert not ran, "refused before it is imported"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
 def test_nor_what_is_no_method(value):
     with pytest.raises(ConfigError) as error:
@@ -110,6 +112,7 @@ def test_nor_what_is_no_method(value):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: Path(value["name"]).name)
 def test_nor_what_is_no_model(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -186,6 +189,7 @@ def test_own_code_is_a_reward(own, name):
     assert value.tolist() == [0.25 if name == "squared" else 0.5] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_what_own_code_has_from_elsewhere_is_none(own, name):
     with pytest.raises(RewardError) as error:
@@ -217,6 +221,7 @@ def installed(tmp_path, monkeypatch, depends: bool) -> None:
     monkeypatch.syspath_prepend(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depends", [True, False])
 def test_of_an_installed_package_only_rewards_can_be_named_and_only_if_it_is_made_for_this(tmp_path, monkeypatch, depends):
     installed(tmp_path, monkeypatch, depends)
@@ -236,6 +241,7 @@ def test_of_an_installed_package_only_rewards_can_be_named_and_only_if_it_is_mad
         sys.modules.pop("other_rewards", None)
 
 
+@pytest.mark.slow
 def test_refusing_a_name_changes_nothing_for_others():
     """Setuptools' finder turns itself off where it is asked for pip: torch's compiler then cannot load it."""
     code = """

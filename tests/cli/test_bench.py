@@ -52,6 +52,7 @@ def rows(folder):
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twenty_times_loses_and_repeats_no_cell(suite, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run = ["bench", str(suite), "seeds=20", "budgets=[4]", "only=[best_of_n]"]
@@ -77,6 +78,7 @@ def test_a_sweep_killed_twenty_times_loses_and_repeats_no_cell(suite, tmp_path, 
     assert (killed / "report.html").is_file() and len(list(killed.glob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_shares_of_a_sweep_make_the_whole(suite, tmp_path, capsys):
     run = ["bench", str(suite)]
     assert cli.main([*run, f"out={tmp_path / 'whole'}"]) == 0
@@ -87,6 +89,7 @@ def test_shares_of_a_sweep_make_the_whole(suite, tmp_path, capsys):
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ones_own_method_joins_a_finished_sweep_in_one_word(suite, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert cli.main(["bench", str(suite), f"out={out}"]) == 0
@@ -120,6 +123,7 @@ def {name}(images):
 """
 
 
+@pytest.mark.slow
 def test_rewards_and_judges_are_lent_what_a_sweep_gives_them(tmp_path):
     """The same cells, whatever a reward or a judge does to its arguments and to the process."""
     cells = []
@@ -134,6 +138,7 @@ def test_rewards_and_judges_are_lent_what_a_sweep_gives_them(tmp_path):
     assert cells[0] == cells[1] and torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.slow
 def test_best_of_n_is_there_whatever_a_suite_calls_its_own(suite, tmp_path):
     own = tmp_path / "mine.py"
     own.write_text(OWN)
@@ -147,6 +152,7 @@ def test_best_of_n_is_there_whatever_a_suite_calls_its_own(suite, tmp_path):
     assert "over_best_of_n" in of["feynman_kac"] and "over_best_of_n" not in of["fifty"]
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_follow_a_black_box_is_left_out(suite, tmp_path):
     asked = "problems.small={reward: {name: compressibility}, judge: {name: brightness}, label: Bag}"
     assert cli.main(["bench", str(suite), f"out={tmp_path / 'out'}", asked, "methods.dps={steps: 1}"]) == 0

@@ -27,6 +27,7 @@ def test_claims_are_a_table_of_z_scores_and_are_not_measured_twice(tmp_path, cap
     assert "deep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_methods_on_exact_targets(tmp_path, capsys):
     assert cli.main(["bench", "exact", "--quick", "--out", str(tmp_path)]) == 0
     found = last_line(capsys)

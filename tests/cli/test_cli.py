@@ -165,6 +165,7 @@ def test_sample(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "grid.png").is_file()
 
 
+@pytest.mark.slow
 def test_evaluate(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "evaluate", "n=100", "steps=[1,2]", "euler=4", "batch_size=50", "out=run")
@@ -174,6 +175,7 @@ def test_evaluate(capsys, tmp_path, monkeypatch):
     assert 0.5 < found["samplers"]["2 jumps"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     command = [
         sys.executable, "-m", "steerfm.cli", "steer", "reward=brightness", "n=24", "batch_size=2", "judge=null",

@@ -58,6 +58,7 @@ def fashion_run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_sampler_is_measured_in_two_spaces_one_of_them_the_judges(fashion_run):
     found = json.loads((fashion_run / "result.json").read_text())
     assert list(found["samplers"]) == ["1 jump", "4 jumps", "3 Euler steps"]
@@ -74,9 +75,10 @@ def test_every_sampler_is_measured_in_two_spaces_one_of_them_the_judges(fashion_
     page = (fashion_run / "report.html").read_text()
     for words in (*SPACES, "Fréchet distance", "kernel distance", "texture", "data, 300"):
         assert words in page
-    assert Image.open(fashion_run / "jumps.png").width > 600
+    assert Image.open(fashion_run / "jumps.png").convert("RGB").width > 600
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_samples(fashion_run):
     """From the samples themselves, by the functions: no batch is lost, no space mixed up with another."""
     found = json.loads((fashion_run / "result.json").read_text())["samplers"]["4 jumps"]
@@ -151,6 +153,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [{}, {"data": "mine"}, {"data": "fashion"}], ids=str)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_an_own_model_is_measured_as_far_as_it_can_be(capsys, tmp_path, monkeypatch, randomise, kind, card):
@@ -219,6 +222,7 @@ def missing_package(name):
     raise ImportError("pip install something")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", [True, False])
 def test_a_map_of_words_is_measured_by_the_judge_where_it_is_installed_and_by_the_clip(monkeypatch, tmp_path, capsys, judge):
     if judge and judge_of_words() is None:

@@ -133,6 +133,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_start_anew(capsys, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -171,6 +172,7 @@ def test_a_finished_run_says_how_to_run_again(capsys, tmp_path, monkeypatch):
     assert cli.main([*STEER, "force=true"]) == 0 and Path("run/result.json").stat().st_mtime_ns > before
 
 
+@pytest.mark.slow
 def test_train_starts_anew(capsys, tmp_path, monkeypatch):
     kills = runpy.run_path(str(Path(shipped.folder("benchmarks")) / "kills.py"))
     kills["prepare"](tmp_path)
@@ -190,6 +192,7 @@ def test_train_starts_anew(capsys, tmp_path, monkeypatch):
     assert all(after[name].equal(before[name]) for name in before) and not Path("run/other.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_bench_starts_anew(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("suite.yaml").write_text(

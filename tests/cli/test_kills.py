@@ -14,6 +14,7 @@ from steerfm import shipped
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forks")
 
 
+@pytest.mark.slow
 def test_killed_runs_are_as_if_left_alone():
     script = Path(shipped.folder("benchmarks")) / "kills.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -34,6 +34,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.slow
 def test_several_prompts_get_the_same_seeds_and_a_grid_each(capsys, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("red heart\n\npizza\n")
@@ -110,6 +111,7 @@ def test_a_sum_is_the_same_by_yaml_and_by_python(capsys, tmp_path, monkeypatch, 
     assert found["reward"] == rw.name and not rw.differentiable
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_prompts(capsys, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     fast = [

@@ -215,6 +215,7 @@ def test_steer_runs_with_its_own_defaults(capsys, tmp_path, monkeypatch):
     assert code == 0 and "held out: judge" in out, err
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_an_adapter_and_its_own_defaults(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fast = [

@@ -10,6 +10,7 @@ import pytest
 SLOW = ("lightning", "torchmetrics", "torchvision", "transformers", "open_clip", "scipy", "matplotlib", "omegaconf", "peft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "without"),
     [
@@ -31,6 +32,7 @@ print("imported:", [name for name in {without!r} if name in sys.modules])
     assert said.endswith("imported: []\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["steerfm.finetuning", "steerfm.training"])
 def test_what_is_imported_on_first_use_is_all_there(package):
     code = f"""

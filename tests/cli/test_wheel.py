@@ -56,6 +56,7 @@ def test_recipes_and_examples_are_in_the_wheel_and_benchmarks_are_not():
     assert wheel() == {"configs": "steerfm/configs", "examples": "steerfm/examples"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [["--config", "stripes", "method.steps=2"], ["reward=examples/my_reward.py:striped", "method=best_of_n", "label=Dress"]],
@@ -67,6 +68,7 @@ def test_examples_that_ship_work_from_an_empty_folder(installed, tmp_path, comma
     assert any(name.endswith("examples/my_reward.py") and "site-packages" in name for name in inputs)
 
 
+@pytest.mark.slow
 def test_scripts_of_the_checkout_say_where_they_run(installed):
     for name in ("exact", "theirs"):
         ran = installed("bench", name)

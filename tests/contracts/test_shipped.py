@@ -24,6 +24,7 @@ def small(method: Any) -> Any:
     return replace(method, **{name: min(size, getattr(method, name)) for name, size in sizes.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name):
     check_method(small(METHODS[name]()))

@@ -33,6 +33,8 @@ from steerfm.steering.tempering import untempered
 from steerfm.steering.value import Problem, View, look
 from steerfm.transitions import Diffuse, Renoise, Step
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 4.0
 STRONG = MapGradient(scale=4.0), EndpointGradient(scale=4.0)  # so that a wrong correction is seen: z = 5 to 9 without it
 

@@ -18,6 +18,8 @@ from steerfm.training import FlowMapTraining
 from steerfm.training.data import MixtureData
 from steerfm.training.objectives import Trajectory, Triangle
 
+pytestmark = pytest.mark.slow
+
 N, SEEDS = 3000, 4
 MIXTURE = GaussianMixture([[-1.5, 0.0], [1.0, 1.2], [0.8, -1.0]], [[0.15, 0.3], [0.2, 0.1], [0.1, 0.2]], [0.5, 0.25, 0.25])
 SLOPE = torch.tensor([0.9, 0.5], dtype=torch.float64)

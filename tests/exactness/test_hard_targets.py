@@ -39,6 +39,8 @@ from steerfm.steering import (
 )
 from steerfm.steering.selection import Selected
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 4.0
 AT = torch.tensor([-4.0, 0.0, 4.0], dtype=torch.float64)
 GRID = GaussianMixture(torch.cartesian_prod(AT, AT), torch.full((9, 2), 0.3).double())

@@ -29,6 +29,8 @@ from steerfm.steering.tempering import untempered
 from steerfm.steering.value import Evaluation, Problem, View, look
 from steerfm.transitions import Bridge, Diffuse
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 4.0
 A, B = 1.2, 0.3
 MIXTURE = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2])

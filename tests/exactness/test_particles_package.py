@@ -12,6 +12,8 @@ import torch
 
 import steerfm
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("particles", reason="the package of the bench extra")
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "smc.py"))
 PARTICLES, STEPS, OUTPUTS = 200, 6, 100

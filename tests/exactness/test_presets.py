@@ -29,6 +29,8 @@ from steerfm.steering import (
 )
 from steerfm.transitions import Diffuse, Renoise
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 4.0
 A, B = 1.2, 0.3
 MIXTURE = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2])

@@ -3,7 +3,10 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
+
+pytestmark = pytest.mark.slow
 
 RINGS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "rings.py"))
 

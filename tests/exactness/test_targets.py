@@ -43,6 +43,8 @@ from steerfm.steering import (
 from steerfm.steering import Steering as Method
 from steerfm.transitions import Bridge
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 4.0
 OUTPUTS = 50  # of the runs with many particles; those with a 16th of the particles have four times as many
 RATE = (2.5, 6.5)  # of the errors at k and 16 k particles, which should be 4

@@ -109,6 +109,7 @@ def test_the_reference_and_the_base_are_never_changed(tmp_path):
     assert not torch.equal(m.averaged().jump(x, 0.0, 0.5), flow_map.jump(x, 0.0, 0.5))
 
 
+@pytest.mark.slow
 def test_the_reward_goes_up(tmp_path):
     for name, options in SMALL.items():
         m = module(METHODS[name](**options), steps=60, control=0.3, scale=1.0, batch_size=32)
@@ -159,6 +160,7 @@ def of_two_processes(tmp_path_factory):
     return torch.load(out)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(of_two_processes):
     """The same global batch: the same losses and weights, to rounding."""
     assert list(of_two_processes) == SHARED

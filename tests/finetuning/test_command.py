@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from kinds import a, sure
+from kinds import a
 
 import steerfm
 from steerfm import cli
@@ -37,6 +37,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, fix",
     [
@@ -60,6 +61,7 @@ def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch,
     assert fix in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *BAG, "lora.rank=2", "out=tuned")
@@ -87,6 +89,7 @@ def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypat
     assert code == 2 and "another configuration" in err
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     """SIGKILL in the middle of tuning; the same command goes on."""
 
@@ -101,15 +104,16 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path):
     while not last.is_file() and killed.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     assert not (tmp_path / "killed" / "result.json").is_file()
-    again = start("killed")
-    assert again.wait(timeout=300) == 0, sure(again.stderr).read()
-    assert whole.wait(timeout=300) == 0, sure(whole.stderr).read()
+    for run_ in (start("killed"), whole):
+        error = run_.communicate(timeout=300)[1]
+        assert run_.returncode == 0, error
     one, two = (read_weights(tmp_path / out / "fashion-tuned.safetensors", "flow_map")[1] for out in ("whole", "killed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_reward_that_breaks_stops_the_run_and_loses_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(

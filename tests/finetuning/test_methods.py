@@ -39,6 +39,7 @@ def test_the_tilted_velocity_is_the_minimum_of_adjoint_matching(steps):
     assert losses[0] < 1e-6 * losses[1]
 
 
+@pytest.mark.slow
 def test_it_is_the_minimum_for_a_mixture_too_as_steps_grow():
     """Two modes: the adjoint is random, and its mean is the slope of the value; so the gradient vanishes, not the loss."""
     gm = GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], [[0.2, 0.2], [0.1, 0.3]])

@@ -97,6 +97,7 @@ def every_label(axis: Axis) -> list[Text]:
     return [label for tick in (*axis.majorTicks, *axis.minorTicks) for label in (tick.label1, tick.label2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLOTS)
 def test_texts_are_nine_pixels_high_on_a_phone_and_inside(figure, name):
     fig = figure(PLOTS[name])
@@ -110,6 +111,7 @@ def test_texts_are_nine_pixels_high_on_a_phone_and_inside(figure, name):
         assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, text.get_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLOTS)
 def test_ticks_are_written_as_people_do_and_apart(figure, name):
     fig = figure(PLOTS[name])
@@ -125,6 +127,7 @@ def test_ticks_are_written_as_people_do_and_apart(figure, name):
             assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLOTS)
 def test_no_text_lies_on_another(figure, name):
     fig = figure(PLOTS[name])
@@ -136,6 +139,7 @@ def test_no_text_lies_on_another(figure, name):
             assert width <= 1 or height <= 2, (first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLOTS)
 def test_every_mark_is_in_the_key(figure, name):
     """Colour and marker of each line of each axes; the key says them, or the panel has nothing else in it."""

@@ -36,6 +36,7 @@ def draw(method):
     return result.samples, result.log_weights, result.trace.t, torch.tensor(result.cost.forwards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if issubclass(method, Steering)])
 def test_every_key_changes_the_run_or_is_refused(name):
     method = METHODS[name]()

@@ -194,6 +194,7 @@ def test_permuted_outputs_give_permuted_results(flow_map, method, n, seed):
     assert_equal(plain, permuted, order)
 
 
+@pytest.mark.slow
 @drawn(60)
 @given(maps, methods, outputs, seeds, st.integers(1, 6), st.integers(1, 6))
 def test_batches_change_nothing(flow_map, method, n, seed, batch_size, micro_batch):

@@ -883,6 +883,7 @@ def test_graphs_are_flat_in_steps_and_linear_in_the_micro_batch(method):
 
 @pytest.mark.parametrize("method", [BestOfN(4, 2), DPS(4, 2)], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("micro_batch", [None, 16])
+@pytest.mark.filterwarnings("ignore:out of memory")  # more than one of them
 def test_fewer_rows_where_memory_is_short(method, micro_batch):
     class Small(Wrapped):
         """A device that holds so many rows."""

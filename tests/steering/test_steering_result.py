@@ -269,7 +269,7 @@ def test_a_grid_shows_the_particles_by_reward(tmp_path, monkeypatch):
     best = result.images()[range(4), result.best_index()]
     assert pictures.flatten(0, 1)[:4].equal(best) and captions[1] == [f"output 3\n{result.rewards[3].max():.4g}", "", ""]
     for options, columns in (({}, 4), ({"columns": 2}, 2), ({"columns": 9}, 4), ({"particles": 5}, 5)):
-        width = Image.open(result.grid(tmp_path / "x.png", **options)).size[0]
+        width = Image.open(result.grid(tmp_path / "x.png", **options)).convert("RGB").size[0]
         assert columns * 118 <= width < columns * 118 + 118
     for wrong in ({"particles": 0}, {"particles": 6}, {"columns": 0}):
         with pytest.raises(ValueError):
@@ -281,8 +281,8 @@ def test_a_grid_shows_the_particles_by_reward(tmp_path, monkeypatch):
 
 def test_a_grid_of_many_outputs_stays_a_picture(tmp_path):
     result = made(1)[[0] * 300]
-    assert Image.open(result.grid(tmp_path / "x.png")).size[1] < 2000
-    assert Image.open(result[:30].grid(tmp_path / "x.png")).size[1] < 1000
+    assert Image.open(result.grid(tmp_path / "x.png")).convert("RGB").size[1] < 2000
+    assert Image.open(result[:30].grid(tmp_path / "x.png")).convert("RGB").size[1] < 1000
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
@@ -306,7 +306,8 @@ def test_a_result_shows_itself_in_a_notebook(tmp_path):
     page = result._repr_html_()
     assert "&lt;b&gt;" in page and "<b>" not in page and 'src="data:image/png;base64,' in page
     (tmp_path / "x.png").write_bytes(result._repr_png_())
-    assert Image.open(tmp_path / "x.png").format == "PNG"
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.format == "PNG"
     assert vectors()._repr_png_() is None and "<img" not in vectors()._repr_html_()
 
 
@@ -351,6 +352,7 @@ def test_no_picture_is_scored_twice(tmp_path, monkeypatch, groupwise):
     assert sum(seen) == 5 * 3 + 5 + (5 if groupwise else 0)
 
 
+@pytest.mark.slow
 def test_a_finished_batch_is_not_steered_again_and_a_torn_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [*COMMAND, "judge=null", "n=6", "batch_size=2"]

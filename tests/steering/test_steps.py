@@ -90,6 +90,7 @@ class EndAt:
         return state.t >= self.ends[self.batch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [[0.25, 0.75], [0.75, 0.25], [0.25, 2.0, 0.5], [2.0, 0.125, 2.0]])
 @pytest.mark.parametrize("method", [FeynmanKac(particles=4, steps=8), TDS(particles=3, steps=8)])
 def test_batches_that_end_at_different_times_are_one_result(ends, method, tmp_path):
@@ -123,6 +124,7 @@ def test_traces_of_as_many_steps_at_other_times_are_told_apart():
     assert torch.equal(joined.trace.ess[2], torch.cat([part.trace.ess[1] for part in parts]))
 
 
+@pytest.mark.slow
 def test_an_ended_run_still_samples_the_tilt():
     """A jump is a transition like any other: exp(log_z) stays unbiased, and the weighted mean right."""
     target, log_z = GRID.tilt([1.0, 0.0], [0.0, 0.0])
@@ -165,6 +167,7 @@ def test_a_late_start_keeps_the_picture_and_an_early_one_does_not():
     assert distance(0.95) < 0.2 < distance(0.6) < distance(0.0)
 
 
+@pytest.mark.slow
 def test_a_start_samples_the_tilt_of_what_it_leads_to():
     """From x_t with weights exp(r): the tilted mean of a posterior, by a chain that forgets nothing."""
     gaussian = GaussianMixture([[0.5, -1.0]], [[0.36, 0.5]])

@@ -370,6 +370,7 @@ def always(self, reward):
     raise ValueError("no reward will do")
 
 
+@pytest.mark.slow
 def test_good_methods_pass():
     assert check_method(Plain()) is None
     check_method(method(within=within))
@@ -411,6 +412,7 @@ BROKEN_METHODS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_METHODS)
 def test_broken_methods_fail(name):
     members, fix = dict(BROKEN_METHODS[name][0]), BROKEN_METHODS[name][1]
@@ -491,6 +493,7 @@ def test_what_is_no_data_fails():
 
 
 # --- the package -----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_it_is_there_from_steerfm_and_without_pytest():
     code = "import sys; sys.modules['pytest'] = None; import steerfm; print(steerfm.testing.check_reward.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

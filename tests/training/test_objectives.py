@@ -344,6 +344,7 @@ def semigroup_error(fm: NeuralFlowMap) -> float:
     return (fm.lookahead(x, 0.0) - fm.lookahead(x, 0.0, hops=2)).square().sum(1).mean().item()
 
 
+@pytest.mark.slow
 def test_self_distillation_learns_the_flow_map():
     """Against the untrained map (one Gaussian) and against flow matching alone (no flow map off the diagonal)."""
     distilled, matched = trained(True), trained(False)
@@ -395,6 +396,7 @@ class Recorded(FlowMap):
 MODES = GaussianMixture([[-1.5], [0.5], [1.5]], [[0.1], [0.2], [0.1]])
 
 
+@pytest.mark.slow
 def test_trajectories_are_those_of_the_exact_map_up_to_the_second_order_of_their_steps():
     x1 = torch.zeros(512, 1, dtype=torch.float64)
     loss = {steps: Trajectory(steps=steps)(Recorded(), x1, None, seeded()).mean().item() for steps in (16, 32, 64)}

@@ -116,6 +116,7 @@ def continued(tmp_path_factory) -> SimpleNamespace:
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_run_writes_its_folder(whole):
     assert whole.trainer.global_step == STEPS
     assert (whole.folder / "checkpoints" / "last.ckpt").is_file()
@@ -182,6 +183,7 @@ def test_validation_is_on_the_average_and_repeatable(whole):
 
 
 # --- killed and continued --------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_kill_loses_nothing_that_was_logged(whole, continued):
     expected = history(whole.folder)
     assert continued.before["train/loss"] == (list(range(8)), expected["train/loss"][1][:8])
@@ -448,6 +450,7 @@ def test_a_robust_training_nears_its_teacher_and_leaves_the_text_tower(monkeypat
 
 
 # --- what is not trained, torn checkpoints, signals --------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_pool_of_trajectories_is_part_of_a_checkpoint(tmp_path):
     def run(folder, kind=FlowMapTraining):
         trained = module(kind, {Trajectory(keep=12, uses=3): 0.5}, start=0.0)
@@ -460,6 +463,7 @@ def test_the_pool_of_trajectories_is_part_of_a_checkpoint(tmp_path):
     assert torch.equal(flat(run(tmp_path / "killed").network), flat(left_alone.network))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"PK", None])
 def test_a_torn_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, whole, content):
     with pytest.raises(KilledError):
@@ -498,6 +502,7 @@ class Signalled(FlowMapTraining):
         super().optimizer_step(*arguments, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_between_two_steps(tmp_path, whole, number):
     stopped = module(Signalled)
@@ -531,6 +536,7 @@ class DiesInValidation(FlowMapTraining):
         super().validation_step(batch, batch_index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [4, 8])
 def test_a_kill_in_the_validation_loses_no_line(tmp_path, whole, every):
     options = QUICK | {"save_every": every}

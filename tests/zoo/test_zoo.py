@@ -42,6 +42,7 @@ def test_models_load_whatever_else_was_loaded_before(monkeypatch):
     assert zoo.load_classifier("fashion-judge")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_classifiers_reach_their_accuracy(name):
@@ -55,6 +56,7 @@ def test_classifiers_reach_their_accuracy(name):
     assert len(names) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.data("fashion")
 @pytest.mark.parametrize("name", ["fashion-classifier", "fashion-judge"])
 def test_shipped_statistics_are_those_of_the_test_split(name):
@@ -79,6 +81,7 @@ def test_shipped_rows_are_a_random_part_of_the_test_split(name):
     assert float(kept["test_rows"].var(0).sum() / kept["test_cov"].trace()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_flow_map_draws_the_class_it_is_asked_for(fashion):
     judge = zoo.load_classifier("fashion-judge")[0]
     labels = torch.arange(200) % 10
@@ -87,6 +90,7 @@ def test_the_flow_map_draws_the_class_it_is_asked_for(fashion):
         assert (judge(pictures).argmax(1) == labels).float().mean() > least
 
 
+@pytest.mark.slow
 def test_the_map_of_words_draws_what_it_is_asked_for():
     """Retrieval of the right one among twelve prompts, by the shipped open_clip model; chance is 1/12."""
     flow_map, network = steerfm.load("emoji"), encoders.open_clip("emoji-clip")
@@ -100,6 +104,7 @@ def test_the_map_of_words_draws_what_it_is_asked_for():
             assert (found.argmax(1) == torch.arange(24) % 12).float().mean() >= least
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(fashion):
     """Equal to float tolerance: the convolutions choose other kernels for other batch sizes."""
     labels = torch.arange(64) % 10
