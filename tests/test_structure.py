@@ -103,3 +103,9 @@ def test_types_are_mended_and_not_ignored():
         f"{file.name}: {line.strip()}" for file in FILES for line in file.read_text().splitlines() if "type: ignore" in line
     ]
     assert len(found) <= IGNORES, "\n".join(found)
+
+
+def test_files_of_tests_differ_in_name():
+    """pytest imports them by name, whatever their folder."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
