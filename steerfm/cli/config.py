@@ -119,7 +119,10 @@ class TrainConfig:
 
 
 MODEL = "a shipped flow map (steerfm models) or a path to a .safetensors file of your own"
-CODE = "a shipped flow map (steerfm models), a path to a .safetensors file, or FILE.py:NAME for a map that code makes"
+CODE = (
+    "a shipped flow map (steerfm models), a path to a .safetensors file, diffusers:FOLDER_OR_HUB_ID, or FILE.py:NAME for a map "
+    "that code makes; model.KEY sets an argument of these two"
+)
 REWARD = "what to raise: a name (steerfm rewards), FILE.py:NAME, or a list of {name, weight, ...}; reward.KEY sets an argument"
 JUDGE = "a second, held-out reward for the report, written as reward; auto for one that fits, null for none"
 GUIDANCE = "scale of classifier-free guidance; 1 for none, above 1 for stronger"
@@ -134,12 +137,16 @@ PRECISION = "precision of network and reward"
 class SampleConfig:
     """Unsteered samples."""
 
-    model: str = option("fashion", CODE)
+    model: Any = option("fashion", CODE)
     label: Words = option(None, "class by name or index, or a list, one for each sample; null for a mix of all")
     prompt: Words = option(None, "what to ask a map of words for: a text, a list of texts, or a file of them")
     n: int = count(16, "output", "samples, of each prompt where there are several")
     seeds: int | list[int] = seed_field(SEEDS)
-    steps: int = count(4, "step", "jumps from noise to data; each is one network call a sample")
+    steps: int | None = option(
+        None,
+        "steps from noise to data; each is one network call a sample; null for as many as the model usually takes, 4 for ours",
+        range=Range(least=1, of="step"),
+    )
     guidance: float = finite(1.0, GUIDANCE)
     negative: Words = option(None, NEGATIVE)
     device: str = option("auto", DEVICE)
@@ -153,7 +160,7 @@ class SampleConfig:
 class SteerConfig:
     """A steering: samples of p(x) exp(strength * reward(x))."""
 
-    model: str = option("fashion", CODE)
+    model: Any = option("fashion", CODE)
     reward: Any = option({"name": "classifier"}, REWARD)
     method: Any = option(
         {"name": "funnel"}, "a name (steerfm methods) or FILE.py:CLASS; method.KEY sets an argument (steerfm methods NAME)"
@@ -186,7 +193,7 @@ class SteerConfig:
 class EvaluateConfig:
     """A measurement of a flow map."""
 
-    model: str = option("fashion", CODE)
+    model: Any = option("fashion", CODE)
     prompt: Words = option(
         None, "for models that read words: prompts or a file of them; null for captions of the training data"
     )
@@ -311,5 +318,5 @@ class BenchConfig:
     force: bool = option(False, FORCE)
 
 
-NAMED = {"reward", "method", "judge"}
+NAMED = {"model", "reward", "method", "judge"}
 """Keys that take a name and its arguments: ``reward=classifier reward.target=Bag``."""

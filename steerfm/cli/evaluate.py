@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
     pictures += _draw_samples({name: drawn[name] for name in rows}, examiner.names, folder.path)
     facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
-    report(folder, f"Evaluation of {config.model}", facts, tables, pictures)
+    report(folder, f"Evaluation of {stem(config.model)}", facts, tables, pictures)
     apart = examiner.known.apart if examiner.known else None
     summary: dict[str, Any] = {
         "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
@@ -228,7 +228,7 @@ def _tables(rows: Rows, floors: Rows, many: str, n: int) -> Tables:
 
 def _print(config: EvaluateConfig, tables: Tables, consistency: Mapping[str, float], gaps: list[str]) -> None:
     for title, header, lines in tables:
-        print_table(header, lines, f"{config.model}: {title}")
+        print_table(header, lines, f"{stem(config.model)}: {title}")
     for line in [", ".join(f"{name} {value:.5f}" for name, value in consistency.items()), *gaps]:
         console.print(line)
 
@@ -265,7 +265,7 @@ def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     cond, names, agreement = _asked(evaluator, config, bool(references))
     gaps = list(evaluator.gaps)
     if not references:
-        why = f"no distances to the data, texture is not relative to theirs: no network is known of {config.model}'s data"
+        why = f"no distances to the data, texture is not relative to theirs: no network is known of {stem(config.model)}'s data"
         gaps.append(f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)})")
     return Examiner(cond, names, evaluator.spaces, references, agreement, gaps)
 

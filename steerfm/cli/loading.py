@@ -168,6 +168,8 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             value = make(kind, value, f"{key}.")
         elif f.name in NAMED:
             value = _named(value, f.name, key, schema)
+            if f.name == "model" and isinstance(value, Mapping) and value.keys() == {"name"}:
+                value = value["name"]
         elif of == "method":
             value = {name: _named(told, of, f"{key}.{name}", schema, name) for name, told in value.items()}
             for name, told in value.items():
@@ -276,6 +278,8 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
             value = scalar(str(value), key)
         if key in NAMED and isinstance(value, str) and value != "auto":
             value = {"name": value}
+        if key in NAMED and isinstance(value, Mapping) and isinstance(old, str):
+            old = {"name": old}
         fresh = key in NAMED and isinstance(value, Mapping) and "name" in value
         if isinstance(value, Mapping):
             value = _merge(old if isinstance(old, Mapping) and not fresh else {}, value)

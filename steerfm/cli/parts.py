@@ -16,8 +16,12 @@ from steerfm.steering import METHOD
 from steerfm.values import ConfigError
 
 
-def load_model(name: str, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
-    flow_map = zoo.load(name, pick_device(device))
+def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
+    """The model of a configuration: a name, or a name with arguments. A pipeline is guided as itself means it."""
+    name, arguments = registry.named(model, "model")
+    if name.startswith(zoo.DIFFUSERS) and guidance != 1:
+        arguments, guidance = {"guidance": guidance, **arguments}, 1.0
+    flow_map = zoo.load(name, pick_device(device), **arguments)
     if compiled and isinstance(flow_map, NeuralFlowMap):
         flow_map = flow_map.compiled()
     return flow_map if guidance == 1 else Guided(flow_map, guidance).to(flow_map.device)

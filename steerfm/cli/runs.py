@@ -68,8 +68,9 @@ def slug(value: Any) -> str:
     return "-".join("".join(c if c.isalnum() else "_" for c in word) for word in words)
 
 
-def stem(model: str) -> str:
-    return Path(model).stem
+def stem(model: Any) -> str:
+    """What files and titles call a model: the name, without folders."""
+    return Path(named(model, "model")[0].removeprefix(zoo.DIFFUSERS).replace(":", "-")).stem
 
 
 def commit() -> str:

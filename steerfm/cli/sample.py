@@ -8,35 +8,43 @@ from steerfm.cli.outputs import outputs_of
 from steerfm.cli.parts import autocast, load_model
 from steerfm.cli.runs import grid_rows, run_folder, stem
 from steerfm.cost import Ledger
+from steerfm.flowmap import in_parts
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
+from steerfm.sampling import check_fit, grid_of
 from steerfm.sampling import sample as draw
+from steerfm.transitions import usual
+
+DECODED = 64
+"""Samples that are decoded at a time."""
 
 
 def sample(config: SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, negative=config.negative)
+    steps = flow_map.steps if config.steps is None else config.steps
+    check_fit(flow_map, usual(flow_map), grid_of(flow_map, steps))
     seeds, precision = want.seeds(config.seeds), autocast(flow_map, config.precision)
     folder = run_folder(config, f"runs/sample/{stem(config.model)}")
     with Ledger() as ledger, progress("sampling", 1) as tick, precision:
-        x = draw(flow_map, want.n, config.steps, seeds, want.cond, batch_size=500)
-        pictures = flow_map.decode(x).float().cpu()
+        x = draw(flow_map, want.n, steps, seeds, want.cond, batch_size=500)
+        pictures = in_parts(flow_map.decode, x, DECODED).float().cpu()
         tick(1, 1)
     folder.save_tensors("samples", {"samples": x.float()})
     path, shown = folder.path / "samples.safetensors", []
     if pictures.ndim == 4:  # samples of a map of vectors are no pictures
         path = folder.path / "grid.png"
         rows, captions = grid_rows(pictures, want.names)
-        picture_grid(rows, path, captions=captions, title=f"{config.model}, {config.steps} jumps")
+        picture_grid(rows, path, captions=captions, title=f"{stem(config.model)}, {steps} steps")
         shown = [
             ("samples, not steered; what each was asked for is below" if any(want.names) else "samples, not steered", path)
         ]
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
     report(
         folder,
-        f"Samples of {config.model}",
-        {"command": command, "jumps": config.steps, "cost": str(ledger.cost)},
+        f"Samples of {stem(config.model)}",
+        {"command": command, "steps": steps, "cost": str(ledger.cost)},
         pictures=shown,
     )
     console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")

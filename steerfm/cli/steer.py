@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import in_words
 from steerfm.cli.config import SteerConfig
 from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.outputs import Outputs, outputs_of
@@ -26,10 +27,12 @@ from steerfm.report.run_folder import RunFolder, read_tensor
 from steerfm.rewards import Reward
 from steerfm.rows import take_rows
 from steerfm.sampling import sample as draw
-from steerfm.steering import Method, SteeringResult, steer_batches
+from steerfm.steering import Method, Sampler, SteeringResult, steer_batches
 from steerfm.steering.result import OVER_TIME
 from steerfm.steering.result import facts as result_facts
+from steerfm.steering.steer import check_method, usual
 from steerfm.steering.weights import ess_in_words
+from steerfm.values import line
 
 SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
@@ -39,10 +42,15 @@ COLUMNS = 4
 
 def steer(config: SteerConfig, command: str = "") -> None:
     """Steer, and write the run folder: samples, result.json, grid.png, trace.png, report.html."""
-    default = f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
+    if config.method == SteerConfig().method and (why := method.lacks(flow_map)):
+        config = replace(config, method=usual(flow_map))
+        method = build_method(config.method)
+        console.print(f"method={line(config.method)}, since the model has only {in_words(flow_map)}: funnel {why}")
+    check_method(method, flow_map)
+    default = f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
     judge = build_judge(config, flow_map, reward)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, reward, config.negative)
     check_needs((reward, judge), want.labels, want.prompts)
@@ -65,7 +73,7 @@ def steer(config: SteerConfig, command: str = "") -> None:
     pictures = [*_draw_steering(folder.path, run, reward.name, want), (OVER_TIME, trace)]
     facts = _facts(config, run, method)
     tables = [("mean rewards over outputs; of a steered one the best particle counts", header, _by(label, table))]
-    report(folder, f"{config.model} steered by {reward.name}", {"command": command} | facts, tables, pictures)
+    report(folder, f"{stem(config.model)} steered by {reward.name}", {"command": command} | facts, tables, pictures)
     folder.save_result({"command": command} | summary(run, want, reward, judge))  # last: it says that the run is finished
     folder.clear_parts()
     lines = [[value if isinstance(value, str) else f"{value:.4g}" for value in row] for row in table]
@@ -108,7 +116,7 @@ def steered(
                     result = next(fresh)
                 if rows.start >= SHOWN:
                     result.trace.lookaheads = None
-                steps = getattr(method, "steps", 4)
+                steps = method.steps if isinstance(method, Sampler) else flow_map.steps
                 base = draw(flow_map, len(result), steps, seeds[rows], take_rows(want.cond, rows), batch_size=500).cpu()
                 best = result.rewards.gather(1, result.best_index().unsqueeze(1))
                 told = {"reward_mean": result.rewards.mean().item(), "reward_best": best.mean().item()}

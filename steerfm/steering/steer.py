@@ -21,16 +21,13 @@ from steerfm.randomness import derive, untouched
 from steerfm.rewards import Reward
 from steerfm.rows import Condition, Rows, labels_of
 from steerfm.sampling import Noise, as_condition, leading_away, seed_list
-from steerfm.steering.lookahead import Denoise
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
-from steerfm.steering.presets import BestOfN, FeynmanKac, Funnel
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Sampler
 from steerfm.steering.state import Begin, Callback, State
 from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.steering.weights import wide
-from steerfm.transitions import Midpoint
 
 CPU_ROWS = 128
 
@@ -294,11 +291,20 @@ def usual_method(flow_map: FlowMap) -> Method:
     `Funnel` where it jumps to the data; `FeynmanKac` by denoiser and midpoint steps for a velocity; best-of-n, each one jump,
     for a generator.
     """
-    if can(flow_map, "endpoint"):
-        return Funnel()
-    if can(flow_map, "velocity"):
-        return FeynmanKac(particles=32, lookahead=Denoise(), transition=Midpoint())
-    return BestOfN(particles=128, steps=1)
+    return registry.build(usual(flow_map), METHOD)
+
+
+def usual(flow_map: FlowMap) -> dict[str, Any]:
+    """The name and the arguments of `usual_method`, as configurations have them."""
+    return dict(USUAL[next(name for name in USUAL if can(flow_map, name))])
+
+
+USUAL: dict[str, dict[str, Any]] = {
+    "endpoint": {"name": "funnel"},
+    "velocity": {"name": "feynman_kac", "particles": 32, "lookahead": "denoise", "transition": "midpoint"},
+    "generator": {"name": "best_of_n", "particles": 128, "steps": 1},
+}
+"""The usual method by the first of these that a map can do."""
 
 
 def check_method(method: Method, flow_map: FlowMap, times: Sequence[float] | None = None) -> None:
