@@ -34,6 +34,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 NEEDS = {
     "aesthetic": "a head, `head=`",
+    "frames": "a reward, `reward=`, and video",
     "pickscore": "a model, `model=`",
     "remote": "a server, `url=`",
 }

@@ -15,7 +15,6 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
@@ -27,41 +26,7 @@ from torch import Tensor, nn
 from steerfm import trust
 from steerfm.cost import count, count_backward
 from steerfm.randomness import untouched
-
-Prompts = Sequence[str] | None
-
-
-class RewardError(ValueError):
-    """A reward broke its contract; the message names the reward and the fix.
-
-    Attributes:
-        sample: number of the picture that it broke at, where it was one.
-    """
-
-    def __init__(self, message: str, sample: int | None = None) -> None:
-        super().__init__(message)
-        self.sample = sample
-
-    def __str__(self) -> str:
-        return super().__str__() + ("" if self.sample is None else f" for sample {self.sample}")
-
-
-@dataclass
-class Scores:
-    """total: (b,) float32, what is optimised; components: raw value of every term by name, (b,) each, no graph."""
-
-    total: Tensor
-    components: dict[str, Tensor]
-
-    @classmethod
-    def join(cls, parts: Sequence[Scores]) -> Scores:
-        """Those of consecutive pictures as one."""
-        components = {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components}
-        return cls(torch.cat([part.total for part in parts]), components)
-
-    def __getitem__(self, rows: Tensor | slice) -> Scores:
-        """Of the given rows, without a graph."""
-        return Scores(self.total[rows].detach(), {name: value[rows] for name, value in self.components.items()})
+from steerfm.scores import MODEL, PICTURES, Prompts, RewardError, Scores, as_numbers, check_finite, check_samples
 
 
 class Reward(nn.Module):
@@ -74,6 +39,8 @@ class Reward(nn.Module):
         batch_size: pictures per call of `score`; None for all at once.
         groupwise: whether a value depends on the other pictures of a group (the particles of an output): `score` then sees all
             pictures at once and takes ``groups`` (b,), the number of each one's group, or None for one group.
+        space: what it reads: "pictures" (or the vectors of a map of vectors), "video" (b, c, f, h, w), or "model": samples as
+            the model has them, of any shape, for which nothing is decoded.
         packages: modules that must be installed before the first call, beside those that steerfm needs.
         truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
 
@@ -89,6 +56,7 @@ class Reward(nn.Module):
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
     groupwise: bool = False
+    space: str = PICTURES
     packages: ClassVar[tuple[str, ...]] = ()
     truth: Tensor | None = None
     _fits: int | None = None  # pictures a call, where memory did not hold more
@@ -112,7 +80,7 @@ class Reward(nn.Module):
         """Checked value, (b,) float32 on the device of the images.
 
         Args:
-            images: (b, c, h, w) in [0, 1], or (b, d) for maps of vectors.
+            images: what its ``space`` says: (b, c, h, w) in [0, 1], or (b, d) for maps of vectors; video; or states.
             prompts: one string per row, where the reward reads prompts.
             labels: (b,) class indices, where the reward reads labels.
 
@@ -123,18 +91,39 @@ class Reward(nn.Module):
         return self.evaluate(images, prompts, labels).total
 
     def evaluate(
-        self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
+        self,
+        images: Tensor,
+        prompts: Prompts = None,
+        labels: Tensor | None = None,
+        groups: Tensor | None = None,
+        latents: Tensor | None = None,
     ) -> Scores:
-        """As calling the reward, with the raw value of every component beside the total; groups: see ``groupwise``."""
-        self._check_input(images, prompts, labels)
+        """As calling the reward, with the raw value of every component beside the total.
+
+        Args:
+            images, prompts, labels: as for a call. groups: see ``groupwise``.
+            latents: (b, ...) the same samples in the model's space: read in place of images by rewards of that space, and
+                needed beside images by sums of both.
+        """
+        if self.space == MODEL and latents is not None:
+            images = latents
+        self._check_input(images, latents, prompts, labels)
         count("reward_calls", len(images))
-        images = images.to(torch.promote_types(images.dtype, torch.float32))  # half precision is too coarse for sums
+        images, latents = _wide(images), _wide(latents) if latents is not None and MODEL in self.spaces else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            scores = self.raw_scores(images, prompts, labels, groups)
+            scores = self.raw_scores(images, prompts, labels, groups, latents)
         count_backward("reward_backwards", len(images), scores.total)
         return scores
 
-    def raw_scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
+    @property
+    def spaces(self) -> frozenset[str]:
+        """All that it reads: its space, for a sum those of its terms."""
+        return frozenset({self.space})
+
+    def raw_scores(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
+    ) -> Scores:
+        images = images if self.space != MODEL or latents is None else latents
         size = max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
         size, begin, parts = min(size, self._fits or size), 0, []
         while begin < len(images):
@@ -189,20 +178,13 @@ class Reward(nn.Module):
         """The file of the code that its author wrote."""
         return type(self).score.__code__.co_filename
 
-    def _check_input(self, images: Tensor, prompts: Prompts, labels: Tensor | None) -> None:
-        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (2, 4):
-            found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise RewardError(f"reward {self.name!r} takes float images (b, c, h, w) in [0, 1] or vectors (b, d), got {found}")
-        if images.ndim == 4 and len(images):
-            low, high = (float(bound) for bound in images.detach().aminmax())
-            if not (low >= -1e-3 and high <= 1 + 1e-3):
-                raise RewardError(
-                    f"reward {self.name!r} takes images in [0, 1], got [{low:.3g}, {high:.3g}]: use FlowMap.decode"
-                )
-        elif not bool(torch.isfinite(images.detach()).all()):
-            row = int((~torch.isfinite(images.detach())).flatten(1).any(1).nonzero()[0])
-            fix = "lower the strength, or guide less"
-            raise RewardError(f"reward {self.name!r} takes finite vectors, but the samples are not finite ({fix})", sample=row)
+    def _check_input(self, images: Any, latents: Any, prompts: Prompts, labels: Tensor | None) -> None:
+        check_samples(self.name, self.space, images)
+        if MODEL in self.spaces and self.space != MODEL:
+            if latents is None:
+                fix = "evaluate(images, latents=states) takes both"
+                raise RewardError(f"reward {self.name!r} reads {self.space} and the model's space: {fix}")
+            check_samples(self.name, MODEL, latents)
         for need, given in (("labels", labels), ("prompts", prompts)):
             if need in self.needs and given is None:
                 raise RewardError(f"reward {self.name!r} needs {need}: condition the model, or pass {need}=")
@@ -211,7 +193,7 @@ class Reward(nn.Module):
 
     def _check_output(self, value: Any, images: Tensor, begin: int) -> Tensor:
         if isinstance(value, list | tuple | np.ndarray):
-            value = _tensor(value)
+            value = as_numbers(value)
         if not isinstance(value, Tensor) or value.is_complex():
             raise RewardError(
                 f"reward {self.name!r} returned a {type(value).__name__}: return {len(images)} numbers, "
@@ -223,11 +205,22 @@ class Reward(nn.Module):
                 f"return one value per image, shape ({len(images)},)"
             )
         value = value.to(images.device, torch.float32, copy=True)  # its author may use the memory again
-        _check_finite(value, f"reward {self.name!r} returned", begin)
+        check_finite(value, f"reward {self.name!r} returned", begin)
         return value
 
     def _take_facts(self, members: Sequence[Reward]) -> None:
-        """Set the facts of a reward that is made of others: what holds for one of them holds for it."""
+        """Set the facts of a reward that is made of others: what holds for one of them holds for it.
+
+        Raises:
+            RewardError: members that read what cannot be had together.
+        """
+        spaces = frozenset().union(*(member.spaces for member in members))
+        seen = sorted(spaces - {MODEL})
+        if len(seen) > 1:
+            raise RewardError(f"rewards of {' and of '.join(seen)} in one: put reward=frames around those of pictures")
+        self.space = seen[0] if seen else MODEL if spaces else PICTURES
+        if self.spaces != spaces and members:
+            raise RewardError(f"rewards of {seen[0]} and of the model's space in one: add them up, only a sum takes both")
         self.differentiable = all(member.differentiable for member in members)
         self.needs = frozenset().union(*(member.needs for member in members))
         self.groupwise = any(member.groupwise for member in members)
@@ -235,7 +228,13 @@ class Reward(nn.Module):
         self.batch_size = min((member.batch_size for member in members if member.batch_size), default=None)
 
     def __repr__(self) -> str:  # not what it is made of, as nn.Module does
-        facts = [self.unit, "" if self.differentiable else "a black box", *(f"needs {need}" for need in sorted(self.needs))]
+        reads = "" if self.space == PICTURES else f"reads {self.space}" if self.space != MODEL else "reads the model's space"
+        facts = [
+            self.unit,
+            reads,
+            "" if self.differentiable else "a black box",
+            *(f"needs {need}" for need in sorted(self.needs)),
+        ]
         told = ", ".join(fact for fact in facts if fact)
         return f"<{type(self).__name__} {self.name!r}{': ' if told else ''}{told}>"
 
@@ -279,11 +278,18 @@ class WeightedSum(Reward):
     def terms(self) -> list[tuple[float, Reward]]:
         return list(zip(self.weights, self.rewards))  # type: ignore[arg-type]
 
-    def raw_scores(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Scores:
+    @property
+    def spaces(self) -> frozenset[str]:
+        return frozenset().union(*(reward.spaces for _, reward in self.terms)) or frozenset({PICTURES})
+
+    def raw_scores(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
+    ) -> Scores:
         total, components = torch.zeros(len(images), dtype=torch.float32, device=images.device), {}
         for weight, reward in self.terms:
-            scores = reward.raw_scores(images, prompts, labels, groups)
-            if images.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
+            scores = reward.raw_scores(images, prompts, labels, groups, latents)
+            seen = images if reward.space != MODEL or latents is None else latents
+            if seen.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
                 raise RewardError(f"reward {reward.name!r} has no gradient, a term of a sum: set its differentiable = False")
             total = total + weight * scores.total
             for name, value in scores.components.items():
@@ -292,7 +298,7 @@ class WeightedSum(Reward):
                 while unique in components:
                     unique, number = f"{name} {number}", number + 1
                 components[unique] = value
-        _check_finite(total, f"reward {self.name!r}, a sum of finite terms, is", 0)
+        check_finite(total, f"reward {self.name!r}, a sum of finite terms, is", 0)
         return Scores(total, components)
 
 
@@ -301,7 +307,7 @@ class FunctionReward(Reward):
     and needed if it gives them no default.
 
     Args:
-        function: may carry the attributes ``name``, ``differentiable``, ``batch_size`` of its own.
+        function: may carry the attributes ``name``, ``differentiable``, ``batch_size``, ``space`` of its own.
         arguments: bound to the function.
     """
 
@@ -313,6 +319,7 @@ class FunctionReward(Reward):
         check_arguments(self.name, parameters, arguments)
         self.differentiable = getattr(function, "differentiable", True)
         self.batch_size = getattr(function, "batch_size", None)
+        self.space = getattr(function, "space", PICTURES)
         self.function = partial(function, **arguments)
         self.passed = tuple(context)
         self.needs = frozenset(key for key, parameter in context.items() if parameter.default is parameter.empty)
@@ -327,23 +334,9 @@ class FunctionReward(Reward):
         return code and code.co_filename
 
 
-def _check_finite(value: Tensor, what: str, begin: int) -> None:
-    """Raise a RewardError that names the first of the values (b,) that is infinite or NaN."""
-    finite = torch.isfinite(value.detach())
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise RewardError(f"{what} {value[row].item()}", sample=begin + row)
-
-
-def _tensor(value: Any) -> Any:
-    """A tensor of a list or array of numbers; a list of tensors keeps their graph. As it was, where it is no such thing."""
-    if isinstance(value, list | tuple) and any(isinstance(number, Tensor) for number in value):
-        numbers = [torch.as_tensor(number) for number in value]
-        return torch.stack(numbers) if len({number.shape for number in numbers}) == 1 else value
-    try:
-        return torch.from_numpy(np.array(value, dtype=np.float64))
-    except (ValueError, TypeError):
-        return value
+def _wide(samples: Tensor) -> Tensor:
+    """In float32 or more: half precision is too coarse for sums."""
+    return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
 
 def _after_images(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

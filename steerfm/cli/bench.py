@@ -165,7 +165,7 @@ class Problem:
             told = {"prompts": want.prompts, "labels": want.labels}
             groups = torch.arange(want.n, device=pictures.device) // want.each
             judges = {"reward": self.reward, "held_out": self.judge}
-            scores = {name: judge.evaluate(pictures, **told, groups=groups).total for name, judge in judges.items()}
+            scores = {name: judge.evaluate(pictures, **told, groups=groups, latents=x).total for name, judge in judges.items()}
             features = self.yardstick.features(pictures)
         facts = [cost.evaluations, cost.forwards, cost.backwards, cost.reward_calls, cost.seconds]
         found = {name: value.float().cpu().clone() for name, value in scores.items()}

@@ -10,6 +10,7 @@ from rich.console import Console
 from steerfm import rewards, testing, zoo
 from steerfm.cli.config import SteerConfig
 from steerfm.cli.loading import load
+from steerfm.scores import MODEL
 from steerfm.testing.rewards import CHECKS, N
 from steerfm.values import ConfigError
 
@@ -33,14 +34,16 @@ def check_reward(name: str | None, settings: Sequence[str]) -> None:
             raise ConfigError(f"{setting}: a check takes reward.KEY=value, the reward's arguments, and model=NAME")
     config = load(SteerConfig, None, [f"reward={name}", *settings])
     flow_map = zoo.load(config.model)
-    shape = flow_map.decode(torch.zeros(1, *flow_map.shape, dtype=flow_map.dtype)).shape[1:]
-    labels = torch.arange(N) % max(1, len(flow_map.class_names))
     reward = rewards.build(config.reward)
+    shape = flow_map.shape
+    if reward.space != MODEL:
+        shape = tuple(flow_map.decode(torch.zeros(1, *shape, dtype=flow_map.dtype)).shape[1:])
+    labels = torch.arange(N) % max(1, len(flow_map.class_names))
     try:
         testing.check_reward(reward, shape, labels=labels)
     except testing.ContractError as error:
         raise rewards.RewardError(str(error)) from error
     print = Console(soft_wrap=True, markup=False, highlight=False).print
-    print(f"{reward.name} keeps the contract, on pictures of shape {tuple(shape)}:")
+    print(f"{reward.name} keeps the contract, on {reward.space if reward.space != MODEL else 'samples'} of shape {shape}:")
     for check in CHECKS:
         print(f"  {(check.__doc__ or '').splitlines()[0]}")

@@ -184,14 +184,15 @@ class Scores:
         """A part of a column."""
         self.columns[name].setdefault(key, []).append(value.cpu())
 
-    def score(self, name: str, x: Tensor, rows: slice, known: Tensor | None = None) -> None:
-        """Score pictures (b, c, h, w) of these outputs; ``known`` are their rewards (b,), where there are any."""
+    def score(self, name: str, x: Tensor, z: Tensor, rows: slice, known: Tensor | None = None) -> None:
+        """Score pictures (b, c, h, w) of these outputs, and ``z``, the same in the model's space; ``known`` are their rewards
+        (b,), where there are any."""
         context: dict[str, Any] = {"prompts": self.outputs.prompts, "labels": self.outputs.labels}
         context = {key: None if value is None else value[rows] for key, value in context.items()}
-        groups = (torch.arange(self.outputs.n)[rows] // self.outputs.each).to(x.device)
-        self.add(name, "reward", self.reward.evaluate(x, **context, groups=groups).total if known is None else known)
+        context |= {"groups": (torch.arange(self.outputs.n)[rows] // self.outputs.each).to(x.device), "latents": z}
+        self.add(name, "reward", self.reward.evaluate(x, **context).total if known is None else known)
         if self.judge:
-            self.add(name, "held out", self.judge.evaluate(x, **context, groups=groups).total)
+            self.add(name, "held out", self.judge.evaluate(x, **context).total)
         for key, value in ({} if self.reward.truth is None else restoration(x, self.reward.truth)).items():
             self.add(name, key, value)
 
@@ -209,6 +210,7 @@ def gather(
     compares pictures sees all of them at once."""
     scores, values, first, cost, done = Scores(want, reward, judge), {}, [], Cost(), 0
     looks: dict[str, list[Tensor]] = {"base": [], "steered": []}
+    states: dict[str, list[Tensor]] = {"base": [], "steered": []}
     output = torch.arange(want.n)
     drawn = (output % want.each < SHOWN) & (output // want.each < SHOWN)
     for result, base in batches:
@@ -225,13 +227,15 @@ def gather(
                     continue
                 x = flow_map.decode(z)
                 looks[name].append(x if scores.at_once else x[drawn[rows]])
-                if not scores.at_once:
-                    scores.score(name, x, rows, known)
+                if scores.at_once:
+                    states[name].append(z)
+                else:
+                    scores.score(name, x, z, rows, known)
     shown = {name: torch.cat(parts) for name, parts in looks.items()}
     if scores.at_once:
         with torch.inference_mode(), precision:
             for name, x in shown.items():
-                scores.score(name, x, slice(0, want.n))
+                scores.score(name, x, torch.cat(states[name]), slice(0, want.n))
         shown = {name: x[drawn] for name, x in shown.items()}
     near = scores.joined()
     return Steered(

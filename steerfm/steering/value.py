@@ -18,6 +18,7 @@ from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import Condition, Rows
 from steerfm.sampling import Noise, walk
+from steerfm.scores import MODEL
 from steerfm.steering.lookahead import Endpoints, Lookahead
 from steerfm.steering.weights import log_mean_exp, wide
 from steerfm.transitions import usual
@@ -50,7 +51,8 @@ class Problem:
     def score(self, z: Tensor, k: int = 1) -> Scores:
         """Scores of b * k endpoints in model space, ``k`` for each particle.
 
-        They are decoded, and where the reward judges each by itself also scored, as many at a time as the map takes.
+        They are decoded, unless the reward reads nothing but the model's space, and scored, as many at a time as the map takes;
+        a reward that compares them sees all at once.
         """
         rows, most = self.rows if k == 1 else self.rows.repeat(k), self.flow_map.micro_batch
         if most is None or len(z) <= most or self.reward.groupwise:
@@ -65,7 +67,8 @@ class Problem:
         return Scores.join(parts)
 
     def _scored(self, z: Tensor, rows: Rows) -> Scores:
-        return self.reward.evaluate(self.flow_map.decode(z), rows.prompts, rows.labels, rows.groups)
+        images = z if self.reward.space == MODEL else self.flow_map.decode(z)
+        return self.reward.evaluate(images, rows.prompts, rows.labels, rows.groups, latents=z)
 
     def tilt(self, r: Tensor) -> Tensor:
         """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.

@@ -42,10 +42,11 @@ def failing(what: str) -> Iterator[None]:
         raise ContractError(text if text.startswith(what) else f"{what} fails with {type(error).__name__}: {text}") from error
 
 
-def pictures(n: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Uniform noise in [0.05, 0.95], (n, *shape): a small step in any direction is still a picture. Vectors are normal."""
+def pictures(n: int, shape: tuple[int, ...], seed: int = 0, bounded: bool | None = None) -> Tensor:
+    """Uniform noise in [0.05, 0.95], (n, *shape): a small step in any direction is still a picture. What is not bounded (by
+    default vectors) is normal."""
     generator = stream(seed, "contract")
-    if len(shape) == 3:
+    if len(shape) == 3 if bounded is None else bounded:
         return 0.05 + 0.9 * torch.rand(n, *shape, generator=generator, dtype=torch.float32)
     return torch.randn(n, *shape, generator=generator, dtype=torch.float32)
 

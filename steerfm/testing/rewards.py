@@ -13,6 +13,7 @@ from torch import Tensor
 from steerfm.cost import Ledger
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward, RewardError, as_reward
+from steerfm.scores import MODEL, SPACES, VIDEO
 from steerfm.testing.contract import ContractError, after_seed, failing, furthest, moves_global_state, near, pictures, require
 
 N = 4
@@ -23,7 +24,7 @@ class Probe:
     """A reward, and what it is asked about.
 
     Attributes:
-        images: (N, *shape) noise. prompts, labels: one for each.
+        images: (N, *shape) noise, of what the reward reads. prompts, labels: one for each.
     """
 
     reward: Reward
@@ -34,6 +35,15 @@ class Probe:
     @property
     def name(self) -> str:
         return f"reward {self.reward.name!r}"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it reads values in [0, 1]: pictures or video, and neither vectors nor the model's space."""
+        return self.reward.space != MODEL and self.images.ndim >= 4
+
+    @property
+    def samples(self) -> str:
+        return self.reward.space if self.bounded else "vectors" if self.reward.space != MODEL else "samples"
 
     def __call__(self, images: Tensor | None = None, rows: slice | list[int] = slice(None)) -> Tensor:
         """Checked values of some rows; a failure is one of the contract."""
@@ -51,7 +61,7 @@ class Probe:
 
     def shades(self) -> Tensor:
         """(N, *shape): from the lowest to the highest of what a reward can meet, each row of one value."""
-        levels = torch.linspace(0, 1, N) if self.images.ndim == 4 else torch.linspace(-1, 1, N)
+        levels = torch.linspace(0, 1, N) if self.bounded else torch.linspace(-1, 1, N)
         return levels.view(N, *(1,) * (self.images.ndim - 1)).expand_as(self.images).clone()
 
     def written(self) -> bool:
@@ -61,7 +71,7 @@ class Probe:
 
 def check_reward(
     reward: Reward | Callable[..., Any],
-    shape: Sequence[int] = (3, 32, 32),
+    shape: Sequence[int] | None = None,
     *,
     prompts: Sequence[str] | None = None,
     labels: Tensor | None = None,
@@ -70,7 +80,8 @@ def check_reward(
 
     Args:
         reward: a Reward, or a function of pictures.
-        shape: of a picture (c, h, w), or of a vector (d,), that it is made for.
+        shape: of what it is made for: a picture (c, h, w) (default (3, 32, 32)), a vector (d,), a video (c, f, h, w) (default
+            (3, 4, 32, 32)), or a sample of the model (default (4, 8, 8)).
         prompts: four, where it cannot read any four words.
         labels: (4,) class indices, where 0 to 3 are none.
 
@@ -83,10 +94,26 @@ def check_reward(
     classes = torch.arange(N) if labels is None else labels
     if len(words) != N or len(classes) != N:
         raise ValueError(f"check_reward takes {N} prompts and {N} labels, got {len(words)} and {len(classes)}")
-    probe = Probe(made, pictures(N, tuple(shape)), words, classes)
+    probe = Probe(made, _samples(made, shape), words, classes)
     with untouched():
         for check in CHECKS:
             check(probe)
+
+
+def _samples(reward: Reward, shape: Sequence[int] | None) -> Tensor:
+    """(N, *shape): pictures and video in [0, 1], vectors and the model's own samples normal."""
+    require(
+        reward.space in SPACES,
+        f"reward {reward.name!r} has space = {reward.space!r}",
+        f"it reads one of {', '.join(map(repr, SPACES))}",
+    )
+    require(
+        len(reward.spaces) == 1,
+        f"reward {reward.name!r} reads {reward.space} and the model's space",
+        "check its terms one by one",
+    )
+    chosen = tuple(shape or {VIDEO: (3, 4, 32, 32), MODEL: (4, 8, 8)}.get(reward.space, (3, 32, 32)))
+    return pictures(N, chosen, bounded=reward.space != MODEL and len(chosen) >= 3)
 
 
 def facts(probe: Probe) -> None:
@@ -109,7 +136,10 @@ def facts(probe: Probe) -> None:
 def values(probe: Probe) -> None:
     """It gives one finite value for each picture, in its range, for noise and for plain pictures."""
     low, high = probe.reward.range
-    for images, what in ((probe.images, "noise"), (probe.shades(), "plain pictures" if probe.images.ndim == 4 else "vectors")):
+    for images, what in (
+        (probe.images, "noise"),
+        (probe.shades(), f"plain {probe.samples}" if probe.bounded else probe.samples),
+    ):
         try:
             value = probe(images)
             require(
@@ -131,7 +161,7 @@ def values(probe: Probe) -> None:
 def _expects_signed(probe: Probe, images: Tensor) -> bool:
     """Whether what fails for pictures in [0, 1] works for the same in [-1, 1]."""
     low, high = probe.reward.range
-    if images.ndim != 4 or not probe.written():
+    if not probe.bounded or not probe.written():
         return False
     try:
         value = torch.as_tensor(probe.score(2 * images - 1))
@@ -145,8 +175,8 @@ def refusals(probe: Probe) -> None:
     """It refuses what are no pictures in [0, 1]."""
     broken = probe.images.clone()
     broken.view(-1)[1] = float("nan")
-    signed = {"pictures in [-1, 1]": 2 * probe.images - 1} if probe.images.ndim == 4 else {}
-    for what, images in (signed | {"pictures of NaN": broken}).items():
+    signed = {f"{probe.samples} in [-1, 1]": 2 * probe.images - 1} if probe.bounded else {}
+    for what, images in (signed | {f"{probe.samples} of NaN": broken}).items():
         try:
             probe.reward(images, **probe.context())
         except RewardError:
@@ -286,7 +316,7 @@ def _is_slope(probe: Probe, value: Callable[[Tensor], Tensor], gradient: Tensor)
     largest = gradient.flatten(1).abs().amax(1).clamp_min(1e-30)
     direction = gradient / largest.view(-1, *(1,) * (gradient.ndim - 1))
     for step in (1e-2, 5e-2, 1e-3, 1e-4, 1e-5):
-        ahead, behind = (_moved(probe.images, sign * step * direction) for sign in (1, -1))
+        ahead, behind = (_moved(probe, sign * step * direction) for sign in (1, -1))
         with torch.no_grad():
             change = (value(ahead) - value(behind)).sum()
         expected = (gradient * (ahead - behind)).sum()
@@ -295,8 +325,8 @@ def _is_slope(probe: Probe, value: Callable[[Tensor], Tensor], gradient: Tensor)
     return False
 
 
-def _moved(images: Tensor, by: Tensor) -> Tensor:
-    return (images + by).clamp(0, 1) if images.ndim == 4 else images + by
+def _moved(probe: Probe, by: Tensor) -> Tensor:
+    return (probe.images + by).clamp(0, 1) if probe.bounded else probe.images + by
 
 
 def memory(probe: Probe) -> None:

@@ -26,7 +26,7 @@ from steerfm.testing import check_reward
 SHAPE = (1, 28, 28)
 FIRST_PARTY = {
     "aesthetic", "brightness", "classifier", "clip", "clip_direction", "compressibility", "diversity", "emoji_judge",
-    "ensemble",
+    "ensemble", "frames",
     "image_quality", "imagenet", "judge", "normalised", "ocr", "pickscore", "remote", "sharpness", "symmetry", "target_image",
 }  # fmt: skip
 
@@ -62,7 +62,8 @@ ARGUMENTS: dict[str, list[dict]] = {
         {"target": TARGET, "operator": "blur", "sigma": 1.5},
     ],
 }
-CASES = [(name, arguments) for name in available() for arguments in ARGUMENTS.get(name, [{}])]
+VIDEO = {"frames"}  # tests/rewards/test_spaces.py
+CASES = [(name, arguments) for name in sorted(set(available()) - VIDEO) for arguments in ARGUMENTS.get(name, [{}])]
 CONTEXT = {"prompts": [f"picture {i}" for i in range(6)], "labels": torch.arange(6)}
 
 
@@ -171,8 +172,8 @@ def test_values_do_not_depend_on_the_device(plugin):
 
 @pytest.mark.parametrize("name", sorted(FIRST_PARTY))
 def test_vectors_are_refused(name):
-    if name in ("remote", "ensemble", "normalised"):
-        pytest.skip("it passes on what it is given")
+    if name in ("remote", "ensemble", "frames", "normalised"):
+        pytest.skip("it passes on what it is given, or takes video")
     arguments = ARGUMENTS.get(name, [{}])[0]
     with pytest.raises(RewardError, match=f"'{name}' takes pictures"):
         reward(name, **arguments)(torch.rand(2, 3), **{key: value[:2] for key, value in CONTEXT.items()})
