@@ -20,7 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.capabilities import TWO_TIME
-from steerfm.checkpoints import HEAD, HEAD_TEXT, INTERPOLANTS, check_head, read_weights, restore, save_weights, weights_file
+from steerfm.checkpoints import (
+    HEAD,
+    HEAD_TEXT,
+    INTERPOLANTS,
+    check_head,
+    checked_code,
+    code_of,
+    read_weights,
+    restore,
+    save_weights,
+    weights_file,
+)
 from steerfm.cost import count, count_backward
 from steerfm.encoders import TextEncoder
 from steerfm.interpolant import Interpolant, expand_time, time_grid
@@ -40,6 +51,8 @@ class FlowMap(nn.Module):
         transition: how it is sampled, a `Transition`; None for the usual one, see `steerfm.transitions.usual`.
         steps: in how many it is sampled unless somebody says otherwise.
         micro_batch: rows at a time of a network call, and of a call of the decoder; None for all.
+        maker: the code that `steerfm.load` made it by, {"name": "my_file.py:make_map", ...}; empty for others.
+        origin: reads the weights of the map that this one was fine-tuned from; None for others.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +62,8 @@ class FlowMap(nn.Module):
     transition: Any = None  # typed here, transitions and maps would import each other
     steps: int = 4
     micro_batch: int | None = None
+    maker: Mapping[str, Any] = MappingProxyType({})
+    origin: Callable[[], Mapping[str, Tensor]] | None = None
 
     def __init__(self, shape: Sequence[int], interpolant: Interpolant | None = None, class_names: Sequence[str] = ()) -> None:
         super().__init__()
@@ -145,6 +160,77 @@ class FlowMap(nn.Module):
         """The condition of one row that stands for none: the label after the last class; None without classes."""
         return torch.tensor([len(self.class_names)]) if self.class_names else None
 
+    # --- weights -------------------------------------------------------------------------------------------------
+    @property
+    def body(self) -> nn.Module:
+        """What holds the weights: what tuning trains, and what a file holds. The map itself, unless a class says otherwise."""
+        return self
+
+    def with_network(self, network: nn.Module) -> FlowMap:
+        """The same map with another `body`; nothing is copied."""
+        assert isinstance(network, FlowMap)
+        return network
+
+    def with_strength(self, strength: float) -> FlowMap:
+        """A fine-tuned map at another strength: weights base + strength (tuned - base), the base at 0, this map at 1.
+
+        For LoRA this is the scale of its adapters (DRaFT, 2309.17400, section 4.4).
+
+        Raises:
+            ValueError, FileNotFoundError: the map was not fine-tuned, or its base cannot be found.
+        """
+        if self.origin is None:
+            raise ValueError("with_strength needs a fine-tuned map: load one that `steerfm finetune` wrote")
+        body, origin = copy.deepcopy(self.body), self.origin()
+        if any(k not in origin or origin[k].shape != v.shape for k, v in body.state_dict().items()):
+            raise ValueError("with_strength: the base that this map names is of another architecture")
+        body.load_state_dict(
+            {k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v for k, v in body.state_dict().items()}
+        )
+        return self.with_network(body)
+
+    def save(
+        self,
+        path: str | Path,
+        architecture: Mapping[str, Any] | None = None,
+        card: Mapping[str, Any] | None = None,
+        half: bool | None = None,
+        origin: str | Mapping[str, Any] = "",
+    ) -> Path:
+        """Write ``path``.safetensors and ``path``.json, which `steerfm.load` reads; returns the path.
+
+        Args:
+            path: without suffix, or with ``.safetensors``.
+            architecture: what makes it again, see `head`; default what it was made by.
+            card: model card: data, recipe, command, metrics, licence; default its own.
+            half: store the weights as float16; default only those of a network of which the JSON says all.
+            origin: the model that this one was fine-tuned from, for `with_strength`.
+
+        Raises:
+            ValueError: nothing says what makes it.
+        """
+        head, path = self.head(architecture, origin), weights_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = head["kind"] == "flow_map" if half is None else half
+        save_weights(self.body, path, {**head, "card": dict(self.card if card is None else card)}, small)
+        return path
+
+    def head(self, architecture: Mapping[str, Any] | None = None, origin: str | Mapping[str, Any] = "") -> dict[str, Any]:
+        """What the JSON of a file says of it: the code that makes it, with digests of its file and of those that it imports.
+
+        Args:
+            architecture: that code, {"name": "my_file.py:make_map", argument: value, ...}; default `maker`.
+            origin: see `save`.
+
+        Raises:
+            ValueError: nothing says what makes it.
+        """
+        maker = dict(architecture or self.maker)
+        if not maker:
+            name = type(self).__name__
+            raise ValueError(f'what makes this {name} again? architecture={{"name": "my_file.py:make_map"}}')
+        return {"kind": "code", "maker": maker, "code": code_of(maker), **({"base": origin} if origin else {})}
+
     @property
     def device(self) -> torch.device:
         """Where its parameters or buffers are; the CPU for a map without any."""
@@ -168,6 +254,11 @@ class FlowMap(nn.Module):
         calls = x.shape[0] * self.evaluations
         count("forwards", calls)
         u = hook(self.at_door(x), *(self.at_door(time.flatten()) for time in times), cond)
+        if u.shape != x.shape:
+            name = f"the model {type(self).__name__}"
+            raise ValueError(
+                f"{name} answers states {tuple(x.shape)} with {tuple(u.shape)}: return (b, *shape), a row for each"
+            )
         u = u.to(torch.promote_types(u.dtype, x.dtype))
         count_backward("backwards", calls, u)
         return u
@@ -221,7 +312,7 @@ class NeuralFlowMap(FlowMap):
         text: encoder of prompts, for a network that is conditioned on {"text": (b, d)}; None for labels or no condition.
 
     Attributes:
-        origin: reads the weights of the map that this one was fine-tuned from; None for others.
+        architecture: what `build_network` makes its network of, as its file has it; empty for others.
     """
 
     def __init__(
@@ -236,7 +327,7 @@ class NeuralFlowMap(FlowMap):
     ) -> None:
         super().__init__(shape, interpolant, class_names)
         self.network, self.mean, self.std, self.text = network, float(mean), float(std), text
-        self.origin: Callable[[], Mapping[str, Tensor]] | None = None
+        self.architecture: Mapping[str, Any] = {}
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         s_, t_ = expand_time(s, x), expand_time(t, x)
@@ -261,6 +352,10 @@ class NeuralFlowMap(FlowMap):
     def null(self) -> Condition:
         return super().null if self.text is None else {"text": torch.zeros(1, self.text.width)}
 
+    @property
+    def body(self) -> nn.Module:
+        return self.network
+
     def with_network(self, network: nn.Module) -> NeuralFlowMap:
         """The same map with another network; nothing is copied."""
         other = copy.copy(self)
@@ -274,46 +369,19 @@ class NeuralFlowMap(FlowMap):
         """
         return self.with_network(torch.compile(self.network, dynamic=True))  # type: ignore[arg-type]
 
-    def with_strength(self, strength: float) -> NeuralFlowMap:
-        """A fine-tuned map at another strength: weights base + strength (tuned - base), the base at 0, this map at 1.
-
-        For LoRA this is the scale of its adapters (DRaFT, 2309.17400, section 4.4).
-
-        Raises:
-            ValueError, FileNotFoundError: the map was not fine-tuned, or its base cannot be found.
-        """
-        if self.origin is None:
-            raise ValueError("with_strength needs a fine-tuned map: load one that `steerfm finetune` wrote")
-        network, origin = copy.deepcopy(self.network), self.origin()
-        if any(k not in origin or origin[k].shape != v.shape for k, v in network.state_dict().items()):
-            raise ValueError("with_strength: the base that this map names is of another architecture")
-        network.load_state_dict(
-            {
-                k: torch.lerp(origin[k].to(v), v, strength) if v.is_floating_point() else v
-                for k, v in network.state_dict().items()
-            }
-        )
-        return self.with_network(network)
-
     # --- files: weights in safetensors, everything else in a JSON beside; nothing is ever unpickled --------------
-    def save(
-        self, path: str | Path, architecture: Mapping[str, Any], card: Mapping[str, Any], half: bool = True, origin: str = ""
-    ) -> Path:
-        """Write ``path``.safetensors and ``path``.json.
-
-        Args:
-            path: without suffix, or with ``.safetensors``.
-            architecture: what `build_network` takes, so that `load` can rebuild the network.
-            card: model card: data, recipe, command, metrics, licence.
-            half: store the weights as float16.
-            origin: the model that this one was fine-tuned from, for `with_strength`.
-        """
-        path = weights_file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def head(self, architecture: Mapping[str, Any] | None = None, origin: str | Mapping[str, Any] = "") -> dict[str, Any]:
+        """As `FlowMap.head`, with what `build_network` takes as the architecture, by default that of its file."""
+        if architecture is None and self.maker:
+            return super().head(None, origin)
+        architecture = dict(architecture or self.architecture)
+        if not architecture:
+            raise ValueError('what makes its network again? architecture={"name": "mlp", "dim": 2}, or "my_file.py:Net"')
         names = {cls: name for name, cls in INTERPOLANTS.items()}
-        head = {
+        code = code_of(architecture)
+        return {
             "kind": "flow_map",
-            "network": dict(architecture),
+            "network": architecture,
             "shape": list(self.shape),
             "interpolant": names[type(self.interpolant)],
             "class_names": list(self.class_names),
@@ -321,9 +389,8 @@ class NeuralFlowMap(FlowMap):
             "std": self.std,
             **({"text": {"encoder": self.text.model, "width": self.text.width}} if self.text else {}),
             **({"base": origin} if origin else {}),
+            **({"code": code} if code else {}),
         }
-        save_weights(self.network, path, head | {"card": dict(card)}, half)
-        return path
 
     @classmethod
     def load(cls, path: str | Path) -> NeuralFlowMap:
@@ -345,6 +412,7 @@ class NeuralFlowMap(FlowMap):
         flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"], text)
         card = head.get("card")
         flow_map.card = card if isinstance(card, Mapping) else {}
+        flow_map.architecture = checked_code(head["network"], head, path)
         return flow_map.eval().requires_grad_(False)
 
 

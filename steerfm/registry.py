@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from steerfm import trust
 from steerfm.randomness import untouched
 from steerfm.values import ConfigError
@@ -92,7 +94,7 @@ def find(name: str, kind: Kind) -> Any:
             target = trust.load(name, kind.what)
     except trust.CodeError as error:
         raise ConfigError(str(error)) from error.__cause__
-    makes = callable(target) and not isinstance(target, type) and trust.is_own(name)  # of packages, only what fits is called
+    makes = callable(target) and not isinstance(target, type | nn.Module) and trust.is_own(name)  # of packages only what fits
     if not (kind.fits(target) or makes):
         raise ConfigError(f"{kind.what} {name!r} is not {kind.form}, nor a function of yours that makes one")
     return target
@@ -121,7 +123,7 @@ def make(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
     """What a class or function makes of its arguments.
 
     Raises:
-        ConfigError: unknown argument (with the nearest), or refused value.
+        ConfigError: unknown argument (with the nearest), refused value, or whatever else it fails with.
     """
     if isinstance(target, type) and is_dataclass(target):
         known = [f.name for f in fields(target) if f.init]
@@ -138,6 +140,11 @@ def make(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         return target(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{what}: {error}") from error
+    except (OSError, ImportError):
+        raise  # they say themselves what is missing
+    except Exception as error:  # of code of one's own
+        name = getattr(target, "__name__", type(target).__name__)
+        raise ConfigError(f"{what}: {name} fails with {type(error).__name__}: {error}") from error
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from steerfm.checkpoints import (
     SHAPE,
     check_arguments,
     check_head,
+    checked_code,
     is_finite,
     load_into,
     read_weights,
@@ -62,17 +63,18 @@ def find(name: str | Path) -> Path:
 MODEL = registry.Kind(
     "model",
     lambda thing: issubclass(thing, FlowMap) if isinstance(thing, type) else isinstance(thing, FlowMap),
-    "a FlowMap",
+    "a FlowMap (steerfm.VelocityModel makes one of a network)",
     "steerfm models",
 )
 
 
-def load(name: str | Path | FlowMap, device: str | torch.device | None = None, **arguments: Any) -> FlowMap:
+def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.device | None = None, **arguments: Any) -> FlowMap:
     """A flow map from the zoo, from a path, from diffusers, from code, or as it is.
 
     Args:
         name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside; ``diffusers:FOLDER_OR_HUB_ID`` of a
-            pipeline; ``FILE.py:NAME`` of a FlowMap, or of a class or function that makes one; or a FlowMap.
+            pipeline; ``FILE.py:NAME`` of a FlowMap, or of a class or function that makes one, also as
+            {"name": "FILE.py:NAME", argument: value}; or a FlowMap.
         device: where to put it; default the CPU for what is read from a file, and where it is for what is a FlowMap already.
         **arguments: of `steerfm.models.diffusers.load` (prompt, guidance, height, dtype, ...), or of the class or function.
 
@@ -84,6 +86,9 @@ def load(name: str | Path | FlowMap, device: str | torch.device | None = None, *
         return diffusers.load(str(name).removeprefix(DIFFUSERS), device, **arguments)
     if not isinstance(name, str | Path) or registry.is_code(str(name)):
         flow_map = registry.build(name, MODEL, arguments)
+        if not isinstance(name, FlowMap):
+            spec, own = registry.named(name if isinstance(name, Mapping) else str(name), "model")
+            flow_map.maker = {"name": spec, **own, **arguments}
         return flow_map if device is None else flow_map.to(device)
     if arguments:
         raise ValueError(f"{next(iter(arguments))}=: {name} is a file, and takes no arguments beside device=")
@@ -93,14 +98,28 @@ def load(name: str | Path | FlowMap, device: str | torch.device | None = None, *
         head = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError:
         head = {}  # the error is that of reading the model
-    if isinstance(head, dict) and head.get("kind") == "adapter":
+    kind = head.get("kind") if isinstance(head, dict) else None
+    if kind == "adapter":
         flow_map = with_adapters(load(_base(path)), read_weights(path, "adapter")[1], path)
     else:
-        flow_map = NeuralFlowMap.load(path)
+        flow_map = _of_code(path) if kind == "code" else NeuralFlowMap.load(path)
         flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}
         if isinstance(head, dict) and "base" in head:
             flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
     return flow_map.to(device or "cpu")
+
+
+def _of_code(path: Path) -> FlowMap:
+    """A map that code of one's own makes, with the weights of a file."""
+    head, weights = read_weights(path, "code")
+    check_head(head, path, {"maker": NETWORK})
+    maker = checked_code(head["maker"], head, path)
+    flow_map = registry.build(maker, MODEL)
+    if not str(maker.get("name")).rpartition(":")[0].endswith(".py"):  # a module is imported once: its object is not ours
+        flow_map = copy.deepcopy(flow_map)
+    load_into(flow_map.body, weights, path)
+    flow_map.maker, flow_map.card = maker, head.get("card") or {}
+    return flow_map.eval()
 
 
 def _beside(value: Any, folder: Path) -> Any:
@@ -114,19 +133,26 @@ def _beside(value: Any, folder: Path) -> Any:
     return str(folder / value) if (folder / value.partition(":")[0]).is_file() else value
 
 
-def _base(path: Path) -> Path:
-    """The file that an adapter is put onto.
+def _base(path: Path) -> dict[str, Any] | Path:
+    """The model that an adapter is put onto: its file, or the code that makes it.
 
     Raises:
         ValueError: none is named, or one leads back to an adapter before it. FileNotFoundError: it is not there.
     """
+    own = _named_base(path)
+    if registry.is_code(own["name"]):
+        return checked_code(own, json.loads(path.with_suffix(".json").read_text()), path)
     seen = [path.resolve()]
     while True:
         file = seen[-1].with_suffix(".json")
         head = json.loads(file.read_text()) if file.is_file() else {}
-        if not isinstance(head, dict) or head.get("kind") != "adapter":
-            return find(_named_base(path))
-        base = find(_named_base(seen[-1])).resolve()
+        if (
+            not isinstance(head, dict)
+            or head.get("kind") != "adapter"
+            or registry.is_code(name := _named_base(seen[-1])["name"])
+        ):
+            return find(own["name"])
+        base = find(name).resolve()
         if base in seen:
             raise ValueError(
                 f"corrupt checkpoint {path}: its base leads back to {base}: an adapter needs a flow map as its base"
@@ -134,27 +160,21 @@ def _base(path: Path) -> Path:
         seen.append(base)
 
 
-def _named_base(path: Path) -> str:
+def _named_base(path: Path) -> dict[str, Any]:
+    """The name of the model that an adapter is put onto, with the arguments of code."""
     base = json.loads(path.with_suffix(".json").read_text()).get("base")
-    if not isinstance(base, str) or not base:
+    named = {"name": base} if isinstance(base, str) else base
+    if not isinstance(named, dict) or not isinstance(named.get("name"), str) or not named["name"]:
         raise ValueError(f"corrupt checkpoint {path.with_suffix('.json')}: base is {json.dumps(base)}, it should name a model")
-    return base
+    return named
 
 
-def _weights(name: str) -> dict[str, Tensor]:
-    flow_map = load(name)
-    assert isinstance(flow_map, NeuralFlowMap)
-    return flow_map.network.state_dict()
+def _weights(name: str | Mapping[str, Any]) -> dict[str, Tensor]:
+    return load(name).body.state_dict()
 
 
-def architecture(name: str | Path) -> dict[str, Any]:
-    """The content of the JSON of a flow map that loads; for adapters that of the map that they are put onto."""
-    head = json.loads(find(name).with_suffix(".json").read_text())
-    return architecture(head["base"]) if head.get("kind") == "adapter" else head
-
-
-def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> NeuralFlowMap:
-    """A map with low-rank adapters added to its weights, W + up down, and the base kept for `NeuralFlowMap.with_strength`.
+def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> FlowMap:
+    """A map with low-rank adapters added to its weights, W + up down, and the base kept for `FlowMap.with_strength`.
 
     Args:
         base: the map that was adapted.
@@ -164,9 +184,8 @@ def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> Neur
     Raises:
         ValueError: the adapters are not of this base.
     """
-    assert isinstance(base, NeuralFlowMap)
-    network = copy.deepcopy(base.network)
-    weights = network.state_dict()
+    body = copy.deepcopy(base.body)
+    weights = body.state_dict()
     names = {key.rpartition(".")[0] for key in factors}
     for key in sorted({f"{name}.{end}" for name in names for end in ("up", "down")} ^ factors.keys()):
         raise ValueError(
@@ -182,8 +201,8 @@ def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> Neur
         if weight is None or (len(up), *down.shape) != (len(weight), up.shape[1], weight[0].numel()):
             raise ValueError(f"{path} holds adapters of another architecture: layer {name} does not fit the base")
         weight += (up @ down).view_as(weight)
-    tuned = base.with_network(network)
-    tuned.origin = base.network.state_dict
+    tuned = base.with_network(body)
+    tuned.origin = base.body.state_dict
     return tuned
 
 

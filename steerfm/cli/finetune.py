@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import registry, training, zoo
-from steerfm.checkpoints import write_weights
+from steerfm.capabilities import can
+from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
@@ -21,9 +22,10 @@ from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cost import Cost
 from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
+from steerfm.finetuning.base import check_weights
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.finetuning.lora import adapters, merged
-from steerfm.flowmap import NeuralFlowMap
+from steerfm.flowmap import FlowMap
 from steerfm.metrics import semigroup_error
 from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.randomness import derive
@@ -44,24 +46,23 @@ PER_PROMPT = 8
 
 def finetune(config: FinetuneConfig, command: str = "") -> None:
     """Fine-tune a flow map towards a reward; the same command continues a killed run."""
-    if registry.is_code(config.model):
-        raise ConfigError(
-            f"model={config.model}: what code makes cannot be tuned: save it, flow_map.save(FILE, network), model=FILE"
-        )
     base = zoo.load(config.model)
-    if not isinstance(base, NeuralFlowMap):
-        raise ConfigError(f"model={config.model} cannot be fine-tuned: it has no network")
+    try:
+        check_weights(base)
+        base.head()  # of the file that is going to be written
+    except ValueError as error:
+        raise ConfigError(f"model={config.model}: {error}") from None
     reward, method = build_reward(config.reward), build_method(config.method, METHOD)
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
-    judge, architecture = build_judge(config, base, reward), zoo.architecture(config.model)
+    judge = build_judge(config, base, reward)
     tasks = make_tasks(base, config.label, config.prompt)
     check_needs((reward, judge), tasks.labels, tasks.prompts)
-    check(method, reward, config.control)
+    check(method, reward, config.control, base)
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
-        lora.targets(base.network)
+        lora.targets(base.body)
     default = f"runs/finetune/{stem(config.model)}-{slug(config.method)}-{slug(config.reward)}"
     folder = run_folder(config, default)
     if folder.load_result() is not None:
@@ -78,11 +79,12 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
         {"tune": module},
         {"tune": run(module, panel, before, folder.path / "tune", config, config.watch.patience)},
     )
-    if config.distil.steps and not method.law_is_map:
+    right = method.law_is_map or (method.law_is_velocity and not can(base, "two_time"))  # as it was tuned
+    if config.distil.steps and not right and can(base, "velocity"):
         modules["distil"] = distilled(module, lora, reward, config)
         monitors["distil"] = run(modules["distil"], panel, before, folder.path / "distil", config, patience=0)
     if module.trainer.is_global_zero:
-        finish(config, command, folder, architecture, examine(config, panel, before, modules, monitors))
+        finish(config, command, folder, examine(config, panel, before, modules, monitors))
 
 
 def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: FinetuneConfig, patience: int) -> Monitor:
@@ -112,9 +114,8 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
 def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: FinetuneConfig) -> FineTuning:
     """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
     d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
-    assert isinstance(base, NeuralFlowMap)
     learnt = module.averaged() if module.method.law_is_velocity else None
-    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), learnt)
+    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory if can(base, "two_time") else 0.0), learnt)
     options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
     start = learnt if lora is None else None
     return FineTuning(
@@ -134,8 +135,8 @@ class Outcome:
         consistency: semigroup error of "base" and "tuned". moved: control cost.
     """
 
-    base: NeuralFlowMap
-    tuned: NeuralFlowMap
+    base: FlowMap
+    tuned: FlowMap
     modules: dict[str, FineTuning]
     monitors: dict[str, Monitor]
     panel: Panel
@@ -161,14 +162,13 @@ def examine(
 ) -> Outcome:
     """Judge base and tuned map at several numbers of jumps, on seeds of their own where ``watch.report`` is set."""
     base, module, last = panel.base, modules["tune"], list(modules.values())[-1]
-    assert isinstance(base, NeuralFlowMap)
     if config.watch.report:
         fresh = build_panel(base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
         before = panel.measure(chain(4)(base))
     averaged = last.averaged()
-    tuned = averaged if last.lora is None else averaged.with_network(merged(averaged.network))
-    tuned.network.requires_grad_(False)
+    tuned = averaged if last.lora is None else averaged.with_network(merged(averaged.body))
+    tuned.body.requires_grad_(False)
     readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": before}
     for jumps in (1, 4):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
@@ -181,22 +181,22 @@ def examine(
     return Outcome(base, tuned, modules, monitors, panel, readings, before, consistency, moved)
 
 
-def finish(config: FinetuneConfig, command: str, folder: RunFolder, head: dict[str, Any], run: Outcome) -> None:
+def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome) -> None:
     """Export the map, write the report, and say what came of it."""
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
-        "samples": f"its own, of {config.model}", "recipe": plain(config), "command": command,
+        "samples": f"its own, of {registry.named(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
         "commit": commit(), "metrics": run.readings["tuned, 4 jumps"].numbers(),
-        "licence": head.get("card", {}).get("licence", ""),
+        "licence": run.base.card.get("licence", ""),
     }  # fmt: skip
-    run.tuned.save(model, head["network"], card, origin=config.model)
+    run.tuned.save(model, card=card, origin=config.model)
     if run.last.lora is not None:
         save_adapter(run.last, folder.path / "adapter", config.model)
     for name, monitor in run.monitors.items():
         for row in monitor.rows:
             folder.log(stage=name, **row, once=("stage", "step"))
     judged = f"; held out: {run.panel.judge.name}" if run.panel.judge else "; no held-out reward"
-    title = f"{config.model} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judged}"
+    title = f"{stem(config.model)} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judged}"
     header, table = _table(run)
     method = registry.named(config.method, "method")[0]
     pictures = draw_pictures(folder.path, run.readings, run.monitors, method)
@@ -312,16 +312,18 @@ def draw_pictures(
     return drawn
 
 
-def save_adapter(module: FineTuning, path: Path, model: str) -> None:
+def save_adapter(module: FineTuning, path: Path, model: Any) -> None:
     """The adapters by themselves; `steerfm.load` puts them onto their base."""
-    write_weights(adapters(module.ema), path, {"kind": "adapter", "base": model})
+    head, code = {"kind": "adapter", "base": model}, code_of({"name": registry.named(model, "model")[0]})
+    write_weights(adapters(module.ema), path, head | ({"code": code} if code else {}))
 
 
-def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:
+def make_tasks(base: FlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:
     """What the model is asked for: one class, several, all of them, or none; or prompts. ``n`` rows of it, in turn; of many
     prompts the first n / `PER_PROMPT`."""
     texts = read_prompts(prompt)
-    if base.text is not None:
+    worded = isinstance(base.null, Mapping)
+    if worded:
         if label is not None:
             raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
         tasks = Tasks.of(base.condition(texts, len(texts)), texts) if texts else Tasks.of(None)
@@ -334,11 +336,11 @@ def make_tasks(base: NeuralFlowMap, label: Any, prompt: Any, n: int | None = Non
         tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), texts * len(labels) or None)
     if n is None:
         return tasks
-    most = max(1, n // PER_PROMPT) if base.text is not None else tasks.n
+    most = max(1, n // PER_PROMPT) if worded else tasks.n
     return tasks[torch.arange(n) % min(tasks.n, most)]
 
 
-def build_panel(base: NeuralFlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
+def build_panel(base: FlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
     """Judges of n samples of this model, in the space that its card names to watch it in."""
     tasks = make_tasks(base, config.label, config.prompt, n)
     support = tasks[torch.arange(max(300, n)) % n]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerfm import files, plugins, shipped, trust, zoo
 from steerfm.cli.loading import kept, plain
-from steerfm.registry import named
+from steerfm.registry import is_code, named
 from steerfm.report.run_folder import RunFolder
 
 FINISHED = "finished already: {} (force=true runs it again; out= names another folder)"
@@ -69,8 +69,10 @@ def slug(value: Any) -> str:
 
 
 def stem(model: Any) -> str:
-    """What files and titles call a model: the name, without folders."""
-    return Path(named(model, "model")[0].removeprefix(zoo.DIFFUSERS).replace(":", "-")).stem
+    """What files and titles call a model: the name, without folders; of code its file, too."""
+    name = named(model, "model")[0].removeprefix(zoo.DIFFUSERS)
+    place, _, maker = name.rpartition(":")
+    return f"{Path(place).stem}-{maker}" if is_code(name) else Path(name.replace(":", "-")).stem
 
 
 def commit() -> str:

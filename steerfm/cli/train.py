@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerfm import encoders, files, zoo
-from steerfm.checkpoints import build_network, load_into, read_weights, save_weights
+from steerfm import encoders, files, registry, zoo
+from steerfm.checkpoints import NETWORK_KIND, build_network, load_into, read_weights, save_weights
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
 from steerfm.cli.loading import kept, load, plain, recipes
@@ -127,8 +128,8 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
         return _contrastive(config, data, options)
     if config.task not in ("classifier", "flow_map"):
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
-    text = None
-    architecture = {**config.network, "classes": len(data.class_names)}
+    text, class_names = None, _told(config, data)
+    architecture = {**config.network, **({"classes": len(class_names)} if class_names or not _own(config) else {})}
     if config.text is not None:
         text = encoders.TextEncoder.of(config.text)
         architecture = {**config.network, "text": text.width}
@@ -143,7 +144,7 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
         load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
     pixels = data.train[0].float() / 127.5 - 1
     flow_map = NeuralFlowMap(
-        network, data.shape, class_names=data.class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
+        network, data.shape, class_names=class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
     )
     pairs = Triangle(o.terminal, o.full, o.gap)
     teacher = None
@@ -159,6 +160,21 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
         flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
     )  # fmt: skip
     return module, architecture
+
+
+def _own(config: TrainConfig) -> bool:
+    """Whether the network is code of one's own."""
+    return registry.is_code(str(config.network.get("name")))
+
+
+def _told(config: TrainConfig, data: Any) -> Sequence[str]:
+    """The classes that the network is told: those of the data, unless it is one's own and takes none."""
+    if not _own(config):
+        return data.class_names
+    taken = signature(registry.find(str(config.network["name"]), NETWORK_KIND)).parameters
+    if data.class_names and "classes" not in taken and config.text is None:
+        console.print(f"{config.network['name']} takes no classes=, their number: it is trained without them", markup=False)
+    return data.class_names if "classes" in taken else ()
 
 
 def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

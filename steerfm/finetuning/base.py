@@ -222,6 +222,18 @@ def check(method: Method, reward: Reward, control: float, flow_map: FlowMap | No
         )
 
 
+def check_weights(flow_map: FlowMap) -> None:
+    """Refuse a map without weights.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not any(True for _ in flow_map.body.parameters()):
+        raise ValueError(
+            f"a {type(flow_map).__name__} without parameters cannot be fine-tuned: make its network a torch.nn.Module"
+        )
+
+
 def ask_for_a_gradient(one: Problem) -> None:
     """Refuse a reward without a gradient before the first update: a plain function does not say it of itself.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.flowmap import Wrapped
 from steerfm.randomness import stream
 from steerfm.rows import Condition
 
@@ -75,41 +75,16 @@ class LoRA:
                 parameter.data.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
 
-class LoRAOff(FlowMap):
+class LoRAOff(Wrapped):
     """The map of an adapted network with its adapters switched off: the base, without a second copy of its weights."""
 
-    def __init__(self, flow_map: NeuralFlowMap) -> None:
-        super().__init__(flow_map.shape, flow_map.interpolant, flow_map.class_names)
-        self.flow_map = (flow_map,)  # in a tuple: not registered twice
-        self.take_after(flow_map)
-
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        with switched_off(self.flow_map[0].network):
-            return self.flow_map[0].average_velocity(x, s, t, cond)
+        with switched_off(self.flow_map.body):
+            return self.flow_map.average_velocity(x, s, t, cond)
 
     def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        with switched_off(self.flow_map[0].network):
-            return self.flow_map[0].instantaneous_velocity(x, t, cond)
-
-    def grid(self, steps: int) -> list[float]:
-        return self.flow_map[0].grid(steps)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.flow_map[0].decode(z)
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        return self.flow_map[0].encode(pictures)
-
-    def at_door(self, x: Tensor) -> Tensor:
-        return self.flow_map[0].at_door(x)
-
-    @property
-    def device(self) -> torch.device:
-        return self.flow_map[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.flow_map[0].dtype
+        with switched_off(self.flow_map.body):
+            return self.flow_map.instantaneous_velocity(x, t, cond)
 
 
 def adapted(network: nn.Module) -> list[tuple[str, Any]]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from steerfm.cost import Cost, Ledger
-from steerfm.finetuning.base import Law, Method, Reusing, Tasks, Update, ask_for_a_gradient, check, spread
+from steerfm.finetuning.base import Law, Method, Reusing, Tasks, Update, ask_for_a_gradient, check, check_weights, spread
 from steerfm.finetuning.lora import LoRA, LoRAOff
-from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive, stream
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
@@ -55,7 +55,7 @@ class FineTuning(Trained):
     """Fine-tunes a flow map by a method. Precision, devices and strategy are the Lightning Trainer's own arguments.
 
     Args:
-        flow_map: the base; it is copied, never changed.
+        flow_map: the base; it is copied, never changed. What is frozen in it stays so, unless all of it is.
         reward: what is optimised.
         method: how.
         tasks: what the model is asked for.
@@ -67,13 +67,13 @@ class FineTuning(Trained):
         options: arguments of `Trained`.
 
     Raises:
-        ValueError: a control that is negative, or 0 for a method that tilts; RewardError: a black box where the method needs a
-            gradient.
+        ValueError: no weights, a control that is negative, or 0 for a method that tilts; RewardError: a black box where the
+            method needs a gradient.
     """
 
     def __init__(
         self,
-        flow_map: NeuralFlowMap,
+        flow_map: FlowMap,
         reward: Reward,
         method: Method,
         tasks: Tasks | None = None,
@@ -81,12 +81,16 @@ class FineTuning(Trained):
         control: float = 1.0,
         scale: float | None = None,
         lora: LoRA | None = None,
-        start: NeuralFlowMap | None = None,
+        start: FlowMap | None = None,
         **options: Any,
     ) -> None:
         check(method, reward, control, flow_map)
-        base = (start or flow_map).network
-        network = copy.deepcopy(base).requires_grad_(True) if lora is None else share_frozen(base)
+        check_weights(flow_map)
+        base = (start or flow_map).body
+        network = copy.deepcopy(base) if lora is None else share_frozen(base)
+        free = {name for name, parameter in flow_map.body.named_parameters() if parameter.requires_grad}
+        for name, parameter in network.named_parameters() if lora is None else ():
+            parameter.requires_grad_(name in free or not free)
         network.train()
         if lora is not None:
             lora.inject(network, options.get("seed", 0))
@@ -104,7 +108,7 @@ class FineTuning(Trained):
     def reference(self) -> FlowMap:
         return self.maps[1]
 
-    def averaged(self) -> NeuralFlowMap:
+    def averaged(self) -> FlowMap:
         """The map with the averaged weights."""
         return self.maps[0].with_network(self.ema.eval())
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfm.capabilities import VELOCITY
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.models import paths
@@ -80,7 +81,7 @@ class VelocityModel(FlowMap):
         ValueError: an argument that is none of these, or that belongs to another path.
     """
 
-    capabilities = frozenset({"velocity"})
+    capabilities = VELOCITY
 
     def __init__(
         self,
@@ -135,8 +136,8 @@ class VelocityModel(FlowMap):
             wider = out.ndim == z.ndim and out.shape[1] > z.shape[1]
             fix = f"leave out what is no prediction, out[:, :{z.shape[1]}]" if wider else "return (b, *shape), a row for each"
             raise ValueError(f"{name} answers states {tuple(z.shape)} with {tuple(out.shape)}: {fix}")
-        mixed = torch.is_autocast_enabled(z.device.type) and out.is_floating_point()
-        if not (mixed or out.dtype in (given.dtype, z.dtype)):
+        precise = out.dtype == given.dtype or out.itemsize >= z.itemsize or torch.is_autocast_enabled(z.device.type)
+        if not (out.is_floating_point() and precise):
             raise ValueError(f"{name} answers {given.dtype} with {out.dtype}: return {given.dtype}, out.to(x.dtype)")
         return out.to(z.dtype)
 
@@ -155,6 +156,10 @@ class VelocityModel(FlowMap):
     @property
     def null(self) -> Condition:
         return super().null if self.none is None else self.none
+
+    @property
+    def body(self) -> nn.Module:
+        return self.network if isinstance(self.network, nn.Module) else self
 
     def with_network(self, network: nn.Module) -> VelocityModel:
         """The same map with another network; nothing is copied."""

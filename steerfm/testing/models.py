@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import untouched
@@ -164,6 +165,50 @@ def jumps(probe: Probe) -> None:
     )
 
 
+def ends(probe: Probe) -> None:
+    """The velocity leads from noise to data: E[x_1 | x_0] hardly depends on x_0, nor E[x_0 | x_1] on x_1."""
+    flow_map, x = probe.flow_map, probe.x
+    if not can(flow_map, "velocity"):
+        return
+    with failing(probe.name), torch.no_grad():
+        u = [flow_map.velocity(x, t, probe.cond) for t in (0.0, 1.0)]
+    data, noise = _slope(x + u[0], x), _slope(x - u[1], x)  # 0 where it is right, 2 where its sign is the other
+    require(
+        not (1.5 < data < 5 and noise > 1.5),
+        f"{probe.name} leads from the data to the noise",
+        "its sign is the other one: it is dx/dt with noise at t = 0 and data at t = 1, data - noise",
+    )
+    require(  # the second alone may be large: noise is no data, and what is said of it there may be anything
+        abs(data) < 5 and not (data > 0.5 and abs(noise) > 5),
+        f"{probe.name} takes {data:.1%} of its noise for data at t = 0, where none of it is",
+        "its noise is at the other end, or what it predicts is something else (noise_at=, predicts=, path= and span= say it)",
+    )
+
+
+def _slope(answer: Tensor, x: Tensor) -> float:
+    """How much of x is in an answer: the coefficient of its regression on x over the rows, (b, *shape)."""
+    x, answer = ((value - value.mean(0)).double() for value in (x, answer))
+    return float((answer * x).sum() / x.square().sum().clamp_min(1e-12))
+
+
+def second_time(probe: Probe) -> None:
+    """A map that says it jumps between any two times looks at the second, or two of its jumps lead about where one does."""
+    flow_map, x, cond = probe.flow_map, probe.x, probe.cond
+    if not can(flow_map, "two_time"):
+        return
+    with failing(probe.name), torch.no_grad():
+        ignored = near(probe.u(probe.s, probe.t), probe.u(probe.s, probe.s), 1e-6)
+        if not ignored:
+            return
+        once = flow_map.jump(x, 0.0, 1.0, cond)
+        twice = flow_map.jump(flow_map.jump(x, 0.0, 0.5, cond), 0.5, 1.0, cond)
+    require(
+        (once - twice).norm() < 0.3 * (once - x).norm(),
+        f"{probe.name} does not look at the time that it jumps to",
+        'it is a velocity: wrap its network in steerfm.VelocityModel, or say capabilities = frozenset({"velocity"})',
+    )
+
+
 def gradients(probe: Probe) -> None:
     """A gradient passes through a look-ahead to the state."""
     x = probe.x.clone().requires_grad_()
@@ -221,5 +266,5 @@ def conditions(probe: Probe) -> None:
     )
 
 
-CHECKS = (velocities, repeats, rows, identity, jumps, gradients, decoding, conditions)
+CHECKS = (velocities, repeats, rows, identity, jumps, gradients, decoding, conditions, ends, second_time)
 """What `check_model` looks at, in this order; the first line of each says what holds."""

@@ -355,6 +355,12 @@ def test_a_network_in_half_precision_gets_its_own_and_states_stay_single():
     assert steerfm.sample(fm, n=2, steps=3).dtype == torch.float32
 
 
+def test_a_function_that_computes_in_double_precision_is_taken_at_that():
+    gm, x = mixture(), torch.randn(4, 2)
+    fm = VelocityModel(lambda x, t, cond: -gm.velocity(x, 1 - t), (2,))
+    torch.testing.assert_close(fm.velocity(x, 0.3), gm.velocity(x, 0.3).float(), rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_is_no_other_type():
     fm = VelocityModel(Wide(), (2,))
     with torch.autocast("cpu", torch.bfloat16):
@@ -427,8 +433,8 @@ class Output:
         (lambda x, t, c: (x,), r"returns a tuple: return the tensor"),
         (lambda x, t, c: Output(x), r"returns a Output.*\.sample"),
         (lambda x, t, c: None, "returns a NoneType"),
-        (lambda x, t, c: x.double(), r"answers torch.float32 with torch.float64: return torch.float32"),
-        (lambda x, t, c: x.half(), "torch.float16"),
+        (lambda x, t, c: x.half(), r"answers torch.float32 with torch.float16: return torch.float32"),
+        (lambda x, t, c: x.bfloat16(), "torch.bfloat16"),
         (lambda x, t, c: x.long(), "torch.int64"),
         (lambda x, t, c: x.to(torch.complex64), "complex64"),
     ],
