@@ -9,18 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerfm.models.capture import Call, Recording, parameters, record, rows_of
+from steerfm.models.capture import Call, Recording, denoiser, parameters, record, rows_of
 from steerfm.models.layout import Layout
-from steerfm.rows import Condition, map_condition
+from steerfm.rows import Condition, map_condition, with_negative
 
-PROBE = "a picture of a cat"
+PROBE = "cat"
 """What is asked for to see how a pipeline calls its network."""
 LONGEST = 512
 """Tokens of the longest prompt, where prompts are as long as they are and the pipeline does not say."""
-CLOSE = 3e-2
-"""Largest relative difference between what a scheduler is given and guidance of what the network gave, in bfloat16 perhaps."""
-
-
 GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "true_cfg_scale")
 """What pipelines call the scale of guidance."""
 
@@ -66,7 +62,7 @@ class Prompts:
         self._asked: list[str] | None = None
         self._dropped = False
         sides = self._sides(self.first.calls)
-        self.guidance = _guidance(self.first, {**names, **call}, type(pipe).__name__) if linear else Guidance(1.0)
+        self.guidance = _guidance(self.first, {**names, **call}, denoiser(pipe)) if linear else Guidance(1.0)
         self._given = sides[self.guidance.positive]
         self._negative = sides[1 - self.guidance.positive] if self.guidance.scale is not None else None
 
@@ -87,7 +83,8 @@ class Prompts:
     def condition(self, prompts: Sequence[str] | None, n: int) -> Condition:
         """The rows of n prompts; None for what `ask` says."""
         if prompts is None and not self.in_words:
-            return self._repeated(self._given, n)
+            rows = self._repeated(self._given, n)
+            return rows if self._negative is None else with_negative(rows, self._repeated(self._negative, n))
         if not self.in_words:
             raise ValueError(f"cond={prompts[0] if prompts else ''!r}: this map was made of prompt_embeds=, and not of words")
         asked = self._asked or [""]
@@ -153,42 +150,49 @@ def _twice(call: Mapping[str, Any]) -> dict[str, Any]:
     def doubled(name: str, value: Any) -> Any:
         if name == "prompt":
             return [value, f"{value} {value}"]
-        if name != "latents" and "prompt" not in name:
+        if not name.startswith(("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "latents")):
             return value
+        if isinstance(value, str):
+            return [value, value]
         return torch.cat([value, value]) if isinstance(value, Tensor) else value * 2 if isinstance(value, list) else value
 
     return {name: doubled(name, value) for name, value in call.items()}
 
 
-def _guidance(first: Recording, call: Mapping[str, Any], what: str) -> Guidance:
+def _guidance(first: Recording, call: Mapping[str, Any], network: nn.Module) -> Guidance:
     """How what the scheduler was given comes from what the network gave, by least squares.
 
     Raises:
         ValueError: not by classifier-free guidance with one scale.
     """
-    shape, b = first.sample.shape[1:], len(first.sample)
-    outputs = [part.double() for call in first.calls for part in rows_of(call.output, shape, what).split(b)]
+    what, precision = type(network).__name__, torch.finfo(next(network.parameters()).dtype).eps
+    outputs = [
+        part for call in first.calls for part in rows_of(call.output, first.sample.shape[1:], what).split(len(first.sample))
+    ]
     target = first.model_output.double().reshape(outputs[0].shape)
-    best, error = Guidance(1.0), float("inf")
-    for factor in (1.0, -1.0):
-        for positive in range(len(outputs)):
-            scale, guided = None, outputs[positive]
-            if len(outputs) == 2:
-                away = outputs[1 - positive]
-                ahead = outputs[positive] - away
-                scale = float(((factor * target - away) * ahead).sum() / ahead.square().sum())
-                guided = away + scale * ahead
-                if not scale >= 1:  # then positive and negative are the other way round
-                    continue
-            distance = float((factor * guided - target).norm() / target.norm())
-            if distance < error:
-                best, error = Guidance(factor, scale and _rounded(scale, call), positive), distance
-    if len(outputs) > 2 or not error < CLOSE:
+    fits = [_fit(target, [output.double() for output in outputs], factor, positive, precision)
+            for factor in (1.0, -1.0) for positive in range(len(outputs))]  # fmt: skip
+    miss, guidance = min(fits, key=lambda fit: fit[0])
+    if len(outputs) > 2 or not miss < 1:
         raise ValueError(
-            f"{what} does not guide by negative + scale (positive - negative), but by a rule of its own: switch guidance off "
-            f"(guidance=1), or the rule, by the argument of its call that does so"
+            "this pipeline does not guide by negative + scale (positive - negative), but by a rule of its own: switch it off, "
+            "guidance=1, or its rule, by the argument of its call that does so"
         )
-    return best
+    return guidance if guidance.scale is None else guidance._replace(scale=_rounded(guidance.scale, call))
+
+
+def _fit(target: Tensor, outputs: list[Tensor], factor: float, positive: int, precision: float) -> tuple[float, Guidance]:
+    """(how far the target is from guidance of the outputs, 1 is as far as rounding may take it; that guidance)."""
+    guided, allowed = outputs[positive], 10 * precision * target.norm()
+    if len(outputs) != 2:
+        return float((factor * guided - target).norm() / allowed), Guidance(factor, None, positive)
+    away = outputs[1 - positive]
+    ahead = guided - away
+    scale = float(((factor * target - away) * ahead).sum() / ahead.square().sum())
+    if not scale > 0.99:  # negative and positive are the other way round
+        return float("inf"), Guidance(factor, scale, positive)
+    miss = (factor * (away + scale * ahead) - target).norm()
+    return float(miss / (allowed + 0.02 * scale * ahead.norm())), Guidance(factor, scale, positive)
 
 
 def _rounded(scale: float, call: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -311,3 +312,111 @@ PIPELINES: dict[str, Callable[..., Made]] = {
     "sdxl turbo": partial(sdxl, diffusers.EulerAncestralDiscreteScheduler, timestep_spacing="trailing"),
 }
 """Pipelines by name; classes and their variants."""
+
+
+# --- with words ------------------------------------------------------------------------------------------------------
+def tokenizer(length: int = 32, **settings: Any) -> Any:
+    """A token a character."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "?", *map(chr, range(32, 127))])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    model.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "?"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=length, **special, **settings)
+
+
+def clip(width: int = 32, projection: int = 0) -> Any:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, hidden_size=width, intermediate_size=37, num_attention_heads=4,
+        num_hidden_layers=2, vocab_size=100, max_position_embeddings=32, projection_dim=projection or width,
+    )  # fmt: skip
+    cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
+    return network(cls, config=config)
+
+
+def t5(width: int = 32) -> Any:
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=100, d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    return network(transformers.T5EncoderModel, config=config)
+
+
+def gemma(width: int = 8) -> Any:
+    import transformers
+
+    config = transformers.Gemma2Config(
+        head_dim=4, hidden_size=width, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=2,
+        vocab_size=100, query_pre_attn_scalar=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return network(transformers.Gemma2Model, config=config)
+
+
+SIZE = {"height": 16, "width": 16}
+CLIP_TWICE = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+def in_words() -> dict[str, Callable[[], Made]]:
+    """Pipelines that read prompts, and the sizes that they are called with."""
+    return {
+        "sd 1.5": lambda: (sd15(parts={"text_encoder": clip(), "tokenizer": tokenizer()}, **STABLE)[0], SIZE),
+        "lcm": lambda: (lcm({"text_encoder": clip(), "tokenizer": tokenizer()})[0], SIZE),
+        "sdxl": lambda: (
+            sdxl(
+                timestep_spacing="trailing",
+                parts=dict(zip(CLIP_TWICE, (clip(), tokenizer(), clip(32, 32), tokenizer()))),
+            )[0],
+            SIZE,
+        ),
+        "sd3": lambda: (
+            sd3(
+                text_encoder=clip(32, 32), tokenizer=tokenizer(), text_encoder_2=clip(32, 32), tokenizer_2=tokenizer()
+            )[0],
+            {"height": 8, "width": 8},
+        ),
+        "flux": lambda: (
+            flux(text_encoder=clip(), tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer())[0],
+            {**SIZE, "max_sequence_length": 16},
+        ),
+        "sana-sprint": lambda: (
+            sana_sprint(text_encoder=gemma(), tokenizer=tokenizer(300, padding_side="right"))[0],
+            {"height": 32, "width": 32, "use_resolution_binning": False, "complex_human_instruction": None},
+        ),
+    }  # fmt: skip
+
+
+class Reader(torch.nn.Module):
+    """A text encoder of embeddings alone, for pipelines whose own would be large."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Embedding(100, width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.words.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.weight.device
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, output_hidden_states: bool = True) -> Any:
+        states = self.words(input_ids)
+        return SimpleNamespace(hidden_states=[states, states])
+
+
+def of_any_length() -> dict[str, Callable[[], Made]]:
+    """Pipelines whose prompts are as long as they are."""
+    chat = tokenizer(600)
+    chat.chat_template = "{{ messages[0]['content'] }}"
+    return {
+        "qwen": lambda: (qwen(text_encoder=Reader(16), tokenizer=tokenizer(2000))[0], {"height": 32, "width": 32}),
+        "z-image": lambda: (z_image(text_encoder=Reader(16), tokenizer=chat)[0], SIZE | {"guidance_scale": 0.0}),
+    }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm.models import from_pipeline
-from tests.models.pipelines import PIPELINES
+from tests.models.pipelines import PIPELINES, hunyuan, lumina2, qwen, sd3, sdxl, wan, z_image
 
 UNGUIDED = {name: {"guidance": 0.0 if name == "z-image" else 1.0} for name in PIPELINES}
 for name in ("hunyuan", "hunyuan meanflow", "flux dev", "sana-sprint", "lcm"):  # an input of the network
@@ -24,20 +24,30 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def own(name: str, pipe: Any, fm: Any, call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The pipeline's latents from the noise that `steerfm.sample` draws for seeds 0 and 1."""
+@functools.cache
+def made(name: str) -> tuple[Any, dict[str, Any], Any]:
+    """A pipeline, arguments of its own call without guidance, and its map."""
+    pipe, call = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    fm = from_pipeline(pipe, **UNGUIDED[name], **call, scheduler_grid=True)
+    return pipe, call | {SCALES.get(name, "guidance_scale"): UNGUIDED[name]["guidance"]}, fm
+
+
+def own(name: str, pipe: Any, fm: Any, call: dict[str, Any], steps: int, output_type: str = "latent") -> Tensor:
+    """What the pipeline gives from the noise that `steerfm.sample` draws for seeds 0 and 1."""
     noise = steerfm.sampling.Noise([0, 1])
     x = noise.start(fm)
-    if name.startswith("sd3"):  # it does not pass its generator on to the scheduler
-        step = pipe.scheduler.step
-        monkeypatch.setattr(torch, "randn_like", lambda like, **_: noise.normal(fm.shape, like))
-        monkeypatch.setattr(pipe.scheduler, "step", functools.partial(step, generator=noise.generators))
     if name.startswith("anyflow"):
         x = x.transpose(1, 2)
     if name == "flux 2 klein":
         x = x.transpose(1, 2).unflatten(2, (8, 12))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(**call, latents=x, generator=noise.generators, output_type="latent", return_dict=False)[0]
+    if name == "sana-sprint" and steps != 2:
+        call = call | {"intermediate_timesteps": None}
+    with pytest.MonkeyPatch.context() as patch:
+        if name.startswith("sd3"):  # it does not pass its generator on to the scheduler
+            patch.setattr(pipe.scheduler, "step", functools.partial(pipe.scheduler.step, generator=noise.generators))
+        drawn = {"latents": x, "generator": noise.generators}
+        return pipe(**call, **drawn, num_inference_steps=steps, output_type=output_type, return_dict=False)[0]
 
 
 def arranged(fm: Any, x: Tensor, like: Tensor) -> Tensor:
@@ -51,17 +61,100 @@ def arranged(fm: Any, x: Tensor, like: Tensor) -> Tensor:
     return x
 
 
+# --- samples ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_samples_are_the_pipelines_own(name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, call = PIPELINES[name]()
-    fm = from_pipeline(pipe, **UNGUIDED[name], **call, scheduler_grid=True)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_samples_are_the_pipelines_own(name: str, steps: int) -> None:
+    pipe, call, fm = made(name)
     x = steerfm.sample(fm, n=2, steps=steps, seeds=0)
-    more = {SCALES.get(name, "guidance_scale"): UNGUIDED[name]["guidance"], "num_inference_steps": steps}
-    if name == "sana-sprint" and steps != 2:
-        more["intermediate_timesteps"] = None
-    out = own(name, pipe, fm, call | more, monkeypatch)
+    out = own(name, pipe, fm, call, steps)
     if name == "qwen" and steps == 1:  # the scheduler itself divides by 0
         assert out.isnan().all() and x.isfinite().all()
         return
     assert relative(arranged(fm, x, out), out) < CLOSE.get(name, 1e-6)
+
+
+GUIDED: dict[str, tuple[Any, float, dict[str, Any], float]] = {
+    "sd3": (sd3, 5.0, {}, 5.0),
+    "sana": (PIPELINES["sana"], 5.0, {}, 5.0),
+    "wan": (wan, 5.0, {}, 5.0),
+    "lumina 2": (lumina2, 5.0, {"cfg_normalization": False}, 5.0),
+    "sdxl euler": (PIPELINES["sdxl euler"], 5.0, {}, 5.0),
+    "sd 1.5 ddim v": (PIPELINES["sd 1.5 ddim v"], 7.5, {}, 7.5),
+    "z-image": (z_image, 4.0, {}, 5.0),  # it counts from 0
+}
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_samples_are_the_pipelines_own(name: str, steps: int) -> None:
+    make, scale, more, ours = GUIDED[name]
+    pipe, call = make()
+    pipe.set_progress_bar_config(disable=True)
+    fm = from_pipeline(pipe, guidance=scale, **call, **more, scheduler_grid=True)
+    assert isinstance(fm, steerfm.Guided) and fm.scale == ours and fm.evaluations == 2
+    x = steerfm.sample(fm, n=2, steps=steps, seeds=0)
+    assert relative(x, own(name, pipe, fm, call | more | {"guidance_scale": scale}, steps)) < 2e-6
+
+
+def test_guidance_that_is_not_linear_is_refused() -> None:
+    pipe, call = qwen()
+    negative = {"negative_prompt_embeds": -call["prompt_embeds"], "negative_prompt_embeds_mask": call["prompt_embeds_mask"]}
+    with pytest.raises(ValueError, match=r"does not guide by .* switch it off, guidance=1"):
+        from_pipeline(pipe, guidance=4.0, **call, **negative)
+    with pytest.raises(ValueError, match="does not guide by"):
+        from_pipeline((made := lumina2())[0], guidance=4.0, **made[1])  # cfg_normalization=True
+    with pytest.raises(ValueError, match="does not guide by"):
+        from_pipeline((made := sdxl())[0], guidance=4.0, guidance_rescale=0.7, **made[1])
+    from diffusers.guiders import AdaptiveProjectedMixGuidance
+
+    pipe, call = hunyuan(False, AdaptiveProjectedMixGuidance())
+    with pytest.raises(ValueError, match="guided by AdaptiveProjectedMixGuidance, which is not linear: pass guider=None"):
+        from_pipeline(pipe, **call)
+
+
+def test_the_last_call_of_a_grid_is_not_wasted() -> None:
+    """diffusers shifts twice: SD3 in four steps has t = .991 for its last call, Wan .953."""
+    pipe, call = sd3()
+    sigmas = torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64)
+    once = 1 - 3 * sigmas / (1 + 2 * sigmas)
+    fm = from_pipeline(pipe, guidance=1.0, **call)
+    assert fm.grid(4) == pytest.approx([*once.tolist(), 1.0], abs=1e-6)
+    assert from_pipeline(pipe, guidance=1.0, **call, scheduler_grid=True).grid(4)[-2] == pytest.approx(0.991, abs=1e-3)
+    assert fm.grid(1) == [0.0, 1.0]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+PICTURES = ["flux dev", "flux 2 klein", "sd3", "sana", "wan", "anyflow r", "qwen", "z-image", "lumina 2", "sana-sprint", "lcm",
+            "sdxl euler"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_the_pipelines_own_and_pass_gradients_on(name: str) -> None:
+    pipe, call, fm = made(name)
+    pictures = own(name, pipe, fm, call, 2, "pt")
+    z = steerfm.sample(fm, n=2, steps=2, seeds=0).requires_grad_()
+    with steerfm.cost.Ledger() as ledger:
+        decoded = fm.decode(z)
+    assert ledger.cost.decodes == 2 and decoded.dtype == torch.float32
+    video = pictures.ndim == 5
+    assert decoded.shape[1] == 3 and decoded.ndim == (5 if video else 4)
+    assert relative(decoded.detach(), pictures.transpose(1, 2) if video else pictures) < 1e-6
+    (gradient,) = torch.autograd.grad(decoded.square().sum(), z)
+    assert gradient.isfinite().all() and gradient.norm() > 0
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_become_latents_of_the_maps_shape(name: str) -> None:
+    """Exactly the inverse pieces around the autoencoder's own encoder."""
+    _, _, fm = made(name)
+    z = steerfm.sample(fm, n=2, steps=2, seeds=0)
+    back = fm.encode(fm.decode(z))
+    assert back.shape == z.shape and back.isfinite().all()
+    inner = z
+    for piece in fm.decoder.pieces:
+        inner = piece(inner)
+    for piece in reversed(fm.decoder.pieces):
+        inner = piece.inverse(inner)
+    assert relative(inner, z) < 1e-6
