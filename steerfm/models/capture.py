@@ -43,6 +43,7 @@ class Recording:
 
     Attributes:
         calls: of the network, before the first step: two where guidance calls it twice.
+        after: the call after the first step, which leads nowhere here; None where it was not reached.
         model_output, timestep, sample: what the scheduler's first step was given; None where it was not reached.
         timesteps, sigmas: the scheduler's own, as they were at the first call of the network.
         schedule: arguments of the scheduler's `set_timesteps`.
@@ -51,6 +52,7 @@ class Recording:
     """
 
     calls: list[Call] = field(default_factory=list)
+    after: Call | None = None
     model_output: Any = None
     timestep: Any = None
     sample: Any = None
@@ -101,7 +103,7 @@ def record(pipe: Any, arguments: Mapping[str, Any], calls: int | None = None, en
     Args:
         pipe: the pipeline.
         arguments: of its call; the start noise is drawn from a stream of its own.
-        calls: stop as the network is called for this time, before it runs; None goes on to the scheduler.
+        calls: stop as the network is called for this time, before it runs; None goes on to the call after the first step.
         encoded: what `encode_prompt` is to give in place of encoding, call by call.
 
     Raises:
@@ -120,11 +122,15 @@ def record(pipe: Any, arguments: Mapping[str, Any], calls: int | None = None, en
     except _Enough:
         return seen
     except Exception as error:
+        if seen.sample is not None:  # of what it makes of a step that leads nowhere; all else is there
+            return seen
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(f"{what} cannot be called: {type(error).__name__}: {lines[0]}") from error
     finally:
         if hasattr(pipe, "maybe_free_model_hooks"):  # a model that was moved in for the call goes out again
             pipe.maybe_free_model_hooks()
+    if seen.sample is not None:
+        return seen
     raise ValueError(f"{what}: its call ends without a step of its scheduler, so there is nothing to capture")
 
 
@@ -134,6 +140,9 @@ def _watched(pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] |
     signature = inspect.signature(network.forward)
 
     def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if seen.sample is not None:
+            seen.after = Call(_bound(signature, args, kwargs))
+            raise _Enough
         seen.calls.append(Call(_bound(signature, args, kwargs)))
         seen.timesteps, seen.sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
         if len(seen.calls) == calls:
@@ -145,7 +154,7 @@ def _watched(pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] |
     def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = _bound(inspect.signature(original), args, kwargs)
         seen.model_output, seen.timestep, seen.sample = (bound[name] for name in ("model_output", "timestep", "sample"))
-        raise _Enough
+        return bound["sample"], bound["sample"]
 
     def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         seen.schedule = _bound(inspect.signature(original), args, kwargs)

@@ -113,7 +113,7 @@ def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, 
         vae.to(torch.float32)  # as the pipeline does before it decodes: half precision overflows
     pieces: list[nn.Module] = []
     if len(shape) == 2:
-        if size is None:
+        if size is None or not hasattr(pipe, "vae_scale_factor"):
             return None
         h, w = (2 * (pixels // (2 * pipe.vae_scale_factor)) for pixels in size)
         if shape[0] * 4 != h * w:

@@ -119,34 +119,43 @@ def load(
     Raises:
         ImportError: diffusers is not installed. ValueError, FileNotFoundError: there is no such pipeline.
     """
-    pipe = pipeline(name, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    return from_pipeline(pipe.to(device or "cpu"), **arguments)
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r}: float32, bfloat16 or float16")
+        dtype = getattr(torch, dtype)
+    return from_pipeline(pipeline(name, dtype).to(device or "cpu"), **arguments)
 
 
-def pipeline(name: str, dtype: torch.dtype | None = None) -> Any:
+def pipeline(name: str, dtype: Any = None) -> Any:
     """The pipeline of a folder or of the hub; parts that it was saved without are left out. Raises as `load` does."""
     try:
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError:
         raise ImportError(f"diffusers:{name} needs diffusers: pip install 'steerfm[diffusers]'") from None
-    folder, missing = Path(name), {}
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ValueError(f"diffusers:{name} is no pipeline, without model_index.json: name a folder of save_pretrained")
-        missing = {part: None for part, where in json.loads(index.read_text()).items() if where == [None, None]}
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"diffusers:{name}: no such folder")
+    folder = Path(name)
+    here = bool(name) and folder.is_dir()
+    if here and not (folder / "model_index.json").is_file():
+        raise ValueError(f"diffusers:{name} is no pipeline, without model_index.json: name a folder of save_pretrained")
+    if not here and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"diffusers:{name}: no such folder, nor a name of the hub, OWNER/MODEL")
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **missing)
-    except Exception as error:  # whatever libraries below raise where there is no network, no such model, or a broken file
-        if folder.is_dir():
+        return DiffusionPipeline.from_pretrained(
+            name, torch_dtype=dtype, use_safetensors=True, **(_left_out(folder) if here else {})
+        )
+    except Exception as error:  # whatever the libraries below raise where there is no network, no such model, or a broken file
+        if here:
             line = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(f"diffusers:{name} cannot be read: {type(error).__name__}: {line}") from error
         raise ValueError(
             f"diffusers:{name}: no such folder here, and the hub does not give it ({type(error).__name__}): download it where "
             f"there is a network, `hf download {name} --local-dir FOLDER`, and name the folder"
         ) from error
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without: diffusers looks for them unless it is told."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {part: None for part, where in index.items() if where == [None, None]}
 
 
 def _call(pipe: Any, given: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
@@ -164,6 +173,8 @@ def _call(pipe: Any, given: Mapping[str, Any], guidance: float | None) -> dict[s
             scales = ["true_cfg_scale"]  # the other scale is an input of networks that were distilled with it
         if not scales:
             raise ValueError(f"guidance={guidance}: {type(pipe).__name__} has no guidance")
+        if scales[0] in call:
+            raise ValueError(f"{scales[0]}= and guidance= are given: they are the same")
         call[scales[0]] = float(guidance)
     if getattr(guider, "num_conditions", 1) > 1 and getattr(guider, "_enabled", True):
         raise ValueError(f"{type(pipe).__name__} is guided by {type(guider).__name__}, which is not linear: pass guider=None")
@@ -171,6 +182,7 @@ def _call(pipe: Any, given: Mapping[str, Any], guidance: float | None) -> dict[s
 
 
 def _switch(pipe: Any, network: Any, tiling: bool, slicing: bool, gradient_checkpointing: bool) -> None:
+    """Turn on what takes less memory."""
     for name, part, wanted in (
         ("enable_tiling", getattr(pipe, "vae", None), tiling),
         ("enable_slicing", getattr(pipe, "vae", None), slicing),
@@ -178,9 +190,7 @@ def _switch(pipe: Any, network: Any, tiling: bool, slicing: bool, gradient_check
     ):
         if wanted:
             if not hasattr(part, name):
-                raise ValueError(
-                    f"{name.removeprefix('enable_')}=True: {type(part).__name__} of {type(pipe).__name__} has none"
-                )
+                raise ValueError(f"{name.removeprefix('enable_')}=True: {type(pipe).__name__} has none: leave it out")
             getattr(part, name)()
 
 
@@ -237,17 +247,11 @@ class Flow(Schedule):
     """
 
     def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
-        first, layout = self.prompts.first, self.prompts.layout
-        given = float(layout.reference.flatten()[0])
-        thousand = float(self.scheduler.config.num_train_timesteps)
-        sigma = float(torch.as_tensor(first.timestep).flatten()[0]) / thousand
-        forms = {(thousand, -thousand): thousand * sigma, (1.0, -1.0): sigma, (0.0, 1.0): 1 - sigma}
-        offset, slope = min(forms, key=lambda form: abs(forms[form] - given))
-        if abs(offset + slope * (1 - sigma) - given) > 1e-2 * max(offset, 1.0):
-            name = type(self.prompts.pipe).__name__
-            raise ValueError(f"{name}: its network is given the time {given} at sigma = {sigma}: this form is not known")
+        layout = self.prompts.layout
+        offset, slope = self._form()
         flow_map = LinearMap(network, **self.parts(decoder))
-        flow_map.factor, flow_map.offset, flow_map.slope = self.prompts.guidance.factor, offset, slope
+        flow_map.factor = self.prompts.guidance.factor * (-1 if self._inverted() else 1)
+        flow_map.offset, flow_map.slope = offset, slope
         flow_map.capabilities = VELOCITY if layout.second_time is None else TWO_TIME
         if getattr(self.scheduler.config, "stochastic_sampling", False) or "LCM" in type(self.scheduler).__name__:
             flow_map.capabilities, flow_map.transition = ENDPOINT, Renoise(1.0)  # jumps to the data and back
@@ -257,13 +261,36 @@ class Flow(Schedule):
         if steps == 1:
             return []  # with a terminal shift diffusers divides by 0 here
         seen = self.seen(steps)
-        given = seen.schedule
+        given, sigmas = seen.schedule, seen.sigmas
         default = given.get("sigmas") is None and given.get("timesteps") is None
         if default and not self.to_the_letter and type(self.scheduler).__name__ in SHIFT_TWICE:
             scheduler = copy.deepcopy(self.scheduler)
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=given.get("mu"))
-            return [1 - float(sigma) for sigma in scheduler.sigmas[1:-1]]
-        return [1 - float(sigma) for sigma in seen.sigmas[1:-1]]
+            sigmas = scheduler.sigmas
+        return [self._time(float(sigma)) for sigma in sigmas[1:-1]]
+
+    def _form(self) -> tuple[float, float]:
+        """(offset, slope) of the network's time, offset + slope t, by two of its calls."""
+        first, name = self.prompts.first, self.prompts.layout.time
+        thousand = float(self.scheduler.config.num_train_timesteps)
+        calls = [first.calls[0], *([first.after] if first.after else [])]
+        times = [self._time(float(index) / thousand) for index in first.timesteps[: len(calls)]]
+        given = [float(torch.as_tensor(call.arguments[name]).flatten()[0]) for call in calls]
+
+        def miss(form: tuple[float, float]) -> float:
+            return max(abs(form[0] + form[1] * t - value) for t, value in zip(times, given)) / max(map(abs, form))
+
+        form = min([(thousand, -thousand), (1.0, -1.0), (0.0, 1.0), (0.0, thousand)], key=miss)
+        if miss(form) > 1e-2:
+            what = type(self.prompts.pipe).__name__
+            raise ValueError(f"{what} gives its network the times {given} at t = {times}: no sigma, 1000 sigma, t or 1000 t")
+        return form
+
+    def _inverted(self) -> bool:
+        return bool(getattr(self.scheduler.config, "invert_sigmas", False))
+
+    def _time(self, sigma: float) -> float:
+        return sigma if self._inverted() else 1 - sigma
 
 
 class Diffusion(Schedule):
@@ -301,8 +328,7 @@ class Diffusion(Schedule):
         return inner
 
     def _time(self, index: int) -> float:
-        square = float(self.scheduler.alphas_cumprod[index].double().clamp(2.0**-24, 1 - 2.0**-24))
-        return paths.time_of(square**0.5, (1 - square) ** 0.5)
+        return float(torch.sigmoid(self.path.log_ratios[-1 - index]))
 
     def _last(self) -> float:
         """The time at which the scheduler stops: 1, or that of index 0."""

@@ -204,7 +204,7 @@ class VariancePreserving:
             raise ValueError("alphas_cumprod rises: index 0 is the data, so flip it, alphas_cumprod.flip(0)")
         if not bool((square.diff() < 0).all()):
             raise ValueError("alphas_cumprod must fall from each index to the next: it is the product of 1 - beta")
-        square = square.clamp(2.0**-24, 1 - 2.0**-24)  # log(a / b) of pure noise or pure data is infinite
+        square = square.clamp(2.0**-48, 1 - 2.0**-48)  # log(a / b) of pure noise or pure data is infinite
         if square[0] <= square[1] or square[-2] <= square[-1]:
             raise ValueError("alphas_cumprod has more than one index of pure noise or of pure data: leave all but one out")
         self.log_ratios = ((square / (1 - square)).log() / 2).flip(0)  # rising

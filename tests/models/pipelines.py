@@ -224,6 +224,47 @@ def klein(**parts: Any) -> Made:
     return pipe, {**embeddings(6, 16, negative=False), "height": 16, "width": 24}
 
 
+def chroma(**parts: Any) -> Made:
+    transformer = network(
+        diffusers.ChromaTransformer2DModel, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=[4, 4, 8],
+        approximator_num_channels=16, approximator_hidden_dim=32, approximator_layers=1,
+    )  # fmt: skip
+    scheduler, parts = diffusers.FlowMatchEulerDiscreteScheduler(), without("text_encoder", "tokenizer") | parts
+    pipe = diffusers.ChromaPipeline(vae=vae_kl(), transformer=transformer, scheduler=scheduler, **parts)
+    texts = embeddings(7, 32, mask="attention_mask")
+    return pipe, {k: v.bool() if "mask" in k else v for k, v in texts.items()} | {"height": 16, "width": 24}
+
+
+def aura_flow(**parts: Any) -> Made:
+    transformer = network(
+        diffusers.AuraFlowTransformer2DModel, sample_size=32, patch_size=2, in_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32,
+        joint_attention_dim=32, out_channels=4, pos_embed_max_size=256,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    parts = without("text_encoder", "tokenizer") | parts
+    pipe = diffusers.AuraFlowPipeline(vae=vae_kl(shift=None), transformer=transformer, scheduler=scheduler, **parts)
+    return pipe, embeddings(7, 32, mask="attention_mask") | {"height": 16, "width": 16}
+
+
+def mochi(**parts: Any) -> Made:
+    """Its scheduler counts sigma from 0, noise, to 1."""
+    transformer = network(
+        diffusers.MochiTransformer3DModel, patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=1,
+        pooled_projection_dim=16, in_channels=12, text_embed_dim=32, time_embed_dim=4, max_sequence_length=16,
+    )  # fmt: skip
+    statistics = {"latents_mean": [0.1 * i for i in range(12)], "latents_std": [1.0 + 0.1 * i for i in range(12)]}
+    vae = network(
+        diffusers.AutoencoderKLMochi, latent_channels=12, out_channels=3, encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32), layers_per_block=(1, 1, 1, 1, 1), **statistics,
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    parts = without("text_encoder", "tokenizer") | parts
+    pipe = diffusers.MochiPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **parts)
+    return pipe, embeddings(16, 32, mask="attention_mask") | {"height": 16, "width": 16, "num_frames": 7}
+
+
 # --- consistency in angles -------------------------------------------------------------------------------------------
 def sana_sprint(**parts: Any) -> Made:
     transformer = network(diffusers.SanaTransformer2DModel, qk_norm="rms_norm_across_heads", guidance_embeds=True, **SANA)
@@ -279,6 +320,40 @@ def lcm(parts: dict[str, Any] | None = None) -> Made:
     return pipe, {**embeddings(7, 32, negative=False), "height": 16, "width": 16}
 
 
+def pixart(**parts: Any) -> Made:
+    """Its network gives a variance, too."""
+    transformer = network(
+        diffusers.PixArtTransformer2DModel, sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8,
+        num_attention_heads=2, caption_channels=32, in_channels=4, cross_attention_dim=16, out_channels=8,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, use_additional_conditions=False,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(beta_start=0.0001, beta_end=0.02, timestep_spacing="trailing", clip_sample=False)
+    parts = without("text_encoder", "tokenizer") | parts
+    pipe = diffusers.PixArtSigmaPipeline(vae=vae_kl(shift=None), transformer=transformer, scheduler=scheduler, **parts)
+    size = {"height": 64, "width": 64, "use_resolution_binning": False}
+    return pipe, embeddings(6, 32, mask="attention_mask") | size | {"negative_prompt": None}
+
+
+def cogvideo(**parts: Any) -> Made:
+    """A video, frames first, from noise without any data in it."""
+    transformer = network(
+        diffusers.CogVideoXTransformer3DModel, num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4,
+        time_embed_dim=2, text_embed_dim=32, num_layers=1, sample_width=2, sample_height=2, sample_frames=9, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=16,
+    )  # fmt: skip
+    vae = network(
+        diffusers.AutoencoderKLCogVideoX, down_block_types=("CogVideoXDownBlock3D",) * 4, layers_per_block=1,
+        up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        clip_sample=False, timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    parts = without("text_encoder", "tokenizer") | parts
+    pipe = diffusers.CogVideoXPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **parts)
+    return pipe, embeddings(16, 32) | {"height": 16, "width": 16, "num_frames": 8}
+
+
 STABLE: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 """Settings of Stable Diffusion's own folders."""
 
@@ -298,6 +373,9 @@ PIPELINES: dict[str, Callable[..., Made]] = {
     "lumina 2": lumina2,
     "hunyuan": partial(hunyuan, meanflow=False),
     "hunyuan meanflow": hunyuan,
+    "chroma": chroma,
+    "aura flow": aura_flow,
+    "mochi": mochi,
     "sana-sprint": sana_sprint,
     "lcm": lcm,
     "lcm-lora sd 1.5": partial(sd15, diffusers.LCMScheduler),
@@ -306,6 +384,8 @@ PIPELINES: dict[str, Callable[..., Made]] = {
     "sd 1.5 ddim v": partial(sd15, prediction_type="v_prediction", **STABLE),
     "sd 1.5 ddim data": partial(sd15, prediction_type="sample", **STABLE),
     "sd 1.5 ddpm": partial(sd15, diffusers.DDPMScheduler, clip_sample=False, timestep_spacing="trailing"),
+    "pixart sigma": pixart,
+    "cogvideox": cogvideo,
     "sdxl ddim": partial(sdxl, diffusers.DDIMScheduler, timestep_spacing="trailing", clip_sample=False),
     "sdxl euler": partial(sdxl, timestep_spacing="leading", steps_offset=1),
     "sdxl lightning": partial(sdxl, timestep_spacing="trailing"),

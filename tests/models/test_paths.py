@@ -197,7 +197,7 @@ def test_edm_scalings_give_a_network_input_and_a_target_of_variance_one():
         (torch.tensor(0.5), "shape"),
         (torch.tensor([0.5]), "shape"),
         ("scaled_linear", "numbers"),
-        (torch.tensor([0.9, 1e-12, 0.0]), "more than one"),
+        (torch.tensor([0.9, 1e-20, 0.0]), "more than one"),
     ],
 )
 def test_what_is_no_alphas_cumprod_is_one_line(alphas, words):
