@@ -221,16 +221,16 @@ def gradients(probe: Probe) -> None:
 
 
 def decoding(probe: Probe) -> None:
-    """decode gives pictures (b, c, h, w) in [0, 1], or vectors as they are, and encode leads back."""
+    """decode gives pictures (b, c, h, w) in [0, 1], videos (b, c, f, h, w), or vectors as they are, and encode leads back."""
     flow_map, shape = probe.flow_map, probe.flow_map.shape
     with failing(probe.name), torch.no_grad(), Ledger() as ledger:
         seen = flow_map.decode(probe.x)
     require(
-        len(seen) == N and seen.ndim in (2, 4),
+        len(seen) == N and seen.ndim in (2, 4, 5),
         f"{probe.name} decodes states {tuple(probe.x.shape)} to {tuple(seen.shape)}",
-        "decode returns pictures (b, c, h, w) or vectors (b, d)",
+        "decode returns pictures (b, c, h, w), videos (b, c, f, h, w) or vectors (b, d)",
     )
-    if seen.ndim == 4:
+    if seen.ndim > 2:
         require(
             seen.min() >= -1e-3 and seen.max() <= 1 + 1e-3,
             f"{probe.name} decodes to pictures in [{seen.min():.3g}, {seen.max():.3g}]",
