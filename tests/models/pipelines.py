@@ -422,9 +422,7 @@ def clip(width: int = 32, projection: int = 0) -> Any:
 def t5(width: int = 32) -> Any:
     import transformers
 
-    config = transformers.T5Config(
-        vocab_size=100, d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
-    )
+    config = transformers.T5Config(vocab_size=100, d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=4, pad_token_id=0)
     return network(transformers.T5EncoderModel, config=config)
 
 

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
 import steerfm
 from steerfm.models import from_pipeline
-from tests.models.pipelines import flux, sd3, sd15, sdxl, wan
+from tests.models.pipelines import diffusers, flux, sd3, sd15, sdxl, wan
 
 
 def refused(call: Any, *words: str, kind: type[Exception] = ValueError) -> str:
@@ -114,11 +113,13 @@ def test_arguments() -> None:
     refused(lambda: from_pipeline(pipe, **call, num_inference_steps=3), "num_inference_steps=: this is steps=")
     refused(lambda: from_pipeline(pipe, **call, generator=torch.Generator()), "generator=: this is seeds= of sample and steer")
     refused(lambda: from_pipeline(pipe, **call, steps=0), "steps=0")
-    refused(lambda: from_pipeline(pipe, **call, steps=2.5), "steps=2.5")
+    half: Any = 2.5
+    refused(lambda: from_pipeline(pipe, **call, steps=half), "steps=2.5")
     refused(lambda: from_pipeline(pipe, **call, capability="jump"), "unknown capability 'jump'", "endpoint")
     refused(lambda: from_pipeline(pipe, **call, guidance=2.0, guidance_scale=3.0), "guidance_scale= and guidance= are given")
     fm = from_pipeline(pipe, **call, guidance=1.0)
-    for steps in (0, -1, 1.5):
+    wrong: list[Any] = [0, -1, 1.5]
+    for steps in wrong:
         refused(lambda steps=steps: fm.grid(steps), f"steps={steps}")
     refused(lambda: steerfm.load("diffusers:owner/model", dtype="floaty"), "dtype='floaty'", "bfloat16")
     refused(lambda: steerfm.load("fashion", prompt="a cat"), "prompt=", "fashion", "takes no arguments")

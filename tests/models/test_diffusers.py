@@ -11,11 +11,11 @@ from torch import Tensor
 
 import steerfm
 from steerfm.models import from_pipeline
-from tests.models.pipelines import PIPELINES, hunyuan, lumina2, qwen, sd3, sdxl, wan, z_image
+from tests.models.pipelines import PIPELINES, diffusers, hunyuan, lumina2, qwen, sd3, sdxl, wan, z_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's
 
-UNGUIDED = {name: {"guidance": 0.0 if name == "z-image" else 1.0} for name in PIPELINES}
+UNGUIDED: dict[str, dict[str, Any]] = {name: {"guidance": 0.0 if name == "z-image" else 1.0} for name in PIPELINES}
 for name in ("hunyuan", "hunyuan meanflow", "flux dev", "sana-sprint", "lcm"):  # an input of the network
     UNGUIDED[name] = {"guidance": 3.0}
 SCALES = {"hunyuan": "distilled_guidance_scale", "hunyuan meanflow": "distilled_guidance_scale", "qwen": "true_cfg_scale"}
@@ -110,9 +110,7 @@ def test_guidance_that_is_not_linear_is_refused() -> None:
         from_pipeline((made := lumina2())[0], guidance=4.0, **made[1])  # cfg_normalization=True
     with pytest.raises(ValueError, match="does not guide by"):
         from_pipeline((made := sdxl())[0], guidance=4.0, guidance_rescale=0.7, **made[1])
-    from diffusers.guiders import AdaptiveProjectedMixGuidance
-
-    pipe, call = hunyuan(False, AdaptiveProjectedMixGuidance())
+    pipe, call = hunyuan(False, diffusers.AdaptiveProjectedMixGuidance())
     with pytest.raises(ValueError, match="guided by AdaptiveProjectedMixGuidance, which is not linear: pass guider=None"):
         from_pipeline(pipe, **call)
 

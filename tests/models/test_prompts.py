@@ -93,7 +93,8 @@ def test_text_encoders_go_and_their_prompts_stay(name: str) -> None:
 def test_embeddings_in_place_of_words() -> None:
     pipe, call = PIPELINES["sd3"]()
     fm = from_pipeline(pipe, guidance=1.0, **call)
-    assert torch.equal(fm.condition(None, 2)["encoder_hidden_states"], call["prompt_embeds"])
+    rows: Any = fm.condition(None, 2)
+    assert torch.equal(rows["encoder_hidden_states"], call["prompt_embeds"])
     with pytest.raises(ValueError, match="prompt_embeds= has 2 rows for n=3 outputs"):
         steerfm.sample(fm, n=3)
     with pytest.raises(ValueError, match="cond='a cat': this map was made of prompt_embeds="):

@@ -77,7 +77,7 @@ def test_the_transition_is_the_schedulers() -> None:
 def test_states_are_float32_beside_a_network_in_bfloat16(name: str) -> None:
     """FLUX multiplies its guidance by 1000 in bfloat16, which has no 3000, but has 4000."""
     pipe, call = PIPELINES[name]()
-    call = call | UNGUIDED[name] | ({"guidance": 4.0} if name == "flux dev" else {})
+    call: dict[str, Any] = call | UNGUIDED[name] | ({"guidance": 4.0} if name == "flux dev" else {})
     expected = steerfm.sample(from_pipeline(pipe, **call), n=2, steps=64, seeds=0)
     pipe.to(dtype=torch.bfloat16)
     call = {key: value.bfloat16() if "embeds" in key and "mask" not in key else value for key, value in call.items()}
@@ -104,7 +104,7 @@ def test_checkpointed_gradients_are_the_same(name: str) -> None:
     assert expected.isfinite().all() and expected.norm() > 0
     assert all(parameter.grad is None for parameter in fm.parameters())
     pipe, call = PIPELINES[name]()
-    thrifty = from_pipeline(pipe, **UNGUIDED[name], **call, gradient_checkpointing=True)
+    thrifty: Any = from_pipeline(pipe, **UNGUIDED[name], **call, gradient_checkpointing=True)
     calls: list[int] = []
     blocks = {type(module): module for module in thrifty.network.modules() if getattr(module, "gradient_checkpointing", False)}
     assert blocks
