@@ -117,7 +117,7 @@ def record(pipe: Any, arguments: Mapping[str, Any], calls: int | None = None, en
             stack.enter_context(untouched())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_watched(pipe, seen, calls, encoded))
+            stack.enter_context(_Watch(pipe, seen, calls, encoded).attached())
             pipe(**given)
     except _Enough:
         return seen
@@ -134,58 +134,66 @@ def record(pipe: Any, arguments: Mapping[str, Any], calls: int | None = None, en
     raise ValueError(f"{what}: its call ends without a step of its scheduler, so there is nothing to capture")
 
 
-@contextmanager
-def _watched(pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] | None) -> Iterator[None]:
-    network, scheduler = denoiser(pipe), pipe.scheduler
-    signature = inspect.signature(network.forward)
+class _Watch:
+    """Stands between a pipeline and its parts, for one call, and writes down what passes."""
 
-    def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] | None) -> None:
+        self.pipe, self.network, self.scheduler = pipe, denoiser(pipe), pipe.scheduler
+        self.seen, self.calls, self.memory = seen, calls, list(encoded or ())
+        self.signature = inspect.signature(self.network.forward)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, it stands there; afterwards all is as it was."""
+        with ExitStack() as stack:
+            for method in (self.step, self.set_timesteps):
+                stack.enter_context(_replaced(self.scheduler, method))
+            for method in (self.prepare_latents, self.encode_prompt, self.progress_bar):
+                stack.enter_context(_replaced(self.pipe, method))
+            stack.callback(self.network.register_forward_pre_hook(self.entering, with_kwargs=True).remove)
+            stack.callback(self.network.register_forward_hook(self.leaving, with_kwargs=True).remove)
+            yield
+
+    # --- the network ---------------------------------------------------------------------------------------------
+    def entering(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen, call = self.seen, Call(_bound(self.signature, args, kwargs))
         if seen.sample is not None:
-            seen.after = Call(_bound(signature, args, kwargs))
+            seen.after = call
             raise _Enough
-        seen.calls.append(Call(_bound(signature, args, kwargs)))
-        seen.timesteps, seen.sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
-        if len(seen.calls) == calls:
+        seen.calls.append(call)
+        seen.timesteps, seen.sigmas = self.scheduler.timesteps, getattr(self.scheduler, "sigmas", None)
+        if len(seen.calls) == self.calls:
             raise _Enough
 
-    def leaving(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.calls[-1].output = output[0] if isinstance(output, tuple) else output.sample
+    def leaving(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.seen.calls[-1].output = output[0] if isinstance(output, tuple) else output.sample
 
-    def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound = _bound(inspect.signature(original), args, kwargs)
+    # --- the scheduler -------------------------------------------------------------------------------------------
+    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound, seen = _bound(inspect.signature(original), args, kwargs), self.seen
         seen.model_output, seen.timestep, seen.sample = (bound[name] for name in ("model_output", "timestep", "sample"))
-        return bound["sample"], bound["sample"]
+        return bound["sample"], bound["sample"]  # a step that leads nowhere; some pipelines read two
 
-    def set_timesteps(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        seen.schedule = _bound(inspect.signature(original), args, kwargs)
+    def set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.seen.schedule = _bound(inspect.signature(original), args, kwargs)
         return original(*args, **kwargs)
 
-    def prepare_latents(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # --- the pipeline --------------------------------------------------------------------------------------------
+    def prepare_latents(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = _bound(inspect.signature(original), args, kwargs)
         if "height" in bound and "width" in bound:
-            seen.size = int(bound["height"]), int(bound["width"])
+            self.seen.size = int(bound["height"]), int(bound["width"])
         return original(*args, **kwargs)
 
-    memory = list(encoded or ())
-
-    def encode_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        out = memory.pop(0) if memory else original(*args, **kwargs)
-        seen.encoded.append(out)
+    def encode_prompt(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = self.memory.pop(0) if self.memory else original(*args, **kwargs)
+        self.seen.encoded.append(out)
         return out
 
-    def progress_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
+    def progress_bar(self, original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
         from tqdm import tqdm
 
         return tqdm(iterable, total=total, disable=True)
-
-    with ExitStack() as stack:
-        for owner, function in ((scheduler, step), (scheduler, set_timesteps), (pipe, prepare_latents), (pipe, encode_prompt),
-                                (pipe, progress_bar)):  # fmt: skip
-            stack.enter_context(_replaced(owner, function))
-        for handle in (network.register_forward_pre_hook(entering, with_kwargs=True),
-                       network.register_forward_hook(leaving, with_kwargs=True)):  # fmt: skip
-            stack.callback(handle.remove)
-        yield
 
 
 @contextmanager

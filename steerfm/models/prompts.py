@@ -178,7 +178,7 @@ def _guidance(first: Recording, call: Mapping[str, Any], network: nn.Module) -> 
             "this pipeline does not guide by negative + scale (positive - negative), but by a rule of its own: switch it off, "
             "guidance=1, or its rule, by the argument of its call that does so"
         )
-    return guidance if guidance.scale is None else guidance._replace(scale=_rounded(guidance.scale, call))
+    return guidance if guidance.scale is None else Guidance(guidance.factor, _rounded(guidance.scale, call), guidance.positive)
 
 
 def _fit(target: Tensor, outputs: list[Tensor], factor: float, positive: int, precision: float) -> tuple[float, Guidance]:
