@@ -30,11 +30,13 @@ from steerfm.models.capture import Recording, check_arguments, denoiser, paramet
 from steerfm.models.decoders import decoder_of
 from steerfm.models.families import LinearMap, PipelineMap, TrigonometricMap, VariancePreservingMap, Within
 from steerfm.models.prompts import GUIDANCE, Prompts
-from steerfm.transitions import Bridge, Jump, Renoise
+from steerfm.transitions import Bridge, Jump, Renoise, Transition
 
 SET_HERE = {
     "prompt": "prompt= of from_pipeline",
     "num_inference_steps": "steps=",
+    "num_images_per_prompt": "n= of sample and steer",
+    "num_videos_per_prompt": "n= of sample and steer",
     "generator": "seeds= of sample and steer",
     "output_type": "fm.decode",
     "return_dict": "fm.decode",
@@ -309,10 +311,11 @@ class Diffusion(Schedule):
             flow_map.scalings = self.scheduler.get_scalings_for_boundary_condition_discrete
             flow_map.capabilities, flow_map.transition = ENDPOINT, Renoise(1.0)
             return flow_map
-        move = Bridge(1.0) if "Ancestral" in name or "DDPM" in name else Jump()
+        if "TCD" in name:
+            flow_map.capabilities = ENDPOINT
         self(1)  # so that one step starts where the scheduler does
         first = self.path.first
-        flow_map.transition = Within(move, self.starts, (first, math.hypot(first, 1 - first)), self._last())
+        flow_map.transition = Within(self._move(), self.starts, (first, math.hypot(first, 1 - first)), self._last())
         return flow_map
 
     def inner(self, steps: int) -> Sequence[float]:
@@ -330,12 +333,25 @@ class Diffusion(Schedule):
     def _time(self, index: int) -> float:
         return float(torch.sigmoid(self.path.log_ratios[-1 - index]))
 
-    def _last(self) -> float:
-        """The time at which the scheduler stops: 1, or that of index 0."""
+    def _last(self) -> tuple[float, float]:
+        """The time at which the scheduler stops, 1 or that of index 0; and its own state there by that of the linear path."""
         if hasattr(self.scheduler, "is_scale_input_called"):
-            return 1 / (1 + float(self.scheduler.sigmas[-1]))
+            sigma = float(self.scheduler.sigmas[-1])
+            return 1 / (1 + sigma), 1 + sigma
         square = float(getattr(self.scheduler, "final_alpha_cumprod", 1.0))
-        return paths.time_of(square**0.5, (1 - square) ** 0.5)
+        if "TCD" in type(self.scheduler).__name__:
+            square = float(self.scheduler.alphas_cumprod[0])
+        a, b = square**0.5, (1 - square) ** 0.5
+        return a / (a + b), a + b
+
+    def _move(self) -> Transition:
+        """How the scheduler steps. What it does with more than one prediction is not done here: it is an Euler step then."""
+        name, eta = type(self.scheduler).__name__, float(self.prompts.call.get("eta") or 0.0)
+        if "Ancestral" in name or "DDPM" in name:
+            return Bridge(1.0)
+        if eta and "DDIM" not in name:
+            raise ValueError(f"eta={eta}: the noise of {name} is not known here: leave eta out")
+        return Bridge(eta) if eta else Jump()
 
 
 class Sprint(Schedule):

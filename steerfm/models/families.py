@@ -10,7 +10,6 @@ network's door.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -214,13 +213,13 @@ class Within:
         inner: the transition.
         starts: by the time after the first step: the first of the scheduler's times, and what it multiplies the noise by.
         first: the same where that time is not one of the scheduler's.
-        last: the last of its times.
+        last: the last of its times, and what the state there is multiplied by to be taken for data.
     """
 
     inner: Transition
     starts: Mapping[float, tuple[float, float]]
     first: tuple[float, float]
-    last: float = 1.0
+    last: tuple[float, float] = (1.0, 1.0)
 
     @property
     def stochastic(self) -> bool:
@@ -238,8 +237,8 @@ class Within:
         if s == 0:
             s, scale = self.starts.get(t, self.first)
             x = x * scale
-        if t < 1 or self.last == 1:
+        last, scale = self.last
+        if t < 1 or last == 1:
             return self.inner.step(flow_map, x, s, t, cond)
-        step = self.inner.step(flow_map, x, s, self.last, cond)
-        c = math.hypot(self.last, 1 - self.last)
-        return Step(step.mean / c, step.std / c)
+        step = self.inner.step(flow_map, x, s, last, cond)
+        return Step(step.mean * scale, step.std * scale)

@@ -101,6 +101,17 @@ def test_guided_samples_are_the_pipelines_own(name: str, steps: int) -> None:
     assert relative(x, own(name, pipe, fm, call | more | {"guidance_scale": scale}, steps)) < 2e-6
 
 
+def test_noise_of_ddim_is_a_bridge() -> None:
+    pipe, call = PIPELINES["sd 1.5 ddim"]()
+    pipe.set_progress_bar_config(disable=True)
+    fm = from_pipeline(pipe, **call, guidance=1.0, eta=0.5)
+    x = steerfm.sample(fm, n=2, steps=4, seeds=0)
+    assert relative(x, own("ddim", pipe, fm, call | {"guidance_scale": 1.0, "eta": 0.5}, 4)) < 1e-6
+    pipe, call = PIPELINES["sd 1.5 tcd"]()
+    with pytest.raises(ValueError, match=r"eta=0\.3: the noise of TCDScheduler is not known here"):
+        from_pipeline(pipe, **call, guidance=1.0, eta=0.3)
+
+
 def test_guidance_that_is_not_linear_is_refused() -> None:
     pipe, call = qwen()
     negative = {"negative_prompt_embeds": -call["prompt_embeds"], "negative_prompt_embeds_mask": call["prompt_embeds_mask"]}
