@@ -25,7 +25,7 @@ from steerfm.models import paths
 from steerfm.models.capture import rows_of
 from steerfm.models.decoders import Decoder
 from steerfm.models.layout import Layout
-from steerfm.rows import Condition
+from steerfm.rows import Condition, move_condition
 from steerfm.transitions import Step, Transition
 
 
@@ -89,7 +89,7 @@ class PipelineMap(FlowMap):
                 form = time.to(like.dtype if like.is_floating_point() else x.dtype).view(-1, *[1] * (like.ndim - 1))
                 arguments[name] = form.expand(b, *like.shape[1:])
         out = self.network(**arguments, return_dict=False)[0]
-        return rows_of(out, self.shape, type(self.network).__name__).to(x.dtype)
+        return rows_of(out, self.shape, type(self.network).__name__).to(x)  # a network that is offloaded answers elsewhere
 
     def at_door(self, x: Tensor) -> Tensor:
         return x  # times of a narrow network would be too coarse: states and times are float32 up to the call itself
@@ -106,11 +106,11 @@ class PipelineMap(FlowMap):
             ValueError: another number of prompts than rows; a new prompt after the text encoders were dropped.
         """
         if labels is None:
-            return self.prompts.condition(None, n)
+            return move_condition(self.prompts.condition(None, n), self.device)
         prompts = [str(labels)] * n if isinstance(labels, str | int) else [str(label) for label in labels]
         if len(prompts) != n:
             raise ValueError(f"{len(prompts)} prompts for n={n} outputs: give one prompt, or one per output")
-        return self.prompts.condition(prompts, n)
+        return move_condition(self.prompts.condition(prompts, n), self.device)
 
     @property
     def null(self) -> Condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 import steerfm
 from steerfm.models import from_pipeline
 from steerfm.transitions import Bridge, Jump, Renoise
-from tests.models.pipelines import PIPELINES
+from tests.models.pipelines import PIPELINES, in_words
 from tests.models.test_diffusers import UNGUIDED, made, relative
 
 EVERYTHING = {"two_time", "endpoint", "velocity", "generator"}
@@ -130,6 +131,23 @@ def test_a_copy_shares_prompts_and_no_weights() -> None:
         for parameter in other.network.parameters():
             parameter.mul_(1.5)
     assert not torch.equal(steerfm.sample(other, n=2), steerfm.sample(fm, n=2))
+
+
+def test_the_page_of_models_runs(tmp_path: Path) -> None:
+    """The ten lines of docs/models.md, with the folder of a tiny pipeline."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
+    section = page.partition("## A pipeline of diffusers")[2].partition("\n## ")[0]
+    pipe, size = in_words()["sd3"]()
+    pipe.save_pretrained(tmp_path)
+    code = (
+        section.partition("```python\n")[2]
+        .partition("```")[0]
+        .replace("FOLDER", str(tmp_path))
+        .replace("steps=4", f"steps=4, **{size}")
+    )
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["pictures"].shape == (2, 3, 8, 8) and scope["result"].best().shape == (2, 4, 8, 8)
 
 
 # --- steering --------------------------------------------------------------------------------------------------------
