@@ -35,8 +35,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 NEEDS = {
     "aesthetic": "a head, `head=`",
     "frames": "a reward, `reward=`, and video",
+    "hps": "a folder, `folder=`",
+    "imagereward": "a folder, `folder=`",
+    "objects": "a detector, `detector=`",
     "pickscore": "a model, `model=`",
     "remote": "a server, `url=`",
+    "vlm": "a server, `url=`",
 }
 SHAPES = {"classifier": (1, 28, 28), "judge": (1, 28, 28)}
 

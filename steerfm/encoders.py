@@ -25,6 +25,9 @@ from torch.nn import functional as F
 
 from steerfm import files, plugins
 
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Mean and standard deviation of red, green and blue that CLIP, BLIP and what came of them normalise with."""
+
 
 @dataclass
 class Preprocessing:

@@ -25,8 +25,12 @@ def _loaded(model: str, pretrained: str | None) -> encoders.OpenClip:
     return encoders.open_clip(model, pretrained)
 
 
-class _ClipReward(WordsReward):
-    """What the rewards of this file share: the open_clip model."""
+class ClipReward(WordsReward):
+    """A reward with an open_clip model.
+
+    Args:
+        model, pretrained: of `steerfm.encoders.open_clip`.
+    """
 
     def __init__(self, model: str, pretrained: str | None) -> None:
         super().__init__()
@@ -36,7 +40,7 @@ class _ClipReward(WordsReward):
         return _loaded(self.model, self.pretrained)
 
 
-class Clip(_ClipReward):
+class Clip(ClipReward):
     """Likeness of a picture and its prompt: their cosine in an open_clip model, times a temperature.
 
         temperature (cos(image, prompt) - negative_weight cos(image, negative))
@@ -80,7 +84,7 @@ class Clip(_ClipReward):
         return cosine * (self.network(images.device).scale if self.temperature is None else self.temperature)
 
 
-class ClipDirection(_ClipReward):
+class ClipDirection(ClipReward):
     """Change of a picture along the difference of two prompts: cos(image - start image, to - from).
 
     Unit: cosine, from -1 to 1. Gradient: yes. (StyleGAN-NADA, Gal et al. 2108.00946, equation 2.) Without a start picture the
@@ -115,7 +119,7 @@ class ClipDirection(_ClipReward):
         return F.cosine_similarity(image, (to - source).unsqueeze(0), dim=1, eps=1e-6)
 
 
-class Aesthetic(_ClipReward):
+class Aesthetic(ClipReward):
     """A head on the embeddings of an open_clip model, as LAION's aesthetic predictors: a linear layer, or an MLP of them.
 
     Unit: the head's own (LAION's: 1 to 10). Gradient: yes.
@@ -131,7 +135,7 @@ class Aesthetic(_ClipReward):
 
     def __init__(self, head: str | Path, model: str = "emoji-clip", pretrained: str | None = None) -> None:
         super().__init__(model, pretrained)
-        self.head = _linear_layers(Path(head))
+        self.head = _head(Path(head))
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) -> (b,)."""
@@ -145,8 +149,7 @@ class Aesthetic(_ClipReward):
         return self.head.to(image)(image).squeeze(1)
 
 
-def _linear_layers(path: Path) -> nn.Sequential:
-    """The matrices and biases of a file as one network; LAION's MLPs have nothing between their layers but dropout."""
+def _head(path: Path) -> nn.Sequential:
     if not path.is_file():
         raise RewardError(f"reward 'aesthetic': no file {path}: put the weights of the head there")
     try:
@@ -156,19 +159,34 @@ def _linear_layers(path: Path) -> nn.Sequential:
             weights: dict[str, Any] = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RewardError(f"reward 'aesthetic' cannot read {path}: {type(error).__name__}: {error}") from None
+    return linear_layers("aesthetic", weights, path)
+
+
+def linear_layers(name: str, weights: Any, path: Path) -> nn.Sequential:
+    """Matrices and biases as one network, in the order of their names; nothing is between them but dropout.
+
+    Args:
+        name: of the reward, for messages. weights: by name. path: where they are from.
+
+    Raises:
+        RewardError: no chain that ends in one number.
+    """
+    try:
         names = sorted(weights, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
         matrices = [(name, weights[name].float()) for name in names if name.endswith("weight") and weights[name].ndim == 2]
         layers = []
-        for name, matrix in matrices:
-            bias = weights.get(f"{name.removesuffix('weight')}bias")
+        for key, matrix in matrices:
+            bias = weights.get(f"{key.removesuffix('weight')}bias")
             layer = nn.Linear(matrix.shape[1], matrix.shape[0])
             layer.load_state_dict({"weight": matrix, "bias": torch.zeros(len(matrix)) if bias is None else bias.float()})
             layers.append(layer)
         fits = all(a.out_features == b.in_features for a, b in zip(layers, layers[1:]))
     except Exception as error:
-        raise RewardError(f"reward 'aesthetic' cannot read {path}: {type(error).__name__}: {error}") from None
+        raise RewardError(f"reward {name!r} cannot read {path}: {type(error).__name__}: {error}") from None
     if not layers or not fits or layers[-1].out_features != 1:
-        raise RewardError(f"reward 'aesthetic': {path} is not a chain of linear layers that ends in one number")
+        raise RewardError(f"reward {name!r}: {path} is not a chain of linear layers that ends in one number")
     return nn.Sequential(*layers).requires_grad_(False)
 
 
@@ -210,8 +228,7 @@ class _TransformersClip(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         size = model.config.vision_config.image_size
-        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
-        self.preprocessing = encoders.Preprocessing((size, size), mean, std)
+        self.preprocessing = encoders.Preprocessing((size, size), *encoders.OPENAI)
         self.eval().requires_grad_(False)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

@@ -26,6 +26,12 @@ from steerfm.rewards import Prompts, Reward, RewardError
 Result = TypeVar("Result")
 BUSY = (429, 502, 503, 504)
 """Codes that say that the same request may be answered later."""
+HINTS = {
+    401: " (token_env= names the environment variable that holds its token)",
+    403: " (token_env= names the environment variable that holds its token)",
+    404: " (url= or model= names what it does not have)",
+}
+"""What mends a request that was refused with a code."""
 PREFIX = "STEERFM_"
 SECRET = re.compile(
     r"(?i)token(?!i)|secret|passw|credential|bearer|jwt|api.?key|(^|[_.-])(key|pwd|pass|auth|authorization|sig|signature)($|[_.-])"
@@ -56,6 +62,7 @@ class Remote(Reward):
 
     name, unit, range = "remote", "the server's", (-float("inf"), float("inf"))
     differentiable = False
+    content = "application/octet-stream"
 
     def __init__(
         self,
@@ -67,20 +74,20 @@ class Remote(Reward):
         token_env: str | None = None,
     ) -> None:
         super().__init__()
-        _whole("batch", batch, 1)
-        _whole("retries", retries, 0)
+        whole(self.name, "batch", batch, 1)
+        whole(self.name, "retries", retries, 0)
         for key, value in {"timeout": timeout, "pause": pause}.items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-                raise RewardError(f"reward 'remote': {key}={value!r}: give seconds")
+                raise RewardError(f"reward {self.name!r}: {key}={value!r}: give seconds")
         if timeout == 0:
-            raise RewardError("reward 'remote': timeout=0: no server answers at once, give seconds")
-        address = _address(url)
+            raise RewardError(f"reward {self.name!r}: timeout=0: no server answers at once, give seconds")
+        address = _address(self.name, url)
         self.url, self.batch_size, self.timeout, self.retries, self.pause = url, batch, timeout, retries, pause
         self.token_env, self.place = token_env, f"{address.scheme}://{address.netloc}{address.path}"
         local = _is_local(address.hostname or "")
         if token_env is not None:
             if address.scheme == "http" and not local:
-                raise RewardError(f"reward 'remote': {self.place} would get the token unencrypted: give an https address")
+                raise RewardError(f"reward {self.name!r}: {self.place} would get the token unencrypted: give an https address")
             self._token()
         self.opener = partial(_opener, local)
 
@@ -93,31 +100,29 @@ class Remote(Reward):
         body = save(
             {k: v.contiguous() for k, v in tensors.items()}, {"prompts": json.dumps(list(prompts) if prompts else None)}
         )
-        return torch.tensor(self._numbers(self._ask(body, len(x)), len(x)), dtype=torch.float32, device=images.device)
+        return torch.tensor(self._numbers(self.ask(body, len(x)), len(x)), dtype=torch.float32, device=images.device)
 
     def _numbers(self, answer: Any, n: int) -> list[float]:
         """The numbers of an answer, checked."""
         if not isinstance(answer, dict):
-            raise self._error(f'answered {_kind(answer)} in place of {{"scores": [...]}}')
+            raise self.error(f'answered {kind(answer)} in place of {{"scores": [...]}}')
         if answer.get("error") is not None:
-            raise self._error(f"answered: {self._said(str(answer['error']))}")
+            raise self.error(f"answered: {self.said(str(answer['error']))}")
         scores = answer.get("scores")
         if not isinstance(scores, list):
-            what = f"{_kind(scores)} as scores" if "scores" in answer else "no scores"
-            raise self._error(f'answered with {what}, in place of {{"scores": [...]}}')
+            what = f"{kind(scores)} as scores" if "scores" in answer else "no scores"
+            raise self.error(f'answered with {what}, in place of {{"scores": [...]}}')
         if len(scores) != n:
-            raise self._error(f"answered: {len(scores)} scores for {n} pictures")
+            raise self.error(f"answered: {len(scores)} scores for {n} pictures")
         for row, value in enumerate(scores):
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise self._error(f"answered with {_kind(value)} as a score", row)
+                raise self.error(f"answered with {kind(value)} as a score", row)
             if not abs(value) <= LARGEST:
-                raise self._error(
-                    f"answered with {value if isinstance(value, float) else 'a number too large'} as a score", row
-                )
+                raise self.error(f"answered with {value if isinstance(value, float) else 'a number too large'} as a score", row)
         return [float(value) for value in scores]
 
-    def _ask(self, body: bytes, n: int) -> Any:
-        """What the server says to a request, from JSON."""
+    def ask(self, body: bytes, n: int) -> Any:
+        """What the server says to a request about n pictures, from JSON."""
         deadline, limit, reason = time.monotonic() + self.timeout, 2**16 + 256 * n, ""
         trial = 0
         for trial in range(self.retries + 1):
@@ -128,32 +133,32 @@ class Remote(Reward):
             try:
                 code, raw = _within(left, lambda left=left: self._post(body, left, limit))
             except TimeoutError:
-                raise self._error(f"did not give a whole answer within {self.timeout:g} s: timeout= allows more") from None
+                raise self.error(f"did not give a whole answer within {self.timeout:g} s: timeout= allows more") from None
             except (http.client.HTTPException, OSError) as error:  # refused, unknown host, reset, cut, no HTTP
-                reason = self._said(str(getattr(error, "reason", error)) or type(error).__name__)
+                reason = self.said(str(getattr(error, "reason", error)) or type(error).__name__)
                 continue
             if len(raw) > limit:
-                raise self._error(f"answered with more than {limit} bytes for {n} pictures")
+                raise self.error(f"answered with more than {limit} bytes for {n} pictures")
             if 300 <= code < 400:
-                raise self._error(f"answered {code}, it sends to another address: give that one as url=")
+                raise self.error(f"answered {code}, it sends to another address: give that one as url=")
             text = raw.decode(errors="replace")
             if code in BUSY:
-                reason = f"{code} {self._said(text)}"
+                reason = f"{code} {self.said(text)}"
                 continue
             if not 200 <= code < 300:  # will not change by asking again
-                raise self._error(f"answered {code}: {self._said(text)}")
+                raise self.error(f"answered {code}: {self.said(text)}{HINTS.get(code, '')}")
             try:
                 return json.loads(text)
             except (ValueError, RecursionError):
                 if text.strip() and not text.lstrip().startswith("{"):
-                    raise self._error(f"did not answer in JSON: {self._said(text)}") from None
+                    raise self.error(f"did not answer in JSON: {self.said(text)}") from None
                 reason = "an answer that ends in the middle"
         tries = f"{trial + 1} tries" if trial else "1 try"
-        raise self._error(f"cannot be reached ({reason or 'no answer'}) after {tries}: is it running?")
+        raise self.error(f"cannot be reached ({reason or 'no answer'}) after {tries}: is it running?")
 
     def _post(self, body: bytes, timeout: float, limit: int) -> tuple[int, bytes]:
         """(code, content) of the answer; no more than a byte above the limit is read."""
-        headers = {"Content-Type": "application/octet-stream"}
+        headers = {"Content-Type": self.content}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {self._token()}"
         try:
@@ -176,20 +181,23 @@ class Remote(Reward):
         name = self.token_env
         if not isinstance(name, str) or not re.fullmatch(PREFIX + r"\w+", name):
             raise RewardError(
-                f"reward 'remote': token_env takes the name of an environment variable that starts with {PREFIX}, such as "
+                f"reward {self.name!r}: token_env takes the name of an environment variable that starts with {PREFIX}, such as "
                 f"{PREFIX}TOKEN: a configuration must not be able to ask for any other"
             )
         token = os.environ.get(name, "").strip()
         if not token:
-            raise RewardError(f"reward 'remote': the environment has no {name}: set it, token_env= names where the token is")
+            raise RewardError(
+                f"reward {self.name!r}: the environment has no {name}: set it, token_env= names where the token is"
+            )
         if not re.fullmatch(r"[!-~]+", token):
-            raise RewardError(f"reward 'remote': {name} holds characters that no token has")
+            raise RewardError(f"reward {self.name!r}: {name} holds characters that no token has")
         return token
 
-    def _error(self, what: str, sample: int | None = None) -> RewardError:
-        return RewardError(f"reward 'remote': {self.place} {what}", sample)
+    def error(self, what: str, sample: int | None = None) -> RewardError:
+        """An error that names the server."""
+        return RewardError(f"reward {self.name!r}: {self.place} {what}", sample)
 
-    def _said(self, text: str) -> str:
+    def said(self, text: str) -> str:
         """What a server said, as part of a message: one short line, without control characters and without the token."""
         if self.token_env is not None:
             text = text.replace(self._token(), "***")
@@ -235,15 +243,15 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
     return value
 
 
-def _address(url: Any) -> SplitResult:
+def _address(name: str, url: Any) -> SplitResult:
     """The parts of a url.
 
     Raises:
         RewardError: not http or https, or with a secret in it; no message repeats more of it than its host.
     """
-    wrong = "reward 'remote': url= takes an address such as http://localhost:8000"
+    wrong = f"reward {name!r}: url= takes an address such as http://localhost:8000"
     if not isinstance(url, str):
-        raise RewardError(f"{wrong}, got {_kind(url)}")
+        raise RewardError(f"{wrong}, got {kind(url)}")
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
@@ -255,7 +263,7 @@ def _address(url: Any) -> SplitResult:
     if "@" in parts.netloc or keys or SECRET.search(parts.fragment):
         where = f"its {keys[0]}=" if keys else "its user name and password" if "@" in parts.netloc else "its end"
         raise RewardError(
-            f"reward 'remote': url= holds a secret ({where}) that would be written into the run folder: put it into an "
+            f"reward {name!r}: url= holds a secret ({where}) that would be written into the run folder: put it into an "
             f"environment variable and name that, token_env={PREFIX}TOKEN"
         )
     return parts
@@ -268,12 +276,13 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _whole(key: str, value: Any, least: int) -> None:
+def whole(name: str, key: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number of at least ``least``, in the words of a reward of this name."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RewardError(f"reward 'remote': {key}={value!r}: give a whole number of at least {least}")
+        raise RewardError(f"reward {name!r}: {key}={value!r}: give a whole number of at least {least}")
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """A JSON value in a word."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), "null" if value is None else type(value).__name__)

@@ -27,7 +27,9 @@ SHAPE = (1, 28, 28)
 FIRST_PARTY = {
     "aesthetic", "brightness", "classifier", "clip", "clip_direction", "compressibility", "diversity", "emoji_judge",
     "ensemble", "frames",
-    "image_quality", "imagenet", "judge", "normalised", "ocr", "pickscore", "remote", "sharpness", "symmetry", "target_image",
+    "hps", "image_quality", "imagenet", "imagereward", "judge", "normalised", "objects", "ocr",
+    "pickscore", "remote", "sharpness", "symmetry",
+    "target_image", "vlm",
 }  # fmt: skip
 
 
@@ -62,8 +64,8 @@ ARGUMENTS: dict[str, list[dict]] = {
         {"target": TARGET, "operator": "blur", "sigma": 1.5},
     ],
 }
-VIDEO = {"frames"}  # tests/rewards/test_spaces.py
-CASES = [(name, arguments) for name in sorted(set(available()) - VIDEO) for arguments in ARGUMENTS.get(name, [{}])]
+ELSEWHERE = {"frames", "hps", "imagereward", "objects", "vlm"}  # they have test files of their own in tests/rewards/
+CASES = [(name, arguments) for name in sorted(set(available()) - ELSEWHERE) for arguments in ARGUMENTS.get(name, [{}])]
 CONTEXT = {"prompts": [f"picture {i}" for i in range(6)], "labels": torch.arange(6)}
 
 
@@ -172,8 +174,8 @@ def test_values_do_not_depend_on_the_device(plugin):
 
 @pytest.mark.parametrize("name", sorted(FIRST_PARTY))
 def test_vectors_are_refused(name):
-    if name in ("remote", "ensemble", "frames", "normalised"):
-        pytest.skip("it passes on what it is given, or takes video")
+    if name in {"remote", "ensemble", "normalised"} | ELSEWHERE:
+        pytest.skip("it passes on what it is given, or is tested elsewhere")
     arguments = ARGUMENTS.get(name, [{}])[0]
     with pytest.raises(RewardError, match=f"'{name}' takes pictures"):
         reward(name, **arguments)(torch.rand(2, 3), **{key: value[:2] for key, value in CONTEXT.items()})
