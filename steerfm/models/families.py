@@ -25,7 +25,7 @@ from steerfm.models import paths
 from steerfm.models.capture import rows_of
 from steerfm.models.decoders import Decoder
 from steerfm.models.layout import Layout
-from steerfm.rows import Condition, move_condition
+from steerfm.rows import Condition, map_condition, move_condition
 from steerfm.transitions import Step, Transition
 
 
@@ -78,6 +78,9 @@ class PipelineMap(FlowMap):
         b, layout = len(x), self.layout
         rows = self.prompts.condition(None, b) if cond is None else cond
         assert rows is None or isinstance(rows, Mapping)
+        if self.dtype != layout.dtype:  # of a map that was cast after its prompts were encoded
+            rows = map_condition(lambda row: row.to(self.dtype) if row.dtype == layout.dtype else row, rows)
+            assert rows is None or isinstance(rows, Mapping)
         arguments = layout.give(rows or {}, b)
         given: Any = x.to(self.dtype)
         if layout.listed is not None:

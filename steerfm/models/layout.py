@@ -103,6 +103,7 @@ class Layout:
     Attributes:
         states, time: names of these arguments; ``second_time`` that of the time that is jumped to, or None.
         listed: shape of one element, where states are a list; None where they are a tensor.
+        dtype: that of the states, as they were given.
         reference: the time as it was given: its form is that of all times.
     """
 
@@ -113,6 +114,7 @@ class Layout:
         self.states, self.time, self.second_time = states, time, one.among(SECOND_TIMES)
         given = one.arguments[states]
         self.listed = tuple(given[0].shape) if isinstance(given, list) else None
+        self.dtype: torch.dtype = (given[0] if isinstance(given, list) else given).dtype
         self.reference = torch.as_tensor(one.arguments[time])
         self.fixed: dict[str, Any] = {}
         self.parts: dict[Path, Part] = {}

@@ -90,6 +90,16 @@ def test_states_are_float32_beside_a_network_in_bfloat16(name: str) -> None:
     assert narrow.decode(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["sd3", "sdxl lightning", "z-image"])
+def test_a_map_is_cast_as_a_whole(name: str) -> None:
+    pipe, call = PIPELINES[name]()
+    fm = from_pipeline(pipe, **UNGUIDED[name], **call)
+    expected = steerfm.sample(fm, n=2, steps=8, seeds=0)
+    narrow = steerfm.sample(fm.to(torch.bfloat16), n=2, steps=8, seeds=0)
+    assert fm.dtype == torch.bfloat16 and narrow.dtype == torch.float32 and 0 < relative(narrow, expected) < 1e-2
+    assert fm.decode(narrow).dtype == torch.float32
+
+
 def gradient(fm: Any, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     fm.decode(fm.jump(x, 0.3, 1.0, fm.condition(None, 2))).square().sum().backward()
