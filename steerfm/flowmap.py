@@ -74,7 +74,8 @@ class FlowMap(nn.Module):
     @property
     def data(self) -> str:
         """Name of the data set that it draws from, by its card; empty where nothing is known of it."""
-        return str(self.card.get("data") or "")
+        data = self.card.get("data") or ""
+        return str(data.get("name") or "") if isinstance(data, Mapping) else str(data)
 
     @data.setter
     def data(self, name: str) -> None:

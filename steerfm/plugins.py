@@ -14,6 +14,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 MODELS, DATA = "steerfm.models", "steerfm.data"
+FOLDER = EntryPoint("folder", "steerfm.training.folder:FolderData", DATA)
+"""The data set that is no plug-in's: a folder of one's own pictures."""
 
 
 @cache
@@ -42,4 +44,4 @@ def model_folder(name: str) -> Path | None:
 
 def data_sets() -> dict[str, EntryPoint]:
     """Data sets by name."""
-    return {point.name: point for point in sorted(entry_points(group=DATA), key=lambda point: point.name)}
+    return {point.name: point for point in sorted([FOLDER, *entry_points(group=DATA)], key=lambda point: point.name)}

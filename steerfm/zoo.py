@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,21 +44,31 @@ def models() -> dict[str, dict[str, Any]]:
 
 
 def find(name: str | Path) -> Path:
-    """Path of the weights of a shipped model or of a file of your own.
+    """Path of the weights of a shipped model, of a file of your own, or of the model that a run folder holds.
 
     Raises:
         ValueError: naming the models there are.
     """
-    path = Path(name)
-    if path.suffix == ".safetensors" or path.parent != Path("."):
-        return path
-    known = plugins.models()
+    path, known = Path(name), plugins.models()
     if str(name) in known:
         return known[str(name)].with_suffix(".safetensors")
+    if held := held_by(path):
+        if len(held) > 1:
+            raise ValueError(f"{path} holds several models: name one of {', '.join(map(str, held))}")
+        return held[0]
+    if path.suffix == ".safetensors" or path.parent != Path("."):
+        return path
     hint = trust.nearest(str(name), known)
     raise ValueError(
         f"unknown model {str(name)!r}{hint}; models: {', '.join(known)}, a path to a .safetensors file, or FILE.py:NAME"
     )
+
+
+def held_by(folder: Path) -> list[Path]:
+    """The weights of models in a folder, those with a JSON beside; none where it is no folder."""
+    if not os.path.isdir(folder) or os.path.isfile(f"{folder}.safetensors"):
+        return []
+    return sorted(file for file in folder.glob("*.safetensors") if file.with_suffix(".json").is_file())
 
 
 MODEL = registry.Kind(
@@ -72,9 +83,9 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
     """A flow map from the zoo, from a path, from diffusers, from code, or as it is.
 
     Args:
-        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside; ``diffusers:FOLDER_OR_HUB_ID`` of a
-            pipeline; ``FILE.py:NAME`` of a FlowMap, or of a class or function that makes one, also as
-            {"name": "FILE.py:NAME", argument: value}; or a FlowMap.
+        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside, or to the run folder that holds it;
+            ``diffusers:FOLDER_OR_HUB_ID`` of a pipeline; ``FILE.py:NAME`` of a FlowMap, or of a class or function that makes
+            one, also as {"name": "FILE.py:NAME", argument: value}; or a FlowMap.
         device: where to put it; default the CPU for what is read from a file, and where it is for what is a FlowMap already.
         **arguments: of `steerfm.models.diffusers.load` (prompt, guidance, height, dtype, ...), or of the class or function.
 
@@ -240,13 +251,23 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
     return network.eval().requires_grad_(False)
 
 
-def pictured(name: str) -> Any:
-    """The data set of a name as `steerfm.metrics.evaluator.Pictured`; None where there is none, or it shows no pictures."""
+def pictured(spec: Any) -> Any:
+    """A data set as `steerfm.metrics.evaluator.Pictured`; None where there is none, or it shows no pictures.
+
+    Args:
+        spec: what a card names: a name, or {"name": NAME, argument: value}.
+
+    Raises:
+        ValueError: an argument that the data set does not take.
+    """
+    if not isinstance(spec, str | Mapping) or not spec:
+        return None
+    name, arguments = registry.named(spec, "data")
     points = plugins.data_sets()
     if name not in points:
         return None
     data = points[name].load()
-    return data() if hasattr(data, "reference") else None
+    return registry.make(data, arguments, "data") if hasattr(data, "reference") else None
 
 
 def statistics_file(name: str | Path) -> Path:

@@ -48,13 +48,15 @@ class Examiner:
     Attributes:
         cond: n rows. names: of the rows, for pictures.
         spaces: by the name of their network; the first is that of diversity. references: of the data, in some of them.
-        agreement: with what was asked for. gaps: what cannot be measured, and why: a line each.
+        texture: mean of the data's, where they are known. agreement: with what was asked for.
+        gaps: what cannot be measured, and why: a line each.
     """
 
     cond: Condition
     names: list[str]
     spaces: Mapping[str, Space]
     references: Mapping[str, Reference]
+    texture: float | None = None
     agreement: Agreement = lambda found, rows: {}
     gaps: list[str] = field(default_factory=list)
 
@@ -62,11 +64,6 @@ class Examiner:
     def known(self) -> Reference | None:
         """The data in the space that counts."""
         return next(iter(self.references.values()), None)
-
-    @property
-    def texture(self) -> float | None:
-        """Mean of the data's."""
-        return None if self.known is None else self.known.texture
 
 
 def evaluate(config: EvaluateConfig, command: str = "") -> None:
@@ -187,14 +184,20 @@ Tables = list[tuple[str, list[str], list[list[str]]]]
 """Title, header and lines of each."""
 
 
+def _distance(key: str) -> tuple[str, str]:
+    """The space and the kind of a distance; no space for other numbers. Names of spaces may be paths."""
+    name, _, kind = key.rpartition("/")
+    return (name, kind) if kind in ("frechet", "kernel") else ("", "")
+
+
 def _nested(row: Mapping[str, float]) -> dict[str, Any]:
     """The numbers of a sampler for result.json: distances by space, and those of the first space once more by themselves."""
     spaces: dict[str, dict[str, float]] = {}
     for key, value in row.items():
-        if "/" in key:
-            name, kind = key.split("/")
+        name, kind = _distance(key)
+        if name:
             spaces.setdefault(name, {})[kind] = value
-    own = {key: value for key, value in row.items() if "/" not in key}
+    own = {key: value for key, value in row.items() if not _distance(key)[0]}
     return next(iter(spaces.values()), {}) | own | {"spaces": spaces}
 
 
@@ -210,7 +213,8 @@ def _tables(rows: Rows, floors: Rows, many: str, n: int) -> Tables:
         ]
         header = ["sampler", "Fréchet distance", f"relative to {many}", "kernel distance"]
         tables.append((f"{n} samples against the data in the features of {space}", header, lines))
-    agrees = [key for key in rows[many] if "/" not in key and key not in ("texture", "to_euler", "diversity", "seconds")]
+    other = ("texture", "to_euler", "diversity", "seconds")
+    agrees = [key for key in rows[many] if not _distance(key)[0] and key not in other]
     if agrees:
         lines = [[name, *(f"{row[key]:.4f}" for key in agrees)] for name, row in rows.items()]
         tables.append((f"agreement of {n} samples with what was asked", ["sampler", *agrees], lines))
@@ -249,8 +253,8 @@ def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> 
     lines = {}
     for key in rows[many]:
         if key not in ("diversity", "seconds"):
-            name, _, kind = key.partition("/")
-            titles = {"frechet": f"Fréchet distance, {name}", "kernel": f"kernel distance, {name}", "": TITLES.get(name, name)}
+            name, kind = _distance(key)
+            titles = {"frechet": f"Fréchet distance, {name}", "kernel": f"kernel distance, {name}", "": TITLES.get(key, key)}
             data = floors[name][kind] if kind else 1.0 if key == "texture" and floors else None
             lines[titles[kind]] = [row[key] for row in jumps], rows[many][key], data
     return jumps_plot(steps, lines, path, many)
@@ -263,11 +267,25 @@ def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     found = {name: evaluator.reference(space) for name, space in evaluator.spaces.items()}
     references = {name: reference for name, reference in found.items() if reference is not None}
     cond, names, agreement = _asked(evaluator, config, bool(references))
-    gaps = list(evaluator.gaps)
-    if not references:
-        why = f"no distances to the data, texture is not relative to theirs: no network is known of {stem(config.model)}'s data"
-        gaps.append(f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)})")
-    return Examiner(cond, names, evaluator.spaces, references, agreement, gaps)
+    gaps, known = list(evaluator.gaps), next(iter(references.values()), None)
+    own = known.texture if known else _texture(evaluator, gaps)
+    if not references and not any(gap.startswith("no distances") for gap in gaps):
+        also = "" if own else ", texture is not relative to theirs"
+        why = f"no distances to the data{also}: no network is known of {stem(config.model)}'s data"
+        gaps.append(
+            f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)}; card.features names networks)"
+        )
+    return Examiner(cond, names, evaluator.spaces, references, own, agreement, gaps)
+
+
+def _texture(evaluator: Evaluator, gaps: list[str]) -> float | None:
+    """Mean of that of the data's own pictures, where no network is known of them."""
+    try:
+        pictures = evaluator.pictures
+    except FileNotFoundError as error:
+        gaps.append(f"texture is not relative to the data's: {error}")
+        return None
+    return None if pictures is None or min(pictures.shape[2:]) < 3 else float(texture(pictures).mean())
 
 
 def _asked(evaluator: Evaluator, config: EvaluateConfig, compared: bool) -> tuple[Condition, list[str], Agreement]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from steerfm import plugins, registry, rewards, trust, zoo
 from steerfm.cli.config import DataConfig, FinetuneConfig, OptimizerConfig, SteerConfig
+from steerfm.cli.loading import plain
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.rewards import Reward
 from steerfm.steering import METHOD
-from steerfm.values import ConfigError
+from steerfm.values import ConfigError, line
 
 
 def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
@@ -60,6 +65,34 @@ def data_set(name: str) -> Any:
         names = sorted(points, key=lambda point: point != DataConfig().name)  # the default first
         raise ConfigError(f"unknown data {name!r}{trust.nearest(name, points)}; data: {', '.join(names)}")
     return points[name].load()
+
+
+def make_data(config: DataConfig, seed: int) -> Any:
+    """The data module of a configuration; nothing is read.
+
+    Raises:
+        ConfigError: no such data set, or a key that it does not take.
+    """
+    kind, usual = data_set(config.name), ("name", "batch_size", "root", "augment")
+    own = {key: value for key, value in plain(config).items() if key not in usual and value is not None}
+    takes = list(inspect.signature(kind).parameters)
+    for key, value in own.items():
+        if key not in takes:
+            listed = ", ".join(name for name in takes if name != "seed")
+            raise ConfigError(f"data.{key}={line(value)}: data {config.name!r} has no such key; keys: {listed}")
+    with data_words():
+        return kind(config.batch_size, config.root, config.augment, seed, **own)
+
+
+@contextmanager
+def data_words() -> Iterator[None]:
+    """Errors of a data module name its arguments as the command line does: data.root= for root=."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        keys = "|".join(field.name for field in fields(DataConfig))
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ConfigError
+        raise kind(re.sub(rf"(?<![\w.])({keys})=", r"data.\1=", str(error))) from error
 
 
 def build_reward(value: Any) -> Reward:

@@ -47,6 +47,8 @@ def _named_files(text: str) -> list[Path]:
     if os.path.isdir(path) and os.path.isfile(path / "open_clip_config.json"):
         return sorted(file for file in path.iterdir() if file.is_file())
     models = plugins.models()
+    if text not in models and len(held := zoo.held_by(path)) == 1:  # a run folder
+        return _named_files(str(held[0]))
     ours = [zoo.find(text)] if text in models else [shipped.folder("configs") / "prompts" / text] if path.name == text else []
     for file in (path, *([code] if code.suffix == ".py" else []), *ours):
         if os.path.isfile(file):

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm import encoders, files, registry, zoo
+from steerfm import encoders, files, plugins, registry, rewards, zoo
 from steerfm.checkpoints import NETWORK_KIND, build_network, load_into, read_weights, save_weights
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
 from steerfm.cli.loading import kept, load, plain, recipes
-from steerfm.cli.parts import data_set, schedule
+from steerfm.cli.parts import data_words, make_data, schedule
 from steerfm.cli.runs import commit, inputs
 from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, texture
+from steerfm.metrics.evaluator import Specified
+from steerfm.metrics.spaces import FEATURES
+from steerfm.networks import NETWORKS, UNet
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.report.card import model_card
 from steerfm.report.plots import curves_plot
@@ -51,7 +54,7 @@ def train(config: TrainConfig, command: str = "") -> None:
     if not trainer.is_global_zero:
         return
     card = {
-        "data": config.data.name,
+        **measured_with(config, data),
         "licence": data.licence,
         "recipe": plain(config),
         "command": command or "steerfm train",
@@ -72,16 +75,48 @@ def load_data(config: TrainConfig) -> Any:
     Raises:
         ConfigError: no such data, or files that are missing.
     """
-    data = data_set(config.data.name)(config.data.batch_size, config.data.root, config.data.augment, config.seed)
+    data = make_data(config.data, config.seed)
     missing = []
     for check in (lambda: _check_files(config), data.setup):
         try:
-            check()
+            with data_words():
+                check()
         except FileNotFoundError as error:
             missing.append(str(error))
     if missing:
         raise ConfigError("; ".join(missing))
+    _check_asked(config, data)
     return data
+
+
+def measured_with(config: TrainConfig, data: Any) -> dict[str, Any]:
+    """What the card of a model says of its data and of what it is measured with; nothing of that where others know it: the
+    shipped model of the same data does."""
+    if not isinstance(data, Specified):
+        named = {"features": config.features, "judge": config.judge}
+        return {"data": config.data.name} | {key: value for key, value in named.items() if value}
+    return {"data": data.spec(), "features": config.features, "judge": config.judge}
+
+
+def _check_asked(config: TrainConfig, data: Any) -> None:
+    """Refuse a task that has no use for what the data say of their pictures: classes, captions or nothing.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if config.task != "flow_map" and (config.features or config.judge):
+        raise ConfigError(f"features= and judge= are what a flow map is measured with, not a {config.task}")
+    said, name = data.batch(0)[1], config.data.name
+    captions = not isinstance(said, Tensor) and any(said)
+    if config.task == "classifier" and not data.class_names:
+        raise ConfigError(f"task=classifier: data {name!r} has no classes: it needs a folder for each class")
+    if config.task == "contrastive" and not captions:
+        raise ConfigError(f"task=contrastive: data {name!r} has no captions")
+    if config.task == "flow_map" and config.text is not None and not captions:
+        has = "has classes: leave text= away" if data.class_names else "has no captions: leave text= away, or write some"
+        raise ConfigError(f"text={config.text}: data {name!r} {has}")
+    if config.task == "flow_map" and config.text is None and captions:
+        raise ConfigError(f"data {name!r} has captions: text= names the encoder that reads them: text=minilm, text=emoji-clip")
 
 
 def _save(
@@ -102,13 +137,24 @@ def _save(
         files.write_tensors(folder / f"{config.name}-statistics.safetensors", statistics)
     else:
         module.averaged().save(weights, architecture, card)
-    files.write(folder / "README.md", model_card(config.name, card))
+    none = {"features": "none: distances to the data are not measured", "judge": "none"}
+    shown = {key: none[key] if key in none and not value else value for key, value in card.items()}
+    files.write(folder / "README.md", model_card(config.name, shown))
     return weights
 
 
 def _check_files(config: TrainConfig) -> None:
     """Raise FileNotFoundError where a model to start from is not there."""
     keys = {"init": config.init, "objective.teacher": config.objective.teacher, "network.text": config.network.get("text")}
+    for name in config.features:
+        if registry.is_code(name):
+            registry.find(name, FEATURES)
+        elif not zoo.find(name).with_suffix(".json").is_file():
+            raise FileNotFoundError(
+                f"features: no file {name}: a classifier of the same data is one: steerfm train task=classifier"
+            )
+    if config.judge is not None:
+        rewards.find(registry.named(config.judge, "judge")[0], "judge")
     for key, file in keys.items():
         if not isinstance(file, str) or Path(file).exists():
             continue
@@ -129,10 +175,13 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     if config.task not in ("classifier", "flow_map"):
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
     text, class_names = None, _told(config, data)
-    architecture = {**config.network, **({"classes": len(class_names)} if class_names or not _own(config) else {})}
+    asked = {"classes": len(class_names)} if class_names or not _own(config) else {}
     if config.text is not None:
         text = encoders.TextEncoder.of(config.text)
-        architecture = {**config.network, "text": text.width}
+        asked = {"text": text.width}
+    architecture = {**config.network, **_of_pictures(config, data.shape), **asked}
+    if not _own(config):
+        check_network(config, architecture, data.shape)
     network = build_network(architecture)
     if config.task == "classifier":
         return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options), architecture
@@ -167,14 +216,50 @@ def _own(config: TrainConfig) -> bool:
     return registry.is_code(str(config.network.get("name")))
 
 
+def _taken(config: TrainConfig) -> Mapping[str, Any]:
+    """The arguments that the network takes, by name."""
+    name = str(config.network.get("name"))
+    kind = registry.find(name, NETWORK_KIND) if _own(config) else NETWORKS.get(name)
+    return {} if kind is None else signature(kind).parameters
+
+
 def _told(config: TrainConfig, data: Any) -> Sequence[str]:
     """The classes that the network is told: those of the data, unless it is one's own and takes none."""
     if not _own(config):
         return data.class_names
-    taken = signature(registry.find(str(config.network["name"]), NETWORK_KIND)).parameters
+    taken = _taken(config)
     if data.class_names and "classes" not in taken and config.text is None:
         console.print(f"{config.network['name']} takes no classes=, their number: it is trained without them", markup=False)
     return data.class_names if "classes" in taken else ()
+
+
+def _of_pictures(config: TrainConfig, shape: Sequence[int]) -> dict[str, int]:
+    """What the network has to know of its pictures, which a configuration need not say."""
+    known, taken = {"channels": shape[0], "side": shape[-1]}, _taken(config)
+    return {key: size for key, size in known.items() if key in taken and key not in config.network}
+
+
+def check_network(config: TrainConfig, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
+    """Refuse a network of ours that cannot take the pictures, before it has any memory.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    channels = architecture.get("channels", shape[0])
+    if channels != shape[0]:
+        raise ConfigError(f"network.channels={channels}: the pictures have {shape[0]}: network.channels={shape[0]}")
+    with torch.device("meta"):
+        plan = build_network(architecture).to("meta")
+        x, t = torch.empty(2, *shape), torch.empty(2)
+        try:
+            plan(x) if config.task == "classifier" else plan(x, t, t, None)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:120]
+            fix = "take fewer network.widths"
+            if isinstance(plan, UNet) and config.data.name == plugins.FOLDER.name:
+                sides = [max(1, round(side / plan.factor)) * plan.factor for side in shape[1:]]
+                fix = f"data.size={sides[0] if sides[0] == sides[1] else sides}, or {fix}"
+            raise ConfigError(f"the network takes no pictures of shape {list(shape)} ({reason}): {fix}") from None
 
 
 def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -238,7 +323,8 @@ def _training_folder(config: TrainConfig, data: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     files.claim(folder)
     files.keep_list(folder)
-    told = inputs(config) | {f"data {config.data.name}": hashlib.sha256(data.train[0].numpy()).hexdigest()}
+    digest = data.digest() if isinstance(data, Specified) else hashlib.sha256(data.train[0].numpy()).hexdigest()
+    told = inputs(config) | {f"data {config.data.name}": digest}
     other = _another_training(config, folder, told)
     if config.force and (other or (folder / "README.md").is_file()):  # which comes last
         files.clear(folder)

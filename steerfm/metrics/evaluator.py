@@ -1,7 +1,8 @@
 """What the samples of a model are measured with: the features, the judge and the data that its card names.
 
     "card": {
-        "data": "fashion",                                       # whose pictures and prompts are known, where it is installed
+        "data": "fashion",                                       # whose pictures and prompts are known, where it is installed;
+                                                                 # {"name": "folder", "root": "pictures/", ...} for one's own
         "features": ["fashion-classifier", "fashion-judge"],     # see `load_space`; distances are in all, the first counts
         "judge": {"name": "judge", "model": "fashion-judge"},    # a held-out reward, as configurations write it
         "watch": "fashion-classifier"                            # of the features: what tuning is watched in; the first
@@ -30,6 +31,8 @@ from steerfm.metrics.functional import texture
 from steerfm.metrics.spaces import Reference, Space, image_tower, load_space, pixels
 from steerfm.rewards import Reward
 
+FEWEST = 10
+"""Pictures of the data, at least, that distances are measured to."""
 KEYS = ("data", "features", "judge", "watch")
 """The keys of a card that say what a model is measured with."""
 
@@ -48,6 +51,19 @@ class Pictured(Protocol):
 
     def folder(self) -> Path:
         """Where features may be kept."""
+        ...
+
+
+@runtime_checkable
+class Specified(Pictured, Protocol):
+    """A data set that a name alone does not tell: a folder of one's own pictures."""
+
+    def spec(self) -> dict[str, Any]:
+        """{"name": NAME, argument: value}, by which `steerfm.zoo.pictured` makes it again."""
+        ...
+
+    def digest(self) -> str:
+        """Of all that is trained on: a training that goes on goes on with the same."""
         ...
 
 
@@ -121,13 +137,36 @@ class Evaluator:
         """What is known of the data in a space: what ships beside its network, or what the data's own pictures say.
 
         Raises:
-            FileNotFoundError: the data are not prepared.
+            FileNotFoundError: the data are not prepared, or not where the card says.
         """
-        if space.reference is None and space.name in self.card.get("features", ()) and self.data is not None:
-            pictures = self.data.reference()
-            if pictures.shape[1:] == self.flow_map.shape:
-                space.reference = Reference.of(self._features(space, pictures), float(texture(pictures).mean()))
+        if space.reference is None and space.name in self.card.get("features", ()) and self.pictures is not None:
+            if len(self.pictures) < FEWEST:
+                self.gaps.append(
+                    f"no distances by {space.name}: the data hold out {len(self.pictures)} pictures, {FEWEST} are needed"
+                )
+            else:
+                features = self._features(space, self.pictures)
+                space.reference = Reference.of(features, float(texture(self.pictures).mean()))
         return space.reference
+
+    @cached_property
+    def pictures(self) -> Tensor | None:
+        """The data's own, (m, c, h, w) in [0, 1], where the model draws such ones.
+
+        Raises:
+            FileNotFoundError: as `reference`.
+        """
+        if self.data is None:
+            return None
+        try:
+            pictures = self.data.reference()
+        except FileNotFoundError as error:
+            if not isinstance(self.data, Specified):
+                raise
+            raise FileNotFoundError(
+                f"{error}; the model was trained on it: run where it is, or mend data in its JSON"
+            ) from None
+        return pictures if pictures.shape[1:] == self.flow_map.shape else None
 
     def _space(self, name: str) -> Space | None:
         if name not in self._loaded:
@@ -144,7 +183,7 @@ class Evaluator:
     def _features(self, space: Space, pictures: Tensor) -> Tensor:
         """Of the data's pictures, kept beside them."""
         assert self.data is not None
-        file = self.data.folder() / f"features-{Path(space.name).stem}-{len(pictures)}.safetensors"
+        file = self.data.folder() / f"features-{_version(space.name)}-{len(pictures)}.safetensors"
         if not file.is_file():
             parts = []
             with torch.inference_mode(), self.progress("features of the data", len(pictures)) as tick:
@@ -157,7 +196,7 @@ class Evaluator:
     @cached_property
     def data(self) -> Pictured | None:
         """The data set that the card names, where it is installed and has pictures and prompts to show."""
-        return zoo.pictured(str(self.card.get("data") or ""))
+        return zoo.pictured(self.card.get("data"))
 
     # --- the judge -------------------------------------------------------------------------------------------------
     def judge(self, reward: Reward | None, labels: bool, prompts: bool) -> Reward | None:
@@ -193,6 +232,13 @@ def card(flow_map: FlowMap) -> Mapping[str, Any]:
         if same and tuple(head["shape"]) == flow_map.shape and flow_map.class_names in ((), tuple(head["class_names"])):
             return {**shipped, **own}
     return own
+
+
+def _version(name: str) -> str:
+    """A name for the features of a network: of a file of one's own, also what it holds, since that changes."""
+    file = Path(name.rpartition(":")[0] if registry.is_code(name) else zoo.find(name))
+    own = name not in zoo.models() and file.is_file()
+    return f"{Path(name).stem}-{files.digest(file)[:16]}" if own else Path(name).stem
 
 
 def _mapping(spec: Any) -> dict[str, Any]:
