@@ -112,7 +112,7 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        channels: int,
+        channels: int = 1,
         widths: Sequence[int] = (48, 96),
         blocks: int = 1,
         patch: int = 2,

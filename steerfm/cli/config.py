@@ -29,16 +29,18 @@ class DataConfig:
     batch_size: int = count(128, "picture", "pictures a step")
     root: str | None = option(None, "folder of the data's files; null for the usual ones")
     augment: int = natural(0, "largest random shift of a picture, in pixels")
-    size: int | list[int] | None = option(None, "folder: side of the pictures in pixels, or [height, width]; null for 32")
-    channels: int | None = option(
-        None, "folder: 1 makes all pictures grey, 3 all colour; null for what they are, where all are alike"
+    size: int | list[int] | None = ranged(
+        None, "folder: side of the pictures in pixels, or [height, width]; null for 32", least=1
+    )
+    channels: int | None = ranged(
+        None, "folder: 1 makes all pictures grey, 3 all colour; null for what they are, where all are alike", least=1, most=3
     )
     fit: str | None = option(
         None, "folder: crop cuts out the middle of a longer picture, pad puts white around it; null for crop"
     )
     flip: bool | None = option(None, "folder: mirror half of the pictures of a batch; null for false")
-    held_out: float | None = option(
-        None, "folder: share of the pictures that no step trains on, by what they show; null for 0.1"
+    held_out: float | None = ranged(
+        None, "folder: share of the pictures that no step trains on, by what they show; null for 0.1", above=0, below=1
     )
     licence: str | None = option(None, "folder: licence of the pictures, for the model's card")
 
@@ -120,8 +122,8 @@ class TrainConfig:
         {"name": "unet"}, "name: unet, mlp, resnet ..., and its arguments; for contrastive open_clip's model_cfg"
     )
     text: str | None = option(None, "encoder of the captions that a flow map is asked in: an open_clip model, or minilm")
-    features: list[str] = option(
-        [], "networks in whose features a flow map is measured: a classifier of yours, or FILE.py:NAME; its card names them"
+    features: list[str] | None = option(
+        None, "networks in whose features a flow map is measured: a classifier of yours, or FILE.py:NAME; its card names them"
     )
     judge: Any = option(None, "held-out reward of a flow map, written as reward; its card names it")
     init: str | None = option(None, "checkpoint to start from, a shipped model or a path; null for random weights")

@@ -93,9 +93,9 @@ def measured_with(config: TrainConfig, data: Any) -> dict[str, Any]:
     """What the card of a model says of its data and of what it is measured with; nothing of that where others know it: the
     shipped model of the same data does."""
     if not isinstance(data, Specified):
-        named = {"features": config.features, "judge": config.judge}
+        named = {"features": config.features or [], "judge": config.judge}
         return {"data": config.data.name} | {key: value for key, value in named.items() if value}
-    return {"data": data.spec(), "features": config.features, "judge": config.judge}
+    return {"data": data.spec(), "features": config.features or [], "judge": config.judge}
 
 
 def _check_asked(config: TrainConfig, data: Any) -> None:
@@ -146,7 +146,7 @@ def _save(
 def _check_files(config: TrainConfig) -> None:
     """Raise FileNotFoundError where a model to start from is not there."""
     keys = {"init": config.init, "objective.teacher": config.objective.teacher, "network.text": config.network.get("text")}
-    for name in config.features:
+    for name in config.features or ():
         if registry.is_code(name):
             registry.find(name, FEATURES)
         elif not zoo.find(name).with_suffix(".json").is_file():

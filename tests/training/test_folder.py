@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -339,6 +340,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+TUNE = ["optimizer.steps=2", "watch.every=1", "watch.n=4", "trainer.accelerator=cpu"]
+
+
 def run(*arguments: str) -> None:
     assert main(list(arguments)) == 0
 
@@ -380,9 +384,62 @@ def test_four_commands_from_a_folder_of_classes_to_a_steered_picture(classes, he
         "out=steered",
     )
     assert Path("samples/grid.png").is_file() and Path("steered/grid.png").is_file()
+    run(
+        "finetune",
+        "model=runs/train/mine",
+        "label=dog",
+        "reward=brightness",
+        "method=direct",
+        "batch_size=2",
+        *TUNE,
+        "out=tuned",
+    )
+    assert zoo.load("tuned").data == "folder" and zoo.load("tuned").class_names == ("cat", "dog", "owl")
     run("evaluate", "model=runs/train/mine", "n=4", "steps=[1]", "euler=2", "out=measured")
     told = json.loads(Path("measured/result.json").read_text())
     assert told["texture_of_data"] > 0 and any("card.features" in gap for gap in told["gaps"])
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+TINY = {
+    "data": ["--size", "8"],
+    "train": SMALL,
+    "sample": ["n=2", "steps=2"],
+    "steer": ["n=1", "method.particles=2", "method.steps=2"],
+}
+
+
+def follow_the_page(**instead: str) -> None:
+    """Run the first commands of the page, at a small size, with some words replaced."""
+    section = DOCS.read_text().split("## Your own pictures")[1].split("\n## ")[0]
+    assert len(section.splitlines()) <= 45
+    commands = [shlex.split(line) for line in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()]
+    assert [words[1] for words in commands] == ["data", "train", "sample", "steer"]
+    for _, command, *words in commands:
+        run(command, *(instead.get(word.partition("=")[0], word) for word in words), *TINY[command])
+    assert len(list(Path("runs/steer").glob("*/grid.png"))) == 1
+
+
+@pytest.mark.slow
+def test_the_four_commands_of_the_page_give_a_steered_picture(here):
+    for seed in range(20):
+        save(Path("pictures") / ("cats" if seed % 2 else "dogs") / f"{seed}.png", noise(seed))
+    follow_the_page()
+
+
+@pytest.mark.slow
+@pytest.mark.data("emoji")
+def test_the_four_commands_run_on_captioned_emoji(tmp_path, monkeypatch):
+    from steerfm_zoo.emoji import pictures
+
+    emoji = pictures.load()
+    monkeypatch.chdir(tmp_path)
+    lines = []
+    for row in range(0, 2000, 40):
+        save(Path(f"pictures/{row}.png"), emoji.pictures[row].permute(1, 2, 0).numpy())
+        lines.append(json.dumps({"file_name": f"{row}.png", "text": emoji.caption(row)}))
+    Path("pictures/metadata.jsonl").write_text("\n".join(lines))
+    follow_the_page(label="prompt=red heart", name="text=emoji-clip")
 
 
 @pytest.mark.slow
