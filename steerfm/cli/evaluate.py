@@ -22,6 +22,7 @@ from steerfm.metrics import consistency_errors, pairwise_diversity, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space
 from steerfm.randomness import stream
+from steerfm.registry import named
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import jumps_plot
@@ -271,7 +272,7 @@ def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     own = known.texture if known else _texture(evaluator, gaps)
     if not references and not any(gap.startswith("no distances") for gap in gaps):
         also = "" if own else ", texture is not relative to theirs"
-        why = f"no distances to the data{also}: no network is known of {stem(config.model)}'s data"
+        why = f"no distances to the data{also}: no network is known of {named(config.model, 'model')[0]}'s data"
         gaps.append(
             f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)}; card.features names networks)"
         )

@@ -335,6 +335,7 @@ def test_lines_of_captions_that_cannot_be_read_are_named(tmp_path, line):
 
 # --- a training of it ------------------------------------------------------------------------------------------------
 SMALL = [
+    "name=mine",
     "data.size=8", "data.batch_size=4", "network.widths=[8,16]", "optimizer.steps=4", "optimizer.warmup=1",
     "trainer.accelerator=cpu", "trainer.validate_every=2", "trainer.sample_every=4", "objective.keep=8", "objective.uses=2",
 ]  # fmt: skip
@@ -409,14 +410,15 @@ TINY = {
 }
 
 
-def follow_the_page(**instead: str) -> None:
-    """Run the first commands of the page, at a small size, with some words replaced."""
+def follow_the_page(label: str = "label=cats", *more: str) -> None:
+    """Run the first commands of the page, at a small size; its label may be another, and ``more`` goes to the training."""
     section = DOCS.read_text().split("## Your own pictures")[1].split("\n## ")[0]
-    assert len(section.splitlines()) <= 45
+    assert len(section.splitlines()) <= 40
     commands = [shlex.split(line) for line in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()]
     assert [words[1] for words in commands] == ["data", "train", "sample", "steer"]
     for _, command, *words in commands:
-        run(command, *(instead.get(word.partition("=")[0], word) for word in words), *TINY[command])
+        asked = [label if word == "label=cats" else word for word in words]
+        run(command, *asked, *TINY[command], *(more if command == "train" else ()))
     assert len(list(Path("runs/steer").glob("*/grid.png"))) == 1
 
 
@@ -439,7 +441,7 @@ def test_the_four_commands_run_on_captioned_emoji(tmp_path, monkeypatch):
         save(Path(f"pictures/{row}.png"), emoji.pictures[row].permute(1, 2, 0).numpy())
         lines.append(json.dumps({"file_name": f"{row}.png", "text": emoji.caption(row)}))
     Path("pictures/metadata.jsonl").write_text("\n".join(lines))
-    follow_the_page(label="prompt=red heart", name="text=emoji-clip")
+    follow_the_page("prompt=red heart", "text=emoji-clip")
 
 
 @pytest.mark.slow
@@ -447,10 +449,10 @@ def test_a_classifier_of_the_folder_is_what_its_map_is_measured_with(here):
     for seed in range(60):
         save(Path(f"pics/{'ab'[seed % 2]}/{seed}.png"), noise(seed, (8, 8, 3)) // 2 + 100 * (seed % 2))
     options = ["data.name=folder", "data.root=pics", "data.held_out=0.4", *SMALL]
-    run("train", "task=classifier", "name=eyes", "network={name: resnet, widths: [8, 16]}", *options)
+    run("train", "task=classifier", *options, "network={name: resnet, widths: [8, 16]}", "name=eyes")
     eyes = "runs/train/eyes/eyes.safetensors"
     judge = f"judge={{name: classifier, model: {eyes}}}"
-    run("train", "network={name: unet, widths: [8, 16]}", "name=mine", f"features=[{eyes}]", judge, *options)
+    run("train", *options, "network={name: unet, widths: [8, 16]}", f"features=[{eyes}]", judge)
     run("evaluate", "model=runs/train/mine", "n=8", "steps=[1]", "euler=2", "out=measured")
     told = json.loads(Path("measured/result.json").read_text())
     assert eyes in told["samplers"]["1 jump"]["spaces"] and "accuracy" in told["samplers"]["1 jump"]
