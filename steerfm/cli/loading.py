@@ -269,20 +269,21 @@ def _methods(schema: type) -> Mapping[str, type]:
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
-def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any], named: set[str] = NAMED) -> dict[str, Any]:
     """Dictionaries key by key, the layer first; a new name drops the arguments of the old one."""
     out = dict(base)
     for key, given in layer.items():
         old, value = out.get(key), given
-        if key in NAMED and isinstance(value, Raw):
+        if key in named and isinstance(value, Raw):
             value = scalar(str(value), key)
-        if key in NAMED and isinstance(value, str) and value != "auto":
+        if key in named and isinstance(value, str) and value != "auto":
             value = {"name": value}
-        if key in NAMED and isinstance(value, Mapping) and isinstance(old, str):
+        if key in named and isinstance(value, Mapping) and isinstance(old, str):
             old = {"name": old}
-        fresh = key in NAMED and isinstance(value, Mapping) and "name" in value
+        fresh = key in named and isinstance(value, Mapping) and "name" in value
         if isinstance(value, Mapping):
-            value = _merge(old if isinstance(old, Mapping) and not fresh else {}, value)
+            inner = named - {"model"} if key in named else named  # a reward's own model= is an argument
+            value = _merge(old if isinstance(old, Mapping) and not fresh else {}, value, inner)
         out[key] = value
     return out
 
