@@ -36,7 +36,8 @@ EXAMPLES = {
     "data": """examples:
   steerfm data emoji             fetch four npm packages, prepare 9,516 captioned pictures of 32 x 32
   steerfm data emoji --size 64
-  steerfm data fashion           where Fashion-MNIST is read from""",
+  steerfm data fashion           where Fashion-MNIST is read from
+  steerfm data folder --root pictures/ --size 32""",
     "evaluate": """examples:
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
   steerfm evaluate model=fashion n=2000 steps=[1,4] euler=32
@@ -114,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
             if name in ("methods", "models"):
                 sub.add_argument("--markdown", action="store_true", help="the table of the documentation")
         elif name == "data":
-            sub.add_argument("name", help="emoji or fashion")
-            sub.add_argument("--size", type=int, default=32, help="side of the emoji, 8 to 64")
+            sub.add_argument("name", help="emoji, fashion, or folder: your own pictures, in --root")
+            sub.add_argument("--size", type=int, default=32, help="side of the pictures; of emoji 8 to 64")
             sub.add_argument("--root", help="folder of the data; default $STEERFM_DATA or ~/.cache/steerfm")
         elif name == "bench":
             sub.add_argument("name", nargs="?", help="the benchmark to run")

@@ -17,6 +17,10 @@ from steerfm import testing, zoo
 from steerfm.cli import loading, main
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.train import load_data
+from steerfm.flowmap import NeuralFlowMap
+from steerfm.metrics.evaluator import Evaluator
+from steerfm.metrics.spaces import Space
+from steerfm.networks import UNet
 from steerfm.training.folder import FolderData, read_picture
 
 Make = Callable[..., Path]
@@ -504,6 +508,46 @@ def test_commands_refuse_before_the_work(classes, here, capsys, settings, messag
     said = refused(capsys, "train", "--config", "folder", "data.root=pics", *SMALL, *settings)
     assert re.search(message, said), said
     assert not Path("runs").exists()
+
+
+@pytest.fixture
+def measured(classes, here) -> tuple[Evaluator, Space]:
+    """What a map of the folder is measured with, by the features of a file."""
+    Path("eyes.py").write_text("def mean(pictures):\n    return pictures.mean((2, 3))\n")
+    flow_map = NeuralFlowMap(UNet(3, widths=(8,), classes=3), (3, 8, 8), class_names=("cat", "dog", "owl"))
+    flow_map.card = {"data": ready(Path("pics"), held_out=0.5).spec(), "features": ["eyes.py:mean"]}
+    evaluator = Evaluator(flow_map)
+    return evaluator, evaluator.spaces["eyes.py:mean"]
+
+
+def test_distances_are_to_the_part_that_is_held_out_and_nothing_is_written_among_the_pictures(measured):
+    evaluator, space = measured
+    before = sorted(Path("pics").rglob("*"))
+    known = evaluator.reference(space)
+    held = ready(Path("pics"), held_out=0.5).reference()
+    assert known is not None and known.count == len(held)
+    assert known.mean.tolist() == pytest.approx(held.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert sorted(Path("pics").rglob("*")) == before and list(Path("cache").rglob("features-*"))
+
+
+def test_features_are_computed_anew_where_their_file_has_changed(measured):
+    evaluator, space = measured
+    known = evaluator.reference(space)
+    Path("eyes.py").write_text("def mean(pictures):\n    return 1 - pictures.mean((2, 3))\n")
+    other = Evaluator(evaluator.flow_map)
+    changed = other.reference(Space("eyes.py:mean", lambda pictures: 1 - pictures.mean((2, 3))))
+    assert known is not None and changed is not None
+    assert changed.mean.tolist() == pytest.approx((1 - known.mean).tolist(), abs=1e-6)
+
+
+def test_too_few_held_out_pictures_are_a_gap_and_a_folder_that_is_gone_is_named(measured):
+    evaluator, space = measured
+    evaluator.flow_map.card = {**evaluator.flow_map.card, "data": ready(Path("pics"), held_out=0.01).spec()}
+    few = Evaluator(evaluator.flow_map)
+    assert few.reference(space) is None and "10 are needed" in few.gaps[0]
+    Path("pics").rename("moved")
+    with pytest.raises(FileNotFoundError, match=r"pics: no such folder.*its JSON"):
+        Evaluator(evaluator.flow_map).reference(space)
 
 
 def test_the_data_command_says_what_a_folder_holds(classes, here, capsys):
