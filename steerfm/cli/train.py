@@ -191,7 +191,7 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
             raise ConfigError(f"unknown objective {name!r}{nearest(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}")
     if config.init:
         load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
-    pixels = data.train[0].float() / 127.5 - 1
+    pixels = data.train[0].float().div_(127.5).sub_(1)  # in place: four bytes a channel, once
     flow_map = NeuralFlowMap(
         network, data.shape, class_names=class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
     )
