@@ -425,6 +425,18 @@ class Wrapped(FlowMap):
         self.flow_map = flow_map
         self.take_after(flow_map)
 
+    @property
+    def body(self) -> nn.Module:
+        return self.flow_map.body
+
+    def with_network(self, network: nn.Module) -> FlowMap:
+        other = copy.copy(self)
+        other._modules = {**self._modules, "flow_map": self.flow_map.with_network(network)}
+        return other
+
+    def head(self, architecture: Mapping[str, Any] | None = None, origin: str | Mapping[str, Any] = "") -> dict[str, Any]:
+        return self.flow_map.head(architecture or self.maker, origin)
+
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)
 

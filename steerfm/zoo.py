@@ -32,7 +32,7 @@ from steerfm.checkpoints import (
 )
 from steerfm.encoders import ImageTextHead
 from steerfm.flowmap import FlowMap, NeuralFlowMap
-from steerfm.models import diffusers
+from steerfm.models import diffusers, lora
 
 DIFFUSERS = "diffusers:"
 """What names of pipelines begin with."""
@@ -93,13 +93,17 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
         ValueError, FileNotFoundError: unknown, missing, corrupt or not a flow map; nothing is ever unpickled.
         ImportError: a package that it needs is missing, with its extra.
     """
+    if isinstance(name, Mapping):
+        name, own = registry.named(name, "model")
+        arguments = {**own, **arguments}
     if isinstance(name, str | Path) and str(name).startswith(DIFFUSERS):
-        return diffusers.load(str(name).removeprefix(DIFFUSERS), device, **arguments)
+        flow_map = diffusers.load(str(name).removeprefix(DIFFUSERS), device, **arguments)
+        flow_map.maker = {"name": str(name), **arguments}
+        return flow_map
     if not isinstance(name, str | Path) or registry.is_code(str(name)):
         flow_map = registry.build(name, MODEL, arguments)
         if not isinstance(name, FlowMap):
-            spec, own = registry.named(name if isinstance(name, Mapping) else str(name), "model")
-            flow_map.maker = {"name": spec, **own, **arguments}
+            flow_map.maker = {"name": str(name), **arguments}
         return flow_map if device is None else flow_map.to(device)
     if arguments:
         raise ValueError(f"{next(iter(arguments))}=: {name} is a file, and takes no arguments beside device=")
@@ -111,7 +115,8 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
         head = {}  # the error is that of reading the model
     kind = head.get("kind") if isinstance(head, dict) else None
     if kind == "adapter":
-        flow_map = with_adapters(load(_base(path)), read_weights(path, "adapter")[1], path)
+        factors = read_weights(path, "adapter")[1]
+        flow_map = with_adapters(load(_base(path)), lora.read(path) if lora.in_layout(factors) else factors, path)
     else:
         flow_map = _of_code(path) if kind == "code" else NeuralFlowMap.load(path)
         flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}
@@ -125,7 +130,7 @@ def _of_code(path: Path) -> FlowMap:
     head, weights = read_weights(path, "code")
     check_head(head, path, {"maker": NETWORK})
     maker = checked_code(head["maker"], head, path)
-    flow_map = registry.build(maker, MODEL)
+    flow_map = load(maker)
     if not str(maker.get("name")).rpartition(":")[0].endswith(".py"):  # a module is imported once: its object is not ours
         flow_map = copy.deepcopy(flow_map)
     load_into(flow_map.body, weights, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from steerfm import registry, training, zoo
+from steerfm import files, registry, training, zoo
 from steerfm.capabilities import can
 from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
@@ -24,10 +25,11 @@ from steerfm.cost import Cost
 from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.base import check_weights
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
-from steerfm.finetuning.lora import adapters, merged
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import semigroup_error
 from steerfm.metrics.evaluator import KEYS, Evaluator
+from steerfm.models.diffusers import pipeline_map, save_lora
+from steerfm.models.lora import factors, merged
 from steerfm.randomness import derive
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -72,7 +74,7 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     if judge is None and config.judge == "auto":
         console.print(NO_JUDGE)
     panel = build_panel(base, reward, judge, config, config.watch.n)
-    before = panel.measure(chain(4)(base))
+    before = panel.measure(chain()(base))
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
     module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
     modules, monitors = (
@@ -131,7 +133,7 @@ class Outcome:
     Attributes:
         base, tuned: the maps; ``tuned`` is whole, adapters are merged into it.
         modules, monitors: of the tuning, "tune", and of what made one flow map of it, "distil", where that was needed.
-        panel: who judged. readings: by sampler. before: that of the base in 4 jumps.
+        panel: who judged. readings: by sampler. before: that of the base in its usual number of jumps.
         consistency: semigroup error of "base" and "tuned". moved: control cost.
     """
 
@@ -165,18 +167,22 @@ def examine(
     if config.watch.report:
         fresh = build_panel(base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
-        before = panel.measure(chain(4)(base))
+        before = panel.measure(chain()(base))
     averaged = last.averaged()
-    tuned = averaged if last.lora is None else averaged.with_network(merged(averaged.body))
+    plain_weights = last.lora is None or pipeline_map(base) is not None  # adapters of a pipeline stay what they are
+    tuned = averaged if plain_weights else averaged.with_network(merged(averaged.body))
     tuned.body.requires_grad_(False)
-    readings = {"base, 1 jump": panel.measure(chain(1)(base)), "base, 4 jumps": before}
-    for jumps in (1, 4):
+    usual, flow = base.steps, can(base, "two_time")
+    readings = {f"base, {_jumps(jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and usual > 1 else ())}
+    readings[f"base, {_jumps(usual)}"] = before
+    for jumps in sorted({1, usual} if flow else {usual}):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
-    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in JUMPS}
-    tasks = panel.tasks
-    consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in (("base", base), ("tuned", tuned))}
+    counts = sorted({*JUMPS, usual}) if flow else [usual]
+    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
+    tasks, pair = panel.tasks, (("base", base), ("tuned", tuned)) if flow else ()
+    consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}
     moved = control_cost(tuned, base, tasks)
     return Outcome(base, tuned, modules, monitors, panel, readings, before, consistency, moved)
 
@@ -186,12 +192,17 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
         "samples": f"its own, of {registry.named(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
-        "commit": commit(), "metrics": run.readings["tuned, 4 jumps"].numbers(),
+        "commit": commit(), "metrics": run.readings[f"tuned, {_jumps(run.base.steps)}"].numbers(),
         "licence": run.base.card.get("licence", ""),
     }  # fmt: skip
-    run.tuned.save(model, card=card, origin=config.model)
-    if run.last.lora is not None:
-        save_adapter(run.last, folder.path / "adapter", config.model)
+    if run.last.lora is not None and pipeline_map(run.tuned) is not None:
+        model = save_lora(run.tuned, folder.path / "adapter")
+        head = {"kind": "adapter", "base": config.model, "card": card}
+        files.write(model.with_suffix(".json"), json.dumps(head, indent=2) + "\n")
+    else:
+        run.tuned.save(model, card=card, origin=config.model)
+        if run.last.lora is not None:
+            save_adapter(run.last, folder.path / "adapter", config.model)
     for name, monitor in run.monitors.items():
         for row in monitor.rows:
             folder.log(stage=name, **row, once=("stage", "step"))
@@ -207,7 +218,7 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     drop_checkpoints(folder)
     print_table(header, [[str(value) for value in row] for row in table], title)
     console.print(", ".join(f"{key} {short(value)}" for key, value in facts.items()))
-    if run.consistency["tuned"] > 1.5 * run.consistency["base"]:
+    if run.consistency and run.consistency["tuned"] > 1.5 * run.consistency["base"]:
         console.print(
             "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
         )
@@ -226,14 +237,22 @@ def _table(run: Outcome) -> tuple[list[str], list[tuple[Any, ...]]]:
         mean, half = reading.over(run.before)
         over = "" if reading is run.before else f"{mean:+.3f}±{half:.3f}"
         rows.append((name, *(round(value, 4) for value in reading.numbers().values()), over))
-    return ["", "reward", "held out", "diversity", "support", "distance", "held out, over base in 4 jumps"], rows
+    return [
+        "",
+        "reward",
+        "held out",
+        "diversity",
+        "support",
+        "distance",
+        f"held out, over base in {_jumps(run.base.steps)}",
+    ], rows
 
 
 def _facts(run: Outcome) -> dict[str, Any]:
     """What stands above the table."""
     return {
         "the run": _stopped(run),
-        "semigroup error": f"{run.consistency['tuned']:.4f} (base {run.consistency['base']:.4f})",
+        **({"semigroup error": "{tuned:.4f} (base {base:.4f})".format(**run.consistency)} if run.consistency else {}),
         "control cost": run.moved,
         "reward calls": run.modules["tune"].spent.reward_calls,
         "network evaluations": run.spent.evaluations,
@@ -292,7 +311,7 @@ def draw_pictures(
         points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward"
     )
     drawn.append(("held-out reward against distance: up is better, left is nearer to the base", frontier))
-    if readings["base, 4 jumps"].pictures.ndim == 4:
+    if next(iter(readings.values())).pictures.ndim == 4:
         shown = {name: readings[name].pictures[:COLUMNS] for name in readings}
         grid = picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
         drawn.append(("a row a sampler, the same seeds and tasks in every row", grid))
@@ -315,7 +334,7 @@ def draw_pictures(
 def save_adapter(module: FineTuning, path: Path, model: Any) -> None:
     """The adapters by themselves; `steerfm.load` puts them onto their base."""
     head, code = {"kind": "adapter", "base": model}, code_of({"name": registry.named(model, "model")[0]})
-    write_weights(adapters(module.ema), path, head | ({"code": code} if code else {}))
+    write_weights(factors(module.ema), path, head | ({"code": code} if code else {}))
 
 
 def make_tasks(base: FlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can
 from steerfm.files import write_tensors
 from steerfm.finetuning.base import Law, Tasks, chain, draw
 from steerfm.finetuning.module import FineTuning
@@ -207,7 +208,8 @@ class Monitor(L.Callback):
         reading = self.panel.measure(module.law())
         numbers = reading.numbers()
         tasks = self.panel.tasks
-        numbers["semigroup"] = semigroup_error(module.averaged(), tasks.n, tasks.cond)
+        if can(self.panel.base, "two_time"):
+            numbers["semigroup"] = semigroup_error(module.averaged(), tasks.n, tasks.cond)
         module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
         spent = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
         spent["evaluations"] = float(module.spent.evaluations)

@@ -5,17 +5,16 @@ The adapters are saved apart, as plain products, so that a tuned map loads witho
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steerfm.flowmap import Wrapped
+from steerfm.models.lora import adapted
 from steerfm.randomness import stream
 from steerfm.rows import Condition
 
@@ -29,7 +28,8 @@ class LoRA:
     Args:
         rank: of the adapters.
         alpha: their scale is alpha / rank; default 2 rank.
-        layers: ends of the names of the layers to adapt, such as ["conv1", "conv2"]; None for all but the embeddings.
+        layers: ends of the names of the layers to adapt, such as ["conv1", "conv2"]; None for all but the embeddings and
+            convolutions in groups, whose factors could not be added to their weights.
     """
 
     rank: int = 4
@@ -47,7 +47,7 @@ class LoRA:
             ValueError: a name that no layer has.
         """
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
+        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds) and not _grouped(layer)]
         if self.layers is None:
             return names
         ends = [f".{name}".rsplit(".", 1)[-1] for name in names]
@@ -75,6 +75,10 @@ class LoRA:
                 parameter.data.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
 
+def _grouped(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups > 1
+
+
 class LoRAOff(Wrapped):
     """The map of an adapted network with its adapters switched off: the base, without a second copy of its weights."""
 
@@ -85,13 +89,6 @@ class LoRAOff(Wrapped):
     def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         with switched_off(self.flow_map.body):
             return self.flow_map.instantaneous_velocity(x, t, cond)
-
-
-def adapted(network: nn.Module) -> list[tuple[str, Any]]:
-    """The adapted layers, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 @contextmanager
@@ -105,23 +102,3 @@ def switched_off(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-def merged(network: nn.Module) -> nn.Module:
-    """A copy of an adapted network as a plain one, its adapters added to its weights."""
-    network = copy.deepcopy(network)
-    for name, layer in adapted(network):
-        layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, layer.get_base_layer())
-    return network
-
-
-def adapters(network: nn.Module) -> dict[str, Tensor]:
-    """The factors of the adapters: <layer>.down and <layer>.up, with the scale in ``up``."""
-    found = {}
-    for name, layer in adapted(network):
-        (key,) = layer.lora_A.keys()
-        found[f"{name}.down"] = layer.lora_A[key].weight.detach()
-        found[f"{name}.up"] = layer.lora_B[key].weight.detach() * layer.scaling[key]
-    return found

@@ -24,7 +24,8 @@ from torch import nn
 
 from steerfm.capabilities import ENDPOINT, TWO_TIME, VELOCITY, closed
 from steerfm.checks import whole_numbers
-from steerfm.flowmap import FlowMap, Guided
+from steerfm.flowmap import FlowMap, Guided, Wrapped
+from steerfm.models import lora as adapters
 from steerfm.models import paths
 from steerfm.models.capture import Recording, check_arguments, denoiser, parameters
 from steerfm.models.decoders import decoder_of
@@ -59,6 +60,8 @@ def from_pipeline(
     tiling: bool = False,
     slicing: bool = False,
     gradient_checkpointing: bool = False,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
     **arguments: Any,
 ) -> FlowMap:
     """A pipeline as a flow map. Nothing is copied: its network is the pipeline's, from now on frozen and in evaluation mode.
@@ -78,6 +81,8 @@ def from_pipeline(
         tiling: decode in tiles: less memory, and slightly other pictures.
         slicing: decode one picture at a time: less memory.
         gradient_checkpointing: compute activations anew for gradients: less memory, more time, the same gradients.
+        lora: a low-rank adapter in the layout of diffusers and peft, a file or a folder; it is added to the network's weights.
+        lora_scale: how strongly; 0 leaves the network as it is.
         **arguments: more of the pipeline's own call, by its names, such as num_frames, max_sequence_length, prompt_embeds.
 
     Raises:
@@ -88,6 +93,8 @@ def from_pipeline(
         raise ValueError(f"steps={steps}: at least one step is needed")
     able = None if capability is None else closed([capability])
     network = denoiser(pipe)
+    if lora is not None:
+        adapters.add(network, adapters.read(lora, _part(pipe)), lora_scale, lora)
     sizes = {"negative_prompt": negative_prompt, "height": height, "width": width}
     call = _call(pipe, {name: value for name, value in sizes.items() if value is not None} | arguments, guidance)
     family = _family(pipe.scheduler)
@@ -105,6 +112,64 @@ def from_pipeline(
     _switch(pipe, network, tiling, slicing, gradient_checkpointing)
     scale = prompts.guidance.scale
     return flow_map if scale is None else Guided(flow_map, scale)
+
+
+def pipeline_map(flow_map: FlowMap) -> PipelineMap | None:
+    """The map of a pipeline that others may be wrapped around; None where there is none."""
+    while isinstance(flow_map, Wrapped):
+        flow_map = flow_map.flow_map
+    return flow_map if isinstance(flow_map, PipelineMap) else None
+
+
+def save_lora(flow_map: FlowMap, path: str | Path) -> Path:
+    """Write the adapters of a tuned map as diffusers and peft load them; their scale is in the factors.
+
+    >>> steerfm.models.save_lora(tuned, "mine")
+    >>> pipe.load_lora_weights("mine", weight_name="pytorch_lora_weights.safetensors")
+
+    Args:
+        flow_map: of a pipeline, with adapters in its network, as `steerfm.finetuning.FineTuning(lora=...)` puts them there.
+        path: a folder, or a ``.safetensors`` file.
+
+    Raises:
+        ValueError: it is no map of a pipeline, or has no adapters.
+    """
+    of, factors = _of_pipeline(flow_map), adapters.factors(flow_map.body)
+    if not factors:
+        raise ValueError("save_lora: this map has no adapters: tune it with lora=LoRA(rank), or take save_pipeline")
+    file = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / adapters.FILE
+    return adapters.write(factors, file, _part(of.prompts.pipe))
+
+
+def save_pipeline(flow_map: FlowMap, folder: str | Path) -> Path:
+    """Write the whole pipeline with the weights of this map, as ``save_pretrained`` does; adapters are added to the weights.
+
+    Raises:
+        ValueError: it is no map of a pipeline; a text encoder is gone.
+    """
+    prompts = _of_pipeline(flow_map).prompts
+    pipe = prompts.pipe
+    if prompts.dropped:
+        raise ValueError("save_pipeline: the text encoders were dropped: make the map without drop_text_encoders")
+    name, own = _part(pipe), denoiser(pipe)
+    setattr(pipe, name, adapters.merged(flow_map.body))
+    try:
+        pipe.save_pretrained(str(folder), safe_serialization=True)
+    finally:
+        setattr(pipe, name, own)
+    return Path(folder)
+
+
+def _of_pipeline(flow_map: FlowMap) -> PipelineMap:
+    of = pipeline_map(flow_map)
+    if of is None:
+        raise ValueError(f"{type(flow_map).__name__} is no map of a pipeline: flow_map.save(FILE)")
+    return of
+
+
+def _part(pipe: Any) -> str:
+    """What a pipeline calls its network."""
+    return "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
 
 
 def load(

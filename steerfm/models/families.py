@@ -10,6 +10,7 @@ network's door.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,9 @@ from steerfm.transitions import Step, Transition
 
 class Source(Protocol):
     """Conditions by prompt: `prompts.Prompts`."""
+
+    pipe: Any
+    dropped: bool
 
     def condition(self, prompts: Sequence[str] | None, n: int) -> Condition: ...
 
@@ -65,6 +69,16 @@ class PipelineMap(FlowMap):
         super().__init__(shape)
         self.network, self.decoder = network, decoder
         self.layout, self.prompts, self.times = layout, prompts, times
+
+    @property
+    def body(self) -> nn.Module:
+        return self.network
+
+    def with_network(self, network: nn.Module) -> PipelineMap:
+        """The same map with another network; nothing is copied."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "network": network}
+        return other
 
     # --- the network ---------------------------------------------------------------------------------------------
     def predict(self, x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:

@@ -46,6 +46,7 @@ class Prompts:
         first: its first call, up to the scheduler.
         layout: which arguments of the network follow the prompts.
         guidance: what it makes of the network's outputs.
+        dropped: whether what encodes prompts is gone.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], linear: bool) -> None:
@@ -60,7 +61,7 @@ class Prompts:
         self._rows: dict[str, dict[str, Tensor]] = {}
         self._given: dict[str, Tensor] = {}
         self._asked: list[str] | None = None
-        self._dropped = False
+        self.dropped = False
         sides = self._sides(self.first.calls)
         self.guidance = _guidance(self.first, {**names, **call}, denoiser(pipe)) if linear else Guidance(1.0)
         self._given = sides[self.guidance.positive]
@@ -107,14 +108,14 @@ class Prompts:
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module) and ("text_encoder" in name or "image_encoder" in name):
                 setattr(self.pipe, name, None)
-        self._dropped = True
+        self.dropped = True
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         if prompt not in self._rows:
-            if self._dropped:
+            if self.dropped:
                 raise ValueError(f"prompt {prompt!r} is new, and the text encoders are dropped: name it in prompt=")
             halves = len(self._sides(self.first.calls[:1]))
             call = _steps(self.pipe, {**self.call, "prompt": prompt}, 2)

@@ -11,8 +11,10 @@ from kinds import a
 import steerfm
 from steerfm import zoo
 from steerfm.finetuning import FineTuning, LoRA, Policy
-from steerfm.finetuning.lora import LoRAOff, adapters, merged, switched_off
+from steerfm.finetuning.lora import LoRAOff, switched_off
 from steerfm.flowmap import NeuralFlowMap
+from steerfm.models.lora import factors as factors_of
+from steerfm.models.lora import merged
 from steerfm.networks import UNet
 from steerfm.rewards import as_reward
 
@@ -67,7 +69,7 @@ def test_merged_they_are_a_plain_network(flow_map, adapted, x):
 def test_saved_apart_they_load_onto_their_base_at_any_strength(flow_map, adapted, x, tmp_path):
     card = {"name": "unet", "channels": 1, "widths": [8, 16], "patch": 2, "classes": 2}
     base = flow_map.save(tmp_path / "base", card, {}, half=False)
-    factors = {name: value.contiguous() for name, value in adapters(adapted.network).items()}
+    factors = {name: value.contiguous() for name, value in factors_of(adapted.network).items()}
     tuned = zoo.with_adapters(steerfm.load(base), factors, tmp_path)
     assert torch.allclose(tuned.jump(x, 0.0, 1.0), adapted.jump(x, 0.0, 1.0), atol=1e-5)
     assert torch.allclose(tuned.with_strength(0).jump(x, 0.0, 1.0), flow_map.jump(x, 0.0, 1.0), atol=1e-6)
