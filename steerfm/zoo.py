@@ -150,12 +150,14 @@ def _beside(value: Any, folder: Path) -> Any:
 
 
 def _base(path: Path) -> dict[str, Any] | Path:
-    """The model that an adapter is put onto: its file, or the code that makes it.
+    """The model that an adapter is put onto: its file, or the code or the pipeline that makes it.
 
     Raises:
         ValueError: none is named, or one leads back to an adapter before it. FileNotFoundError: it is not there.
     """
     own = _named_base(path)
+    if own["name"].startswith(DIFFUSERS):
+        return own
     if registry.is_code(own["name"]):
         return checked_code(own, json.loads(path.with_suffix(".json").read_text()), path)
     seen = [path.resolve()]

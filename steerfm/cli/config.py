@@ -136,7 +136,6 @@ class TrainConfig:
     trainer: TrainerConfig = section(TrainerConfig)
 
 
-MODEL = "a shipped flow map (steerfm models), or a path to a .safetensors file of your own or to the run folder that holds it"
 CODE = (
     "a shipped flow map (steerfm models), a path to a .safetensors file or to its run folder, diffusers:FOLDER_OR_HUB_ID, or "
     "FILE.py:NAME for a map that code makes; model.KEY sets an argument of the last two"
@@ -287,7 +286,7 @@ class WatchConfig:
 class FinetuneConfig:
     """A fine-tuning."""
 
-    model: str = option("fashion", MODEL)
+    model: Any = option("fashion", CODE)
     reward: Any = option({"name": "classifier"}, REWARD)
     method: Any = option(
         {"name": "direct"}, "a name (steerfm methods) or FILE.py:CLASS; method.KEY sets an argument (steerfm methods NAME)"

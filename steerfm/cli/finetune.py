@@ -22,7 +22,7 @@ from steerfm.cli.parts import NO_JUDGE, build_judge, build_method, build_reward,
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cost import Cost
-from steerfm.finetuning import METHOD, Distil, FineTuning, LoRA, Refit, Tasks, chain, check
+from steerfm.finetuning import METHOD, Distil, FineTuning, HyperNoise, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.base import check_weights
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.flowmap import FlowMap
@@ -81,8 +81,9 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
         {"tune": module},
         {"tune": run(module, panel, before, folder.path / "tune", config, config.watch.patience)},
     )
-    right = method.law_is_map or (method.law_is_velocity and not can(base, "two_time"))  # as it was tuned
-    if config.distil.steps and not right and can(base, "velocity"):
+    # a network without jumps between any two times is sampled as it was tuned, but for one that only moves the noise
+    apart = can(base, "two_time") or (isinstance(method, HyperNoise) and can(base, "velocity"))
+    if config.distil.steps and apart and not method.law_is_map:
         modules["distil"] = distilled(module, lora, reward, config)
         monitors["distil"] = run(modules["distil"], panel, before, folder.path / "distil", config, patience=0)
     if module.trainer.is_global_zero:

@@ -275,7 +275,7 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any], named: set[str] = 
     for key, given in layer.items():
         old, value = out.get(key), given
         if key in named and isinstance(value, Raw):
-            value = scalar(str(value), key)
+            value = _model(str(value)) if key == "model" else scalar(str(value), key)
         if key in named and isinstance(value, str) and value != "auto":
             value = {"name": value}
         if key in named and isinstance(value, Mapping) and isinstance(old, str):
@@ -286,6 +286,15 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any], named: set[str] = 
             value = _merge(old if isinstance(old, Mapping) and not fresh else {}, value, inner)
         out[key] = value
     return out
+
+
+def _model(text: str) -> Any:
+    """What names a model on the command line: a text whatever it looks like, but for {name: NAME, argument: value}."""
+    try:
+        value = flow(text, "model") if text[:1] == "{" else None
+    except ConfigError:
+        value = None
+    return value if isinstance(value, Mapping) and "name" in value else {"name": text}
 
 
 def _checked(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:

@@ -116,11 +116,11 @@ class Trained(L.LightningModule):
         checkpoint["skipped"] = self.skipped
         for name in self.frozen():
             for place in ("network", "average.module"):
-                checkpoint["state_dict"].pop(f"{place}.{name}", None)
+                checkpoint.get("state_dict", {}).pop(f"{place}.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint.get("state_dict", {})}
 
 
 def share_frozen(network: nn.Module) -> nn.Module:
