@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.capabilities import TWO_TIME
+from steerfm.capabilities import TWO_TIME, in_words
 from steerfm.checkpoints import (
     HEAD,
     HEAD_TEXT,
@@ -232,6 +232,18 @@ class FlowMap(nn.Module):
             raise ValueError(f'what makes this {name} again? architecture={{"name": "my_file.py:make_map"}}')
         return {"kind": "code", "maker": maker, "code": code_of(maker), **({"base": origin} if origin else {})}
 
+    # --- for people ----------------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        """A line: its class, the shape of a sample, what it can do, and how large it is."""
+        return f"{type(self).__name__}({', '.join(self._facts())})"
+
+    def _facts(self) -> list[str]:
+        facts = [" x ".join(map(str, self.shape)), in_words(self)]
+        if self.class_names:
+            facts.append(f"{len(self.class_names)} classes")
+        size = sum(parameter.numel() for parameter in self.parameters())
+        return [*facts, *([f"{size / 1e6:.3g} M parameters" if size > 1e5 else f"{size:,} parameters"] if size else [])]
+
     @property
     def device(self) -> torch.device:
         """Where its parameters or buffers are; the CPU for a map without any."""
@@ -425,6 +437,9 @@ class Wrapped(FlowMap):
         self.flow_map = flow_map
         self.take_after(flow_map)
 
+    def _facts(self) -> list[str]:
+        return [repr(self.flow_map)]
+
     @property
     def body(self) -> nn.Module:
         return self.flow_map.body
@@ -473,6 +488,9 @@ class Microbatched(Wrapped):
             raise ValueError(f"micro_batch={rows}: at least one row per network call")
         self.micro_batch = rows
 
+    def _facts(self) -> list[str]:
+        return [f"{self.micro_batch} rows at a time", *super()._facts()]
+
     def decode(self, z: Tensor) -> Tensor:
         return in_parts(self.flow_map.decode, z, self.micro_batch)
 
@@ -518,6 +536,9 @@ class Guided(Wrapped):
             raise ValueError("guidance needs a null condition: pass null=, or a map with class_names")
         self.scale, self.without = float(scale), null
         self.evaluations = 2 * flow_map.evaluations
+
+    def _facts(self) -> list[str]:
+        return [f"scale {self.scale:g}", *super()._facts()]
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self._extrapolated(self.flow_map.average_velocity, x, (s, t), cond)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm.capabilities import can, needs
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, draw
 from steerfm.flowmap import FlowMap
@@ -116,12 +115,8 @@ class Weighted(metaclass=Named):
         return chain(self.jumps)(tuned)
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
-        """See `Choosy`: the fit is of velocities, and with ``refit.trajectory`` of jumps between any two times."""
-        if not can(flow_map, "velocity") or can(flow_map, "two_time") or not self.refit.trajectory:
-            return by_velocity(flow_map)
-        return "its fit of jumps " + needs(
-            "two_time", f"take refit.trajectory=0 and jumps={max(flow_map.steps, 8)}, Euler steps"
-        )
+        """See `Choosy`: the fit is of velocities, and where there are two times of jumps."""
+        return by_velocity(flow_map)
 
     def loss(self, update: Update) -> Terms:
         number = min(self.rounds - 1, update.step * self.rounds // update.steps)

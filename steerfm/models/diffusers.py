@@ -31,6 +31,7 @@ from steerfm.models.capture import Recording, check_arguments, denoiser, paramet
 from steerfm.models.decoders import decoder_of
 from steerfm.models.families import LinearMap, PipelineMap, TrigonometricMap, VariancePreservingMap, Within
 from steerfm.models.prompts import GUIDANCE, Prompts
+from steerfm.models.two_time import add_second_time, has_second_time
 from steerfm.transitions import Bridge, Jump, Renoise, Transition
 
 SET_HERE = {
@@ -60,6 +61,7 @@ def from_pipeline(
     tiling: bool = False,
     slicing: bool = False,
     gradient_checkpointing: bool = False,
+    two_time: bool = False,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     **arguments: Any,
@@ -81,6 +83,7 @@ def from_pipeline(
         tiling: decode in tiles: less memory, and slightly other pictures.
         slicing: decode one picture at a time: less memory.
         gradient_checkpointing: compute activations anew for gradients: less memory, more time, the same gradients.
+        two_time: give FLUX.1 or SD3.5 a second time, which an adapter of a flow map needs; see `steerfm.models.two_time`.
         lora: a low-rank adapter in the layout of diffusers and peft, a file or a folder; it is added to the network's weights.
         lora_scale: how strongly; 0 leaves the network as it is.
         **arguments: more of the pipeline's own call, by its names, such as num_frames, max_sequence_length, prompt_embeds.
@@ -93,6 +96,8 @@ def from_pipeline(
         raise ValueError(f"steps={steps}: at least one step is needed")
     able = None if capability is None else closed([capability])
     network = denoiser(pipe)
+    if two_time:
+        add_second_time(network)
     if lora is not None:
         adapters.add(network, adapters.read(lora, _part(pipe)), lora_scale, lora)
     sizes = {"negative_prompt": negative_prompt, "height": height, "width": width}
@@ -319,7 +324,8 @@ class Flow(Schedule):
         flow_map = LinearMap(network, **self.parts(decoder))
         flow_map.factor = self.prompts.guidance.factor * (-1 if self._inverted() else 1)
         flow_map.offset, flow_map.slope = offset, slope
-        flow_map.capabilities = VELOCITY if layout.second_time is None else TWO_TIME
+        flow_map.stacked = has_second_time(network)
+        flow_map.capabilities = TWO_TIME if flow_map.stacked or layout.second_time is not None else VELOCITY
         if getattr(self.scheduler.config, "stochastic_sampling", False) or "LCM" in type(self.scheduler).__name__:
             flow_map.capabilities, flow_map.transition = ENDPOINT, Renoise(1.0)  # jumps to the data and back
         return flow_map

@@ -53,9 +53,11 @@ class PipelineMap(FlowMap):
         prompts: the conditions, by prompt.
         times: the grid for a number of steps.
         decoder: latents to pictures; None where the autoencoder is not known.
+        stacked: whether the network takes both times in one argument, (b, 2); see `two_time`.
     """
 
     capabilities = VELOCITY
+    stacked = False
 
     def __init__(
         self,
@@ -100,11 +102,14 @@ class PipelineMap(FlowMap):
         if layout.listed is not None:
             given = list(given.reshape(b, *layout.listed).unbind(0))
         arguments[layout.states] = given
-        for name, time in zip((layout.time, layout.second_time), times):
-            if name is not None:
-                like = layout.reference
-                form = time.to(like.dtype if like.is_floating_point() else x.dtype).view(-1, *[1] * (like.ndim - 1))
-                arguments[name] = form.expand(b, *like.shape[1:])
+        like = layout.reference
+        forms = [time.to(like.dtype if like.is_floating_point() else x.dtype) for time in times]
+        if self.stacked:
+            arguments[layout.time] = torch.stack(forms, -1)
+        else:
+            for name, form in zip((layout.time, layout.second_time), forms):
+                if name is not None:
+                    arguments[name] = form.view(-1, *[1] * (like.ndim - 1)).expand(b, *like.shape[1:])
         out = self.network(**arguments, return_dict=False)[0]
         return rows_of(out, self.shape, type(self.network).__name__).to(x)  # a network that is offloaded answers elsewhere
 

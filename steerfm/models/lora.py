@@ -135,8 +135,8 @@ def add(network: nn.Module, of: Mapping[str, Tensor], scale: float, path: str | 
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             raise ValueError(
-                f"lora={path} is of another architecture: {type(network).__name__} has no layer {layer} (one for jumps between "
-                "two times needs a network with two times)"
+                f"lora={path} is of another architecture: {type(network).__name__} has no layer {layer} (the adapter of "
+                "a flow map needs a network with two times: two_time=True)"
             )
         if up.shape[1] != down.shape[0] or (up.shape[0], down.shape[1]) != (weight.shape[0], weight[0].numel()):
             raise ValueError(

@@ -164,5 +164,5 @@ def test_an_adapter_for_two_times_needs_a_network_with_two_times(tmp_path):
         "time_text_embed.second.linear_1.up": torch.zeros(4, 2),
     }
     write(factors, tmp_path / FILE, "transformer")
-    with pytest.raises(ValueError, match="jumps between two times needs a network with two times"):
+    with pytest.raises(ValueError, match="needs a network with two times: two_time=True"):
         made("flux schnell", lora=tmp_path)
