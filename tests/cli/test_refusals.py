@@ -228,9 +228,9 @@ def test_fine_tuning_takes_an_adapter_and_its_own_defaults(capsys, tmp_path, mon
     assert code == 0, err
     before, after = steerfm.load("a/adapter.safetensors"), steerfm.load("b/adapter-tuned.safetensors")
     for name in ("b/adapter-tuned.safetensors", "b/adapter.safetensors"):  # the base of both is the adapter
-        base = steerfm.load(name).with_strength(0.0)  # type: ignore[attr-defined]
-        for key, value in base.network.state_dict().items():
-            torch.testing.assert_close(value, before.network.state_dict()[key], atol=2e-3, rtol=2e-3)  # type: ignore[attr-defined]
+        base = steerfm.load(name).with_strength(0.0)
+        for key, value in base.body.state_dict().items():
+            torch.testing.assert_close(value, before.body.state_dict()[key], atol=2e-3, rtol=2e-3)
     assert after.shape == before.shape
 
 

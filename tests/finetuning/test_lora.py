@@ -74,7 +74,7 @@ def test_saved_apart_they_load_onto_their_base_at_any_strength(flow_map, adapted
     assert torch.allclose(tuned.jump(x, 0.0, 1.0), adapted.jump(x, 0.0, 1.0), atol=1e-5)
     assert torch.allclose(tuned.with_strength(0).jump(x, 0.0, 1.0), flow_map.jump(x, 0.0, 1.0), atol=1e-6)
     half, layer = tuned.with_strength(0.5), "inputs.weight"
-    weights = [m.network.state_dict()[layer] for m in (flow_map, half, tuned)]
+    weights = [m.body.state_dict()[layer] for m in (flow_map, half, tuned)]
     assert torch.allclose(weights[1], (weights[0] + weights[2]) / 2, atol=1e-6)
     with pytest.raises(ValueError, match="another architecture"):
         zoo.with_adapters(steerfm.load(base), {"nowhere.up": torch.zeros(2, 2), "nowhere.down": torch.zeros(2, 2)}, tmp_path)

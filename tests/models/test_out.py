@@ -69,7 +69,7 @@ def test_low_rank_tuning_raises_the_reward_and_its_adapter_loads_in_diffusers(na
     file = save_lora(after, tmp_path / "adapter")
     assert file == tmp_path / "adapter" / FILE
     other, again = made(name)
-    network = sure(pipeline_map(again)).body
+    network: Any = sure(pipeline_map(again)).body
     part = "transformer" if hasattr(other, "transformer") else "unet"
     if hasattr(other, "load_lora_weights"):
         other.load_lora_weights(str(tmp_path / "adapter"), weight_name=FILE)
@@ -88,7 +88,7 @@ def test_an_adapter_of_diffusers_with_a_scale_of_its_own_loads_here(name, tmp_pa
     from peft.utils import get_peft_model_state_dict
 
     pipe, base = made(name)
-    network = sure(pipeline_map(base)).body
+    network: Any = sure(pipeline_map(base)).body
     torch.manual_seed(3)
     network.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_k"], init_lora_weights=False))
     want = drawn(base)
@@ -112,7 +112,7 @@ def test_full_weights_go_back_into_the_folder_of_the_pipeline(name, lora, tmp_pa
     assert getattr(pipe, part) is own
     read = type(pipe).from_pretrained(str(folder), **{k: None for k, v in pipe.components.items() if v is None})
     _, call = PIPELINES[name]()
-    one = {key: value[:1] if isinstance(value, Tensor) else value for key, value in call.items()}
+    one: dict[str, Any] = {key: value[:1] if isinstance(value, Tensor) else value for key, value in call.items()}
     again = from_pipeline(read, steps=2, guidance=1.0, **{k: v for k, v in one.items() if not k.startswith("negative_")})
     torch.testing.assert_close(drawn(again), drawn(after), atol=1e-5, rtol=1e-5)
 

@@ -60,7 +60,7 @@ def test_the_second_time_is_where_a_jump_goes(name):
     near, far = two.jump(x, 0.2, 0.3), two.jump(x, 0.2, 0.9)
     assert not torch.allclose((near - x) / 0.1, (far - x) / 0.7, atol=1e-4)
     seen = []
-    embedding = sure(pipeline_map(two)).body.time_text_embed
+    embedding: Any = sure(pipeline_map(two)).body.time_text_embed
     handle = embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     two.jump(x, torch.tensor([0.2, 0.4]), torch.tensor([0.5, 1.0]))
     handle.remove()
@@ -76,7 +76,7 @@ def test_how_the_times_are_joined():
         def forward(self, t: Tensor, *others: Tensor) -> Tensor:
             return (self.weight * t).unsqueeze(1) + sum(others, torch.zeros(()))
 
-    averaged = Averaged(Times())
+    averaged: Any = Averaged(Times())
     averaged.second_embedder.weight.data.fill_(4.0)
     times, pooled = torch.tensor([[1.0, 10.0]]), torch.tensor([[100.0]])
     assert float(averaged(times, pooled)) == (2 * 1 + 4 * 10) / 2 + 100
@@ -87,7 +87,7 @@ def test_how_the_times_are_joined():
             super().__init__()
             self.time_proj, self.timestep_embedder, self.text_embedder = torch.nn.Identity(), Times(), torch.nn.Identity()
 
-    gated = Gated(Combined())
+    gated: Any = Gated(Combined())
     gated.delta_embedder.weight.data.fill_(4.0)
     assert float(gated(times, pooled)) == pytest.approx(0.75 * 2 * 1 + 0.25 * 4 * 10 + 100)
 

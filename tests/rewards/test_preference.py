@@ -65,7 +65,8 @@ def hps_folder(architecture, tmp_path_factory) -> Path:
 def test_hps_is_the_cosine_of_the_release(hps_folder, architecture, form, tmp_path):
     import open_clip
 
-    model, _, transform = open_clip.create_model_and_transforms(architecture)
+    made_of: Any = open_clip.create_model_and_transforms(architecture)
+    model, _, transform = made_of
     weights = torch.load(hps_folder / "HPS_v2_tiny.pt", weights_only=True)["state_dict"]
     model.load_state_dict(weights)
     model.eval()
@@ -78,9 +79,9 @@ def test_hps_is_the_cosine_of_the_release(hps_folder, architecture, form, tmp_pa
         image = F.normalize(model.encode_image(torch.stack([transform(levels(picture)) for picture in x])), dim=-1)
         text = F.normalize(model.encode_text(open_clip.get_tokenizer(architecture)(prompts)), dim=-1)
     expected = (image * text).sum(1)
-    made = hps(folder=place, architecture=architecture)
+    made: Any = hps(folder=place, architecture=architecture)
     torch.testing.assert_close(made(x, prompts=prompts), expected, atol=2e-3, rtol=0)
-    scaled = hps(folder=place, architecture=architecture, temperature=None, batch=2)
+    scaled: Any = hps(folder=place, architecture=architecture, temperature=None, batch=2)
     assert scaled.batch_size == 2
     torch.testing.assert_close(scaled(x, prompts=prompts), made(x, prompts=prompts) * model.logit_scale.exp().item())
 
@@ -106,7 +107,7 @@ def slope_is_gradient(made: Any, network: Any) -> None:
 
 
 def test_hps_gradient(hps_folder, architecture):
-    made = hps(folder=hps_folder, architecture=architecture)
+    made: Any = hps(folder=hps_folder, architecture=architecture)
     slope_is_gradient(made, made.network())
 
 
@@ -137,7 +138,12 @@ def blip_folder(tmp_path_factory) -> Path:
     text |= {"embeddings.LayerNorm.weight": (24,), "embeddings.LayerNorm.bias": (24,)}
     for i in range(2):
         for part, width in {"attention": 24, "crossattention": WIDTH}.items():
-            layer = {"self.query": (24, 24), "self.key": (24, width), "self.value": (24, width), "output.dense": (24, 24)}
+            layer: dict[str, tuple[int, ...]] = {
+                "self.query": (24, 24),
+                "self.key": (24, width),
+                "self.value": (24, width),
+                "output.dense": (24, 24),
+            }
             layer["output.LayerNorm"] = (24,)
             for name, shape in layer.items():
                 text |= {f"encoder.layer.{i}.{part}.{name}.weight": shape, f"encoder.layer.{i}.{part}.{name}.bias": shape[:1]}
@@ -209,17 +215,18 @@ def by_hand(folder: Path, x: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 def test_imagereward_is_the_network_of_the_release(blip_folder):
     from torchvision import transforms as T
 
-    made, x, prompts = imagereward(folder=blip_folder), pictures(), ["a red heart", "a dog", "an airplane house"]
+    made: Any = imagereward(folder=blip_folder)
+    x, prompts = pictures(), ["a red heart", "a dog", "an airplane house"]
     transform = T.Compose([
         T.Resize(32, interpolation=T.InterpolationMode.BICUBIC), T.CenterCrop(32), T.ToTensor(),
         T.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     ])  # fmt: skip
     words = [[2, *(WORDS.index(word) for word in prompt.split()), 3] for prompt in prompts]
     ids = torch.tensor([row + [0] * (35 - len(row)) for row in words])
-    pixels = torch.stack([transform(levels(picture)) for picture in x])
+    pixels = torch.stack([torch.as_tensor(transform(levels(picture))) for picture in x])
     expected = by_hand(blip_folder, pixels, ids, (ids > 0).long())
     assert float(expected.std()) > 1e-3
-    network = made.network()
+    network: Any = made.network()
     torch.testing.assert_close(network.preprocessing(x), pixels, atol=0.03, rtol=0)  # of 1 to 2 levels
     torch.testing.assert_close(made(x, prompts=prompts), expected, atol=0.01 * float(expected.abs().max()), rtol=0)
     network.preprocessing, before = (lambda x: x), network.preprocessing
@@ -230,17 +237,18 @@ def test_imagereward_is_the_network_of_the_release(blip_folder):
 
 
 def test_imagereward_keeps_the_contract_and_has_its_gradient(blip_folder, tmp_path):
-    made = imagereward(folder=blip_folder, batch=2)
+    made: Any = imagereward(folder=blip_folder, batch=2)
     check_reward(made, (3, 40, 36))
     check_reward(imagereward(folder=blip_folder, prompt="a dog"), (1, 28, 28))
     slope_is_gradient(made, made.network())
 
 
 def test_prompts_are_tokenised_once_each(blip_folder):
-    network = imagereward(folder=blip_folder).network()
+    made: Any = imagereward(folder=blip_folder)
+    network = made.network()
     assert isinstance(network, Blip)
     network.tokens.cache_clear()
-    made = imagereward(folder=blip_folder)
+    made: Any = imagereward(folder=blip_folder)
     for _ in range(2):
         made(pictures(4), prompts=["a dog", "a dog", "a house", "a dog"])
     assert network.tokens.cache_info().misses == 2

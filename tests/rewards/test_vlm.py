@@ -47,7 +47,7 @@ def server(answer: Answer, code: int = 200) -> Iterator[tuple[str, list[dict]]]:
             with suppress(OSError):  # whoever asked has gone
                 self.wfile.write(raw)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
