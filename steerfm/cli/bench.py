@@ -331,12 +331,26 @@ def _baseline(methods: Mapping[str, Any]) -> str | None:
     return next((name for name, told in methods.items() if told["name"] == BASELINE), None)
 
 
+TAKEN = ("reward", "judge", "label", "prompt", "negative", "strength", "n", "batch_size")
+"""Keys of a problem; the others of a steering are those of the suite, or of a method."""
+
+
+def _check_keys(problems: Mapping[str, Any]) -> None:
+    """Refuse keys of a steering that would do nothing in a problem."""
+    ours = {field.name for field in fields(SteerConfig)}
+    for name, told in problems.items():
+        for key in told:
+            if key in ours and key not in TAKEN:
+                raise ConfigError(f"problems.{name}.{key} does nothing: a problem takes {', '.join(TAKEN)}")
+
+
 def _problems(config: BenchConfig) -> list[Problem]:
     """Every model with every problem and strength, checked before anything is measured."""
     if config.seeds < LEAST_SEEDS:
         raise ConfigError(f"seeds={config.seeds}: at least {LEAST_SEEDS} are needed to know how far to trust a difference")
     if not config.problems:
         raise ConfigError(NOTHING)
+    _check_keys(config.problems)
     made = []
     for model in config.models:
         flow_map = load_model(model, config.device)
