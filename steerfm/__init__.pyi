@@ -7,7 +7,7 @@ from . import (
     cost as cost, encoders as encoders, files as files, finetuning as finetuning, flowmap as flowmap,
     interpolant as interpolant, metrics as metrics, models as models, networks as networks, plugins as plugins,
     randomness as randomness, registry as registry, report as report, rewards as rewards, rows as rows,
-    sampling as sampling, shipped as shipped, signals as signals, steering as steering, testing as testing,
+    sampling as sampling, scores as scores, shipped as shipped, signals as signals, steering as steering, testing as testing,
     training as training, transitions as transitions, trust as trust, values as values, zoo as zoo,
 )
 from steerfm.closed_form import GaussianMixture as GaussianMixture

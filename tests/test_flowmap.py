@@ -402,6 +402,7 @@ def test_missing_files_are_named(saved, suffix):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's compiler looks at it itself
 def test_a_compiled_map_is_the_same_map(randomise):
     """In value and gradient, for any number of rows."""
     torch.manual_seed(0)

@@ -328,8 +328,8 @@ def test_commands_take_a_map_that_code_makes(capsys, tmp_path, monkeypatch, own,
     for wrong, words in [("model=own.py:nothing", "makes a int"), ("model=own.py:toys", "did you mean 'toy'")]:
         code, said = run(capsys, "sample", wrong, "out=d")
         assert code == 2 and words in said and said.count("\n") == 1 and not (tmp_path / "d").exists()
-    code, said = run(capsys, "finetune", "model=own.py:clothes", "out=d")
-    assert code == 2 and "save it" in said and said.count("\n") == 1 and not (tmp_path / "d").exists()
+    code, said = run(capsys, "finetune", "model=own.py:toy", "reward=own.py:first", "out=d")  # a mixture, which has no weights
+    assert code == 2 and "cannot be fine-tuned" in said and said.count("\n") == 1 and not (tmp_path / "d").exists()
 
 
 def test_tuning_methods_of_ones_own(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from steerfm import cli, zoo
 from steerfm.cli.console import console
 
 
-@pytest.mark.parametrize(("what", "lines"), [("models", 25), ("rewards", 99), ("methods", 130), ("bench", 60)])
+@pytest.mark.parametrize(("what", "lines"), [("models", 25), ("rewards", 115), ("methods", 130), ("bench", 60)])
 def test_a_list_fits_a_terminal(capsys, monkeypatch, what, lines):
     monkeypatch.setattr(console, "_width", 80)
     assert cli.main([what]) == 0
