@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import files, registry, training, zoo
-from steerfm.capabilities import can
+from steerfm.capabilities import can, in_words
 from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
@@ -37,7 +37,7 @@ from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import curves_plot, frontier_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
-from steerfm.values import ConfigError
+from steerfm.values import ConfigError, line
 
 JUMPS = (1, 2, 4, 8)
 COLUMNS = 6
@@ -55,6 +55,10 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     except ValueError as error:
         raise ConfigError(f"model={config.model}: {error}") from None
     reward, method = build_reward(config.reward), build_method(config.method, METHOD)
+    if config.method == FinetuneConfig().method and (why := method.lacks(base)):
+        config = replace(config, method=usual(base))
+        method = build_method(config.method, METHOD)
+        console.print(f"method={line(config.method)}, since the model has only {in_words(base)}: direct {why}")
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
@@ -88,6 +92,13 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
         monitors["distil"] = run(modules["distil"], panel, before, folder.path / "distil", config, patience=0)
     if module.trainer.is_global_zero:
         finish(config, command, folder, examine(config, panel, before, modules, monitors))
+
+
+def usual(base: FlowMap) -> dict[str, Any]:
+    """The method where nobody names one, for a map that cannot make all jumps: the chain that it is sampled by is tuned."""
+    if can(base, "endpoint") or can(base, "velocity"):
+        return {"name": "draft_k", "jumps": base.steps}
+    return {"name": "direct", "jumps": 1, "trained": None}
 
 
 def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: FinetuneConfig, patience: int) -> Monitor:
