@@ -12,6 +12,7 @@ from steerfm import cli
 from steerfm.metrics import paired_difference
 from steerfm.values import write_yaml
 
+pytestmark = pytest.mark.slow
 SUITE = {
     "problems": {"shirt": {"reward": "brightness", "judge": "symmetry"}, "bag": {"reward": "brightness", "judge": "sharpness"}},
     "methods": {"best_of_n": {"steps": 1}, "funnel": {"steps": 2}, "late": {"name": "das", "steps": 64}},

@@ -16,6 +16,9 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A Stable Diffusion of 16 x 16 pixels, which is asked in words."""

@@ -18,6 +18,7 @@ from steerfm.cost import Ledger
 from steerfm.report.run_folder import RunFolder
 from steerfm.values import read_yaml, write_yaml
 
+pytestmark = pytest.mark.slow
 FEW = ["reward=brightness", "judge=null", "method.particles=4", "method.first=4", "method.steps=2"]
 
 

@@ -14,6 +14,7 @@ from steerfm.registry import build
 from steerfm.rewards import as_reward
 from steerfm.training import fit
 
+pytestmark = pytest.mark.slow
 CAPABILITIES = {"two_time": TWO_TIME, "endpoint": ENDPOINT, "velocity": VELOCITY, "generator": GENERATOR}
 QUICK = {"accelerator": "cpu", "log_every": 1, "save_every": 100, "validate_every": 0, "progress": False}
 

@@ -24,6 +24,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 from pipelines import PIPELINES
 
+pytestmark = pytest.mark.slow
 QUICK: dict[str, Any] = {"accelerator": "cpu", "log_every": 50, "validate_every": 0, "save_every": 100, "progress": False}
 NAMES = ["flux schnell", "sd3", "sd 1.5 ddim", "sdxl ddim", "lcm", "sana-sprint"]
 
