@@ -94,6 +94,7 @@ def test_the_first_party_rewards_are_installed():
 
 
 # --- the contract ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_it_keeps_the_contract(plugin):
     check_reward(plugin, SHAPE)
     assert plugin.unit and type(plugin).__doc__
@@ -120,6 +121,7 @@ def double(plugin: Reward) -> Reward:
     return copy.deepcopy(plugin).double()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences_and_black_boxes_have_none(plugin):
     images = pictures().requires_grad_()
     smooth(plugin, True)
@@ -143,6 +145,7 @@ def test_gradients_are_those_of_finite_differences_and_black_boxes_have_none(plu
     torch.testing.assert_close(along, slope, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_under_autocast_are_near(plugin, dtype):
     images = pictures().requires_grad_()

@@ -75,6 +75,7 @@ def test_each_prompt_is_encoded_once() -> None:
     assert len(seen) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "lcm", "sana-sprint", "qwen"])
 def test_text_encoders_go_and_their_prompts_stay(name: str) -> None:
     pipe, call = READERS[name]()

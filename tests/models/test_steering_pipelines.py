@@ -16,6 +16,7 @@ from steerfm.transitions import Bridge, Jump, Renoise
 from tests.models.pipelines import PIPELINES, in_words
 from tests.models.test_diffusers import UNGUIDED, made, relative
 
+pytestmark = pytest.mark.slow
 EVERYTHING = {"two_time", "endpoint", "velocity", "generator"}
 TWO_TIME = ("anyflow r", "anyflow t-r", "hunyuan meanflow")
 CONSISTENCY = ("sd 1.5 tcd", "lcm", "lcm-lora sd 1.5", "lcm-lora sdxl", "sana-sprint", "sd3 lcm", "sd3 re-noising")

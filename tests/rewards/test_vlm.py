@@ -27,6 +27,9 @@ from steerfm.testing import check_reward
 Answer = Callable[[Tensor, str], Any]
 
 
+pytestmark = pytest.mark.slow
+
+
 @contextmanager
 def server(answer: Answer, code: int = 200) -> Iterator[tuple[str, list[dict]]]:
     """Answers each request by its picture (h, w, c) and question; yields the address and what was asked."""

@@ -241,6 +241,7 @@ def test_the_order_of_the_ode_steps(transition, order):
         assert 0.6 * 2**order < coarse / fine < 1.7 * 2**order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("churn", [0.5, 1.0, 3.0])
 def test_midpoint_steps_keep_the_marginals(churn):
     """In 24 steps mean and variance are those of the data, where as many ancestral steps are off."""
