@@ -129,7 +129,7 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: Fin
     """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
     d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
     learnt = module.averaged() if module.method.law_is_velocity else None
-    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory if can(base, "two_time") else 0.0), learnt)
+    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), learnt)
     options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
     start = learnt if lora is None else None
     return FineTuning(
@@ -184,14 +184,14 @@ def examine(
     plain_weights = last.lora is None or pipeline_map(base) is not None  # adapters of a pipeline stay what they are
     tuned = averaged if plain_weights else averaged.with_network(merged(averaged.body))
     tuned.body.requires_grad_(False)
-    usual, flow = base.steps, can(base, "two_time")
-    readings = {f"base, {_jumps(jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and usual > 1 else ())}
-    readings[f"base, {_jumps(usual)}"] = before
-    for jumps in sorted({1, usual} if flow else {usual}):
+    own, flow = base.steps, can(base, "two_time")
+    readings = {f"base, {_jumps(jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and own > 1 else ())}
+    readings[f"base, {_jumps(own)}"] = before
+    for jumps in sorted({1, own} if flow else {own}):
         readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
-    counts = sorted({*JUMPS, usual}) if flow else [usual]
+    counts = sorted({*JUMPS, own}) if flow else [own]
     readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
     tasks, pair = panel.tasks, (("base", base), ("tuned", tuned)) if flow else ()
     consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}

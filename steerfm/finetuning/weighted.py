@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, draw
 from steerfm.flowmap import FlowMap
@@ -28,7 +29,8 @@ class Refit:
     """Fits a flow map to samples x_1: flow matching on most rows, `Trajectory` on the rest.
 
     Args:
-        trajectory: share of the rows that fit jumps, in [0, 1]; the others fit the velocity.
+        trajectory: share of the rows that fit jumps, in [0, 1]; the others fit the velocity, as all do where there are no
+            two times.
         anchor: alpha: adds alpha |v - v_ref|^2 on the rows that fit the velocity.
         ode: steps of the trajectories.
     """
@@ -43,7 +45,7 @@ class Refit:
 
     def loss(self, update: Update, x1: Tensor, cond: Condition, teacher: FlowMap | None = None) -> Terms:
         """x1 (b, *shape) in model space."""
-        jumps = round(self.trajectory * len(x1))
+        jumps = round(self.trajectory * len(x1)) if can(update.tuned, "two_time") else 0
         generator = stream(update.noise.seeds[0], "fit")  # of this process
         terms: Terms = {}
         total = x1.new_zeros(())
