@@ -11,7 +11,7 @@ what a map lacks, so that `steer` and `finetune` refuse what would be wrong with
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 GENERATOR = frozenset({"generator"})
@@ -78,6 +78,19 @@ def in_words(flow_map: Capable) -> str:
     has = closed(flow_map.capabilities)
     widest = [name for name in KINDS if name in has and not any(name in KINDS[other] for other in has if other != name)]
     return " and ".join(WORDS[name] for name in widest) or "nothing"
+
+
+def check_method(method: object, flow_map: Capable, times: Sequence[float] | None = None) -> None:
+    """Refuse a method, of steering or of tuning, that would be wrong for a map.
+
+    Args:
+        times: that will be visited; None for the method's own.
+
+    Raises:
+        ValueError: what the map lacks, and what to take in place of it.
+    """
+    if isinstance(method, Choosy) and (why := method.lacks(flow_map, times)):
+        raise ValueError(f"{type(method).__name__} does not fit this model, which has only {in_words(flow_map)}: {why}")
 
 
 def needs(name: str, instead: str) -> str:

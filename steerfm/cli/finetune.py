@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import files, registry, training, zoo
-from steerfm.capabilities import can, in_words
+from steerfm.capabilities import can
 from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
-from steerfm.cli.parts import NO_JUDGE, build_judge, build_method, build_reward, check_needs, schedule
+from steerfm.cli.parts import NO_JUDGE, build_judge, build_method, build_reward, check_needs, fitting, schedule
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cost import Cost
@@ -37,7 +37,7 @@ from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import curves_plot, frontier_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
-from steerfm.values import ConfigError, line
+from steerfm.values import ConfigError
 
 JUMPS = (1, 2, 4, 8)
 COLUMNS = 6
@@ -55,10 +55,8 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     except ValueError as error:
         raise ConfigError(f"model={config.model}: {error}") from None
     reward, method = build_reward(config.reward), build_method(config.method, METHOD)
-    if config.method == FinetuneConfig().method and (why := method.lacks(base)):
-        config = replace(config, method=usual(base))
-        method = build_method(config.method, METHOD)
-        console.print(f"method={line(config.method)}, since the model has only {in_words(base)}: direct {why}")
+    if (instead := fitting(config, method, base, usual)) is not None:
+        config, method = replace(config, method=instead), build_method(instead, METHOD)
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from steerfm import plugins, registry, rewards, trust, zoo
+from steerfm.capabilities import in_words
 from steerfm.cli.config import DataConfig, FinetuneConfig, OptimizerConfig, SteerConfig
+from steerfm.cli.console import console
 from steerfm.cli.loading import plain
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
 from steerfm.metrics.evaluator import Evaluator
@@ -103,6 +105,17 @@ def build_reward(value: Any) -> Reward:
 def build_method(value: Any, kind: registry.Kind = METHOD) -> Any:
     """A method from a configuration: a name, or a name with arguments; ``kind`` says of steering or of fine-tuning."""
     return registry.build(value, kind)
+
+
+def fitting(
+    config: SteerConfig | FinetuneConfig, method: Any, flow_map: FlowMap, usual: Callable[[FlowMap], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What to take, and a line that says so, where nobody named a method and the default one does not fit the map."""
+    if config.method != type(config)().method or not (why := method.lacks(flow_map)):
+        return None
+    instead, default = usual(flow_map), registry.named(config.method, "method")[0]
+    console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} {why}")
+    return instead
 
 
 def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward: Reward) -> Reward | None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm.capabilities import in_words
+from steerfm.capabilities import check_method
 from steerfm.cli.config import SteerConfig
 from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.outputs import Outputs, outputs_of
-from steerfm.cli.parts import NO_JUDGE, autocast, build_judge, build_method, build_reward, check_needs, load_model
+from steerfm.cli.parts import NO_JUDGE, autocast, build_judge, build_method, build_reward, check_needs, fitting, load_model
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, slug, stem
 from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap
@@ -30,9 +30,8 @@ from steerfm.sampling import sample as draw
 from steerfm.steering import Method, Sampler, SteeringResult, steer_batches
 from steerfm.steering.result import OVER_TIME
 from steerfm.steering.result import facts as result_facts
-from steerfm.steering.steer import check_method, usual
+from steerfm.steering.steer import usual
 from steerfm.steering.weights import ess_in_words
-from steerfm.values import line
 
 SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
@@ -45,10 +44,8 @@ def steer(config: SteerConfig, command: str = "") -> None:
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
-    if config.method == SteerConfig().method and (why := method.lacks(flow_map)):
-        config = replace(config, method=usual(flow_map))
-        method = build_method(config.method)
-        console.print(f"method={line(config.method)}, since the model has only {in_words(flow_map)}: funnel {why}")
+    if (instead := fitting(config, method, flow_map, usual)) is not None:
+        config, method = replace(config, method=instead), build_method(instead)
     check_method(method, flow_map)
     default = f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
     judge = build_judge(config, flow_map, reward)

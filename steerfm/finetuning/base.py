@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from steerfm.capabilities import Choosy, can, in_words, needs
+from steerfm.capabilities import can, check_method, needs
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive
 from steerfm.rewards import Reward, RewardError
@@ -210,8 +210,8 @@ ONE_JUMP = "take noise, or direct with jumps=1 and trained=null"
 
 def check(method: Method, reward: Reward, control: float, flow_map: FlowMap | None = None) -> None:
     """Refuse what cannot work, before anything is run; see `FineTuning` for the errors."""
-    if flow_map is not None and isinstance(method, Choosy) and (why := method.lacks(flow_map, None)):
-        raise ValueError(f"{type(method).__name__} does not fit this model, which has only {in_words(flow_map)}: {why}")
+    if flow_map is not None:
+        check_method(method, flow_map)
     if not (math.isfinite(control) and control >= 0):
         raise ValueError(f"control={control}: must be finite and at least 0 (it is lambda: larger stays nearer to the base)")
     if control == 0 and method.tilts:

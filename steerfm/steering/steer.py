@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerfm import registry, rewards, zoo
-from steerfm.capabilities import Choosy, can, in_words
+from steerfm.capabilities import can, check_method
 from steerfm.checks import whole_numbers
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import FlowMap, Microbatched, by_label
@@ -305,19 +305,6 @@ USUAL: dict[str, dict[str, Any]] = {
     "generator": {"name": "best_of_n", "particles": 128, "steps": 1},
 }
 """The usual method by the first of these that a map can do."""
-
-
-def check_method(method: Method, flow_map: FlowMap, times: Sequence[float] | None = None) -> None:
-    """Refuse a method that would be wrong for a map.
-
-    Args:
-        times: that will be visited; None for the method's own.
-
-    Raises:
-        ValueError: what the map lacks, and what to take in place of it.
-    """
-    if isinstance(method, Choosy) and (why := method.lacks(flow_map, times)):
-        raise ValueError(f"{type(method).__name__} does not fit this model, which has only {in_words(flow_map)}: {why}")
 
 
 SPREADS, PLAIN = 2.0, 64
