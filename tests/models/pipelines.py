@@ -26,6 +26,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def relative(a: Tensor, b: Tensor) -> float:
+    """How far a is from b, as a share of the length of b."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
 def embeddings(length: int, width: int, pooled: int = 0, mask: str = "", negative: bool = True) -> dict[str, Any]:
     """Embeddings of two prompts and of two negative ones, by the names that pipelines use."""
     out: dict[str, Any] = {}

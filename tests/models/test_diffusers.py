@@ -11,7 +11,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm.models import from_pipeline
-from tests.models.pipelines import PIPELINES, diffusers, hunyuan, lumina2, qwen, sd3, sdxl, wan, z_image
+from tests.models.pipelines import PIPELINES, diffusers, hunyuan, lumina2, qwen, relative, sd3, sdxl, wan, z_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's
 
@@ -21,10 +21,6 @@ for name in ("hunyuan", "hunyuan meanflow", "flux dev", "sana-sprint", "lcm"):  
 SCALES = {"hunyuan": "distilled_guidance_scale", "hunyuan meanflow": "distilled_guidance_scale", "qwen": "true_cfg_scale"}
 NO_SINGLE_STEP = {"qwen", "mochi"}  # one divides by 0 to NaN, the other to an error
 CLOSE = {"sana-sprint": 5e-6}  # its angles are float32: pi / 2 to 4e-6
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @functools.cache

@@ -14,14 +14,10 @@ from torch import Tensor
 
 import steerfm
 from steerfm.models import from_pipeline
-from tests.models.pipelines import PIPELINES, in_words, of_any_length
+from tests.models.pipelines import PIPELINES, in_words, of_any_length, relative
 
 READERS = in_words() | of_any_length()
 PROMPTS = ["a cat", "two dogs and a bird"]
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @functools.cache
