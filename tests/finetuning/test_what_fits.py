@@ -95,12 +95,12 @@ def test_what_refusals_name_works(capability, spec, strict, tmp_path):
 
 @pytest.mark.parametrize(("capability", "fits_jumps"), [("two_time", True), ("velocity", False)])
 @pytest.mark.parametrize("name", ["weighted", "orw_cfm"])
-def test_a_network_without_two_times_is_never_fitted_to_jumps(name, capability, fits_jumps, strict, tmp_path):
+def test_a_network_without_two_times_is_never_fitted_to_jumps(name, capability, fits_jumps, strict, tmp_path, monkeypatch):
     """It would learn the mean velocity to a later time as that of this one."""
     method = build({"name": name, "samples": 16, "rounds": 1}, METHOD)
     module = FineTuning(strict(capability), as_reward(linear), method, batch_size=4, control=0.1, steps=2)
     seen = []
-    module.log = lambda key, *_, **__: seen.append(key)
+    monkeypatch.setattr(module, "log", lambda key, *_, **__: seen.append(key))
     fit(module, module.data(), tmp_path, **QUICK)
     assert ("train/jumps" in seen) == fits_jumps
     assert "train/velocity" in seen
