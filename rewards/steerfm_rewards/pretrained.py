@@ -12,11 +12,12 @@ from steerfm.rewards import Prompts, RewardError
 from steerfm.zoo import load_image_text_head
 from steerfm_rewards.checks import check_pictures
 from steerfm_rewards.late import LateReward, WordsReward
+from steerfm_rewards.towers import efficientnet_lite
 
 
 @lru_cache(maxsize=1)
 def _imagenet() -> Any:
-    return encoders.efficientnet_lite(0)
+    return efficientnet_lite(0)
 
 
 class ImageNet(LateReward):

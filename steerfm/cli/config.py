@@ -121,7 +121,7 @@ class TrainConfig:
     network: dict[str, Any] = option(
         {"name": "unet"}, "name: unet, mlp, resnet ..., and its arguments; for contrastive open_clip's model_cfg"
     )
-    text: str | None = option(None, "encoder of the captions that a flow map is asked in: an open_clip model, or minilm")
+    text: str | None = option(None, "encoder of the captions that a flow map is asked in: a wrong name lists those there are")
     features: list[str] | None = option(
         None, "networks in whose features a flow map is measured: a classifier of yours, or FILE.py:NAME; its card names them"
     )

@@ -116,7 +116,8 @@ def _check_asked(config: TrainConfig, data: Any) -> None:
         has = "has classes: leave text= away" if data.class_names else "has no captions: leave text= away, or write some"
         raise ConfigError(f"text={config.text}: data {name!r} {has}")
     if config.task == "flow_map" and config.text is None and captions:
-        raise ConfigError(f"data {name!r} has captions: text= names the encoder that reads them: text=minilm, text=emoji-clip")
+        known = ", ".join(f"text={known}" for known in [*encoders.text_encoders(), *encoders.shipped()])
+        raise ConfigError(f"data {name!r} has captions: text= names the encoder that reads them: {known}")
 
 
 def _save(
@@ -270,7 +271,7 @@ def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tup
     o = config.objective
     options = options | {"noise": o.noise}
     if config.network.get("name") == "image_text_head":
-        head = encoders.ImageTextHead(**architecture)
+        head = plugins.image_text_head()(**architecture)
         return training.ContrastiveTraining(head, list, encoders.Remembered(head.features), **options), architecture
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
         raise ConfigError(
@@ -299,7 +300,7 @@ def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tenso
 
 
 def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's ``preprocess_cfg`` of a model that is trained here: EfficientNet-Lite's normalisation."""
+    """open_clip's ``preprocess_cfg`` of a model that is trained here: pictures as (255 x - 127) / 128."""
     size = architecture["vision_cfg"]["image_size"]
     return {
         "size": [size, size],
