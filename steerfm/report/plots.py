@@ -197,7 +197,7 @@ def frontier_plot(
 
     Args:
         points: name -> (x, y), numbered in the picture and in its key.
-        paths: name -> (x, y) in order, drawn as lines with an open marker at their start.
+        paths: name -> (x, y) in order, drawn as lines with an open marker at their start; of one point, as that point.
         path: of the png.
     """
     fig = new_figure(3.6)
@@ -206,16 +206,18 @@ def frontier_plot(
     marks = []
     for name, line in paths.items():
         at, (x, y) = look(name), zip(*line)
-        ax.plot(x, y, color=at.colour, linestyle=at.line, linewidth=1.2, marker=".", markersize=4, zorder=1)
-        ax.plot(x[:1], y[:1], color=at.colour, marker=at.marker, markersize=7, markerfacecolor="white", zorder=2)
-        marks.append(mark(at, name, width=1.2, markersize=7, markerfacecolor="white"))
+        drawn = {"linestyle": at.line, "markerfacecolor": "white"} if len(line) > 1 else {"linestyle": "none"}
+        ax.plot(x, y, color=at.colour, linestyle=drawn["linestyle"], linewidth=1.2, marker=".", markersize=4, zorder=1)
+        ax.plot(x[:1], y[:1], color=at.colour, marker=at.marker, markersize=7, zorder=2, **drawn)
+        marks.append(mark(at, name, width=1.2, markersize=7, **drawn))
     for i, (name, (x, y)) in enumerate(points.items()):
         at = look(name)
         ax.plot([x], [y], linestyle="none", marker=at.marker, markersize=8, color=at.colour, zorder=3)
         ax.annotate(str(i + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=TEXT, color=INK)
         marks.append(mark(at, f"{i + 1} {name}", linestyle="none", size=8))
     name_axes(ax, xlabel, ylabel)
-    add_key(fig, marks, "An open marker is where a run began, dots are what it was on the way." if paths else "")
+    began = any(len(line) > 1 for line in paths.values())
+    add_key(fig, marks, "An open marker is where a run began, dots are what it was on the way." if began else "")
     return save_figure(fig, path)
 
 
