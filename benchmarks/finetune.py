@@ -79,7 +79,10 @@ def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str
     reward = build_reward(config.reward)
     panel = build_panel(base, reward, build_judge(config, base, reward), config, config.watch.n)  # type: ignore[arg-type]
     panel = replace(panel, seeds=panel.seeds + panel.tasks.n)  # those of the runs' own last tables
-    found = {f"base, {jumps} jump{'s' * (jumps > 1)}": panel.measure(chain(jumps)(base)).numbers() | {"cost": jumps} for jumps in (1, 4)}
+    found = {
+        f"base, {jumps} jump{'s' * (jumps > 1)}": panel.measure(chain(jumps)(base)).numbers() | {"cost": jumps}
+        for jumps in (1, 4)
+    }
     for k in (4, 16, 64):
         found[f"best of {k}, 1 jump"] = panel.measure(chain(1)(base), k).numbers() | {"cost": k}
     found["best of 16, 4 jumps"] = panel.measure(chain(4)(base), 16).numbers() | {"cost": 64}

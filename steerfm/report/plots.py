@@ -206,10 +206,10 @@ def frontier_plot(
     marks = []
     for name, line in paths.items():
         at, (x, y) = look(name), zip(*line)
-        drawn = {"linestyle": at.line, "markerfacecolor": "white"} if len(line) > 1 else {"linestyle": "none"}
-        ax.plot(x, y, color=at.colour, linestyle=drawn["linestyle"], linewidth=1.2, marker=".", markersize=4, zorder=1)
-        ax.plot(x[:1], y[:1], color=at.colour, marker=at.marker, markersize=7, zorder=2, **drawn)
-        marks.append(mark(at, name, width=1.2, markersize=7, **drawn))
+        style, face = (at.line, "white") if len(line) > 1 else ("none", at.colour)
+        ax.plot(x, y, color=at.colour, linestyle=style, linewidth=1.2, marker=".", markersize=4, zorder=1)
+        ax.plot(x[:1], y[:1], color=at.colour, marker=at.marker, markersize=7, markerfacecolor=face, zorder=2)
+        marks.append(mark(at, name, width=1.2, markersize=7, linestyle=style, markerfacecolor=face))
     for i, (name, (x, y)) in enumerate(points.items()):
         at = look(name)
         ax.plot([x], [y], linestyle="none", marker=at.marker, markersize=8, color=at.colour, zorder=3)
