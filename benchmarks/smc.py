@@ -6,10 +6,8 @@ The model is the one that `steerfm.FeynmanKac` runs: particles start in N(0, 1),
 potentials V_i / V_{i-1}, log V_i = t_i strength r(X_{t_i,1}(x)); systematic resampling below half of the particles. The data
 are one Gaussian, so that the map is a line of arithmetic on either side and the time is that of the particle methods; each
 side makes one call of the map per particle and step. Ours runs all outputs as one batch, theirs is a loop over outputs.
-log Z and the target's mean are known in closed form.
-
-Then the resampling schemes, both libraries': the variance of a weighted average that resampling adds (of x, k times, which one
-law has for one scheme), and the time for one output and for all. Prints tables, then one JSON line.
+log Z and the target's mean are known in closed form. Prints a table, then one JSON line. The schemes of resampling alone:
+`steerfm bench resampling`.
 """
 
 from __future__ import annotations
@@ -24,13 +22,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import particles  # pyright: ignore[reportMissingImports] # it is in the extra bench, which a check has not to have
 import torch
-from particles import resampling as their_resampling  # pyright: ignore[reportMissingImports]
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import steerfm
-from steerfm.steering.resampling import SCHEMES
 
 MEAN, VARIANCE = 0.5, 0.36
 LINEAR, QUADRATIC, STRENGTH = 1.2, 0.5, 2.0
@@ -100,39 +96,6 @@ def ours(
 def gaussian_lookahead(x: Array, t: float) -> Array:
     """X_{t,1} of data N(MEAN, VARIANCE)."""
     return MEAN + (x - t * MEAN) * np.sqrt(VARIANCE / (t**2 * VARIANCE + (1 - t) ** 2))
-
-
-def resampling(scheme: str, k: int, n: int, repeats: int) -> dict[str, float]:
-    """What one scheme does on either side with weights exp(x): k Var of the children's mean of x, over 4,000 draws of 100
-    particles; its z-score; and milliseconds (medians) for one output and for ``n`` outputs of k particles."""
-    x = np.random.default_rng(0).standard_normal(100)
-    w = np.exp(x) / np.exp(x).sum()
-    u = torch.rand(4000, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    children = SCHEMES[scheme](torch.from_numpy(w).expand(4000, 100), u)
-    np.random.seed(1)
-    means = {
-        "steerfm": x[children.numpy()].mean(1),
-        "particles": np.array([x[their_resampling.resampling(scheme, w)].mean() for _ in range(4000)]),
-    }
-    squares = {side: 100 * (values - w @ x) ** 2 for side, values in means.items()}
-    row = {f"{side} variance": float(values.mean()) for side, values in squares.items()}
-    a, b = squares.values()
-    row["z"] = float((a.mean() - b.mean()) / np.sqrt((a.var() + b.var()) / 4000))
-    log_w = np.random.default_rng(2).standard_normal((n, k))
-    w = np.exp(log_w) / np.exp(log_w).sum(1, keepdims=True)
-    all_w, all_u = torch.from_numpy(w), torch.rand(n, k, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    for rows in (1, n):
-        calls = {
-            "steerfm": lambda rows=rows: SCHEMES[scheme](all_w[:rows], all_u[:rows]),
-            "particles": lambda rows=rows: [their_resampling.resampling(scheme, one) for one in w[:rows]],
-        }
-        for side, call in calls.items():
-            seconds: list[float] = []
-            call()
-            for _ in range(repeats):
-                stopwatch(call, seconds)()
-            row[f"{side} ms, {rows}"] = 1000 * statistics.median(seconds)
-    return row
 
 
 def stopwatch(call: Callable, seconds: list[float]) -> Callable:
@@ -211,18 +174,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table)
     for pair, z in scores.items():
         console.print(f"z of {pair}: log Z {z['log_z']:+.2f}, mean {z['mean']:+.2f}", highlight=False)
-    schemes = {scheme: resampling(scheme, options.particles, options.outputs, options.repeats) for scheme in SCHEMES}
-    table = Table("", *next(iter(schemes.values())), title=f"resampling; ms: {options.particles} particles, of so many outputs")
-    for scheme, row in schemes.items():
-        table.add_row(scheme, *(f"{value:.3f}" for value in row.values()))
-    console.print(table)
     result = {
         "benchmark": "smc",
         **vars(options),
         "estimates": found,
         "z": scores,
         "seconds": median,
-        "resampling": schemes,
         "ratio": statistics.median(b / a for a, b in zip(*seconds.values())),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
