@@ -110,10 +110,14 @@ def build_method(value: Any, kind: registry.Kind = METHOD) -> Any:
 def fitting(
     config: SteerConfig | FinetuneConfig, method: Any, flow_map: FlowMap, usual: Callable[[FlowMap], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """What to take, and a line that says so, where nobody named a method and the default one does not fit the map."""
-    if config.method != type(config)().method or not (why := method.lacks(flow_map)):
+    """What to take, and a line that says so, where nobody named a method and the default one does not fit the map.
+
+    What was set of the default one, ``method.particles=8``, is set of what is taken.
+    """
+    default, own = registry.named(config.method, "method")
+    if default != registry.named(type(config)().method, "method")[0] or not (why := method.lacks(flow_map)):
         return None
-    instead, default = usual(flow_map), registry.named(config.method, "method")[0]
+    instead = usual(flow_map) | own
     console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} {why}")
     return instead
 
