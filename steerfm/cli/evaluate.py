@@ -20,7 +20,7 @@ from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.metrics import consistency_errors, pairwise_diversity, texture
 from steerfm.metrics.evaluator import Evaluator
-from steerfm.metrics.spaces import Reference, Space
+from steerfm.metrics.spaces import Reference, Space, pixels
 from steerfm.randomness import stream
 from steerfm.registry import named
 from steerfm.report.page import report
@@ -161,7 +161,8 @@ def _plan(
             for name, value in values.items():
                 total[name] = total.get(name, 0.0) + float(value.sum())
             if rows.start < PAIRS:
-                features.append(next(iter(found.values()), pictures.flatten(1))[: PAIRS - rows.start])
+                looked = next(iter(found.values())) if found else pixels().features(pictures)
+                features.append(looked[: PAIRS - rows.start])
             if rows.start < few:
                 first.append(pictures[: few - rows.start].float().cpu())
             tick(i + 1)

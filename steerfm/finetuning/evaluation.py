@@ -17,7 +17,7 @@ from steerfm.files import write_tensors
 from steerfm.finetuning.base import Law, Tasks, chain, draw
 from steerfm.finetuning.module import FineTuning
 from steerfm.flowmap import FlowMap
-from steerfm.metrics import feature_statistics, frechet_distance, interval, pairwise_diversity, precision, semigroup_error
+from steerfm.metrics import interval, pairwise_diversity, precision, sample_distance, semigroup_error
 from steerfm.randomness import derive, is_derived
 from steerfm.report.pictures import picture_grid
 from steerfm.rewards import Reward, RewardError
@@ -150,7 +150,7 @@ class Panel:
         for label in present:
             share = int((c == label).sum()) / len(c)
             parts.append(known[classes == label][: max(2, round(share * least))])
-        return frechet_distance(*feature_statistics(f), *feature_statistics(torch.cat(parts)))
+        return sample_distance(f, torch.cat(parts))
 
 
 def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0) -> float:

@@ -27,6 +27,7 @@ from steerfm.metrics.functional import (
     precision,
     restoration,
     reward_statistics,
+    sample_distance,
     sliced_wasserstein,
     split_statistics,
     texture,
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOCK", "Difference", "FrechetDistance", "KernelDistance", "TextureRatio", "bootstrap", "consistency_errors", "coverage",
     "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "mmd", "paired_difference",
-    "pairwise_diversity", "precision", "restoration", "reward_statistics", "semigroup_error", "sliced_wasserstein",
-    "split_statistics", "texture", "vendi", "wasserstein_1d",
+    "pairwise_diversity", "precision", "restoration", "reward_statistics", "sample_distance", "semigroup_error",
+    "sliced_wasserstein", "split_statistics", "texture", "vendi", "wasserstein_1d",
 ]  # fmt: skip
 
 

@@ -51,6 +51,27 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     return max(0.0, distance.item())
 
 
+def sample_distance(a: Tensor, b: Tensor) -> float:
+    """`frechet_distance` of the Gaussians of two samples; of few samples of many features without a matrix of d x d.
+
+    With C_a = A' A and C_b = B' B, A and B the centred samples over the root of one less than their number, the trace of
+    (C_a^{1/2} C_b C_a^{1/2})^{1/2} is the sum of the singular values of A B'.
+
+    Args:
+        a, b: (n, d) and (m, d).
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if a.shape[1] <= max(len(a), len(b)) or min(len(a), len(b)) < 2:
+        return frechet_distance(*feature_statistics(a), *feature_statistics(b))
+    a, b = float64(a), float64(b)
+    shift = a.mean(0) - b.mean(0)
+    a, b = ((part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (a, b))
+    distance = shift.square().sum() + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    return max(0.0, distance.item())
+
+
 def split_statistics(mean: Tensor, cov: Tensor, count: int, part: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of what is left of ``count`` samples when the rows of ``part``, which are among them, are taken out.
 

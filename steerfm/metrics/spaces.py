@@ -111,9 +111,21 @@ class Space:
         return self.logits(self.features(pictures)).argmax(1)
 
 
+SIDE = 32
+"""Pixels of a side that are told apart where no network looks at pictures."""
+
+
 def pixels() -> Space:
-    """The samples themselves, of which no network knows anything."""
-    return Space("samples", lambda x: x.flatten(1))
+    """The samples themselves, of which no network knows anything; of pictures and videos wider than `SIDE` means of pixels."""
+    return Space("samples", _small)
+
+
+def _small(x: Tensor) -> Tensor:
+    """Pictures (b, c, h, w), videos (b, c, f, h, w) or vectors to (b, d)."""
+    if x.ndim < 4 or max(x.shape[-2:]) <= SIDE:
+        return x.flatten(1)
+    h, w = (min(side, SIDE) for side in x.shape[-2:])
+    return nn.functional.adaptive_avg_pool2d(x.flatten(1, -3), (h, w)).flatten(1)
 
 
 FEATURES = registry.Kind("features", callable, "a function of pictures", "steerfm models")
