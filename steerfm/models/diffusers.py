@@ -24,7 +24,7 @@ from torch import nn
 
 from steerfm.capabilities import ENDPOINT, TWO_TIME, VELOCITY, closed
 from steerfm.checks import whole_numbers
-from steerfm.flowmap import FlowMap, Guided, Wrapped
+from steerfm.flowmap import FlowMap, Guided, Microbatched, Wrapped
 from steerfm.models import lora as adapters
 from steerfm.models import paths
 from steerfm.models.capture import Recording, check_arguments, denoiser, parameters
@@ -61,6 +61,7 @@ def from_pipeline(
     tiling: bool = False,
     slicing: bool = False,
     gradient_checkpointing: bool = False,
+    micro_batch: int | None = None,
     two_time: bool = False,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
@@ -83,6 +84,7 @@ def from_pipeline(
         tiling: decode in tiles: less memory, and slightly other pictures.
         slicing: decode one picture at a time: less memory.
         gradient_checkpointing: compute activations anew for gradients: less memory, more time, the same gradients.
+        micro_batch: rows of a call of the network, and pictures of a call of the decoder; None for all.
         two_time: give FLUX.1 or SD3.5 a second time, which an adapter of a flow map needs; see `steerfm.models.two_time`.
         lora: a low-rank adapter in the layout of diffusers and peft, a file or a folder; it is added to the network's weights.
         lora_scale: how strongly; 0 leaves the network as it is.
@@ -91,7 +93,7 @@ def from_pipeline(
     Raises:
         ValueError: an argument that its call does not have; a first call that cannot be captured; guidance that is not linear.
     """
-    whole_numbers(steps=steps)
+    whole_numbers(steps=steps, micro_batch=1 if micro_batch is None else micro_batch)
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
     able = None if capability is None else closed([capability])
@@ -116,7 +118,8 @@ def from_pipeline(
     flow_map.eval().requires_grad_(False)
     _switch(pipe, network, tiling, slicing, gradient_checkpointing)
     scale = prompts.guidance.scale
-    return flow_map if scale is None else Guided(flow_map, scale)
+    thrifty = flow_map if micro_batch is None else Microbatched(flow_map, micro_batch)
+    return thrifty if scale is None else Guided(thrifty, scale)
 
 
 def pipeline_map(flow_map: FlowMap) -> PipelineMap | None:

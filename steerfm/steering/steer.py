@@ -261,6 +261,7 @@ class _Job:
         whole_numbers(particles=k)
         tilt = _strengths(flow_map, rw, rows, strength)
         size = n if batch_size is None else batch_size
+        micro_batch = flow_map.micro_batch if micro_batch is None else micro_batch
         whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
         if size < 1:
             raise ValueError(f"batch_size={batch_size}: at least one output at a time")
