@@ -80,6 +80,16 @@ def in_words(flow_map: Capable) -> str:
     return " and ".join(WORDS[name] for name in widest) or "nothing"
 
 
+def in_steps(flow_map: Capable, n: int) -> str:
+    """So many steps of a map in words: 4 jumps, or 4 steps where it can make none."""
+    return f"{n} {step_of(flow_map)}{'' if n == 1 else 's'}"
+
+
+def step_of(flow_map: Capable) -> str:
+    """What one step of a map is: a jump, or a step of an ODE or SDE solver."""
+    return "jump" if can(flow_map, "generator") else "step"
+
+
 def check_method(method: object, flow_map: Capable, times: Sequence[float] | None = None) -> None:
     """Refuse a method, of steering or of tuning, that would be wrong for a map.
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfm.capabilities import can, in_steps, in_words, step_of
 from steerfm.cli.config import EvaluateConfig
 from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.parts import load_model
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
-from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.flowmap import FlowMap
 from steerfm.metrics import consistency_errors, pairwise_diversity, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space, pixels
@@ -29,7 +30,8 @@ from steerfm.report.plots import jumps_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rows import Condition, move_condition, take_rows
 from steerfm.sampling import sample as draw
-from steerfm.transitions import Diffuse
+from steerfm.transitions import Diffuse, Transition
+from steerfm.values import ConfigError
 
 POOL = 100
 """Prompts among which the right one is looked for."""
@@ -70,19 +72,20 @@ class Examiner:
 def evaluate(config: EvaluateConfig, command: str = "") -> None:
     """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
     flow_map = load_model(config.model, config.device)
+    plans = samplers(flow_map, config)
     examiner = examine(flow_map, config)
     folder = run_folder(config, f"runs/evaluate/{stem(config.model)}")
     if folder.load_result() is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
-    many = f"{config.euler} Euler steps"
-    rows, drawn = measure(flow_map, examiner, config, folder, many)
-    n = min(PAIRS, config.n)
-    consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n)))
+    rows, drawn = measure(flow_map, examiner, config, folder, plans)
+    n, (many, *_) = min(PAIRS, config.n), plans[0]
+    jumpy = can(flow_map, "two_time")  # of others jumps between any two times were never trained
+    consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n))) if jumpy else {}
     floors = {name: known.floor(config.n) for name, known in examiner.references.items()}
     tables = _tables(rows, floors, many, config.n)
     _print(config, tables, consistency, examiner.gaps)
-    pictures = [("by the number of jumps", _plot(rows, floors, many, config.steps, folder.path / "jumps.png"))]
+    pictures = _plot(rows, floors, plans, step_of(flow_map), folder.path / "jumps.png")
     pictures += _draw_samples({name: drawn[name] for name in rows}, examiner.names, folder.path)
     facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
     report(folder, f"Evaluation of {stem(config.model)}", facts, tables, pictures)
@@ -95,29 +98,51 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     folder.clear_parts()
 
 
+Plan = tuple[str, int, Transition | None]
+"""A sampler: its name, its number of steps, and its transition; None for the map's own."""
+
+
+def samplers(flow_map: FlowMap, config: EvaluateConfig) -> list[Plan]:
+    """What is measured, the first of which the others are held against: many Euler steps of a velocity, the most jumps of a map
+    that has none.
+
+    Raises:
+        ConfigError: steps that the map cannot make.
+    """
+    counts = config.steps if can(flow_map, "velocity") or can(flow_map, "endpoint") else [n for n in config.steps if n == 1]
+    if not counts:
+        raise ConfigError(f"steps={config.steps}: this model has only {in_words(flow_map)}: steps=[1]")
+    plans: list[Plan] = [(in_steps(flow_map, steps), steps, None) for steps in counts]
+    if can(flow_map, "velocity"):
+        return [(f"{config.euler} Euler steps", config.euler, Diffuse(0.0)), *plans]
+    most = max(plans, key=lambda plan: plan[1])
+    return [most, *(plan for plan in plans if plan != most)]
+
+
 def measure(
-    flow_map: FlowMap, examiner: Examiner, config: EvaluateConfig, folder: RunFolder, many: str
+    flow_map: FlowMap, examiner: Examiner, config: EvaluateConfig, folder: RunFolder, plans: list[Plan]
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """The numbers of each sampler by its name, the Euler steps' last, and its first pictures; those that a killed run left are
+    """The numbers of each sampler by its name, the first plan's last, and its first pictures; those that a killed run left are
     read."""
-    plans = [(many, config.euler, True)]  # first: the others are held against it
-    plans += [(f"{steps} jumps" if steps > 1 else "1 jump", steps, False) for steps in config.steps]
     batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
     rows: dict[str, dict[str, float]] = {}
     drawn, ends = {}, None
     with progress("evaluating", len(plans) * len(batches)) as tick:
-        for done, (name, steps, euler) in enumerate(plans):
+        for done, (name, steps, transition) in enumerate(plans):
             part = folder.load_part(done, prefix="plan")
             if part is None:
                 part = _plan(
-                    flow_map, examiner, batches, steps, ends, config.seeds,
+                    flow_map, examiner, batches, (steps, transition), ends, config.seeds,
                     lambda i, done=done: tick(done * len(batches) + i, len(plans) * len(batches)),
                 )  # fmt: skip
                 folder.save_part(done, part, prefix="plan")
             drawn[name], last = part.pop("pictures"), part.pop("ends")
-            ends = last if euler else ends
+            ends = last if done == 0 else ends
+            if not can(flow_map, "velocity"):
+                part.pop("to_euler")
             rows[name] = in_order(part, examiner.references)
             folder.log(sampler=name, **rows[name], once=("sampler",))
+    many = plans[0][0]
     rows[many] = rows.pop(many)
     return rows, drawn
 
@@ -129,18 +154,17 @@ def in_order(numbers: Mapping[str, Tensor], spaces: Iterable[str]) -> dict[str, 
 
 
 def _plan(
-    flow_map: FlowMap, examiner: Examiner, batches: list[slice], steps: int, ends: Tensor | None, seed: int,
-    tick: Callable[[int], None],
+    flow_map: FlowMap, examiner: Examiner, batches: list[slice], walk: tuple[int, Transition | None], ends: Tensor | None,
+    seed: int, tick: Callable[[int], None],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Metrics of one sampler over all batches, its first pictures and ``ends``; those of the Euler steps where there are none
-    to compare with."""
+    """Metrics of one sampler over all batches, its first pictures and ``ends``, its own where none are given."""
     from steerfm.metrics import FrechetDistance, KernelDistance  # seconds, which benchmarks need not wait
 
     metrics = {  # features are computed once, for both
         name: (FrechetDistance(nn.Identity(), (known.mean, known.cov)), KernelDistance(nn.Identity(), known.rows))
         for name, known in examiner.references.items()
     }
-    transition = Diffuse(0.0) if ends is None else None
+    steps, transition = walk
     few = min(PAIRS, max(SHOWN, 2**22 // math.prod(flow_map.shape)))  # large pictures fill the memory
     total: dict[str, float] = {}
     seconds, first, features = 0.0, [], []
@@ -220,15 +244,12 @@ def _tables(rows: Rows, floors: Rows, many: str, n: int) -> Tables:
     if agrees:
         lines = [[name, *(f"{row[key]:.4f}" for key in agrees)] for name, row in rows.items()]
         tables.append((f"agreement of {n} samples with what was asked", ["sampler", *agrees], lines))
-    textured = ["texture"] if "texture" in rows[many] else []
-    header = ["sampler", *textured, TITLES["to_euler"], "diversity", "ms a sample"]
+    own = {key: form for key, form in {"texture": ".3g", "to_euler": ".4f", "diversity": ".3f"}.items() if key in rows[many]}
+    header = ["sampler", *(TITLES.get(key, key) for key in own), "ms a sample"]
     lines = [
-        [
-            name, *(f"{row[key]:.3g}" for key in textured), f"{row['to_euler']:.4f}", f"{row['diversity']:.3f}",
-            f"{1e3 * row['seconds'] / n:.2f}",
-        ]
+        [name, *(f"{row[key]:{form}}" for key, form in own.items()), f"{1e3 * row['seconds'] / n:.2f}"]
         for name, row in rows.items()
-    ]  # fmt: skip
+    ]
     return [*tables, (f"{n} samples", header, lines)]
 
 
@@ -236,7 +257,8 @@ def _print(config: EvaluateConfig, tables: Tables, consistency: Mapping[str, flo
     for title, header, lines in tables:
         print_table(header, lines, f"{stem(config.model)}: {title}")
     for line in [", ".join(f"{name} {value:.5f}" for name, value in consistency.items()), *gaps]:
-        console.print(line)
+        if line:
+            console.print(line)
 
 
 def _draw_samples(pictures: Mapping[str, Tensor], names: list[str], folder: Path) -> list[tuple[str, Path]]:
@@ -249,17 +271,19 @@ def _draw_samples(pictures: Mapping[str, Tensor], names: list[str], folder: Path
     return drawn
 
 
-def _plot(rows: Rows, floors: Rows, many: str, steps: list[int], path: Path) -> Path:
-    """Every measure against the number of jumps."""
-    jumps = [row for name, row in rows.items() if name != many]
+def _plot(rows: Rows, floors: Rows, plans: list[Plan], step: str, path: Path) -> list[tuple[str, Path]]:
+    """Every measure against the number of jumps; nothing where there is one sampler."""
+    (many, *_), *others = plans
     lines = {}
-    for key in rows[many]:
+    for key in rows[many] if others else ():
         if key not in ("diversity", "seconds"):
             name, kind = _distance(key)
             titles = {"frechet": f"Fréchet distance, {name}", "kernel": f"kernel distance, {name}", "": TITLES.get(key, key)}
             data = floors[name][kind] if kind else 1.0 if key == "texture" and floors else None
-            lines[titles[kind]] = [row[key] for row in jumps], rows[many][key], data
-    return jumps_plot(steps, lines, path, many)
+            lines[titles[kind]] = [rows[name][key] for name, *_ in others], rows[many][key], data
+    if not lines:
+        return []
+    return [(f"by the number of {step}s", jumps_plot([steps for _, steps, _ in others], lines, path, many, step))]
 
 
 # --- what models are held against --------------------------------------------------------------------------------------
@@ -295,7 +319,7 @@ def _asked(evaluator: Evaluator, config: EvaluateConfig, compared: bool) -> tupl
     flow_map, n = evaluator.flow_map, config.n
     if flow_map.class_names:
         return _classes(evaluator, n, config.seeds, compared)
-    if isinstance(flow_map, NeuralFlowMap) and flow_map.text is not None:
+    if isinstance(flow_map.null, Mapping):  # it is asked in words
         prompts = read_prompts(config.prompt) or (evaluator.data.prompts(config.held_out) if evaluator.data else [])
         if prompts:
             texts = [prompts[i % len(prompts)] for i in range(n)]

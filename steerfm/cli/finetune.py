@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from steerfm import files, registry, training, zoo
-from steerfm.capabilities import can
+from steerfm.capabilities import can, in_steps
 from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
@@ -183,14 +183,16 @@ def examine(
     tuned = averaged if plain_weights else averaged.with_network(merged(averaged.body))
     tuned.body.requires_grad_(False)
     own, flow = base.steps, can(base, "two_time")
-    readings = {f"base, {_jumps(jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and own > 1 else ())}
-    readings[f"base, {_jumps(own)}"] = before
+    readings = {
+        f"base, {in_steps(base, jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and own > 1 else ())
+    }
+    readings[f"base, {in_steps(base, own)}"] = before
     for jumps in sorted({1, own} if flow else {own}):
-        readings[f"base, {_jumps(jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
+        readings[f"base, {in_steps(base, jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
     counts = sorted({*JUMPS, own}) if flow else [own]
-    readings |= {f"tuned, {_jumps(jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
+    readings |= {f"tuned, {in_steps(base, jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
     tasks, pair = panel.tasks, (("base", base), ("tuned", tuned)) if flow else ()
     consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}
     moved = control_cost(tuned, base, tasks)
@@ -202,7 +204,7 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
         "samples": f"its own, of {registry.named(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
-        "commit": commit(), "metrics": run.readings[f"tuned, {_jumps(run.base.steps)}"].numbers(),
+        "commit": commit(), "metrics": run.readings[f"tuned, {in_steps(run.base, run.base.steps)}"].numbers(),
         "licence": run.base.card.get("licence", ""),
     }  # fmt: skip
     if run.last.lora is not None and pipeline_map(run.tuned) is not None:
@@ -254,7 +256,7 @@ def _table(run: Outcome) -> tuple[list[str], list[tuple[Any, ...]]]:
         "diversity",
         "support",
         "distance",
-        f"held out, over base in {_jumps(run.base.steps)}",
+        f"held out, over base in {in_steps(run.base, run.base.steps)}",
     ], rows
 
 
@@ -378,7 +380,3 @@ def build_panel(base: FlowMap, reward: Reward, judge: Reward | None, config: Fin
     space = Evaluator(base, "cpu").watch
     classes = space.classes if space.logits else None
     return Panel(base, reward, judge, tasks, support, space.features, classes, config.watch.seeds)
-
-
-def _jumps(n: int) -> str:
-    return "1 jump" if n == 1 else f"{n} jumps"

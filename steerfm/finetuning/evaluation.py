@@ -24,6 +24,7 @@ from steerfm.rewards import Reward, RewardError
 from steerfm.rows import move_condition
 from steerfm.sampling import Noise
 from steerfm.training import save_checkpoint
+from steerfm.transitions import usual
 
 Features = Callable[[Tensor], Tensor]
 
@@ -154,14 +155,23 @@ class Panel:
 
 
 def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0) -> float:
-    """Mean over samples of sum_i h_i |u(x_i) - u_base(x_i)|^2 / 2 along the tuned map's jumps, mean over entries."""
+    """Mean over samples of sum_i h_i |u(x_i) - u_base(x_i)|^2 / 2 along the tuned map's jumps, mean over entries.
+
+    u is that of the jump from one time to the next; of a map that jumps to the data only, that of the jump there.
+    """
     cond = move_condition(tasks.cond, tuned.device)
-    total = 0.0
+    total, velocity = 0.0, can(tuned, "velocity")
     with torch.no_grad():
-        x = Noise([seeds + i for i in range(tasks.n)]).start(tuned)
+        noise = Noise([seeds + i for i in range(tasks.n)])
+        x = noise.start(tuned)
         for s, t in pairwise(tuned.grid(tuned.steps)):
-            after = tuned.jump(x, s, t, cond)
-            total += ((after - base.jump(x, s, t, cond)).square().mean() / (2 * (t - s))).item()
+            to = t if velocity else 1.0
+            after = tuned.jump(x, s, to, cond)
+            miss = (after - base.jump(x, s, to, cond)).square().mean() / (2 * (to - s))
+            total += miss.item() * ((t - s) / (to - s))
+            if to != t:
+                step = usual(tuned).step(tuned, x, s, t, cond, after)
+                after = step.sample(noise.normal(tuned.shape, x) if step.std else None)
             x = after
     return total
 

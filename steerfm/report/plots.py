@@ -145,7 +145,11 @@ def cost_plot(
 
 
 def jumps_plot(
-    jumps: Sequence[int], lines: Mapping[str, tuple[Sequence[float], float, float | None]], path: str | Path, many: str
+    jumps: Sequence[int],
+    lines: Mapping[str, tuple[Sequence[float], float, float | None]],
+    path: str | Path,
+    many: str,
+    step: str = "jump",
 ) -> Path:
     """Draw what is measured against the number of jumps, one panel a measure.
 
@@ -154,6 +158,7 @@ def jumps_plot(
         lines: measure -> (a value for each number of jumps, that of the reference sampler, that of the data or None).
         path: of the png.
         many: name of the reference sampler.
+        step: what one of the jumps is called.
 
     Raises:
         ValueError: no lines.
@@ -175,9 +180,9 @@ def jumps_plot(
         ax.set_xticks(x, [str(value) for value in x])
         ax.minorticks_off()
     for ax in panels[-2:]:
-        name_axes(ax, "jumps")
+        name_axes(ax, f"{step}s")
     marks = [
-        Line2D([], [], color=map_, marker="o", markersize=4, label="the map, by its jumps"),
+        Line2D([], [], color=map_, marker="o", markersize=4, label=f"the map, by its {step}s"),
         Line2D([], [], color=reference_, linestyle="--", label=many),
     ]
     if any(data is not None for _, _, data in lines.values()):

@@ -109,3 +109,19 @@ def parts_without(folder: Path) -> dict[str, None]:
     """Parts that a pipeline was saved without."""
     index = json.loads((folder / "model_index.json").read_text())
     return {part: None for part, where in index.items() if where == [None, None]}
+
+
+@pytest.mark.parametrize(
+    ("name", "samplers"), [("lcm", ["1 jump", "2 jumps"]), ("sdxl", ["1 step", "2 steps", "3 Euler steps"])]
+)
+def test_it_is_evaluated_on_the_prompts_that_it_is_asked_for(name, samplers, folders, tmp_path):
+    folder, call = folders[name]
+    settings = [f"model.{key}={json.dumps(value)}" for key, value in call.items()]
+    found = {}
+    for prompt in ("a cat", "a dog", "[a cat, a dog]"):
+        words = [f"model=diffusers:{folder}", *settings, f"prompt={prompt}", "n=4", "steps=[1,2]", "euler=3"]
+        assert cli.main(["evaluate", *words, f"out={len(found)}"]) == 0
+        result = json.loads((tmp_path / str(len(found)) / "result.json").read_text())
+        assert list(result["samplers"]) == samplers and "semigroup error" not in result
+        found[prompt] = result["samplers"][samplers[-1]]["diversity"]
+    assert len(set(found.values())) == 3
