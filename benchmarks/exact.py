@@ -45,7 +45,8 @@ import steerfm
 from steerfm import GaussianMixture
 from steerfm.metrics import interval, mmd, sliced_wasserstein, wasserstein_1d
 from steerfm.report.plots import cost_plot
-from steerfm.steering import METHODS, BestOfN, FeynmanKac, Funnel, Method
+from steerfm.steering import METHODS, BestOfN, BudgetForcing, FeynmanKac, Method, TreeSearch
+from steerfm.steering.noise_search import NoiseSearch
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
@@ -130,20 +131,15 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 # --- one cell --------------------------------------------------------------------------------------------------------
-def within_budget(method: Method, case: Case, flow_map: Any, budget: int) -> Method | None:
+def within_budget(method: Any, case: Case, flow_map: Any, budget: int) -> Any:
     """The method with the particles that ``budget`` evaluations an output buy; None where it cannot be that cheap."""
-    unit = int(getattr(method, "children", 1))
-    if isinstance(method, Funnel):
-        return method.sized(budget)
-    if hasattr(method, "width"):  # what grows one child at a time by itself grows up to 64 times here
-        method = replace(method, width=max(1, budget // 64))  # type: ignore[type-var]
-        unit = 1 if hasattr(method, "budget") else method.width  # type: ignore[attr-defined]
-    if hasattr(method, "budget"):
-        return replace(method, budget=budget)  # type: ignore[type-var]
-    trial = replace(method, particles=4 * unit)  # type: ignore[type-var]
-    each = steerfm.steer(flow_map, case.reward, trial, n=1).cost.evaluations / (4 * unit)
-    groups = int(budget / each) // unit
-    return replace(method, particles=groups * unit) if groups else None  # type: ignore[type-var]
+    if isinstance(method, TreeSearch | BudgetForcing):  # what grows one child at a time by itself grows up to 64 times here
+        method = replace(method, width=max(1, budget // 64))
+    steps = method.iterations if isinstance(method, NoiseSearch) else method.steps
+    try:
+        return method.within(budget, lambda sized: steerfm.steer(flow_map, case.reward, sized, n=1).cost.evaluations, steps)
+    except ValueError:
+        return None
 
 
 def measure(case: Case, method: Method, flow_map: Any, seeds: int) -> dict[str, list[float]]:

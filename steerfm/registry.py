@@ -226,7 +226,7 @@ class Arguments(inspect.Signature):
         return "".join(["(", *(f"\n    {line}," for line in lines), "\n)"])
 
 
-CALLED_BY_STEER = {"check", "run", "sized"}
+CALLED_BY_STEER = {"check", "run", "sized", "least", "fit", "shape"}
 """Methods of a method that nobody calls by hand: `steering.Method` and `steerfm bench` say what they do."""
 
 

@@ -50,7 +50,9 @@ from steerfm.report.plots import cost_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
-from steerfm.steering import Method, Sampler, steer
+from steerfm.steering import Method, steer
+from steerfm.steering.outcome import Fits
+from steerfm.steering.size import Sized
 from steerfm.steering.steer import automatic
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
@@ -175,34 +177,25 @@ class Problem:
         return found
 
 
-def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int) -> Any:
-    """The method with as many steps as leave it at least its least particles, then as many particles as the rest buys; None
-    where it cannot be that cheap.
+def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int, steps: int | None = None) -> Any:
+    """The method in its best shape for a budget; None where it cannot be that cheap.
 
     Args:
-        method: as a suite names it; its steps are the most it gets.
+        method: that fits itself; or one of your own, which gets the particles that the budget buys, where it is a dataclass.
         evaluations: of one output, of a method. budget: the most of them.
+        steps: that a suite asks for, in place of those of the method's shape.
     """
-    if hasattr(method, "sized"):
-        return method.sized(budget)
-    names = {field.name for field in fields(method)} if is_dataclass(type(method)) else set()
-    if "budget" in names:
-        steps = min(method.steps, budget // 4)
-        return replace(method, budget=budget, steps=steps) if steps else None
-    if "particles" not in names:
-        return method if evaluations(method) <= budget else None
-    unit = int(getattr(method, "children", 1))
-    selects = isinstance(method, Sampler) and method.parts.selection is not None
-    least = max(unit, 4 if unit > 1 or selects else 1)  # fewer leave nothing to select
-    length = "steps" if "steps" in names else "iterations" if "iterations" in names else None
-    size = min(getattr(method, length), budget) if length else 1  # a step costs at least one evaluation
-    while size >= 1:
-        trial = replace(method, **({length: size} if length else {}), particles=least)
-        particles = int(budget * least / evaluations(trial)) // unit * unit
-        if particles >= least:
-            return replace(trial, particles=particles)
-        size = size // 2 if length else 0
-    return None
+    try:
+        if isinstance(method, Sized):
+            return method.within(budget, evaluations, steps)
+        if isinstance(method, Fits):
+            return method.within(budget)
+    except ValueError:
+        return None
+    each = evaluations(method) / method.particles
+    if is_dataclass(type(method)) and "particles" in {field.name for field in fields(method)}:
+        return replace(method, particles=int(budget / each)) if each <= budget else None
+    return method if each * method.particles <= budget else None
 
 
 # --- the sweep -------------------------------------------------------------------------------------------------------
@@ -246,7 +239,7 @@ def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
             found = [_cell(folder, column, told, seed) for seed in range(config.seeds)]
             mine = [seed for seed in range(config.seeds) if (number * config.seeds + seed) % parts == part]
             if any(found[seed] is None for seed in mine):
-                method = told and _affordable(build_method(told), column)
+                method = told and _affordable(build_method(told), column, told.get("steps", told.get("iterations")))
                 for seed in (seed for seed in mine if found[seed] is None):
                     cell = column.problem.measure(method, seed) if method or not told else {}
                     folder.save_tensors(_file(column, told, seed), cell)
@@ -261,14 +254,14 @@ def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
     _write(config, suite, folder, measured, summary(measured, _baseline(methods) or BASELINE), command)
 
 
-def _affordable(method: Method, column: Column) -> Method | None:
+def _affordable(method: Method, column: Column, steps: int | None) -> Method | None:
     """What the column's budget buys; None also for a method that follows a gradient which the reward does not have, and where
     too few particles are left for its settings, such as one for a warm-up."""
     try:
         method.check(column.problem.reward)
     except RewardError:
         return None
-    sized = within_budget(method, column.problem.evaluations, column.budget)
+    sized = within_budget(method, column.problem.evaluations, column.budget, steps)
     try:
         if sized is not None:
             sized.check(column.problem.reward)

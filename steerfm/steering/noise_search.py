@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
@@ -28,6 +29,7 @@ from steerfm.rows import repeat_rows
 from steerfm.sampling import Noise
 from steerfm.steering.guidance import gradient_of
 from steerfm.steering.outcome import Outcome, Tick, Trace
+from steerfm.steering.size import Sized
 from steerfm.steering.value import Problem
 from steerfm.steering.weights import wide
 
@@ -105,7 +107,7 @@ def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
 
 # --- what all of them share ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class NoiseSearch(metaclass=Readable):
+class NoiseSearch(Sized, metaclass=Readable):
     """The common loop; a method writes `_walk`, which yields its candidates at the start and after every iteration.
 
     Attributes:
@@ -126,6 +128,10 @@ class NoiseSearch(metaclass=Readable):
 
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; steps are iterations."""
+        return replace(self, iterations=steps, particles=number)
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`: the generator is one jump, or several, which may be Euler steps."""
@@ -172,6 +178,7 @@ class ZeroOrderSearch(NoiseSearch):
     never falls (for a positive strength; for a negative one it never rises).
 
     Costs an iteration: ``candidates`` x (``hops`` forwards, one decode, one reward call) per particle; and one at the start.
+    Within a budget: one iteration at 64 evaluations, 3 at 256, the rest particles (docs/methods.md).
     Samples: no. It is a search; selection by trial follows the reward wherever it leads.
 
     Attributes:
@@ -180,6 +187,7 @@ class ZeroOrderSearch(NoiseSearch):
     """
 
     paper: ClassVar[str] = "2501.09732"
+    shape: ClassVar[Mapping[int, float]] = {64: 1, 256: 3}
 
     iterations: int = 16
     candidates: int = 4
@@ -207,11 +215,15 @@ class ZeroOrderSearch(NoiseSearch):
 class RandomSearch(ZeroOrderSearch):
     """Rounds of fresh candidates, of which the best is kept (Ma et al. 2501.09732): best-of-n of 1 + iterations * candidates.
 
-    It is `ZeroOrderSearch` at radius 1. Costs and rewards as there.
+    It is `ZeroOrderSearch` at radius 1. Costs and rewards as there. Within a budget: as many candidates as it buys.
     Samples: no. It is a search; the best of many candidates follows the reward, not the target.
     """
 
     radius: float = field(default=1.0, init=False)
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; the number is that of candidates."""
+        return replace(self, iterations=steps, candidates=number)
 
 
 # --- by gradient -----------------------------------------------------------------------------------------------------
@@ -268,6 +280,7 @@ class ReNO(NoiseAscent):
 
     Gradients are clipped row by row, and the candidate of the best objective is kept. The defaults are the paper's for latents
     of 16,384 entries (rate 5, gradients clipped at 0.1, prior 0.01, 50 iterations), with the clip made relative to sqrt(d).
+    Within a budget: 3 iterations at 64 evaluations, 5 at 256, of many chains, with steps as much longer (docs/methods.md).
 
     Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; at the end one
     evaluation without backward.
@@ -279,6 +292,8 @@ class ReNO(NoiseAscent):
 
     paper: ClassVar[str] = "2406.04312"
 
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 5}
+
     step: float = 0.004
     rate: float = 5.0
     momentum: float = 0.9
@@ -289,6 +304,10 @@ class ReNO(NoiseAscent):
             raise ValueError(f"rate={self.rate}: must be positive")
         if not 0 < self.momentum < 1:
             raise ValueError(f"momentum={self.momentum}: must be in (0, 1)")
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; fewer steps are longer, so that the way is as long."""
+        return replace(super().sized(steps, number), step=self.step * self.iterations / steps)
 
     def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
         velocity = torch.zeros_like(x)
@@ -311,6 +330,7 @@ class DFlow(NoiseAscent):
 
     Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; at the end one
     evaluation without backward.
+    Within a budget: 2 iterations at 64 evaluations, 5 at 256, the rest particles (docs/methods.md).
     Samples: no. It is an ascent; even with prior 1 it looks for the mode of the tilt, not for draws.
 
     Attributes:
@@ -318,6 +338,7 @@ class DFlow(NoiseAscent):
     """
 
     paper: ClassVar[str] = "2402.14017"
+    shape: ClassVar[Mapping[int, float]] = {64: 2, 256: 5}
 
     iterations: int = 20
     hops: int = 4

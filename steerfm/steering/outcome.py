@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -104,6 +104,19 @@ class Method(Protocol):
 
     def run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         """Run ``n`` outputs of ``particles`` particles."""
+        ...
+
+
+@runtime_checkable
+class Fits(Protocol):
+    """A method that fits itself into a budget of network evaluations."""
+
+    def within(self, budget: int) -> Any:
+        """The method in its best shape for so many evaluations an output.
+
+        Raises:
+            ValueError: it cannot be that cheap.
+        """
         ...
 
 

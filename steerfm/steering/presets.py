@@ -7,14 +7,15 @@ Methods that do not walk from noise to data once have files of their own: `noise
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from steerfm.checks import at_least_one
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
 from steerfm.steering.correction import Correction, Jarzynski, Marginal, Parts, Twisted, Uncorrected
@@ -24,8 +25,9 @@ from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSe
 from steerfm.steering.outcome import Preset
 from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Narrow, Resample, Selection, TopK, Window
+from steerfm.steering.size import Evaluations
 from steerfm.steering.state import Begin, State
-from steerfm.steering.tempering import Adaptive, Tempering, untempered
+from steerfm.steering.tempering import Exponential, Tempering, untempered
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 from steerfm.steering.value import Problem
 from steerfm.transitions import Bridge, Diffuse, Transition
@@ -39,10 +41,12 @@ class BestOfN(Steering):
 
     Parts: no look-ahead, transition jump, correction twisted (here: one importance weight exp(strength r(x_1)) at the end).
     Samples: yes, the weighted particles, by importance sampling, as they grow in number; ``best()`` is a search.
+    Within a budget: 1 step at 8 evaluations, 2 at 64, 4 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
     paper: ClassVar[str] = ""
+    shape: ClassVar[Mapping[int, float]] = {8: 1, 64: 2, 256: 4}
 
     steps: int = 4
     lookahead: Lookahead | None = None
@@ -60,10 +64,12 @@ class FeynmanKac(Steering):
     Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased. With
     ``correction="twisted"`` it is so by few large outputs where steps forget, and nearly all are too low. Without tempering
     log_z is that of the first look, as in `Funnel`.
+    Within a budget: 3 steps at 64 evaluations, 6 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
     paper: ClassVar[str] = "2501.06848"
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 6}
 
     correction: Correction = field(default_factory=Marginal)
 
@@ -82,6 +88,7 @@ class Funnel(Steering):
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
+    Within a budget: 5 steps from 32 evaluations on, half of them for the first look (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
@@ -103,21 +110,16 @@ class Funnel(Steering):
         then = Resample(threshold=0.0) if self.resampling is None else self.resampling
         return self.mix(self.correction, Narrow(self.particles, then))
 
-    @classmethod
-    def within(cls, budget: int) -> Funnel:
-        """The best shape for ``budget`` network calls an output, as measured on pictures (docs/methods.md).
-
-        A step for every eight calls, at most four; half of the calls go to the first look, three quarters where there is one
-        step, and all of them below eight: best-of-n by single jumps.
-        """
-        return cls().sized(budget)
-
-    def sized(self, budget: int) -> Funnel:
-        """This method in the shape of `within`; its other parts stay."""
-        at_least_one(budget=budget)
-        steps = min(budget // 8, 4)
-        particles = budget // (2 * max(steps, 2)) if steps else budget
-        return replace(self, particles=particles, steps=1 + steps, first=budget - particles * steps)
+    def fit(self, budget: int, evaluations: Evaluations, steps: int | None) -> Funnel:
+        """See `Sized`: a step for every eight calls, at most four; half of the calls go to the first look, three quarters where
+        there is one step, and all of them below eight: best-of-n by single jumps."""
+        call = evaluations(replace(self, particles=1, first=1, steps=1))
+        calls = int(budget / call)
+        if not calls:
+            raise ValueError(f"budget={budget}: one call of this network costs {call:g}")
+        walk = min(calls // 8, 4 if steps is None else steps - 1)
+        particles = calls // (2 * max(walk, 2)) if walk else calls
+        return replace(self, particles=particles, steps=1 + walk, first=calls - particles * walk)
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
         rows = torch.arange(0, len(noise.seeds) * self.particles, self.particles, device=problem.strength.device)
@@ -134,10 +136,12 @@ class FKSteering(Sampler):
     Samples: yes, as `FeynmanKac`; here the base chain is the ancestral one, right only in the limit of many steps. The full
     reward at a blurry denoiser misleads: where the target is concentrated, exp of what the weights say of log Z is unbiased by
     rare outputs only, and nearly all are too low (docs/benchmarks.md), so there is no log_z.
+    Within a budget: 6 steps at 64 evaluations, 14 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
     paper: ClassVar[str] = "2501.06848"
+    shape: ClassVar[Mapping[int, float]] = {64: 6, 256: 14}
 
     particles: int = 4
     steps: int = 16
@@ -160,10 +164,12 @@ class TDS(Steering):
     Parts: look-ahead denoise, gradient through the network, no tempering, transition bridge (ancestral), correction twisted,
     systematic resampling at every step.
     Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. No log_z, as in `FKSteering`.
+    Within a budget: 3 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
     paper: ClassVar[str] = "2306.17775"
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 8}
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
@@ -177,20 +183,22 @@ class TDS(Steering):
 class DAS(Steering):
     """Diffusion alignment as sampling (Kim et al. 2501.05803, algorithm 1): TDS with tempering and SSP resampling.
 
-    Parts: look-ahead denoise, gradient through the network, tempering adaptive, transition bridge (ancestral), correction
-    twisted, SSP resampling below ESS 1/2.
-    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. log Z is consistent, not unbiased, where the tempering
-    adapts: too low with few particles.
+    Parts: look-ahead denoise, gradient through the network, tempering exponential (``tempering="adaptive"``: the paper's other
+    choice), transition bridge (ancestral), correction twisted, SSP resampling below ESS 1/2.
+    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. Where the tempering adapts, log Z is consistent, not
+    unbiased: too low with few particles.
+    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
     paper: ClassVar[str] = "2501.05803"
+    shape: ClassVar[Mapping[int, float]] = {64: 4, 256: 8}
 
     particles: int = 4
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
     guidance: Guidance | None = field(default_factory=MapGradient)
-    tempering: Tempering = field(default_factory=Adaptive)
+    tempering: Tempering = field(default_factory=Exponential)
     transition: Transition = field(default_factory=Bridge)
     resampling: Selection | None = field(default_factory=lambda: Resample("ssp"))
 
@@ -204,10 +212,12 @@ class FMTT(Steering):
     Samples: in the limit of many steps only, for a true flow map: an error of order 1 / steps that more particles do not
     remove. No log_z: it would be a third too low on nine separate modes in 32 steps, and without bound where the drift, which
     has no cap, runs away.
+    Within a budget: 3 steps at 64 evaluations, 6 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "in the limit of many steps only"
     paper: ClassVar[str] = "2511.22688"
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 6}
 
     steps: int = 32
     guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5, cap=None))
@@ -227,10 +237,12 @@ class DiamondSMC(Steering):
     twisted, systematic resampling at every step.
     Samples: yes, the tilt, as particles and inner steps grow, in any number of outer steps. No log_z: what the weights
     say is low in nearly all outputs of few particles.
+    Within a budget: 2 steps at 64 evaluations, 4 at 256, the rest particles (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
     paper: ClassVar[str] = "2602.05993"
+    shape: ClassVar[Mapping[int, float]] = {64: 2, 256: 4}
 
     particles: int = 8
     lookahead: Lookahead | None = field(default_factory=Posterior)
@@ -256,47 +268,57 @@ class Ascent(Sampler):
 class DPS(Ascent):
     """Diffusion posterior sampling (Chung et al. 2209.14687, algorithm 1): gradient of the reward at the denoiser.
 
-    Parts: look-ahead denoise, gradient through the network, no tempering, transition jump, correction none.
+    Parts: look-ahead denoise, gradient through the network, no tempering, transition bridge (ancestral, by that denoiser: one
+    call a step), correction none.
     Samples: no. The denoiser stands in for the posterior, and nothing corrects it.
+    Within a budget: 3 steps at 64 evaluations, 16 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2209.14687"
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 16}
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
     guidance: Guidance | None = field(default_factory=MapGradient)
+    transition: Transition = field(default_factory=Bridge)
 
 
 @dataclass(frozen=True)
 class LGDMC(Ascent):
     """Loss-guided diffusion by Monte Carlo (Song et al., ICML 2023, equation 11): the denoiser blurred by noise.
 
-    Parts: look-ahead smooth (k endpoints of one call), gradient through the network, no tempering, transition jump,
-    correction none.
+    Parts: look-ahead smooth (k endpoints of one call), gradient through the network, rescaled to half of the step's
+    displacement (the reward's scale and ``strength`` drop out), no tempering, transition bridge (ancestral), correction none.
     Samples: no. A Gaussian stands in for the posterior.
+    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "Song et al., ICML 2023"
+    shape: ClassVar[Mapping[int, float]] = {64: 5, 256: 8}
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Smooth)
-    guidance: Guidance | None = field(default_factory=MapGradient)
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5, normalised=True))
+    transition: Transition = field(default_factory=Bridge)
 
 
 @dataclass(frozen=True)
 class FreeDoM(Ascent):
     """DPS with time travel (Yu et al. 2303.09833, algorithm 2): every step is taken ``recurrence`` times.
 
-    Parts: as `DPS`, transition bridge (ancestral); between the repeats the state is noised back.
+    Parts: as `DPS`, the gradient rescaled to half of the step's displacement, as the release does (the reward's scale and
+    ``strength`` drop out); between the repeats the state is noised back.
     Samples: no. It is an ascent whose repeats pull the state back to the data.
+    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2303.09833"
+    shape: ClassVar[Mapping[int, float]] = {64: 5, 256: 8}
 
     steps: int = 8
     recurrence: int = 2
     lookahead: Lookahead | None = field(default_factory=Denoise)
-    guidance: Guidance | None = field(default_factory=MapGradient)
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5, normalised=True))
     transition: Transition = field(default_factory=Bridge)
 
 
@@ -307,9 +329,11 @@ class MPGD(Ascent):
     Parts: look-ahead denoise, gradient at the endpoint (no network backward), no tempering, transition bridge without noise
     (DDIM), correction none.
     Samples: no.
+    Within a budget: 8 steps at 64 evaluations, 12 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2311.16424"
+    shape: ClassVar[Mapping[int, float]] = {64: 8, 256: 12}
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=Denoise)
@@ -321,8 +345,12 @@ class MPGD(Ascent):
 class WarmedAscent(Ascent):
     """An ascent that starts with several particles, of which the best by look-ahead goes on alone after ``warmup`` steps.
 
+    The warm-up is plain: nothing is guided before the one is chosen.
     Samples: no.
+    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles in one step of warm-up (docs/methods.md).
     """
+
+    shape: ClassVar[Mapping[int, float]] = {64: 5, 256: 8}
 
     steps: int = 8
     warmup: int = 0
@@ -336,6 +364,13 @@ class WarmedAscent(Ascent):
     def parts(self) -> Parts:
         return self.mix(Uncorrected(), Window(TopK(1, prune=True), self.warmup) if self.warmup else None)
 
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; the number is that of particles, which warm up for at least one step."""
+        return replace(self, steps=steps, particles=number, warmup=self.warmup or 1)
+
+    def least(self, steps: int) -> int:
+        return 2
+
 
 @dataclass(frozen=True)
 class FMRGJ(WarmedAscent):
@@ -345,11 +380,12 @@ class FMRGJ(WarmedAscent):
     ``strength`` drop out), no tempering, transition jump, correction none. With several particles and ``warmup`` steps, the
     best by look-ahead goes on alone after those; ``stop`` leaves a tail of the steps unguided.
     Samples: no. It is optimal control of one trajectory: an ascent.
+    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles in one step of warm-up (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2604.27147"
 
-    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.25, normalised=True))
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(scale=0.5, normalised=True))
 
 
 @dataclass(frozen=True)
@@ -360,11 +396,12 @@ class FMRGE(WarmedAscent):
     tempering, transition jump (two calls a step; ``transition=renoise`` jumps to the data and back, one call), correction
     none. ``warmup`` and ``stop`` as in `FMRGJ`.
     Samples: no. It is an ascent; good for measurements (inverse problems).
+    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles in one step of warm-up (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2604.27147"
 
-    guidance: Guidance | None = field(default_factory=EndpointAscent)
+    guidance: Guidance | None = field(default_factory=lambda: EndpointAscent(rate=0.3))
 
 
 @dataclass(frozen=True)
@@ -374,10 +411,18 @@ class MFMG(Ascent):
     Parts: look-ahead posterior with k = 4 (GLASS inner ODE in place of the trained map), gradient through it, no tempering,
     transition diffuse without noise (Euler), correction none.
     Samples: no for a finite k; the tilt as k, inner steps and steps grow.
+    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest endpoints (docs/methods.md).
     """
 
     samples: ClassVar[str] = "no for a finite k"
     paper: ClassVar[str] = "2601.14430"
+    shape: ClassVar[Mapping[int, float]] = {64: 4, 256: 8}
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; the number is that of endpoints, where the look-ahead has several."""
+        looks = self.lookahead
+        several = isinstance(looks, Posterior | Renoise)
+        return replace(self, steps=steps, **{"lookahead": replace(looks, k=number)} if several else {"particles": number})
 
     steps: int = 16
     lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=4))
@@ -391,6 +436,7 @@ class MFMGF(MFMG):
 
     Parts: as `MFMG`, with the tilted mean minus the mean of the endpoints in place of a gradient, k = 8.
     Samples: no for a finite k; the tilt as k, inner steps and steps grow.
+    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest endpoints (docs/methods.md).
     """
 
     lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=8))
@@ -401,17 +447,20 @@ class MFMGF(MFMG):
 class WeightedDiamond(Ascent):
     """Weighted Diamond guidance (2602.05993): renoised look-aheads, importance-weighted, no further training.
 
-    Parts: look-ahead renoise with k = 4, gradient through the map and the weights, no tempering, transition jump, correction
-    none.
-    Samples: no for a finite k; in high dimension the weights rest on one endpoint.
+    Parts: look-ahead renoise, equally weighted (k = 1), gradient through it, rescaled to the step's displacement (the reward's
+    scale and ``strength`` drop out), no tempering, transition jump, correction none.
+    Samples: no. With ``lookahead={"name": "renoise", "k": 4}`` the endpoints have the paper's importance weights, right as k
+    grows; but these are of order d: in pictures they rest on one endpoint, and the gradient is that of the weights. The
+    release leaves them out as well.
+    Within a budget: 3 steps at 64 evaluations, 4 at 256, the rest particles (docs/methods.md).
     """
 
-    samples: ClassVar[str] = "no for a finite k"
     paper: ClassVar[str] = "2602.05993"
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 4}
 
     steps: int = 8
-    lookahead: Lookahead | None = field(default_factory=Renoise)
-    guidance: Guidance | None = field(default_factory=MapGradient)
+    lookahead: Lookahead | None = field(default_factory=lambda: Renoise(snr_factor=1.1, k=1, terms=()))
+    guidance: Guidance | None = field(default_factory=lambda: MapGradient(normalised=True))
 
 
 # --- search: particles compete ---------------------------------------------------------------------------------------
@@ -422,9 +471,11 @@ class MultiRound(Sampler):
     Parts: look-ahead jump, transition renoise (shared with the look-ahead: one call a step), correction none, the best
     ``keep`` by look-ahead survive each round.
     Samples: no. It is a search.
+    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2511.22688"
+    shape: ClassVar[Mapping[int, float]] = {64: 4, 256: 8}
 
     keep: int = 1
 
@@ -438,9 +489,11 @@ class Beam(MultiRound):
     """Beam search over the path: as `MultiRound`, with several survivors (cf. Fernandes et al. 2503.02039).
 
     Samples: no. It is a search, and it collapses modes.
+    Within a budget: 2 steps at 64 evaluations, 7 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2503.02039"
+    shape: ClassVar[Mapping[int, float]] = {64: 2, 256: 7}
 
     keep: int = 4
 
@@ -452,9 +505,11 @@ class FMTTSearch(Sampler):
     Parts: look-ahead jump, FMTT's drift (capped), tempering linear, transition diffuse, correction none, the best ``keep``
     survive every ``every`` steps.
     Samples: no. It is a search, and it collapses modes.
+    Within a budget: 2 steps at 64 evaluations, 4 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2511.22688"
+    shape: ClassVar[Mapping[int, float]] = {64: 2, 256: 4}
 
     particles: int = 8
     steps: int = 16
@@ -475,9 +530,11 @@ class SVDD(Sampler):
     Parts: look-ahead denoise, transition bridge (ancestral), correction none, the best child of each parent; ``soft`` draws
     it with odds exp(strength r). ``particles`` counts children: 16 with 4 children are 4 parents.
     Samples: no. The soft version would, for exact values and infinitely many children.
+    Within a budget: 8 steps at 64 evaluations, 12 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2408.08252"
+    shape: ClassVar[Mapping[int, float]] = {64: 8, 256: 12}
 
     steps: int = 16
     children: int = 4
@@ -486,6 +543,13 @@ class SVDD(Sampler):
     lookahead: Lookahead | None = field(default_factory=Denoise)
     tempering: Tempering = untempered
     transition: Transition = field(default_factory=Bridge)
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; the number is that of parents."""
+        return replace(self, steps=steps, particles=number * self.children)
+
+    def least(self, steps: int) -> int:
+        return 1
 
     def __post_init__(self) -> None:
         if self.particles % self.children:
@@ -503,9 +567,11 @@ class CoDe(SVDD):
 
     Parts: as `SVDD`; one step a block is SVDD, all steps one block best-of-n.
     Samples: no. It is a search.
+    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2502.00968"
+    shape: ClassVar[Mapping[int, float]] = {64: 5, 256: 8}
 
     every: int = 4
 

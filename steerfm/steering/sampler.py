@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from steerfm import transitions
 from steerfm.capabilities import Choosy, can, needs
@@ -31,7 +32,8 @@ from steerfm.steering.correction import CORRECTIONS, Correction, Family, Margina
 from steerfm.steering.guidance import GUIDANCES, Guidance, evaluate, needs_gradient
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.outcome import Outcome, Tick, Trace
-from steerfm.steering.selection import Candidates, Resample, Selected, Selection, unbiased, with_threshold
+from steerfm.steering.selection import Candidates, Leaving, Resample, Selected, Selection, unbiased, with_threshold
+from steerfm.steering.size import Sized
 from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
 from steerfm.steering.value import Evaluation, Problem, View, look
@@ -41,7 +43,7 @@ from steerfm.transitions import TRANSITIONS, Landing, Renoise, Sharing, Step, Tr
 
 # --- the method by parts ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Sampler(metaclass=Named):
+class Sampler(Sized, metaclass=Named):
     """What every method by parts has: particles that walk from noise to data, and the step that all take together.
 
     A method says its parts in `parts`. Parts may be given as objects, by name, or as dictionaries of arguments:
@@ -111,6 +113,14 @@ class Sampler(metaclass=Named):
     def mix(self, correction: Correction, selection: Selection | None) -> Parts:
         """The parts, with these two beside those that every method has."""
         return Parts(self.lookahead, self.guidance, self.tempering, self.transition, correction, selection)
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`."""
+        return replace(self, steps=steps, particles=number)
+
+    def least(self, steps: int) -> int:
+        """Fewer particles than four leave nothing to select."""
+        return 1 if self.parts.selection is None else 4
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -229,11 +239,11 @@ class Sampler(metaclass=Named):
         with self._mode():
             x, times, looks = begin.states(problem, noise), begin.grid(self.times(problem.flow_map)), noise.other()
             zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-            now = self._look(problem, looks, x, times, 0, None, zero)
+            now = self._look(problem, looks, x, times, 0, None, zero, self._waits(0, times[0], noise.k))
             log_w = self.parts.correction.start(now).view(-1, noise.k)
             parents, nobody = Parents(x, now, problem, log_w), Selected.none(log_w)
             log_z, first = log_w.new_zeros(len(log_w)), now.tilt.view_as(log_w)
-            return self._select(State(problem, noise, looks, times, 0, x, now, log_w, log_z, first, parents, nobody))
+            return self._go_on(State(problem, noise, looks, times, 0, x, now, log_w, log_z, first, parents, nobody))
 
     def step(self, state: State) -> State:
         """The state one step later. Gradient-free methods run in inference mode: no graph is ever kept."""
@@ -250,14 +260,15 @@ class Sampler(metaclass=Named):
             if last:
                 move.after = self._arrive(state, x)
             else:
-                move.after = self._look(state.problem, state.looks, x, state.times, state.done + 1, move, state.log_w)
+                waits = self._waits(state.done + 1, t, state.log_w.shape[1])
+                move.after = self._look(state.problem, state.looks, x, state.times, state.done + 1, move, state.log_w, waits)
             log_w = state.log_w + self.parts.correction.increment(move).view_as(state.log_w)
             info = self._info(move, state.x, log_w, state.problem.flow_map.shape)
             state = replace(state, done=state.done + 1, x=x, now=move.after, log_w=log_w, info=info)
             if last:
                 state = replace(state, parents=Parents(x, move.after, state.problem, log_w), selected=Selected.none(log_w))
             else:
-                state = self._select(state)
+                state = self._go_on(state)
             resampled, ancestors = state.selected.resampled, state.selected.ancestors
             if state.done == 1:  # the selection at the start counts to the first step
                 resampled, ancestors = before.resampled | resampled, before.ancestors.gather(1, ancestors)
@@ -314,6 +325,22 @@ class Sampler(metaclass=Named):
             info["lookaheads"] = move.after.endpoint.view(*log_w.shape, *shape)[:, 0]
         return info
 
+    def _waits(self, step: int, t: float, k: int) -> bool:
+        """Whether the gradient waits for a selection by plain look-aheads, which is about to leave fewer particles."""
+        parts, selection = self.parts, self.parts.selection
+        if parts.guidance is None or parts.correction.samples or isinstance(parts.tempering, Adaptive):
+            return False
+        return isinstance(selection, Leaving) and selection.leaves(step, t, k) < k
+
+    def _go_on(self, state: State) -> State:
+        """Ask the selection, and give a direction to the few whom a plain look has chosen."""
+        before = state.log_w.shape[1]
+        state = self._select(state)
+        if not self._waits(state.done, state.t, before):
+            return state
+        now = self._look(state.problem, state.looks, state.x, state.times, state.done, None, state.log_w)
+        return replace(state, now=now)
+
     def _select(self, state: State) -> State:
         """Ask the selection before the next step; without noise in that, copies would stay copies."""
         s, t = state.times[state.done : state.done + 2]
@@ -342,9 +369,14 @@ class Sampler(metaclass=Named):
         )
 
     def _look(
-        self, problem: Problem, noise: Noise, x: Tensor, times: Sequence[float], i: int, move: Move | None, log_w: Tensor
-    ) -> Evaluation:
-        """The evaluation at times[i], or zeros where nobody would use it; ``move`` led here, None at the start."""
+        self, problem: Problem, noise: Noise, x: Tensor, times: Sequence[float], i: int, move: Move | None, log_w: Tensor,
+        plain: bool = False,
+    ) -> Evaluation:  # fmt: skip
+        """The evaluation at times[i], or zeros where nobody would use it; ``move`` led here, None at the start.
+
+        Args:
+            plain: without a direction, which only the few will need.
+        """
         parts, t = self.parts, times[i]
         correction, tempering = parts.correction, parts.tempering
         hottest = 1.0 if t >= 1 else float(tempering(t))
@@ -365,7 +397,7 @@ class Sampler(metaclass=Named):
 
         view = View(problem, parts.lookahead, noise, x, t, beta)
         rows = None if isinstance(tempering, Adaptive) else problem.flow_map.micro_batch  # adaptive looks at all of them
-        after = evaluate(parts.guidance, view, rows) if guided and parts.guidance is not None else look(view)
+        after = evaluate(parts.guidance, view, rows) if guided and not plain and parts.guidance is not None else look(view)
         return correction.remember(parts, None if move is None else move.before, after, view)
 
     def _outcome(self, state: State, records: list[dict[str, Tensor]]) -> Outcome:

@@ -93,6 +93,15 @@ class Fair(Protocol):
     def unbiased(self) -> bool: ...
 
 
+@runtime_checkable
+class Leaving(Protocol):
+    """A selection by plain look-aheads that says beforehand how many it leaves: only those are worth a gradient."""
+
+    def leaves(self, step: int, t: float, k: int) -> int:
+        """How many of ``k`` particles go on, after so many steps, at time t."""
+        ...
+
+
 def unbiased(selection: Selection | None) -> bool:
     """Whether the particles that go on have children in proportion to their weights on average."""
     return selection is None or (isinstance(selection, Fair) and selection.unbiased)
@@ -194,6 +203,10 @@ class TopK:
     def prunes(self) -> bool:
         return self.prune
 
+    def leaves(self, step: int, t: float, k: int) -> int:
+        """See `Leaving`."""
+        return min(self.keep, k) if self.prune else k
+
     def select(self, candidates: Candidates) -> Selected:
         n, k = candidates.tilt.shape
         keep = min(self.keep, k)
@@ -264,10 +277,16 @@ class Window:
     def unbiased(self) -> bool:
         return unbiased(self.selection)
 
+    def leaves(self, step: int, t: float, k: int) -> int:
+        """See `Leaving`."""
+        return self.selection.leaves(step, t, k) if self._due(step, t) and isinstance(self.selection, Leaving) else k
+
     def select(self, candidates: Candidates) -> Selected:
-        if candidates.step and candidates.step % self.every == 0 and self.start <= candidates.t <= self.stop:
-            return self.selection.select(candidates)
-        return Selected.none(candidates.log_w)
+        due = self._due(candidates.step, candidates.t)
+        return self.selection.select(candidates) if due else Selected.none(candidates.log_w)
+
+    def _due(self, step: int, t: float) -> bool:
+        return step > 0 and step % self.every == 0 and self.start <= t <= self.stop
 
 
 def with_threshold(selection: Selection | None, threshold: float) -> Selection:

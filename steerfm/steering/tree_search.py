@@ -11,12 +11,13 @@ Time t = 0 is reached from a root before it, whose children are the noise N(0, I
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
@@ -28,6 +29,7 @@ from steerfm.sampling import Noise
 from steerfm.steering.noise_search import Found, search_trace
 from steerfm.steering.outcome import Outcome, Tick
 from steerfm.steering.resampling import multinomial
+from steerfm.steering.size import Sized
 from steerfm.steering.value import Problem
 from steerfm.steering.weights import effective_sample_size, normalise, wide
 
@@ -129,7 +131,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class TreeSearch(metaclass=Readable):
+class TreeSearch(Sized, metaclass=Readable):
     """Diffusion tree sampling (DTS, 2506.20701, algorithm 1), with one jump of the flow map as its rollout.
 
     One tree per output over the states at t_0 = 0, ..., t_{steps-1}. Each iteration walks from the root to a child with
@@ -141,13 +143,13 @@ class TreeSearch(metaclass=Readable):
     zero.
 
     Costs an iteration: ``width`` forwards, decodes and reward calls per output; twice the forwards with gamma < 1.
+    Within a budget: 8 steps, and as many particles as it buys (docs/methods.md).
     Samples: in the limit only: the tilt of the base chain's own law, for a bounded reward and 0 < widening < 1, as the
-    particles grow without end. Every node is then visited and widened without end, so that from the last time upwards every
-    value becomes the soft value. No for a given number: lucky nodes grow first and regress to their mean, so the root's value
-    is too low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and 0.01 at 256; by 0.06 and 0.04 with widening
-    0.5; more for more steps and steeper rewards: by 0.7 on nine separate modes, four steps, 512 particles), and log_z is there
-    for steps = 1 only, which is plain importance sampling. `FeynmanKac` has no such bias. With widening = 0 no, in the limit
-    too. With greedy = True, DTS*, no: a search, uniform weights, no log_z.
+    particles grow without end, and with them the visits of every node. No for a given number: lucky nodes grow first and
+    regress to their mean, so the root's value is too low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and
+    0.01 at 256; by 0.7 on nine separate modes, four steps, 512 particles), and log_z is there for steps = 1 only, which is
+    plain importance sampling. `FeynmanKac` has no such bias. With widening = 0, or greedy = True (DTS*: a search with
+    uniform weights), no, in the limit too.
 
     Attributes:
         particles: nodes of each tree.
@@ -160,6 +162,7 @@ class TreeSearch(metaclass=Readable):
 
     samples: ClassVar[str] = "in the limit only"
     paper: ClassVar[str] = "2506.20701"
+    shape: ClassVar[Mapping[int, float]] = {64: 8, 256: 8}
 
     particles: int = 64
     steps: int = 4
@@ -184,6 +187,10 @@ class TreeSearch(metaclass=Readable):
 
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; the number is that of iterations."""
+        return replace(self, steps=steps, particles=number * self.width)
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`."""
@@ -254,7 +261,7 @@ class TreeSearch(metaclass=Readable):
 
 # --- a budget that rolls over ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class BudgetForcing(metaclass=Readable):
+class BudgetForcing(Sized, metaclass=Readable):
     """Rollover budget forcing (RBF, 2503.19385): advance at the first child that beats the best so far.
 
     The budget is shared equally between the times t_0 = 0, ..., t_{steps-1}. At t_0 all of the share is drawn from N(0, I),
@@ -263,19 +270,23 @@ class BudgetForcing(metaclass=Readable):
     the next time; else, with the share spent, it moves to the best of the children. Particles stand at different times; only
     those that are still on their way cost anything. Returned is the best look-ahead of all: each is a finished sample.
 
-    Costs a child: one forward, decode and reward call; with gamma < 1 two forwards. At most ``budget`` children a particle.
+    What is left at the last time is spent there.
+
+    Costs a child: one forward, decode and reward call; with gamma < 1 two forwards. ``budget`` children a particle.
+    Within a budget: 3 steps at 64 evaluations, 8 at 256, the rest children (docs/methods.md).
     Samples: no. It is a search, which keeps what the reward likes best.
 
     Attributes:
         particles: independent chains per output.
         steps: transitions from t = 0 to t = 1, of which the last is the look-ahead's own jump.
-        budget: children that a chain may look at, at least one for each step.
+        budget: children that a chain looks at, at least one for each step.
         width: children at a time; more make larger batches and save less.
         gamma: of the transition `Renoise`, in (0, 1].
     """
 
     samples: ClassVar[str] = "no"
     paper: ClassVar[str] = "2503.19385"
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 8}
 
     particles: int = 1
     steps: int = 8
@@ -293,6 +304,14 @@ class BudgetForcing(metaclass=Readable):
 
     def check(self, reward: Reward) -> None:
         """Any reward will do."""
+
+    def sized(self, steps: int, number: int) -> Self:
+        """See `Sized`; the number is that of children."""
+        return replace(self, steps=steps, budget=number)
+
+    def least(self, steps: int) -> int:
+        """A child for each step."""
+        return steps
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `Choosy`."""
@@ -325,7 +344,8 @@ class BudgetForcing(metaclass=Readable):
                 trial = _best_of(grow(problem.select(rows), x[rows], endpoint[rows], s, t, self.gamma, z), tried)
                 best, here = (part.better(trial) if part else trial for part in (best, here))
                 left = left - tried.sum(1)
-                moves = (level < self.steps) & ((here.objective > bar) | (left == 0))
+                early = (here.objective > bar) & (level < self.steps - 1)  # nothing is left to roll over to after the last time
+                moves = (level < self.steps) & (early | (left == 0))
                 wide_moves = expand_time(moves, x).bool()
                 x, endpoint = torch.where(wide_moves, here.x, x), torch.where(wide_moves, here.sample, endpoint)
                 bar = torch.where(moves, best.objective, bar)

@@ -13,6 +13,7 @@ from steerfm.flowmap import FlowMap
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward
 from steerfm.steering import Method, SteeringResult, steer
+from steerfm.steering.outcome import Fits
 from steerfm.testing.contract import ContractError, after_seed, failing, moves_global_state, near, require
 
 N = 3
@@ -193,9 +194,9 @@ def black_boxes(probe: Probe) -> None:
 
 def budget(probe: Probe) -> None:
     """What fits itself into a budget of network evaluations keeps to it."""
-    fit = getattr(probe.method, "within", None) or getattr(probe.method, "sized", None)
-    if fit is None:
+    if not isinstance(probe.method, Fits):
         return
+    fit = probe.method.within
     sizes = {}
     for most in BUDGETS:
         try:

@@ -255,7 +255,7 @@ S, K, N = 5, 4, 3
         (FeynmanKac(K, S, guidance="endpoint"), S, 0, S - 1, S - 2),
         (FeynmanKac(K, S, "denoise", "map"), 2 * S - 1, S - 2, S, S - 2),
         (FMRGJ(K, S, stop=0.5), S + 3, 3, 4, 3),  # nor is the tail, where nobody looks ahead
-        (DPS(K, S), 2 * S, S, S + 1, S),
+        (DPS(K, S), S, S, S + 1, S),  # one denoiser for the gradient and the step
         (FMRGJ(K, S), 2 * S - 1, S, S + 1, S),
         (FMRGE(K, S), 2 * S - 1, 0, 3 * S + 1, 3 * S),
         (Funnel(K, S, first=3 * K, guidance=None), S + 2, 0, S + 2, 0),  # the first look is three times as wide
@@ -326,7 +326,7 @@ def test_a_funnel_keeps_the_resampling_it_was_given():
         method = Funnel(4, first=8, resampling=given)
         assert method.parts.selection == Narrow(4, then) == replace(method, guidance=None).parts.selection
         assert replace(method, particles=8).parts.selection == Narrow(8, then)
-    fitted = Funnel(guidance=None, power=0.5, resampling="ssp").sized(64)
+    fitted = Funnel(guidance=None, power=0.5, resampling="ssp").within(64)
     assert fitted == replace(Funnel.within(64), guidance=None, power=0.5, resampling=Resample("ssp"))
 
 
@@ -627,7 +627,7 @@ def test_normalised_guidance_has_the_length_of_its_scale():
 
 @pytest.mark.parametrize("method", [DPS(steps=6), FMRGJ(steps=6), FMRGE(steps=6)], ids=lambda m: type(m).__name__)
 def test_ascent_raises_the_reward_and_does_not_sample_the_target(method):
-    linear, n = [0.6, -0.4], 300
+    linear, n = [0.6, -0.4], 600
     flow_map = MIXTURE.flow_map(steps=8)
     target, _ = MIXTURE.tilt(linear)
 

@@ -400,7 +400,6 @@ BROKEN_METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "log_z of particles": ({"outcome": changed(log_z=lambda o: o.log_weights)}, "log_z"),
     "NaN": ({"draw": lambda self, problem, noise: Plain.draw(self, problem, noise) * float("nan")}, "finite"),
     "overspends": ({"within": grows}, "spends 5 network evaluations"),
-    "overspends, sized": ({"sized": grows}, "spends 5 network evaluations"),
     "no budget": ({"within": stubborn}, "refuses budgets"),
     "silent": ({"run": silent}, "call tick"),
     "never done": ({"run": unfinished}, "ends at step 1 of 2"),
