@@ -25,13 +25,14 @@ from steerfm.checkpoints import (
     check_arguments,
     check_head,
     checked_code,
+    is_count,
     is_finite,
     load_into,
     read_weights,
     restore,
 )
 from steerfm.flowmap import FlowMap, NeuralFlowMap
-from steerfm.models import diffusers, lora
+from steerfm.models import diffusers, lora, moved_noise
 
 DIFFUSERS = "diffusers:"
 """What names of pipelines begin with."""
@@ -112,15 +113,19 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
         head = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError:
         head = {}  # the error is that of reading the model
-    kind = head.get("kind") if isinstance(head, dict) else None
-    if kind == "adapter":
+    head = head if isinstance(head, dict) else {}
+    kind, base = head.get("kind"), load(_base(path)) if head.get("kind") == "adapter" or moved_noise.KEY in head else None
+    if kind == "adapter" and base is not None:
         factors = read_weights(path, "adapter")[1]
-        flow_map = with_adapters(load(_base(path)), lora.read(path) if lora.in_layout(factors) else factors, path)
+        flow_map = with_adapters(base, lora.read(path) if lora.in_layout(factors) else factors, path)
     else:
         flow_map = _of_code(path) if kind == "code" else NeuralFlowMap.load(path)
         flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}
-        if isinstance(head, dict) and "base" in head:
+        if "base" in head:
             flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
+    if base is not None and moved_noise.KEY in head:
+        check_head(head, path, {moved_noise.KEY: (is_count, "a number of jumps")})
+        flow_map = moved_noise.MovedNoise(base, flow_map, head[moved_noise.KEY], head["base"])
     return flow_map.to(device or "cpu")
 
 

@@ -30,6 +30,7 @@ from steerfm.metrics import semigroup_error
 from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.models.diffusers import pipeline_map, save_lora
 from steerfm.models.lora import factors, merged
+from steerfm.models.moved_noise import KEY, MovedNoise
 from steerfm.randomness import derive
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -181,8 +182,10 @@ def examine(
     averaged = last.averaged()
     plain_weights = last.lora is None or pipeline_map(base) is not None  # adapters of a pipeline stay what they are
     tuned = averaged if plain_weights else averaged.with_network(merged(averaged.body))
+    if isinstance(module.method, HyperNoise) and last is module:
+        tuned = module.method.whole(tuned, base, config.model)
     tuned.body.requires_grad_(False)
-    own, flow = base.steps, can(base, "two_time")
+    own, flow, jumpy = base.steps, can(base, "two_time"), can(tuned, "two_time")
     readings = {
         f"base, {in_steps(base, jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and own > 1 else ())
     }
@@ -191,9 +194,9 @@ def examine(
         readings[f"base, {in_steps(base, jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
-    counts = sorted({*JUMPS, own}) if flow else [own]
-    readings |= {f"tuned, {in_steps(base, jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
-    tasks, pair = panel.tasks, (("base", base), ("tuned", tuned)) if flow else ()
+    counts = sorted({*JUMPS, own}) if jumpy else [tuned.steps]
+    readings |= {f"tuned, {in_steps(tuned, jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
+    tasks, pair = panel.tasks, (("base", base), ("tuned", tuned)) if jumpy else ()
     consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}
     moved = control_cost(tuned, base, tasks)
     return Outcome(base, tuned, modules, monitors, panel, readings, before, consistency, moved)
@@ -204,17 +207,17 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
         "samples": f"its own, of {registry.named(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
-        "commit": commit(), "metrics": run.readings[f"tuned, {in_steps(run.base, run.base.steps)}"].numbers(),
+        "commit": commit(), "metrics": run.readings[f"tuned, {in_steps(run.tuned, run.tuned.steps)}"].numbers(),
         "licence": run.base.card.get("licence", ""),
     }  # fmt: skip
     if run.last.lora is not None and pipeline_map(run.tuned) is not None:
         model = save_lora(run.tuned, folder.path / "adapter")
-        head = {"kind": "adapter", "base": config.model, "card": card}
+        head = {"kind": "adapter", "base": config.model, "card": card, **moves_noise(run.tuned)}
         files.write(model.with_suffix(".json"), json.dumps(head, indent=2) + "\n")
     else:
         run.tuned.save(model, card=card, origin=config.model)
         if run.last.lora is not None:
-            save_adapter(run.last, folder.path / "adapter", config.model)
+            save_adapter(run, folder.path / "adapter", config.model)
     for name, monitor in run.monitors.items():
         for row in monitor.rows:
             folder.log(stage=name, **row, once=("stage", "step"))
@@ -343,10 +346,18 @@ def draw_pictures(
     return drawn
 
 
-def save_adapter(module: FineTuning, path: Path, model: Any) -> None:
+def save_adapter(run: Outcome, path: Path, model: Any) -> None:
     """The adapters by themselves; `steerfm.load` puts them onto their base."""
-    head, code = {"kind": "adapter", "base": model}, code_of({"name": registry.named(model, "model")[0]})
-    write_weights(factors(module.ema), path, head | ({"code": code} if code else {}))
+    head, code = (
+        {"kind": "adapter", "base": model, **moves_noise(run.tuned)},
+        code_of({"name": registry.named(model, "model")[0]}),
+    )
+    write_weights(factors(run.last.ema), path, head | ({"code": code} if code else {}))
+
+
+def moves_noise(tuned: FlowMap) -> dict[str, Any]:
+    """What a file of adapters says where they move the noise, and are no weights of the map itself."""
+    return {KEY: tuned.jumps} if isinstance(tuned, MovedNoise) else {}
 
 
 def make_tasks(base: FlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from steerfm.capabilities import can, needs
 from steerfm.finetuning.base import Law, Terms, Update
 from steerfm.flowmap import FlowMap
+from steerfm.models.moved_noise import MovedNoise
 from steerfm.rows import Condition
 from steerfm.sampling import Noise
 
@@ -21,6 +23,8 @@ class HyperNoise:
 
     f is how far the trained network's velocity at t = 0 has moved from the base's, so it starts at zero and knows pictures. The
     penalty drops the log-determinant of the exact divergence between noises, so it over-tilts: take a larger control.
+
+    The trained network alone is no map of what was learnt: `whole` is, in one step, to be sampled, steered and saved.
 
     Args:
         jumps: of the frozen map.
@@ -64,6 +68,10 @@ class HyperNoise:
         if can(flow_map, "velocity"):
             return "with jumps=1 " + needs("generator", f"take jumps={max(flow_map.steps, 8)}, Euler steps")
         return f"with jumps={self.jumps} " + needs("two_time", "take jumps=1")
+
+    def whole(self, tuned: FlowMap, reference: FlowMap, of: str | Mapping[str, Any] = "") -> MovedNoise:
+        """What was learnt as a map; ``of`` is what `steerfm.load` makes the reference by."""
+        return MovedNoise(reference, tuned, self.jumps, of)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         def law(noise: Noise, cond: Condition) -> Tensor:

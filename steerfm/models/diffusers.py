@@ -26,7 +26,7 @@ from steerfm.capabilities import ENDPOINT, TWO_TIME, VELOCITY, closed
 from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap, Guided, Microbatched, Wrapped
 from steerfm.models import lora as adapters
-from steerfm.models import paths
+from steerfm.models import moved_noise, paths
 from steerfm.models.capture import Recording, check_arguments, denoiser, parameters
 from steerfm.models.decoders import decoder_of
 from steerfm.models.families import LinearMap, PipelineMap, TrigonometricMap, VariancePreservingMap, Within
@@ -101,6 +101,7 @@ def from_pipeline(
     if two_time:
         add_second_time(network)
     if lora is not None:
+        check_moves_nothing(lora)
         adapters.add(network, adapters.read(lora, _part(pipe)), lora_scale, lora)
     sizes = {"negative_prompt": negative_prompt, "height": height, "width": width}
     call = _call(pipe, {name: value for name, value in sizes.items() if value is not None} | arguments, guidance)
@@ -120,6 +121,17 @@ def from_pipeline(
     scale = prompts.guidance.scale
     thrifty = flow_map if micro_batch is None else Microbatched(flow_map, micro_batch)
     return thrifty if scale is None else Guided(thrifty, scale)
+
+
+def check_moves_nothing(path: str | Path) -> None:
+    """Refuse adapters that move the noise, which are no weights of the network itself; the JSON beside them says so.
+
+    Raises:
+        ValueError: they do.
+    """
+    file = Path(path) / adapters.FILE if Path(path).is_dir() else Path(path)
+    if file.with_suffix(".json").is_file() and moved_noise.KEY in json.loads(file.with_suffix(".json").read_text()):
+        raise ValueError(f"lora={path} moves the noise, and is no adapter of the network alone: steerfm.load({str(file)!r})")
 
 
 def pipeline_map(flow_map: FlowMap) -> PipelineMap | None:

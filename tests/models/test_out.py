@@ -167,3 +167,31 @@ def test_an_adapter_for_two_times_needs_a_network_with_two_times(tmp_path):
     write(factors, tmp_path / FILE, "transformer")
     with pytest.raises(ValueError, match="needs a network with two times: two_time=True"):
         made("flux schnell", lora=tmp_path)
+
+
+def test_an_adapter_that_moves_the_noise_is_loaded_as_what_was_learnt(tmp_path, monkeypatch):
+    """It is no adapter of the network alone, which is said where it is taken for one."""
+    import json
+
+    from pipelines import in_words
+
+    from steerfm import cli
+
+    monkeypatch.chdir(tmp_path)
+    pipe, call = in_words()["lcm"]()
+    pipe.save_pretrained("pipe", safe_serialization=True)
+    words = [
+        "finetune", "model=diffusers:pipe", *(f"model.{key}={value}" for key, value in call.items()), "model.steps=2",
+        "reward=brightness", "judge=null", "prompt=a cat", "method=noise", "lora.rank=2", "optimizer.steps=3", "batch_size=2",
+        "optimizer.lr=0.03", "watch.n=4", "watch.patience=0", "trainer.accelerator=cpu", "out=run",
+    ]  # fmt: skip
+    assert cli.main(words) == 0
+    file = Path("run/adapter") / FILE
+    tuned = steerfm.load(file)
+    reward = brightness(tuned.decode(steerfm.sample(tuned, n=4, seeds=0, cond="a cat"))).mean().item()
+    readings = json.loads(Path("run/result.json").read_text())["readings"]
+    assert reward == pytest.approx(readings["as learnt"]["reward"], abs=1e-5)
+    assert reward != pytest.approx(readings["base, 2 jumps"]["reward"], abs=1e-4)
+    for path in (file, file.parent):
+        with pytest.raises(ValueError, match="moves the noise"):
+            from_pipeline(pipe, **call, lora=path)
