@@ -139,11 +139,10 @@ class TreeSearch(Sized, metaclass=Readable):
     of the last time; grows ``width`` children there; and backs up v = log mean exp v(children). A node without children has
     the value strength * r of its look-ahead, which is exact at t_{steps-1}, where the step into the data is that same jump.
 
-    Returns every look-ahead as a particle, the leaves weighted by what they contribute to the root's value and inner nodes by
-    zero.
+    Returns every look-ahead as a particle, leaves weighted by what they contribute to the root's value, inner nodes by zero.
 
-    Costs an iteration: ``width`` forwards, decodes and reward calls per output; twice the forwards with gamma < 1.
-    Within a budget: 8 steps, and as many particles as it buys (docs/methods.md).
+    Costs an iteration: ``width`` forwards, decodes and reward calls per output; twice the forwards with gamma < 1. Within a
+    budget: 8 steps (docs/methods.md).
     Samples: in the limit only: the tilt of the base chain's own law, for a bounded reward and 0 < widening < 1, as the
     particles grow without end, and with them the visits of every node. No for a given number: lucky nodes grow first and
     regress to their mean, so the root's value is too low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and
