@@ -77,7 +77,7 @@ def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str
     config = load(FinetuneConfig, None, [*TASKS[task], *extra], kind="finetune")
     base = steerfm.load(config.model)
     reward = build_reward(config.reward)
-    panel = build_panel(base, reward, build_judge(config, base, reward), config, config.watch.n)  # type: ignore[arg-type]
+    panel = build_panel(base, reward, build_judge(config, base, reward).judge, config, config.watch.n)  # type: ignore[arg-type]
     panel = replace(panel, seeds=panel.seeds + panel.tasks.n)  # those of the runs' own last tables
     found = {
         f"base, {jumps} jump{'s' * (jumps > 1)}": panel.measure(chain(jumps)(base)).numbers() | {"cost": jumps}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from steerfm.cli.bench import BASE, curves
+from steerfm.cli.standings import BASE, curves
 from steerfm.report.plots import cost_plot
 
 ROOT = Path(__file__).parent.parent

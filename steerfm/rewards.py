@@ -76,6 +76,11 @@ class Reward(nn.Module):
         """The hook that authors write: images (b, c, h, w) in [0, 1] or vectors (b, d), float32 or float64, to (b,)."""
         raise NotImplementedError(f"reward {self.name!r} does not define score(images)")
 
+    def late_networks(self) -> Sequence[nn.Module | str]:
+        """Networks that it scores with and that are no attribute of it, loaded by this call; of one that runs elsewhere, where
+        and which. A judge that has one of them is not held out (`steerfm.held_out`)."""
+        return ()
+
     def __call__(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """Checked value, (b,) float32 on the device of the images.
 

@@ -39,6 +39,9 @@ class LateReward(Reward):
                 network.to(device)
         return network
 
+    def late_networks(self) -> Sequence[nn.Module]:
+        return [self.network()]
+
     def offload(self) -> None:
         """Move the network to the CPU, to free an accelerator between calls; the next call moves it back."""
         self.network("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
@@ -42,6 +43,9 @@ class Ocr(Reward):
         self.text = _plain(text)
         if not self.text:
             raise RewardError("reward 'ocr' has no text to read: text='HELLO'")
+
+    def late_networks(self) -> Sequence[str]:
+        return ["rapidocr-onnxruntime"]
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w) -> (b,)."""

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -90,6 +90,9 @@ class Remote(Reward):
                 raise RewardError(f"reward {self.name!r}: {self.place} would get the token unencrypted: give an https address")
             self._token()
         self.opener = partial(_opener, local)
+
+    def late_networks(self) -> Sequence[str]:
+        return [self.url]
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, c, h, w) or (b, d) -> (b,)."""

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -90,6 +90,9 @@ class Vlm(Remote):
         self.answer, self.concurrent, self.tokens = answer, concurrent, tokens
         self.known: OrderedDict[bytes, float] = OrderedDict()
         self.needs = frozenset({"prompts"} if "{prompt}" in self.question and prompt is None else ())
+
+    def late_networks(self) -> Sequence[str]:
+        return [f"{self.model} at {self.url}"]
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, 1 or 3, h, w), and prompts where the question has a place for them -> (b,)."""

@@ -2,7 +2,8 @@
 
 The rules of a fair comparison are not left to the suite: every method gets the steps and particles that one budget of network
 evaluations buys, plain samples and best-of-n of the same map are always there, what counts is a reward that no method has
-seen, at least four seeds are drawn, and diversity, distance to the data and wall time stand beside the reward.
+seen (where there is none, the reward itself, and the tables say so), at least four seeds are drawn, and diversity, distance to
+the data and wall time stand beside the reward.
 """
 
 from __future__ import annotations
@@ -31,6 +32,18 @@ from steerfm.cli.loading import explain, find_recipe, kept, load, make, plain, r
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import contents, stem
+from steerfm.cli.standings import (
+    BASE,
+    BASELINE,
+    NOTHING_HELD_OUT,
+    STAR,
+    difference_table,
+    mean_ranks,
+    table,
+    what_counts,
+    worth,
+)
+from steerfm.cli.standings import draw as draw_standings
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import (
@@ -45,8 +58,6 @@ from steerfm.metrics import (
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.report.formats import short
 from steerfm.report.page import report
-from steerfm.report.pictures import picture_grid
-from steerfm.report.plots import cost_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import sample as draw
@@ -57,7 +68,6 @@ from steerfm.steering.steer import automatic
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
-BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
 LEAST_SEEDS = 4
 SCRIPTS = "the scripts behind the measured pages (exact, smc, finetune, ...) are no part of the package: run them in a checkout"
 
@@ -118,7 +128,8 @@ class Problem:
     """A model and what its outputs are asked for.
 
     Attributes:
-        name: of the problem in its suite. config: as for `steerfm steer`. reward: what methods see. judge: what counts.
+        name: of the problem in its suite. config: as for `steerfm steer`. reward: what methods see.
+        judge: what counts; None where there is none, and then the reward itself does.
         outputs: what they are asked for, a row each.
     """
 
@@ -127,7 +138,7 @@ class Problem:
     flow_map: FlowMap
     yardstick: Yardstick
     reward: Reward
-    judge: Reward
+    judge: Reward | None
     outputs: Outputs
 
     @cached_property
@@ -166,7 +177,7 @@ class Problem:
             pictures = self.flow_map.decode(x)
             told = {"prompts": want.prompts, "labels": want.labels}
             groups = torch.arange(want.n, device=pictures.device) // want.each
-            judges = {"reward": self.reward, "held_out": self.judge}
+            judges = {"reward": self.reward} | ({"held_out": self.judge} if self.judge else {})
             scores = {name: judge.evaluate(pictures, **told, groups=groups, latents=x).total for name, judge in judges.items()}
             features = self.yardstick.features(pictures)
         facts = [cost.evaluations, cost.forwards, cost.backwards, cost.reward_calls, cost.seconds]
@@ -272,9 +283,12 @@ def _affordable(method: Method, column: Column, steps: int | None) -> Method | N
 
 def _cell(folder: RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:
     try:
-        return folder.load_tensors(_file(column, method, seed))
+        cell = folder.load_tensors(_file(column, method, seed))
     except (FileNotFoundError, ValueError):
         return None
+    if column.problem.judge is None:
+        cell.pop("held_out", None)  # of a judge that was taken for one
+    return cell
 
 
 def _file(column: Column, method: Any, seed: int) -> str:
@@ -353,9 +367,9 @@ def _problems(config: BenchConfig) -> list[Problem]:
                 here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
                 problem = make(SteerConfig, here | dict(told), f"problems.{name}.")
                 reward = build_reward(problem.reward)
-                judge = build_judge(problem, flow_map, reward)
+                judge = build_judge(problem, flow_map, reward).judge
                 if judge is None:
-                    raise ConfigError(f"problem {name!r} has no held-out reward: give it a judge, which no method optimises")
+                    console.print(f"problem {name!r}: {NOTHING_HELD_OUT}", markup=False)
                 want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward, problem.negative)
                 check_needs((reward, judge), want.labels, want.prompts)
                 want.strengths(problem.strength)
@@ -373,17 +387,19 @@ def _share(share: str) -> tuple[int, int]:
 
 # --- what the cells say ----------------------------------------------------------------------------------------------
 def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
-    """One row a column: means over seeds with bootstrap intervals, differences to best-of-n and to plain samples paired by
-    seed and output, rank within the budget, and whether no row of the problem that costs no more is better (Pareto)."""
+    """One row a column: means over seeds, the bootstrap interval of what counts, its differences to best-of-n and to plain
+    samples paired by seed and output, rank within the budget, and whether no row of the problem that costs no more is better
+    (Pareto)."""
     rows = []
     for column, found in cells.items():
-        problem, held = column.problem, torch.stack([cell["held_out"] for cell in found])
+        problem, counts = column.problem, what_counts(found)
+        held = torch.stack([cell[counts] for cell in found])
         low, high = bootstrap(held.mean(1))
         features = torch.cat([cell["features"].float() for cell in found])
         row = {
             "model": stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
             "budget": column.budget, "method": column.method, "seeds": len(found), "outputs": held.numel(),
-            "held_out": held.mean().item(),
+            **({"held_out": held.mean().item()} if counts == "held_out" else {}),
             "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
             "diversity": _diversity(features, problem.outputs.names * len(found)),
             "distance": _distance(features, problem.yardstick.reference),
@@ -392,35 +408,28 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
         others = {BASELINE: Column(problem, column.budget, best_of_n), "unsteered": Column(problem, 0, BASE)}
         for name, other in others.items():
             if other in cells and other != column:
-                differences = held - torch.stack([cell["held_out"] for cell in cells[other]])
+                differences = held - torch.stack([cell[counts] for cell in cells[other]])
                 row[f"over_{name}"], row[f"over_{name}_half"] = interval(differences.flatten())
         rows.append(row)
     for row, column in zip(rows, cells):
         of = [(r, c) for r, c in zip(rows, cells) if c.problem is column.problem]
-        row["rank"] = 1 + sum(r["held_out"] > row["held_out"] for r, c in of if c.budget == column.budget)
-        row["pareto"] = not any(r["held_out"] > row["held_out"] and r["evaluations"] <= row["evaluations"] for r, _ in of)
+        row["rank"] = 1 + sum(worth(r) > worth(row) for r, c in of if c.budget == column.budget)
+        row["pareto"] = not any(worth(r) > worth(row) and r["evaluations"] <= row["evaluations"] for r, _ in of)
     return rows
 
 
 def differences(cells: Cells, a: str, b: str) -> dict[Column, Difference]:
-    """By how much the held-out reward of method ``a`` is above that of ``b``, output by output of the same seeds: for each
-    problem and budget, by its column of ``a``; nothing where one of them has no cells."""
+    """By how much the held-out reward (the reward, where there is no judge) of method ``a`` is above that of ``b``, output by
+    output of the same seeds: for each problem and budget, by its column of ``a``; nothing where one of them has no cells."""
     out = {}
     for column in cells:
         other = replace(column, method=b, budget=0 if b == BASE else column.budget)
         one = replace(column, method=a, budget=0 if a == BASE else column.budget)
         if column in (one, other) and column.budget and one in cells and other in cells:
-            held = (torch.stack([cell["held_out"] for cell in cells[of]]) for of in (one, other))
+            counts = what_counts([*cells[one], *cells[other]])
+            held = (torch.stack([cell[counts] for cell in cells[of]]) for of in (one, other))
             out[replace(column, method=a)] = paired_difference(*held)
     return out
-
-
-def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float]]]:
-    """Method -> (evaluations, held-out reward, half of its interval) of the rows of a `summary`, for `cost_plot`."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for row in rows:
-        found.setdefault(row["method"], []).append((row["evaluations"], row["held_out"], (row["high"] - row["low"]) / 2))
-    return found
 
 
 def _diversity(features: Tensor, names: Sequence[str]) -> float:
@@ -442,16 +451,21 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
     _write_cells(folder.path / "cells.csv", cells, rows)
     tables, pictures, names = [], [], []
     for problem in dict.fromkeys(column.problem for column in cells):
-        of = {column: row for row, column in zip(rows, cells) if column.problem is problem}
-        tables += [_table(problem, budget, of) for budget in config.budgets]
+        of = [row for row, column in zip(rows, cells) if column.problem is problem]
+        tables += [table(problem.title, budget, _at(of, budget)) for budget in config.budgets]
         name = re.sub(r"[^\w.+=-]+", "-", problem.title.replace("strength ", "")).strip("-.") or "problem"
         name = name if name not in names else f"{name}-{len(names)}"  # "a b" and "a/b" are two problems
         names.append(name)
-        pictures += _draw(problem, of, cells, config.budgets[-1], folder.path / name)
+        last = config.budgets[-1]
+        first = {
+            column.method: cells[column][0] for column in cells if column.problem is problem and column.budget in (0, last)
+        }
+        pictures += draw_standings(problem.title, of, first, last, folder.path / name)
     apart = differences(cells, *config.difference) if config.difference else {}
     if config.difference:
-        tables.insert(0, _difference_table(config.difference, apart))
-    means = _mean_ranks(rows)
+        found = [(of.problem.title, of.budget, what_counts(cells[of]), d) for of, d in apart.items()]
+        tables.insert(0, difference_table(config.difference, found))
+    means = mean_ranks(rows)
     tables.append(("mean rank over problems and budgets", ["method", "rank"], [[n, f"{r:.2f}"] for n, r in means.items()]))
     told = {
         "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": torch.get_num_threads(),
@@ -466,6 +480,11 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
     console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")
 
 
+def _at(rows: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """The rows at a budget, and of plain samples."""
+    return [row for row in rows if row["budget"] in (0, budget)]
+
+
 def _write_cells(path: Path, cells: Cells, rows: list[dict[str, Any]]) -> None:
     """A line a cell, under the facts of its row."""
     facts = ["model", "problem", "strength", "budget", "method"]
@@ -474,81 +493,6 @@ def _write_cells(path: Path, cells: Cells, rows: list[dict[str, Any]]) -> None:
         writer.writerow([*facts, "seed", "held_out", "reward", *FACTS])
         for row, measured in zip(rows, cells.values()):
             for seed, cell in enumerate(measured):
-                numbers = [cell["held_out"].mean().item(), cell["reward"].mean().item(), *cell["facts"].tolist()]
-                writer.writerow([*(inert(row[fact]) for fact in facts), seed, *(f"{number:.6g}" for number in numbers)])
-
-
-COLUMNS = 6
-"""Outputs of each method that are drawn."""
-HEADER = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
-SHORT = [0, 1, 3, 5, 6, 8, 9]
-"""The columns that fit a terminal; the report has all."""
-STAR = "* marks a row than which none is better at the same cost or less"
-
-
-def _table(problem: Problem, budget: int, of: Mapping[Column, dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
-    """(title, header, lines) of a problem at a budget, the best method first; prints it."""
-    shown = [row for column, row in of.items() if column.budget in (0, budget)]
-    lines = [_line(row) for row in sorted(shown, key=lambda row: -row["held_out"])]
-    title = f"{problem.title}: {budget} network evaluations an output"
-    print_table([HEADER[i] for i in SHORT], [[line[i] for i in SHORT] for line in lines], title)
-    return f"{problem.title}: {budget} evaluations. {STAR}", HEADER, lines
-
-
-def _difference_table(pair: Sequence[str], found: Mapping[Column, Difference]) -> tuple[str, list[str], list[list[str]]]:
-    """(title, header, lines) of how two methods differ; prints it."""
-    a, b = pair
-    header = ["problem", "calls", "difference", "95%", "better"]
-    lines = [
-        [
-            of.problem.title,
-            str(of.budget),
-            f"{d.mean:+.3f}",
-            d.limits,
-            d.better(a, b),
-        ]
-        for of, d in found.items()
-    ]
-    pairs = next((f", {d.pairs} pairs of the same seed" for d in found.values()), ": they share no budget")
-    title = f"held-out reward of {a} over {b}{pairs}"
-    print_table(header, lines, title)
-    return title, header, lines
-
-
-def _draw(
-    problem: Problem, of: Mapping[Column, dict[str, Any]], cells: Cells, budget: int, path: Path
-) -> list[tuple[str, Path]]:
-    """PATH.png, the held-out reward by cost, and PATH-pictures.png, the outputs of the first seed at a budget."""
-    plot = cost_plot(curves(of.values()), path.with_name(f"{path.name}.png"), problem.title, "held-out reward")
-    drawn = [(f"{problem.title}: held-out reward against cost", plot)]
-    first = {column.method: cells[column][0] for column in of if column.budget in (0, budget)}
-    if all("pictures" in cell for cell in first.values()):
-        grid = torch.stack([cell["pictures"][:COLUMNS] for cell in first.values()]).float() / 255
-        captions = [[f"{value:.2f}" for value in cell["held_out"][: grid.shape[1]].tolist()] for cell in first.values()]
-        title = f"{problem.title}: outputs of seed 0 at {budget} evaluations, held-out reward below"
-        file = picture_grid(grid, path.with_name(f"{path.name}-pictures.png"), list(first), captions, problem.title)
-        drawn.append((title, file))
-    return drawn
-
-
-def _mean_ranks(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Method -> its rank in the mean, the best first."""
-    ranks: dict[str, list[int]] = {}
-    for row in rows:
-        if row["method"] != BASE:
-            ranks.setdefault(row["method"], []).append(row["rank"])
-    means = {name: sum(of) / len(of) for name, of in ranks.items()}
-    return dict(sorted(means.items(), key=lambda item: item[1]))
-
-
-def _line(row: Mapping[str, Any]) -> list[str]:
-    """A row of the printed tables; a star marks the Pareto frontier of its problem."""
-
-    def over(name: str) -> str:
-        return f"{row[f'over_{name}']:+.3f}±{row[f'over_{name}_half']:.3f}" if f"over_{name}" in row else ""
-
-    return [
-        row["method"] + (" *" if row["pareto"] else ""), f"{row['held_out']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}",
-        over(BASELINE), over("unsteered"), f"{row['reward']:.3f}", f"{row['diversity']:.3f}", f"{row['distance']:.3f}",
-        f"{row['evaluations']:.0f}", f"{row['seconds']:.2f}",
-    ]  # fmt: skip
+                held = [f"{cell['held_out'].mean().item():.6g}"] if "held_out" in cell else [""]
+                numbers = [cell["reward"].mean().item(), *cell["facts"].tolist()]
+                writer.writerow([*(inert(row[fact]) for fact in facts), seed, *held, *(f"{number:.6g}" for number in numbers)])

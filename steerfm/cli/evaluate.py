@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerfm import rewards
 from steerfm.capabilities import can, in_steps, in_words, step_of
 from steerfm.cli.config import EvaluateConfig
 from steerfm.cli.console import console, print_table, progress
@@ -19,6 +20,7 @@ from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
+from steerfm.held_out import share_weights
 from steerfm.metrics import consistency_errors, pairwise_diversity, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space, pixels
@@ -301,7 +303,23 @@ def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
         gaps.append(
             f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)}; card.features names networks)"
         )
-    return Examiner(cond, names, evaluator.spaces, references, own, agreement, gaps)
+    return Examiner(cond, names, evaluator.spaces, references, own, agreement, [*gaps, *_tuned_on(evaluator)])
+
+
+def _tuned_on(evaluator: Evaluator) -> list[str]:
+    """A line for each network that is not held out: it is in the reward that the model was tuned on. A reward of somebody's
+    file is not run for that."""
+    recipe = evaluator.flow_map.card.get("recipe")
+    spec = recipe.get("reward") if isinstance(recipe, Mapping) else None
+    try:
+        terms = [named(term, "reward")[0] for term in (spec if isinstance(spec, list) else [spec] if spec else [])]
+        reward = rewards.build(spec) if terms and all(term in rewards.available() for term in terms) else None
+    except ValueError:  # it was tuned elsewhere
+        reward = None
+    if reward is None:
+        return []
+    same = [name for name, space in evaluator.spaces.items() if share_weights(reward, space)]
+    return [f"{name} is not held out: the model was tuned on {reward.name!r}, the same network" for name in same]
 
 
 def _texture(evaluator: Evaluator, gaps: list[str]) -> float | None:

@@ -18,13 +18,13 @@ from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
-from steerfm.cli.parts import NO_JUDGE, build_judge, build_method, build_reward, check_needs, fitting, schedule
+from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, fitting, schedule
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cost import Cost
 from steerfm.finetuning import METHOD, Distil, FineTuning, HyperNoise, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.base import check_weights
-from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
+from steerfm.finetuning.evaluation import IN_WORDS, Monitor, Panel, Reading, control_cost
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import semigroup_error
 from steerfm.metrics.evaluator import KEYS, Evaluator
@@ -61,7 +61,8 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
         console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
-    judge = build_judge(config, base, reward)
+    held = build_judge(config, base, reward)
+    judge = held.judge
     tasks = make_tasks(base, config.label, config.prompt)
     check_needs((reward, judge), tasks.labels, tasks.prompts)
     check(method, reward, config.control, base)
@@ -74,8 +75,8 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
         drop_checkpoints(folder)
         console.print(FINISHED.format(folder.path), markup=False)
         return
-    if judge is None and config.judge == "auto":
-        console.print(NO_JUDGE)
+    if held.gap:
+        console.print(held.gap, markup=False)
     panel = build_panel(base, reward, judge, config, config.watch.n)
     before = panel.measure(chain()(base))
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
@@ -252,15 +253,8 @@ def _table(run: Outcome) -> tuple[list[str], list[tuple[Any, ...]]]:
         mean, half = reading.over(run.before)
         over = "" if reading is run.before else f"{mean:+.3f}±{half:.3f}"
         rows.append((name, *(round(value, 4) for value in reading.numbers().values()), over))
-    return [
-        "",
-        "reward",
-        "held out",
-        "diversity",
-        "support",
-        "distance",
-        f"held out, over base in {in_steps(run.base, run.base.steps)}",
-    ], rows
+    names = [name.replace("_", " ") for name in run.before.numbers()]
+    return ["", *names, f"{run.panel.counts.replace('_', ' ')}, over base in {in_steps(run.base, run.base.steps)}"], rows
 
 
 def _facts(run: Outcome) -> dict[str, Any]:
@@ -318,14 +312,12 @@ def draw_pictures(
 ) -> list[tuple[str, Path]]:
     """The frontier, the curves, samples before and after, and samples over training."""
     drawn = []
-    paths = {
-        _by(name, method): [(row["distance"], row["held_out"]) for row in monitor.rows] for name, monitor in monitors.items()
-    }
-    points = {_by(name, method): (reading.distance, reading.held_out) for name, reading in readings.items()}
-    frontier = frontier_plot(
-        points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", "held-out reward"
-    )
-    drawn.append(("held-out reward against distance: up is better, left is nearer to the base", frontier))
+    counts = monitors["tune"].panel.counts
+    paths = {_by(name, method): [(row["distance"], row[counts]) for row in monitor.rows] for name, monitor in monitors.items()}
+    points = {_by(name, method): (reading.distance, reading.counts) for name, reading in readings.items()}
+    what = IN_WORDS[counts]
+    frontier = frontier_plot(points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", what)
+    drawn.append((f"{what} against distance: up is better, left is nearer to the base", frontier))
     if next(iter(readings.values())).pictures.ndim == 4:
         shown = {name: readings[name].pictures[:COLUMNS] for name in readings}
         grid = picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))

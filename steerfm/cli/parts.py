@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from steerfm.cli.config import DataConfig, FinetuneConfig, OptimizerConfig, Stee
 from steerfm.cli.console import console
 from steerfm.cli.loading import plain
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
+from steerfm.held_out import check_held_out, in_common
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.rewards import Reward
 from steerfm.steering import METHOD
@@ -122,16 +123,41 @@ def fitting(
     return instead
 
 
-def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward: Reward) -> Reward | None:
+@dataclass(frozen=True)
+class HeldOut:
+    """judge: the held-out reward, or None. gap: why there is none, where nobody said that there should be none; else empty."""
+
+    judge: Reward | None
+    gap: str = ""
+
+
+def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward: Reward) -> HeldOut:
     """The held-out reward: what ``judge`` says, or by default the one that the model's card names, where it knows what is
-    asked for."""
-    if config.judge == "auto":
-        labels = config.label is not None or "labels" in reward.needs  # all classes in turn where none is given
-        return Evaluator(flow_map).judge(reward, labels=labels, prompts=config.prompt is not None)
-    return None if config.judge is None else build_reward(config.judge)
+    asked for.
+
+    Raises:
+        RewardError: what ``judge`` says is the reward itself, or shares weights with it.
+    """
+    if config.judge is None:
+        return HeldOut(None)
+    if config.judge != "auto":
+        judge = build_reward(config.judge)
+        check_held_out(reward, judge)
+        return HeldOut(judge)
+    labels = config.label is not None or "labels" in reward.needs  # all classes in turn where none is given
+    judge = Evaluator(flow_map).judge(reward, labels=labels, prompts=config.prompt is not None)
+    if judge is None:
+        return HeldOut(None, NO_JUDGE)
+    why = in_common(reward, judge)
+    return (
+        HeldOut(None, f"no held-out reward: {judge.name!r}, which the model's card names, {why}; {OTHER}")
+        if why
+        else HeldOut(judge)
+    )
 
 
-NO_JUDGE = "no held-out reward: the model's card names none that knows what is asked for here; judge=NAME for one"
+OTHER = "judge=NAME for one"
+NO_JUDGE = f"no held-out reward: the model's card names none that knows what is asked for here; {OTHER}"
 
 
 def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object) -> None:

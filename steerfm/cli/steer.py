@@ -14,7 +14,7 @@ from steerfm.capabilities import check_method
 from steerfm.cli.config import SteerConfig
 from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.outputs import Outputs, outputs_of
-from steerfm.cli.parts import NO_JUDGE, autocast, build_judge, build_method, build_reward, check_needs, fitting, load_model
+from steerfm.cli.parts import autocast, build_judge, build_method, build_reward, check_needs, fitting, load_model
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, slug, stem
 from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap
@@ -48,7 +48,8 @@ def steer(config: SteerConfig, command: str = "") -> None:
         config, method = replace(config, method=instead), build_method(instead)
     check_method(method, flow_map)
     default = f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
-    judge = build_judge(config, flow_map, reward)
+    held = build_judge(config, flow_map, reward)
+    judge = held.judge
     want = outputs_of(flow_map, config.label, config.prompt, config.n, reward, config.negative)
     check_needs((reward, judge), want.labels, want.prompts)
     seeds, strengths = want.seeds(config.seeds), want.strengths(config.strength)
@@ -57,8 +58,8 @@ def steer(config: SteerConfig, command: str = "") -> None:
     if folder.load_result() is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
-    if judge is None and config.judge == "auto":
-        console.print(NO_JUDGE)
+    if held.gap:
+        console.print(held.gap, markup=False)
     if judge is not None:
         judge.to(flow_map.device)
     batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths)

@@ -17,6 +17,7 @@ from steerfm.files import write_tensors
 from steerfm.finetuning.base import Law, Tasks, chain, draw
 from steerfm.finetuning.module import FineTuning
 from steerfm.flowmap import FlowMap
+from steerfm.held_out import check_held_out
 from steerfm.metrics import interval, pairwise_diversity, precision, sample_distance, semigroup_error
 from steerfm.randomness import derive, is_derived
 from steerfm.report.pictures import picture_grid
@@ -27,6 +28,8 @@ from steerfm.training import save_checkpoint
 from steerfm.transitions import usual
 
 Features = Callable[[Tensor], Tensor]
+IN_WORDS = {"held_out": "held-out reward", "reward": "reward"}
+"""What counts, as reports say it."""
 
 
 @dataclass
@@ -34,15 +37,15 @@ class Reading:
     """What a law was found to be, on the panel.
 
     Attributes:
-        reward, held_out: means; held_out is the reward's where there is no judge.
+        reward, held_out: means; held_out is None where there is no judge.
         diversity: mean distance of two samples of the same class, relative to the base's in that class.
         support: share of the samples that lie among the base's, of any class (precision, k = 5).
         distance: Fréchet distance of the features to the base's samples of the same classes in the same shares.
-        pictures: the samples, decoded. scores: (n,) their held-out rewards.
+        pictures: the samples, decoded. scores: (n,) what counts of them: the held-out rewards, or the rewards.
     """
 
     reward: float
-    held_out: float
+    held_out: float | None
     diversity: float
     support: float
     distance: float
@@ -54,8 +57,13 @@ class Reading:
         return {name: value for name, value in vars(self).items() if isinstance(value, float)}
 
     def over(self, other: Reading) -> tuple[float, float]:
-        """Mean difference of the held-out reward to another law's on the same seeds and tasks, and half its 95% interval."""
+        """Mean difference of what counts to another law's on the same seeds and tasks, and half its 95% interval."""
         return interval(self.scores - other.scores)
+
+    @property
+    def counts(self) -> float:
+        """The mean of what counts."""
+        return self.reward if self.held_out is None else self.held_out
 
 
 @dataclass
@@ -64,12 +72,15 @@ class Panel:
 
     Attributes:
         base: the map before tuning.
-        reward: what is optimised. judge: what is not; None for none.
+        reward: what is optimised. judge: what is not; None for none, and then the reward is all that counts.
         tasks: of the n samples, one each.
         support: tasks of the samples of the base that others are compared with, of every class that it knows.
         features: pictures or vectors to (n, d). classes: to (n,) class indices, or None for one class.
         seeds: of the samples; those of the comparison are others.
         jumps: that samples of the base take; None for as many as are usual for it.
+
+    Raises:
+        RewardError: the judge is the reward itself, or shares weights with it.
     """
 
     base: FlowMap
@@ -82,6 +93,14 @@ class Panel:
     seeds: int = 0
     jumps: int | None = None
     _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_held_out(self.reward, self.judge)
+
+    @property
+    def counts(self) -> str:
+        """The name of what counts: "held_out", or "reward" where there is no judge."""
+        return "reward" if self.judge is None else "held_out"
 
     def place(self, device: torch.device | str) -> None:
         """Move the base and the rewards; features are computed on the CPU."""
@@ -98,13 +117,13 @@ class Panel:
                 best = r.view(-1, k).argmax(1)
                 rows = torch.arange(self.tasks.n, device=x.device) * k + best
                 x, r = x[rows], r[rows]
-            held = r if self.judge is None else self._score(self.judge, x)
+            held = None if self.judge is None else self._score(self.judge, x)
             pictures = self.base.decode(x)
             f, c = self._look(pictures, self.tasks)
         known, classes = self._reference()
         return Reading(
-            r.mean().item(), held.mean().item(), self._diversity(f, c), precision(f, known),
-            self._distance(f, c, known, classes), pictures.cpu(), held.cpu(),
+            r.mean().item(), None if held is None else held.mean().item(), self._diversity(f, c), precision(f, known),
+            self._distance(f, c, known, classes), pictures.cpu(), (r if held is None else held).cpu(),
         )  # fmt: skip
 
     def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:
@@ -225,8 +244,9 @@ class Monitor(L.Callback):
         spent["evaluations"] = float(module.spent.evaluations)
         kept = not self._off(numbers)
         self.rows.append({"step": float(step), **numbers, **spent, "kept": float(kept)})
-        best = next((row["held_out"] for row in self.rows if row["step"] == self.best_step), None)
-        if not self.patience or best is None or (kept and numbers["held_out"] > best):  # at first it is the base itself
+        counts = self.panel.counts
+        best = next((row[counts] for row in self.rows if row["step"] == self.best_step), None)
+        if not self.patience or best is None or (kept and numbers[counts] > best):  # at first it is the base itself
             self.best_step = step
             self.best_weights = {name: value.cpu().clone() for name, value in module.learnt().items()}
         waited = sum(row["step"] > self.best_step for row in self.rows)
@@ -234,7 +254,8 @@ class Monitor(L.Callback):
             last = [row for row in self.rows if row["step"] > self.best_step]
             off = self._off(last[-1])
             fell = ", ".join(f"{name} fell to {last[-1][name]:.2f}" for name in off)
-            self.reason = f"stopped at step {step}: {fell or 'the held-out reward no longer rose'}; kept step {self.best_step}"
+            stood = f"the {IN_WORDS[counts]} no longer rose"
+            self.reason = f"stopped at step {step}: {fell or stood}; kept step {self.best_step}"
             trainer.should_stop = True
         if self.folder is not None and trainer.is_global_zero:
             self._write(step, reading, module)

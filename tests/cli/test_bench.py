@@ -166,7 +166,7 @@ def test_a_method_that_cannot_follow_a_black_box_is_left_out(suite, tmp_path):
     ("wrong", "said"),
     [
         ("seeds=3", "at least 4"),
-        ("problems.bag.judge=null", "no held-out reward"),
+        ("problems.bag.judge={name: classifier, target: Dress}", "judge=classifier: it shares weights with the reward"),
         ("problems.bag.rewards=classifier", "did you mean 'reward'"),
         ("methods.funel={}", "did you mean 'funnel'"),
         ("methods.mine=nowhere.py:Mine", "no such method file"),
