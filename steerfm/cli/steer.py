@@ -28,10 +28,10 @@ from steerfm.rewards import Reward
 from steerfm.rows import take_rows
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, Sampler, SteeringResult, steer_batches
+from steerfm.steering.diagnosis import Diagnosis
 from steerfm.steering.result import OVER_TIME
 from steerfm.steering.result import facts as result_facts
 from steerfm.steering.steer import usual
-from steerfm.steering.weights import ess_in_words
 
 SHOWN = 32
 """Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
@@ -76,9 +76,8 @@ def steer(config: SteerConfig, command: str = "") -> None:
     folder.clear_parts()
     lines = [[value if isinstance(value, str) else f"{value:.4g}" for value in row] for row in table]
     print_table(header, lines, f"{want.n} outputs of {run.values['log_weights'].shape[1]} particles")
-    for name in ("ESS", "low ESS", "cost"):
-        if name in facts:
-            console.print(f"{name}: {facts[name]}")
+    for name in (*run.diagnosis.in_words(), "cost"):
+        console.print(f"{name}: {facts[name]}")
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
@@ -143,6 +142,7 @@ class Steered:
         values: per output or particle, all outputs: rewards, log_weights, component.*, and log_z where there is one.
         scores, held_out, near: {"base", "steered"} to the reward (n,), the judge's, and distances to a known truth.
         pictures: of the first outputs of the first prompts. first: the result of the first outputs. cost: of all.
+        diagnosis: what the strength did.
     """
 
     values: dict[str, Tensor]
@@ -152,6 +152,7 @@ class Steered:
     pictures: dict[str, Tensor]
     first: SteeringResult
     cost: Cost
+    diagnosis: Diagnosis
 
 
 @dataclass
@@ -207,6 +208,7 @@ def gather(
     """Add up the batches. What the results do not know is scored: plain samples, and what the judge says; a reward that
     compares pictures sees all of them at once."""
     scores, values, first, cost, done = Scores(want, reward, judge), {}, [], Cost(), 0
+    diagnoses: list[Diagnosis] = []
     looks: dict[str, list[Tensor]] = {"base": [], "steered": []}
     states: dict[str, list[Tensor]] = {"base": [], "steered": []}
     output = torch.arange(want.n)
@@ -215,6 +217,7 @@ def gather(
         rows = slice(done, done := done + len(result))
         cost = cost + result.cost
         first += [result] if rows.start < SHOWN else []
+        diagnoses.append(result.diagnosis)
         for name, value in _numbers(result).items():
             values.setdefault(name, []).append(value.cpu())
         with torch.inference_mode(), precision:
@@ -239,7 +242,7 @@ def gather(
     return Steered(
         values={name: torch.cat(parts) for name, parts in values.items()},
         scores=near.pop("reward"), held_out=near.pop("held out", {}), near=near, pictures=shown,
-        first=SteeringResult.cat(first), cost=cost,
+        first=SteeringResult.cat(first), cost=cost, diagnosis=Diagnosis.cat(diagnoses),
     )  # fmt: skip
 
 
@@ -269,8 +272,14 @@ def summary(run: Steered, want: Outputs, reward: Reward, judge: Reward | None) -
         "log_z": run.values["log_z"].mean() if "log_z" in run.values else None,
         "strength": _one_or_all(run.values["strength"]),
         "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
+        "pareto_k": _known_mean(run.diagnosis.heavy),
         "cost": run.cost.as_dict(),
     }
+
+
+def _known_mean(values: Tensor) -> Tensor | None:
+    """The mean of those that are known; None where none is."""
+    return None if values.isnan().all() else values.nanmean()
 
 
 def _one_or_all(values: Tensor) -> Any:
@@ -312,7 +321,7 @@ def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
         "method": f"{named(config.method, 'method')[0]}: {method!r}",
         "strength": f"auto: {short(run.first.strength[0])}" if config.strength == "auto" else short(config.strength),
         "outputs": f"{n} of {k} particles",
-        **ess_in_words(run.values["log_weights"]),
+        **run.diagnosis.in_words(),
         **log_z,
         "cost": str(run.cost),
     }

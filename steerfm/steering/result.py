@@ -22,9 +22,9 @@ from steerfm import files
 from steerfm.checks import at_least_one
 from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap, Wrapped, in_parts
+from steerfm.steering.diagnosis import Diagnosis
 from steerfm.steering.outcome import Outcome, Trace
 from steerfm.steering.selection import Resample
-from steerfm.steering.weights import ess_in_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,6 +94,11 @@ class SteeringResult(Outcome):
         u = torch.rand(n, k, generator=generator).to(self.log_weights)
         ancestors = Resample("systematic").draw(self.log_weights, u)
         return self.samples[torch.arange(n, device=self.samples.device).unsqueeze(1), ancestors]
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """What the strength did to the particles, and whether their weights are to be trusted."""
+        return Diagnosis.of(self)
 
     def pil(self) -> list[Image]:
         """The best of each output as a PIL picture, n of them, in the size of the model.
@@ -313,7 +318,7 @@ class SteeringResult(Outcome):
             more = f" and {len(terms) - 6} more" if len(terms) > 6 else ""
             told["terms"] = f"mean {', '.join(terms[:6])}{more}"
         told["strength"] = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
-        told |= ess_in_words(self.log_weights)
+        told |= self.diagnosis.in_words()
         if self.log_z is not None:
             told["log Z"] = f"{self.log_z.mean():.4g} (mean over outputs)"
         return told | {"steps": str(len(self.trace.t)), "cost": str(self.cost)}
