@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -123,9 +124,12 @@ class EndpointGradient(MapGradient):
 
     Args:
         required: whether a reward without a gradient is an error; if not, it is steered without one.
+        dimension: of states for which ``scale`` is meant; in larger ones it grows as sqrt(d / dimension), as the length of a
+            step does, and the gradient of a reward in nats does not.
     """
 
     required: bool = True
+    dimension: float = math.inf
 
     def evaluate(self, view: View) -> Evaluation:
         ends = view.endpoints(view.x)
@@ -134,6 +138,12 @@ class EndpointGradient(MapGradient):
             found = view.value(replace(ends, z=z))
             gradient = gradient_of(view.problem, found.value, z)
         return replace(found, value=found.value.detach(), direction=gradient.sum(1))
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        larger = max(1.0, math.sqrt(x[0].numel() / self.dimension))
+        return MapGradient.shift(replace(self, scale=larger * self.scale), flow_map, evaluation, x, mean, s, t, std)
 
 
 @dataclass(frozen=True)

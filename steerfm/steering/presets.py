@@ -82,7 +82,8 @@ class Funnel(Steering):
     particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
 
     Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step,
-    ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward).
+    ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward): more of it in more
+    dimensions, at most half a step.
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
@@ -96,7 +97,7 @@ class Funnel(Steering):
 
     steps: int = 5
     first: int = 64
-    guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(required=False))
+    guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(cap=0.5, required=False, dimension=12))
     tempering: Tempering = untempered
     correction: Correction = field(default_factory=Marginal)
 
