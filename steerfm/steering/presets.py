@@ -545,13 +545,6 @@ class SVDD(Sampler):
     tempering: Tempering = untempered
     transition: Transition = field(default_factory=Bridge)
 
-    def sized(self, steps: int, number: int) -> Self:
-        """See `Sized`; the number is that of parents."""
-        return replace(self, steps=steps, particles=number * self.children)
-
-    def least(self, steps: int) -> int:
-        return 1
-
     def __post_init__(self) -> None:
         if self.particles % self.children:
             raise ValueError(f"particles={self.particles} do not divide into groups of children={self.children}")

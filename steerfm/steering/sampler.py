@@ -32,7 +32,7 @@ from steerfm.steering.correction import CORRECTIONS, Correction, Family, Margina
 from steerfm.steering.guidance import GUIDANCES, Guidance, evaluate, needs_gradient
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.outcome import Outcome, Tick, Trace
-from steerfm.steering.selection import Candidates, Leaving, Resample, Selected, Selection, unbiased, with_threshold
+from steerfm.steering.selection import Candidates, Leaving, Resample, Selected, Selection, group, unbiased, with_threshold
 from steerfm.steering.size import Sized
 from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
@@ -115,12 +115,12 @@ class Sampler(Sized, metaclass=Named):
         return Parts(self.lookahead, self.guidance, self.tempering, self.transition, correction, selection)
 
     def sized(self, steps: int, number: int) -> Self:
-        """See `Sized`."""
-        return replace(self, steps=steps, particles=number)
+        """See `Sized`; the number is that of groups, where the selection has some."""
+        return replace(self, steps=steps, particles=number * group(self.parts.selection))
 
     def least(self, steps: int) -> int:
-        """Fewer particles than four leave nothing to select."""
-        return 1 if self.parts.selection is None else 4
+        """Fewer particles than four leave nothing to select; a group does."""
+        return 1 if self.parts.selection is None or group(self.parts.selection) > 1 else 4
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -102,6 +102,19 @@ class Leaving(Protocol):
         ...
 
 
+@runtime_checkable
+class Grouping(Protocol):
+    """A selection within groups of so many particles: their number is a multiple of it."""
+
+    @property
+    def group(self) -> int: ...
+
+
+def group(selection: Selection | None) -> int:
+    """Particles that a selection takes together; 1 where it takes any number."""
+    return selection.group if isinstance(selection, Grouping) else 1
+
+
 def unbiased(selection: Selection | None) -> bool:
     """Whether the particles that go on have children in proportion to their weights on average."""
     return selection is None or (isinstance(selection, Fair) and selection.unbiased)
@@ -231,6 +244,10 @@ class BestChild:
     def __post_init__(self) -> None:
         at_least_one(children=self.children)
 
+    @property
+    def group(self) -> int:
+        return self.children
+
     def select(self, candidates: Candidates) -> Selected:
         n, k = candidates.tilt.shape
         if k % self.children:
@@ -264,6 +281,10 @@ class Window:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every={self.every}: at least one step")
+
+    @property
+    def group(self) -> int:
+        return group(self.selection)
 
     @property
     def ranks(self) -> bool:
