@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -385,7 +385,7 @@ def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
 
     Args:
         spec: the name of an installed plug-in, ``pkg.mod:Name``, ``path/to/file.py:name``, a function, a Reward or its class.
-        arguments: of the reward's class or function.
+        arguments: of the reward's class or function; ``offload=True`` moves its network to the CPU between calls.
 
     Raises:
         RewardError: unknown name or argument (with the nearest valid one), or a file that cannot be imported.
@@ -396,13 +396,33 @@ def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
             raise RewardError(f"reward {spec!r} is already built and takes no arguments: {', '.join(arguments)}")
         return target
     if isinstance(target, type) and issubclass(target, Reward):
-        check_arguments(target.name, inspect.signature(target).parameters, arguments)
-        return target(**arguments)
+        return _built(target, arguments)
     if isinstance(target, type) or not callable(target):
         raise RewardError(f"reward {spec!r} is a {type(target).__name__}, not a function or a Reward")
     if isinstance(spec, str) and ":" in spec and not trust.is_own(spec):
         raise RewardError(f"reward {spec!r} is a function of an installed package: of those only a Reward can be named")
     return FunctionReward(target, **arguments)
+
+
+@runtime_checkable
+class Offloading(Protocol):
+    """A reward that can free the accelerator between calls that need no gradient: where ``offloads``."""
+
+    offloads: bool
+
+    def offload(self) -> None: ...
+
+
+def _built(target: type[Reward], arguments: dict[str, Any]) -> Reward:
+    takes = inspect.signature(target).parameters
+    offloads = "offload" in arguments and "offload" not in takes and arguments.pop("offload")
+    check_arguments(target.name, takes, arguments)
+    made = target(**arguments)
+    if offloads:
+        if not isinstance(made, Offloading):
+            raise RewardError(f"reward {target.name!r} has no network that is loaded on its first call: leave offload out")
+        made.offloads = True
+    return made
 
 
 def build(value: Any) -> Reward:

@@ -196,18 +196,22 @@ class PickScore(WordsReward):
     Unit: logits; differences of two pictures are log-odds of the preference. Gradient: yes. (Kirstain et al. 2305.01569.)
 
     Args:
-        model: folder with config.json, weights and tokenizer, as ``save_pretrained`` writes it. Nothing is fetched.
+        folder: with config.json, weights and tokenizer, as ``save_pretrained`` writes it. Nothing is fetched.
         prompt: for all pictures; None for the prompt that each was asked for.
+        model: another name of the folder.
 
-    >>> steerfm.reward("pickscore", model="models/PickScore_v1")
+    >>> steerfm.reward("pickscore", folder="models/PickScore_v1")
     """
 
     name, unit, range = "pickscore", "logits", (-float("inf"), float("inf"))
 
-    def __init__(self, model: str | Path, prompt: str | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, prompt: str | None = None, *, model: str | Path | None = None) -> None:
         super().__init__()
         self.ask(prompt)
-        self.folder = Path(model)
+        if (folder is None) == (model is None):
+            what = "needs a folder" if folder is None else "has two folders"
+            raise RewardError(f"reward 'pickscore' {what}: folder=, with a CLIPModel of transformers")
+        self.folder = Path(str(model if folder is None else folder))
         if not (self.folder / "config.json").is_file():
             raise RewardError(
                 f"reward 'pickscore': no config.json in {self.folder}: put a folder of transformers' CLIPModel there"

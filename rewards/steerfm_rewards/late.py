@@ -10,11 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.rewards import Prompts, Reward, RewardError
+from steerfm.scores import Scores
 from steerfm_rewards.checks import check_pictures
 
 
 class LateReward(Reward):
-    """A reward whose network is not one of its own submodules: all rewards of a process that name it share it."""
+    """A reward whose network is not one of its own submodules: all rewards of a process that name it share it.
+
+    Attributes:
+        offloads: whether the network goes to the CPU after each call without a gradient; one with a gradient needs it still.
+    """
+
+    offloads = False
+
+    def raw_scores(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
+    ) -> Scores:
+        scores = super().raw_scores(images, prompts, labels, groups, latents)
+        if self.offloads and not scores.total.requires_grad:
+            self.offload()
+        return scores
 
     def load(self) -> nn.Module:
         """The hook that authors write: the network, from a cache after the first call.
