@@ -29,7 +29,7 @@ from steerfm.models import lora as adapters
 from steerfm.models import moved_noise, paths
 from steerfm.models.capture import Recording, check_arguments, denoiser, parameters
 from steerfm.models.decoders import decoder_of
-from steerfm.models.families import LinearMap, PipelineMap, TrigonometricMap, VariancePreservingMap, Within
+from steerfm.models.families import LinearMap, PipelineMap, PreconditionedMap, TrigonometricMap, VariancePreservingMap, Within
 from steerfm.models.prompts import GUIDANCE, Prompts
 from steerfm.models.two_time import add_second_time, has_second_time
 from steerfm.transitions import Bridge, Jump, Renoise, Transition
@@ -440,6 +440,22 @@ class Diffusion(Schedule):
         return Bridge(eta) if eta else Jump()
 
 
+class Edm(Diffusion):
+    """EDM: times are sigmas, and the scheduler scales what its network takes and gives."""
+
+    def __init__(self, prompts: Prompts, to_the_letter: bool) -> None:
+        Schedule.__init__(self, prompts, to_the_letter)
+        self.starts = {}
+
+    def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
+        flow_map, config = PreconditionedMap(network, **self.parts(decoder)), self.scheduler.config
+        flow_map.scheduler = self.scheduler
+        flow_map.first, flow_map.last = 1 / (1 + config.sigma_max), 1 / (1 + config.sigma_min)
+        self(1)  # so that one step starts where the scheduler does
+        flow_map.transition = Within(Jump(), self.starts, self.starts[1.0], self._last())
+        return flow_map
+
+
 class Sprint(Schedule):
     """Consistency models in angles: t = cos / (cos + sin)."""
 
@@ -471,6 +487,8 @@ def _family(scheduler: Any) -> type[Schedule]:
     flow = name.startswith("Flow") or getattr(config, "use_flow_sigmas", False)
     if flow or getattr(config, "prediction_type", None) == "flow_prediction":
         return Flow
+    if hasattr(scheduler, "precondition_outputs"):
+        return Edm
     if hasattr(scheduler, "alphas_cumprod") and getattr(config, "prediction_type", None) in PREDICTIONS:
         return Diffusion
     raise ValueError(f"{name} is not known here: set pipe.scheduler to an Euler or DDIM scheduler of diffusers for this model")

@@ -5,6 +5,7 @@ network's door.
 
     LinearMap               flow matching: the network gives +-(noise - data), and time is t, 1 - t or 1000 (1 - t)
     VariancePreservingMap   diffusion, z = a data + b noise: the network gives noise, data or v at one of 1000 indices
+    PreconditionedMap       diffusion of EDM, z = data + sigma noise, with the scalings of its scheduler
     TrigonometricMap        z = cos(th) data + sin(th) noise: consistency models (sCM)
 """
 
@@ -201,6 +202,28 @@ class VariancePreservingMap(PipelineMap):
             return paths.velocity(x, time, ends, self.path.first, self.path.last)
         skip, output = (expand_time(scale, x) for scale in self.scalings(index))
         return _towards(x, skip * z + output * ends.data, time)
+
+
+class PreconditionedMap(PipelineMap):
+    """Diffusion of EDM, z = data + sigma noise, whose network is scaled at both ends (Karras et al. 2206.00364, equation 7).
+
+    Attributes:
+        scheduler: what scales: `precondition_inputs`, `precondition_noise` and `precondition_outputs`.
+        first, last: our times of its largest and its least sigma, t = 1 / (1 + sigma).
+    """
+
+    scheduler: Any
+    first: float
+    last: float
+
+    def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        time, scheduler = expand_time(s, x), self.scheduler
+        near = time.clamp(self.first, self.last)
+        sigma = (1 - near) / near
+        z = x / near * (paths.spread(near) / paths.spread(time))
+        out = self.predict(scheduler.precondition_inputs(z, sigma), (scheduler.precondition_noise(sigma).flatten(),), cond)
+        ends = paths.ends_of_data(z, scheduler.precondition_outputs(z, out, sigma), paths.Weights(1.0, sigma))
+        return paths.velocity(x, time, ends, self.first, self.last)
 
 
 class TrigonometricMap(PipelineMap):

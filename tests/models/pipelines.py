@@ -312,6 +312,13 @@ def sdxl(cls: Any = diffusers.EulerDiscreteScheduler, parts: dict[str, Any] | No
     return pipe, {**embeddings(7, 64, pooled=32), "height": 16, "width": 16}
 
 
+def edm(**config: Any) -> Made:
+    """As Playground 2.5 has it: a network that its scheduler scales at both ends."""
+    pipe, call = sdxl()
+    pipe.scheduler = diffusers.EDMEulerScheduler(**config)
+    return pipe, call
+
+
 def lcm(parts: dict[str, Any] | None = None) -> Made:
     unet = network(
         diffusers.UNet2DConditionModel, block_out_channels=(4, 8), layers_per_block=1, cross_attention_dim=32,
@@ -397,6 +404,8 @@ PIPELINES: dict[str, Callable[..., Made]] = {
     "sdxl ddim": partial(sdxl, diffusers.DDIMScheduler, timestep_spacing="trailing", clip_sample=False),
     "sdxl euler": partial(sdxl, timestep_spacing="leading", steps_offset=1),
     "sdxl lightning": partial(sdxl, timestep_spacing="trailing"),
+    "sdxl edm": edm,
+    "sdxl edm v": lambda: edm(prediction_type="v_prediction", sigma_schedule="exponential", final_sigmas_type="sigma_min"),
     "sdxl turbo": partial(sdxl, diffusers.EulerAncestralDiscreteScheduler, timestep_spacing="trailing"),
 }
 """Pipelines by name; classes and their variants."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm.models import from_pipeline
-from tests.models.pipelines import PIPELINES, diffusers, hunyuan, lumina2, qwen, relative, sd3, sdxl, wan, z_image
+from tests.models.pipelines import PIPELINES, diffusers, edm, hunyuan, lumina2, qwen, relative, sd3, sdxl, wan, z_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's
 
@@ -21,6 +21,7 @@ for name in ("hunyuan", "hunyuan meanflow", "flux dev", "sana-sprint", "lcm"):  
 SCALES = {"hunyuan": "distilled_guidance_scale", "hunyuan meanflow": "distilled_guidance_scale", "qwen": "true_cfg_scale"}
 NO_SINGLE_STEP = {"qwen", "mochi"}  # one divides by 0 to NaN, the other to an error
 CLOSE = {"sana-sprint": 5e-6}  # its angles are float32: pi / 2 to 4e-6
+CLOSE |= {"sdxl edm": 3e-5, "sdxl edm v": 3e-5}  # its states are 80 wide and end at 1: see the test in double precision
 
 
 @functools.cache
@@ -166,3 +167,20 @@ def test_pictures_become_latents_of_the_maps_shape(name: str) -> None:
     for piece in reversed(fm.decoder.pieces):
         inner = piece.inverse(inner)
     assert relative(inner, z) < 1e-6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9])
+@pytest.mark.parametrize("config", [{}, {"prediction_type": "v_prediction", "sigma_max": 30.0}, {"sigma_data": 1.0}], ids=str)
+def test_edm_is_nearer_to_double_precision_than_the_pipeline_is(config: dict[str, Any], steps: int) -> None:
+    """The pipeline subtracts states that are 80 wide; the linear path has none."""
+    pipe, call = edm(**config)
+    fm = from_pipeline(pipe, guidance=1.0, **call)
+    x, noise = steerfm.sample(fm, n=2, steps=steps, seeds=0), steerfm.sampling.Noise([0, 1]).start(fm)
+    usual = {"guidance_scale": 1.0, "num_inference_steps": steps, "output_type": "latent", "return_dict": False}
+    single = pipe(**call, **usual, latents=noise)[0]
+    wide, _ = edm(**config)
+    wide.unet.double(), wide.vae.double()
+    call = {key: value.double() if isinstance(value, Tensor) else value for key, value in call.items()}
+    double = wide(**call, **usual, latents=noise.double())[0]
+    assert relative(x, double) < 1e-5
+    assert relative(x, double) < 2 * relative(single, double)
