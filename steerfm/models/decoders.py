@@ -45,6 +45,20 @@ class Tokens(nn.Module):
         return squares.permute(0, 2, 4, 1, 3, 5).reshape(len(z), self.h * self.w // 4, -1)
 
 
+class VideoTokens(nn.Module):
+    """Tokens (b, f h w, c) to a video (b, c, f, h, w)."""
+
+    def __init__(self, f: int, h: int, w: int) -> None:
+        super().__init__()
+        self.sides = f, h, w
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.unflatten(1, self.sides).movedim(4, 1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z.flatten(2).transpose(1, 2)
+
+
 class FramesFirst(nn.Module):
     """(b, f, c, h, w) to (b, c, f, h, w)."""
 
@@ -112,6 +126,8 @@ def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, 
     if getattr(vae.config, "force_upcast", False) and _dtype(vae) == torch.float16:
         vae.to(torch.float32)  # as the pipeline does before it decodes: half precision overflows
     pieces: list[nn.Module] = []
+    if len(shape) == 2 and type(pipe).__name__ == "LTXPipeline" and size is not None:
+        return _ltx(pipe, vae, shape, size)
     if len(shape) == 2:
         if size is None or not hasattr(pipe, "vae_scale_factor"):
             return None
@@ -135,6 +151,16 @@ def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, 
     ones = (-1, *(1,) * (3 if video else 2))
     pieces.append(Affine(scale.view(ones), shift.view(ones)))
     return Decoder(vae, pieces)
+
+
+def _ltx(pipe: Any, vae: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int]) -> Decoder | None:
+    """LTX-Video: a token for each place in space and time; None where a token is a block of them, or decoding takes noise."""
+    h, w = (pixels // pipe.vae_spatial_compression_ratio for pixels in size)
+    patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
+    if patches != (1, 1) or shape[0] % (h * w) or vae.config.timestep_conditioning:
+        return None
+    mean, std = (part.float().view(1, -1, 1, 1, 1) for part in (vae.latents_mean, vae.latents_std))
+    return Decoder(vae, [VideoTokens(shape[0] // (h * w), h, w), Affine(std / float(vae.config.scaling_factor), mean)])
 
 
 def _dtype(vae: Any) -> torch.dtype:

@@ -270,6 +270,22 @@ def mochi(**parts: Any) -> Made:
     return pipe, embeddings(16, 32, mask="attention_mask") | {"height": 16, "width": 16, "num_frames": 7}
 
 
+def ltx(**parts: Any) -> Made:
+    """A token for each place in space and time."""
+    transformer = network(
+        diffusers.LTXVideoTransformer3DModel, in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8,
+        cross_attention_dim=32, num_layers=1, caption_channels=32,
+    )  # fmt: skip
+    vae = network(
+        diffusers.AutoencoderKLLTXVideo, latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False), patch_size=1, decoder_causal=False,
+    )  # fmt: skip
+    scheduler, parts = diffusers.FlowMatchEulerDiscreteScheduler(), without("text_encoder", "tokenizer") | parts
+    pipe = diffusers.LTXPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **parts)
+    return pipe, embeddings(16, 32, mask="attention_mask") | {"height": 32, "width": 32, "num_frames": 9}
+
+
 # --- consistency in angles -------------------------------------------------------------------------------------------
 def sana_sprint(**parts: Any) -> Made:
     transformer = network(diffusers.SanaTransformer2DModel, qk_norm="rms_norm_across_heads", guidance_embeds=True, **SANA)
@@ -388,6 +404,7 @@ PIPELINES: dict[str, Callable[..., Made]] = {
     "chroma": chroma,
     "aura flow": aura_flow,
     "mochi": mochi,
+    "ltx": ltx,
     "sana-sprint": sana_sprint,
     "lcm": lcm,
     "lcm-lora sd 1.5": partial(sd15, diffusers.LCMScheduler),
