@@ -348,10 +348,10 @@ class WarmedAscent(Ascent):
 
     The warm-up is plain: nothing is guided before the one is chosen.
     Samples: no.
-    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles in one step of warm-up (docs/methods.md).
+    Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
     """
 
-    shape: ClassVar[Mapping[int, float]] = {64: 5, 256: 8}
+    shape: ClassVar[Mapping[int, float]] = {64: 5, 256: 5}
 
     steps: int = 8
     warmup: int = 0
@@ -381,7 +381,7 @@ class FMRGJ(WarmedAscent):
     ``strength`` drop out), no tempering, transition jump, correction none. With several particles and ``warmup`` steps, the
     best by look-ahead goes on alone after those; ``stop`` leaves a tail of the steps unguided.
     Samples: no. It is optimal control of one trajectory: an ascent.
-    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles in one step of warm-up (docs/methods.md).
+    Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2604.27147"
@@ -397,7 +397,7 @@ class FMRGE(WarmedAscent):
     tempering, transition jump (two calls a step; ``transition=renoise`` jumps to the data and back, one call), correction
     none. ``warmup`` and ``stop`` as in `FMRGJ`.
     Samples: no. It is an ascent; good for measurements (inverse problems).
-    Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles in one step of warm-up (docs/methods.md).
+    Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2604.27147"
