@@ -24,7 +24,7 @@ EXAMPLE = f"{Path(__file__).parent / 'my_reward.py'}:striped"
 METHODS = {
     "base": steerfm.BestOfN(particles=1, steps=4),
     "best of 16": steerfm.BestOfN(particles=16, steps=4),
-    "guidance": steerfm.FMRGJ(steps=16),
+    "guidance": steerfm.FMRGJ.within(64),
     "particles": steerfm.Funnel.within(64),
 }
 
@@ -33,7 +33,7 @@ def main() -> None:
     console, model = Console(highlight=False), steerfm.load("fashion")
     tasks = [  # title, reward, strength, condition, held-out reward
         ("towards the class Bag, from no class", steerfm.reward("classifier", target="Bag"), 10.0, None, "Bag"),
-        ("stripes on a Dress (examples/my_reward.py)", steerfm.reward(EXAMPLE), 600.0, "Dress", "Dress"),
+        ("stripes on a Dress (examples/my_reward.py)", steerfm.reward(EXAMPLE), 120.0, "Dress", "Dress"),
     ]
     grids, captions, labels, tables = [], [], [], []
     for title, reward, strength, cond, wanted in tasks:

@@ -1,6 +1,6 @@
 """A reward is a function from pictures to one number each, higher is better. Copy this file and change the lines.
 
-steerfm steer label=Dress reward=examples/my_reward.py:striped strength=600
+steerfm steer label=Dress reward=examples/my_reward.py:striped strength=120
 """
 
 import torch
