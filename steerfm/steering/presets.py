@@ -89,7 +89,7 @@ class Funnel(Steering):
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
-    Within a budget: 5 steps from 32 evaluations on, half of them for the first look (docs/methods.md).
+    Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight (docs/methods.md).
     """
 
     samples: ClassVar[str] = "yes"
@@ -112,14 +112,15 @@ class Funnel(Steering):
         return self.mix(self.correction, Narrow(self.particles, then))
 
     def fit(self, budget: int, evaluations: Evaluations, steps: int | None) -> Funnel:
-        """See `Sized`: a step for every eight calls, at most four; half of the calls go to the first look, three quarters where
-        there is one step, and all of them below eight: best-of-n by single jumps."""
+        """See `Sized`: a particle for every eight calls, which takes four steps after the first look, three below 32 calls;
+        below eight best-of-n by single jumps."""
         call = evaluations(replace(self, particles=1, first=1, steps=1))
         calls = int(budget / call)
         if not calls:
             raise ValueError(f"budget={budget}: one call of this network costs {call:g}")
-        walk = min(calls // 8, 4 if steps is None else steps - 1)
-        particles = calls // (2 * max(walk, 2)) if walk else calls
+        walk = steps - 1 if steps is not None else 0 if calls < 8 else 3 if calls < 32 else 4
+        walk = min(walk, calls - 1)
+        particles = max(1, calls // (2 * max(walk, 4))) if walk else calls
         return replace(self, particles=particles, steps=1 + walk, first=calls - particles * walk)
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:

@@ -42,5 +42,5 @@ def test_objects_complete_with_all_that_they_have(name):
 
 
 def test_what_a_class_adds_is_in_its_help():
-    assert "Within a budget: 5 steps" in help_of(steerfm.Funnel) and "paper = " in help_of(steerfm.FeynmanKac)
+    assert "Within a budget: 4 steps" in help_of(steerfm.Funnel) and "paper = " in help_of(steerfm.FeynmanKac)
     assert "resolve" not in help_of(steerfm.FeynmanKac) and "steps_of" not in help_of(steerfm.Funnel)
