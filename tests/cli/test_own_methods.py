@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -43,8 +44,8 @@ class Fitted(Plain):
 class Brood(Steering):
     """Each parent's best of three children goes on. Samples: no. It is a search."""
 
-    resampling: object = field(default_factory=lambda: BestChild(3))
-    correction: object = "none"
+    resampling: Any = field(default_factory=lambda: BestChild(3))
+    correction: Any = "none"
 '''
 SUITE = """
 problems:
@@ -71,8 +72,8 @@ def evaluations(method):
 class Grouped(Steering):
     """No field ``children``: its part has one."""
 
-    resampling: object = field(default_factory=lambda: BestChild(3))
-    correction: object = "none"
+    resampling: Any = field(default_factory=lambda: BestChild(3))
+    correction: Any = "none"
 
 
 @pytest.mark.parametrize("budget", [8, 13, 64, 100])

@@ -179,7 +179,8 @@ def test_edm_is_nearer_to_double_precision_than_the_pipeline_is(config: dict[str
     usual = {"guidance_scale": 1.0, "num_inference_steps": steps, "output_type": "latent", "return_dict": False}
     single = pipe(**call, **usual, latents=noise)[0]
     wide, _ = edm(**config)
-    wide.unet.double(), wide.vae.double()
+    for part in (wide.unet, wide.vae):
+        part.double()
     call = {key: value.double() if isinstance(value, Tensor) else value for key, value in call.items()}
     double = wide(**call, **usual, latents=noise.double())[0]
     assert relative(x, double) < 1e-5

@@ -23,6 +23,11 @@ def reward(x: torch.Tensor) -> torch.Tensor:
     return -(x - 1).square().sum(1)
 
 
+def sized(name: str, budget: int) -> Any:
+    method: Any = steerfm.method(name)
+    return method.within(budget)
+
+
 def spent(method: Any, flow_map: Any = MAP) -> float:
     return steerfm.steer(flow_map, reward, method, cond=None).cost.evaluations
 
@@ -30,7 +35,7 @@ def spent(method: Any, flow_map: Any = MAP) -> float:
 @pytest.mark.parametrize("budget", [64, 256])
 @pytest.mark.parametrize("name", steerfm.methods())
 def test_every_method_spends_its_budget_and_no_more(name, budget):
-    method = steerfm.method(name).within(budget)
+    method = sized(name, budget)
     assert COARSE.get(name, 0.95) * budget <= spent(method) <= budget
     assert spent(method) == plain_evaluations(method)
 
@@ -38,7 +43,7 @@ def test_every_method_spends_its_budget_and_no_more(name, budget):
 @pytest.mark.parametrize("budget", [100, 333])
 @pytest.mark.parametrize("name", ["best_of_n", "funnel", "svdd", "fmrg_j", "rbf", "reno", "zero_order", "tree_search", "das"])
 def test_odd_budgets_are_spent_too(name, budget):
-    assert 0.94 * budget <= spent(steerfm.method(name).within(budget)) <= budget
+    assert 0.94 * budget <= spent(sized(name, budget)) <= budget
 
 
 @pytest.mark.parametrize("name", steerfm.methods())
@@ -87,7 +92,7 @@ class _Classes(steerfm.FlowMap):
 @pytest.mark.parametrize("name", ["best_of_n", "feynman_kac", "reno", "rbf", "funnel", "svdd"])
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_steps_may_be_asked_for(name, steps):
-    method = steerfm.method(name)
+    method: Any = steerfm.method(name)
     made: Any = method.within(256, steps=steps)
     assert (made.iterations if isinstance(made, NoiseSearch) else made.steps) == steps
     assert spent(made) <= 256

@@ -99,7 +99,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(form, more, kills, monkey
     assert curves("whole") and curves("whole") == curves("killed")
     heads = [json.loads((Path(out) / "mine.json").read_text()) for out in ("whole", "killed")]
     for head in heads:
-        head["card"].pop("command", None), head["card"].pop("recipe", None)
+        for key in ("command", "recipe"):
+            head["card"].pop(key, None)
     assert heads[0] == heads[1]
 
 
