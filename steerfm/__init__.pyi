@@ -4,7 +4,7 @@
 # fmt: off
 from . import (
     capabilities as capabilities, checkpoints as checkpoints, checks as checks, cli as cli, closed_form as closed_form,
-    cost as cost, encoders as encoders, files as files, finetuning as finetuning, flowmap as flowmap,
+    cost as cost, encoders as encoders, files as files, finetuning as finetuning, flowmap as flowmap, held_out as held_out,
     interpolant as interpolant, metrics as metrics, models as models, networks as networks, plugins as plugins,
     randomness as randomness, registry as registry, report as report, rewards as rewards, rows as rows,
     sampling as sampling, scores as scores, shipped as shipped, signals as signals, steering as steering, testing as testing,

@@ -44,8 +44,8 @@ class Fitted(Plain):
 class Brood(Steering):
     """Each parent's best of three children goes on. Samples: no. It is a search."""
 
-    resampling: Any = field(default_factory=lambda: BestChild(3))
-    correction: Any = "none"
+    resampling: object = field(default_factory=lambda: BestChild(3))
+    correction: object = "none"
 '''
 SUITE = """
 problems:

@@ -107,7 +107,7 @@ def method(*overrides: str, schema: type[SteerConfig | FinetuneConfig] = SteerCo
 
 
 def test_arguments_of_a_part():
-    assert method("method.guidance.scale=.5").guidance == EndpointGradient(scale=0.5, required=False)
+    assert method("method.guidance.scale=.5").guidance == EndpointGradient(scale=0.5, cap=0.5, required=False, dimension=12)
     assert method("method=fmrg_j", "method.guidance.scale=2").guidance.scale == 2
     assert method("method=fmrg_j", "method.guidance.scale=2").guidance.normalised  # the method's own, but for the scale
     assert method("method={name: fmtt, guidance: {cap: null}}").guidance.cap is None

@@ -87,8 +87,10 @@ def test_a_pipeline_that_refuses_its_arguments_is_quoted() -> None:
 
 def test_schedulers_that_are_not_known() -> None:
     pipe, call = sdxl()
-    pipe.scheduler = diffusers.EDMEulerScheduler()
-    refused(lambda: from_pipeline(pipe, guidance=1.0, **call), "EDMEulerScheduler is not known", "set pipe.scheduler")
+    pipe.scheduler = diffusers.CMStochasticIterativeScheduler()
+    refused(
+        lambda: from_pipeline(pipe, guidance=1.0, **call), "CMStochasticIterativeScheduler is not known", "set pipe.scheduler"
+    )
 
 
 def test_two_networks() -> None:
