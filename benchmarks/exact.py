@@ -43,6 +43,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm import GaussianMixture
+from steerfm.cli.bench import within_budget as fitted
 from steerfm.metrics import interval, mmd, sliced_wasserstein, wasserstein_1d
 from steerfm.report.plots import cost_plot
 from steerfm.steering import METHODS, BestOfN, BudgetForcing, FeynmanKac, Method, TreeSearch
@@ -136,10 +137,7 @@ def within_budget(method: Any, case: Case, flow_map: Any, budget: int) -> Any:
     if isinstance(method, TreeSearch | BudgetForcing):  # what grows one child at a time by itself grows up to 64 times here
         method = replace(method, width=max(1, budget // 64))
     steps = method.iterations if isinstance(method, NoiseSearch) else method.steps
-    try:
-        return method.within(budget, lambda sized: steerfm.steer(flow_map, case.reward, sized, n=1).cost.evaluations, steps)
-    except ValueError:
-        return None
+    return fitted(method, lambda sized: steerfm.steer(flow_map, case.reward, sized, n=1).cost.evaluations, budget, steps)
 
 
 def measure(case: Case, method: Method, flow_map: Any, seeds: int) -> dict[str, list[float]]:

@@ -30,6 +30,8 @@ MODULE = set(vars(nn.Module()))
 """What every module has of its own."""
 IDLE = MODULE | {"name", "batch_size", "_fits"}
 """Attributes of a reward that its values do not depend on."""
+IN_WORDS = {"held_out": "held-out reward", "reward": "reward"}
+"""What counts, as tables and reports say it: the judge's, or the reward's where there is no judge."""
 Key = Hashable
 
 

@@ -47,14 +47,19 @@ def model_folder(name: str) -> Path | None:
     return next((folder / name for folder in folders() if (folder / name).is_dir()), None) if Path(name).name == name else None
 
 
+def by_name(group: str, *more: EntryPoint) -> dict[str, EntryPoint]:
+    """What plug-ins bring under a group, and what is no plug-in's, in the order of the names; nothing is imported."""
+    return {point.name: point for point in sorted([*more, *entry_points(group=group)], key=lambda point: point.name)}
+
+
 def data_sets() -> dict[str, EntryPoint]:
     """Data sets by name."""
-    return {point.name: point for point in sorted([FOLDER, *entry_points(group=DATA)], key=lambda point: point.name)}
+    return by_name(DATA, FOLDER)
 
 
 def encoders() -> dict[str, EntryPoint]:
     """Encoders by name."""
-    return {point.name: point for point in sorted(entry_points(group=ENCODERS), key=lambda point: point.name)}
+    return by_name(ENCODERS)
 
 
 def image_text_head() -> Any:

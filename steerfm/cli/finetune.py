@@ -24,8 +24,9 @@ from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cost import Cost
 from steerfm.finetuning import METHOD, Distil, FineTuning, HyperNoise, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.base import check_weights
-from steerfm.finetuning.evaluation import IN_WORDS, Monitor, Panel, Reading, control_cost
+from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
 from steerfm.flowmap import FlowMap
+from steerfm.held_out import IN_WORDS
 from steerfm.metrics import semigroup_error
 from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.models.diffusers import pipeline_map, save_lora

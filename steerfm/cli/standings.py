@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steerfm.cli.console import print_table
+from steerfm.held_out import IN_WORDS
 from steerfm.metrics import Difference
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import cost_plot
@@ -24,8 +25,6 @@ SHORT = [0, 1, 3, 5, 6, 8, 9]
 ALONE, SHORT_ALONE = ["method", "reward", *HEADER[2:5], *HEADER[6:]], [0, 1, 2, 3, 5, 7, 8]
 """The same where there is no judge."""
 NOTHING_HELD_OUT = "no judge: the reward itself counts, nothing is held out"
-IN_WORDS = {"held_out": "held-out reward", "reward": "reward"}
-"""What counts, as tables say it."""
 STAR = "* marks a row than which none is better at the same cost or less"
 
 

@@ -17,7 +17,7 @@ from steerfm.files import write_tensors
 from steerfm.finetuning.base import Law, Tasks, chain, draw
 from steerfm.finetuning.module import FineTuning
 from steerfm.flowmap import FlowMap
-from steerfm.held_out import check_held_out
+from steerfm.held_out import IN_WORDS, check_held_out
 from steerfm.metrics import interval, pairwise_diversity, precision, sample_distance, semigroup_error
 from steerfm.randomness import derive, is_derived
 from steerfm.report.pictures import picture_grid
@@ -28,8 +28,6 @@ from steerfm.training import save_checkpoint
 from steerfm.transitions import usual
 
 Features = Callable[[Tensor], Tensor]
-IN_WORDS = {"held_out": "held-out reward", "reward": "reward"}
-"""What counts, as reports say it."""
 
 
 @dataclass

@@ -28,8 +28,6 @@ class MovedNoise(Wrapped):
         of: what `steerfm.load` makes Y by, as it is written to a file.
     """
 
-    capabilities = GENERATOR
-
     def __init__(self, flow_map: FlowMap, adapter: FlowMap, jumps: int = 1, of: str | Mapping[str, Any] = "") -> None:
         super().__init__(flow_map)
         self.take_after(adapter)

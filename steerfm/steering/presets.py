@@ -347,7 +347,7 @@ class MPGD(Ascent):
 class WarmedAscent(Ascent):
     """An ascent that starts with several particles, of which the best by look-ahead goes on alone after ``warmup`` steps.
 
-    The warm-up is plain: nothing is guided before the one is chosen.
+    Steps of the warm-up are guided; the look that chooses is plain, and the gradient after it is that of the one alone.
     Samples: no.
     Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
     """
@@ -420,16 +420,16 @@ class MFMG(Ascent):
     paper: ClassVar[str] = "2601.14430"
     shape: ClassVar[Mapping[int, float]] = {64: 4, 256: 8}
 
+    steps: int = 16
+    lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=4))
+    guidance: Guidance | None = field(default_factory=MapGradient)
+    transition: Transition = field(default_factory=lambda: Diffuse(0.0))
+
     def sized(self, steps: int, number: int) -> Self:
         """See `Sized`; the number is that of endpoints, where the look-ahead has several."""
         looks = self.lookahead
         several = isinstance(looks, Posterior | Renoise)
         return replace(self, steps=steps, **{"lookahead": replace(looks, k=number)} if several else {"particles": number})
-
-    steps: int = 16
-    lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=4))
-    guidance: Guidance | None = field(default_factory=MapGradient)
-    transition: Transition = field(default_factory=lambda: Diffuse(0.0))
 
 
 @dataclass(frozen=True)

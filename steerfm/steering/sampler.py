@@ -239,7 +239,7 @@ class Sampler(Sized, metaclass=Named):
         with self._mode():
             x, times, looks = begin.states(problem, noise), begin.grid(self.times(problem.flow_map)), noise.other()
             zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
-            now = self._look(problem, looks, x, times, 0, None, zero, self._waits(0, times[0], noise.k))
+            now = self._look(problem, looks, x, times, 0, None, zero, self._waits(x, times, 0, noise.k))
             log_w = self.parts.correction.start(now).view(-1, noise.k)
             parents, nobody = Parents(x, now, problem, log_w), Selected.none(log_w)
             log_z, first = log_w.new_zeros(len(log_w)), now.tilt.view_as(log_w)
@@ -260,7 +260,7 @@ class Sampler(Sized, metaclass=Named):
             if last:
                 move.after = self._arrive(state, x)
             else:
-                waits = self._waits(state.done + 1, t, state.log_w.shape[1])
+                waits = self._waits(x, state.times, state.done + 1, state.log_w.shape[1])
                 move.after = self._look(state.problem, state.looks, x, state.times, state.done + 1, move, state.log_w, waits)
             log_w = state.log_w + self.parts.correction.increment(move).view_as(state.log_w)
             info = self._info(move, state.x, log_w, state.problem.flow_map.shape)
@@ -325,18 +325,27 @@ class Sampler(Sized, metaclass=Named):
             info["lookaheads"] = move.after.endpoint.view(*log_w.shape, *shape)[:, 0]
         return info
 
-    def _waits(self, step: int, t: float, k: int) -> bool:
-        """Whether the gradient waits for a selection by plain look-aheads, which is about to leave fewer particles."""
-        parts, selection = self.parts, self.parts.selection
-        if parts.guidance is None or parts.correction.samples or isinstance(parts.tempering, Adaptive):
+    def _guided(self, x: Tensor, times: Sequence[float], i: int) -> bool:
+        """Whether the step from times[i] is guided."""
+        parts, t = self.parts, times[i]
+        if parts.guidance is None or t >= self.stop or times[i + 1] <= t:
             return False
-        return isinstance(selection, Leaving) and selection.leaves(step, t, k) < k
+        lands = t >= times[-2] and isinstance(parts.transition, Landing) and parts.transition.lands
+        return not lands or parts.correction.guides(Step(x, 0.0))
+
+    def _waits(self, x: Tensor, times: Sequence[float], i: int, k: int) -> bool:
+        """Whether the gradient at times[i] waits for a selection by plain look-aheads, which is about to leave fewer of ``k``
+        particles."""
+        parts, selection = self.parts, self.parts.selection
+        if parts.correction.samples or isinstance(parts.tempering, Adaptive) or not self._guided(x, times, i):
+            return False
+        return isinstance(selection, Leaving) and selection.leaves(i, times[i], k) < k
 
     def _go_on(self, state: State) -> State:
         """Ask the selection, and give a direction to the few whom a plain look has chosen."""
         before = state.log_w.shape[1]
         state = self._select(state)
-        if not self._waits(state.done, state.t, before):
+        if not self._waits(state.x, state.times, state.done, before):
             return state
         now = self._look(state.problem, state.looks, state.x, state.times, state.done, None, state.log_w)
         return replace(state, now=now)
@@ -381,9 +390,7 @@ class Sampler(Sized, metaclass=Named):
         correction, tempering = parts.correction, parts.tempering
         hottest = 1.0 if t >= 1 else float(tempering(t))
         ranks = parts.selection is not None and parts.selection.ranks
-        guided = parts.guidance is not None and t < self.stop and times[i + 1] > t
-        if guided and t >= times[-2] and isinstance(parts.transition, Landing) and parts.transition.lands:
-            guided = correction.guides(Step(x, 0.0))
+        guided = self._guided(x, times, i)
         wanted = guided or correction.samples or ranks
         untempered = correction.looks_untempered or ranks or self._drawn()
         if parts.lookahead is None or not (wanted or self._drawn()) or (hottest == 0 and not untempered):

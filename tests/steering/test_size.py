@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from typing import Any
 
@@ -127,6 +128,30 @@ def test_warm_up_gradients_are_for_the_one_that_goes_on():
     cost = steerfm.steer(MAP, reward, steerfm.FMRGJ(particles=k, steps=steps, warmup=1), cond=None).cost
     assert cost.backwards == k + (steps - 1)
     assert cost.forwards == 2 * k + k + 2 * (steps - 1) - 1
+
+
+@pytest.mark.parametrize("stop", [0.3, 0.5])
+def test_a_warm_up_that_ends_unguided_looks_once(stop):
+    """Four steps, and the one that goes on is chosen at t = 0.5, from where on nothing is guided."""
+    k, steps = 4, 4
+    cost = steerfm.steer(MAP, reward, steerfm.FMRGJ(particles=k, steps=steps, warmup=2, stop=stop), cond=None).cost
+    assert cost.backwards == 2 * k
+    assert cost.forwards == 2 * 2 * k + k + 2  # two guided steps of all, a look, and two jumps of one
+
+
+@pytest.mark.parametrize("name", steerfm.methods())
+def test_what_help_says_of_a_shape_is_the_shape(name):
+    kind: Any = type(steerfm.method(name))
+    words = " ".join((kind.__doc__ or "").split())
+    if "Within a budget:" not in words:
+        return
+    said = words.split("Within a budget:")[1].split("(docs")[0]
+    told = {
+        int(at): int(steps)
+        for steps, at in re.findall(r"(\d+)(?: \w+)? at (\d+)", said.replace("one iteration", "1 iteration"))
+    }
+    shape = {8: 4} if name == "funnel" else kind.shape
+    assert told.items() <= shape.items() and (told or len(set(shape.values())) == 1 or name == "random_search")
 
 
 @pytest.mark.parametrize("budget", [8, 40, 90])
