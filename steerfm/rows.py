@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +138,13 @@ class Rows:
             groups=None if self.groups is None else self.groups[rows],
         )
 
+    def kinds(self) -> Tensor:
+        """(n,) a number for each row, from 0 in the order of first rows: the same where condition, label and prompt are."""
+        columns = [] if self.labels is None else [self.labels]
+        columns += self.cond.values() if isinstance(self.cond, Mapping) else [] if self.cond is None else [self.cond]
+        numbers = [_numbered(column.detach().cpu().reshape(self.n, -1).tolist()) for column in columns]
+        return torch.tensor(_numbered(list(zip(self.prompts or [""] * self.n, *numbers))))
+
     def repeat(self, k: int) -> Self:
         """Every row ``k`` times, one after the other."""
         return replace(
@@ -157,3 +165,9 @@ class Rows:
 def labels_of(cond: Condition) -> Tensor | None:
     """A condition (n,) of whole numbers is one of labels; others hold none."""
     return cond if isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point() else None
+
+
+def _numbered(values: Sequence[Any]) -> list[int]:
+    """A number for each value, the same for equal ones, in the order of their first."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(repr(value), len(seen)) for value in values]

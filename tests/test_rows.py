@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from kinds import a, sure
 
 import steerfm
-from steerfm import FeynmanKac, GaussianMixture, Guided, cli
+from steerfm import FeynmanKac, FlowMap, GaussianMixture, Guided, cli
+from steerfm.rewards import as_reward
 from steerfm.rows import Rows, split_negative, with_negative
 
 
@@ -110,3 +113,46 @@ def test_the_command_takes_them_in_the_same_words(tmp_path, monkeypatch, capsys)
     assert cli.main(["steer", "strength=much", "out=b"]) == 2 and not (tmp_path / "b").exists()
     assert cli.main(["steer", "negative=Shirt", "label=Bag", "out=c"]) == 2 and not (tmp_path / "c").exists()
     assert "give a number, or auto" in (told := capsys.readouterr().err) and "negative= needs classifier-free guidance" in told
+
+
+def test_rows_are_of_one_kind_where_all_that_is_asked_is_the_same():
+    cond = {"a": torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0], [1.0, 2.0]])}
+    assert Rows(4, cond).kinds().tolist() == [0, 0, 1, 0]
+    assert Rows(4, cond, prompts=["x", "y", "x", "x"]).kinds().tolist() == [0, 1, 2, 0]
+    assert Rows(3).kinds().tolist() == [0, 0, 0]
+    assert Rows(3, labels=torch.tensor([5, 2, 5])).kinds().tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("std", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_an_automatic_strength_follows_the_spread_within_an_output(std, n):
+    """Means of conditions that lie far apart are no spread that a tilt could use."""
+    from steerfm.steering.strength import automatic
+
+    class Shifted(FlowMap):
+        def average_velocity(self, x, s, t, cond):
+            mean, s = 100 * cond[:, None], s.reshape(-1, 1)
+            return mean + (std - 1) * (x - s * mean) / (1 + (std - 1) * s)
+
+        def instantaneous_velocity(self, x, t, cond):
+            return self.average_velocity(x, t, t, cond)
+
+    rows = Rows(n, torch.arange(n, dtype=torch.float32))
+    found = automatic(Shifted((1,)), as_reward(lambda x: x[:, 0]), rows, "auto")
+    assert found == pytest.approx(2 / std, rel=0.3)
+
+
+def test_an_automatic_strength_is_aimed_at_an_effective_sample_size():
+    """Two times that of an ESS of 1/e: the rare half of a bimodal reward asks for less than two spreads of it; of a reward of two
+    values, whose ESS never falls so low, two spreads."""
+    from steerfm.steering.strength import one_spread
+
+    r = torch.linspace(-3, 3, 4001, dtype=torch.float64)
+    normal = torch.special.ndtri((torch.arange(4000) + 0.5) / 4000).double()
+    assert one_spread(normal) == pytest.approx(1, rel=0.01)
+    heavy = normal.exp().pow(2)
+    w = (one_spread(heavy) * heavy).softmax(0)
+    assert float(1 / (w.square().sum() * 4000)) == pytest.approx(math.exp(-1), rel=1e-3)
+    assert one_spread(heavy) < 1 / heavy.std()
+    coin = (r > 0).double()
+    assert one_spread(coin) == pytest.approx(1 / coin.std().item())

@@ -64,7 +64,7 @@ from steerfm.sampling import sample as draw
 from steerfm.steering import Method, steer
 from steerfm.steering.outcome import Fits
 from steerfm.steering.size import Sized
-from steerfm.steering.steer import automatic
+from steerfm.steering.strength import automatic
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
 

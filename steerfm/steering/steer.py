@@ -26,7 +26,8 @@ from steerfm.steering.outcome import Method, Outcome, Tick
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Sampler
 from steerfm.steering.state import Begin, Callback, State
-from steerfm.steering.value import Problem, deviation, plain_rewards
+from steerfm.steering.strength import automatic
+from steerfm.steering.value import Problem
 from steerfm.steering.weights import wide
 
 CPU_ROWS = 128
@@ -69,9 +70,9 @@ def steer(
             takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
-        strength: of the tilt, finite; one number, or one per output. "auto": two spreads, 2 / the standard deviation of the
-            reward over 64 plain samples in four jumps (drawn beforehand, not in the cost), so that a reward which is normal
-            under the model is raised by two standard deviations.
+        strength: of the tilt, finite; one number, or one per output. "auto": twice that at which the importance weights of plain
+            samples have an effective sample size of 1/e, so that a reward which is normal under the model is raised by two
+            standard deviations (`steerfm.steering.strength`); from 64 samples in four jumps, drawn beforehand, not in the cost.
         cond: one row per output, or a class name, index or prompt for all or for each.
         label: in place of ``cond``: the class, by name or index, of all or of each.
         negative: as ``cond``; what classifier-free guidance (`Guided`) leads away from, in place of nothing.
@@ -308,10 +309,6 @@ USUAL: dict[str, dict[str, Any]] = {
 """The usual method by the first of these that a map can do."""
 
 
-SPREADS, PLAIN = 2.0, 64
-"""How far ``strength="auto"`` raises a reward, in standard deviations of that many plain samples."""
-
-
 def _strengths(flow_map: FlowMap, reward: Reward, rows: Rows, strength: Any) -> Tensor:
     """A strength for each output (n,).
 
@@ -326,25 +323,6 @@ def _strengths(flow_map: FlowMap, reward: Reward, rows: Rows, strength: Any) -> 
     if not bool(torch.isfinite(tilt).all()):
         raise ValueError(f"strength={strength}: must be finite")
     return tilt.expand(rows.n)
-
-
-def automatic(flow_map: FlowMap, reward: Reward, rows: Rows, word: str) -> float:
-    """The strength that "auto" stands for, see `steer`.
-
-    Raises:
-        ValueError: another word, or a reward that does not vary.
-    """
-    if word != "auto":
-        raise ValueError(f"strength={word!r}: give a number, one per output, or 'auto'")
-    turns = torch.arange(PLAIN) % rows.n
-    some = replace(rows[turns], groups=turns.to(flow_map.device))
-    problem = Problem(flow_map, reward, torch.ones(PLAIN, device=flow_map.device), some)
-    values = plain_rewards(problem, [derive(0, "strength", 0, i) for i in range(PLAIN)])
-    if not (spread := deviation(values)):
-        raise ValueError(
-            f"strength='auto': reward {reward.name!r} is {values[0].item():.4g} for all of {PLAIN} plain samples: give a number"
-        )
-    return SPREADS / spread
 
 
 def _rows(flow_map: FlowMap, n: int, cond: Any, prompts: str | Sequence[str] | None, labels: Tensor | None) -> Rows:
