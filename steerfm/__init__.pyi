@@ -24,6 +24,7 @@ from steerfm.steering import (
     Denoise as Denoise, DFlow as DFlow, DiamondSMC as DiamondSMC, EndpointAscent as EndpointAscent,
     EndpointGradient as EndpointGradient, FeynmanKac as FeynmanKac, FKSteering as FKSteering, FMTTSearch as FMTTSearch,
     FreeDoM as FreeDoM, Funnel as Funnel, Jump as Jump, MapGradient as MapGradient, MultiRound as MultiRound,
+    ParallelTempering as ParallelTempering,
     RandomSearch as RandomSearch, ReNO as ReNO, State as State, Steering as Steering, SteeringResult as SteeringResult,
     TreeSearch as TreeSearch, WeightedDiamond as WeightedDiamond, ZeroOrderSearch as ZeroOrderSearch, method as method,
     methods as methods, steer as steer, steps as steps,

@@ -6,6 +6,7 @@ from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump,
 from steerfm.steering.names import METHOD, method, methods
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Method, Outcome, Trace
+from steerfm.steering.parallel_tempering import ParallelTempering
 from steerfm.steering.presets import (
     DAS,
     DPS,
@@ -45,7 +46,7 @@ __all__ = [
     "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "EndpointAscent",
     "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM",
     "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
-    "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Sampler", "Selected", "Smooth", "State",
-    "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window",
-    "ZeroOrderSearch", "method", "methods", "residual", "steer", "steer_batches", "steps",
+    "ParallelTempering", "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Sampler",
+    "Selected", "Smooth", "State", "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected",
+    "WeightedDiamond", "Window", "ZeroOrderSearch", "method", "methods", "residual", "steer", "steer_batches", "steps",
 ]  # fmt: skip

@@ -57,6 +57,21 @@ class Found:
         components = {name: value[rows] for name, value in self.components.items()}
         return Found(self.x[rows], self.sample[rows], self.objective[rows], self.reward[rows], components)
 
+    @classmethod
+    def interleave(cls, parts: Sequence[Found]) -> Found:
+        """The first row of each part, then the second of each, and so on."""
+
+        def rows(of: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(of), 1).flatten(0, 1)
+
+        return cls(
+            x=rows([part.x for part in parts]),
+            sample=rows([part.sample for part in parts]),
+            objective=rows([part.objective for part in parts]),
+            reward=rows([part.reward for part in parts]),
+            components={name: rows([part.components[name] for part in parts]) for name in parts[0].components},
+        )
+
     def replaced(self, other: Found, rows: Tensor) -> Found:
         """``other`` where ``rows`` (b,) is true, else this one."""
         wide_rows = expand_time(rows, self.x).bool()
@@ -83,6 +98,13 @@ class Found:
             log_z=None,
             trace=trace,
         )
+
+
+def evaluate(problem: Problem, x: Tensor, hops: int, k: int = 1) -> Found:
+    """Where ``k`` noises of every row, x (b * k, *shape), end in so many equal jumps, and what that is worth."""
+    sample = problem.flow_map.lookahead(x, 0.0, repeat_rows(problem.cond, k), hops)
+    scores = problem.score(sample, k)
+    return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 
 def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
@@ -160,10 +182,7 @@ class NoiseSearch(Sized, metaclass=Readable):
         raise NotImplementedError
 
     def _look(self, problem: Problem, x: Tensor, k: int = 1) -> Found:
-        """Evaluate ``k`` noises of every chain, (b * k, *shape)."""
-        sample = problem.flow_map.lookahead(x, 0.0, repeat_rows(problem.cond, k), self.hops)
-        scores = problem.score(sample, k)
-        return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
+        return evaluate(problem, x, self.hops, k)
 
 
 # --- by trial --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 A preset takes what it has fields for, its own and those of `Sampler`, and derives the rest in ``parts``:
 ``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
-Methods that do not walk from noise to data once have files of their own: `noise_search.py` and `tree_search.py`.
+Methods that do not walk from noise to data once have files of their own: `noise_search.py`, `parallel_tempering.py` and
+`tree_search.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -23,6 +23,7 @@ from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGrad
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Preset
+from steerfm.steering.parallel_tempering import ParallelTempering
 from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Narrow, Resample, Selection, TopK, Window
 from steerfm.steering.size import Evaluations
@@ -124,9 +125,7 @@ class Funnel(Steering):
         return replace(self, particles=particles, steps=1 + walk, first=calls - particles * walk)
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
-        rows = torch.arange(0, len(noise.seeds) * self.particles, self.particles, device=problem.strength.device)
-        wider = problem.select(rows.repeat_interleave(self.first))
-        return super().start(wider, Noise(noise.seeds, self.first), begin)
+        return super().start(*problem.resized(noise, self.first), begin)
 
 
 @dataclass(frozen=True)
@@ -600,6 +599,7 @@ METHODS: dict[str, type[Preset]] = {
     "d_flow": DFlow,
     "random_search": RandomSearch,
     "zero_order": ZeroOrderSearch,
+    "parallel_tempering": ParallelTempering,
     "steering": Steering,
 }
 """Presets by the name that configurations use; ``steering`` is a free mix of the parts."""

@@ -109,6 +109,11 @@ class Problem:
         """The problem of the given particles (b',)."""
         return replace(self, strength=self.strength[rows], rows=self.rows[rows])
 
+    def resized(self, noise: Noise, k: int) -> tuple[Problem, Noise]:
+        """The same outputs with ``k`` particles each, in place of those of the noise; before anything is drawn."""
+        first = torch.arange(0, len(self.strength), noise.k, device=self.strength.device)
+        return self.select(first.repeat_interleave(k)), noise.of(k)
+
 
 def plain_rewards(problem: Problem, seeds: Sequence[int]) -> Tensor:
     """Rewards (b,) of unsteered samples, one for each row of a problem and each of the seeds; in float64."""
