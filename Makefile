@@ -6,6 +6,9 @@ CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sa
 	$(patsubst %,tests/steering/test_%.py,weights steering noise_search tree_search) \
 	tests/cli/test_config.py tests/cli/test_cli.py tests/training/test_training.py tests/finetuning/test_base.py
 
+WORKERS := -n 2 --dist worksteal
+# Each takes half, file by file: what the tests of a file share is made once, and not by both.
+
 .PHONY: demo quick test test-lowest lint bench bench-check data clean
 .DEFAULT_GOAL := demo
 
@@ -13,13 +16,13 @@ demo: .venv/installed  ## install, then steer the shipped model with four method
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev  ## fetch the data that tests read, where that can be done and STEERFM_DATA hides none; the tests, in parallel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --fetch $(TESTS)  # one thread a worker: more would fight for the cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) --fetch $(TESTS)  # one thread a worker: more would fight for the cores
 
 quick: .venv/dev  ## the tests but the slow ones and those that need a network or an accelerator: two minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not net and not gpu' $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not net and not gpu' $(TESTS)
 
 test-lowest: .venv-lowest/installed  ## the tests of the core, with the lowest versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 $(CORE) -o filterwarnings=default -k 'not train-emoji'  # those recipes need extras
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(WORKERS) $(CORE) -o filterwarnings=default -k 'not train-emoji'  # those recipes need extras
 
 lint: .venv/dev  ## style, types and layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -274,6 +274,11 @@ class WatchConfig:
 
     every: int = count(5, "step", "steps between judgements")
     n: int = count(64, "samples", "samples of each judgement", least=2)
+    base: int | None = ranged(
+        None, "samples of the base that support, diversity and distance are measured against, each a whole run of its network; "
+        "null for 300 and 50 of a class; 6 will do for a trial, and watch.n, and 4 of a class, are drawn at least",
+        least=6, of="samples",
+    )  # fmt: skip
     seeds: int = seed_field("seed of the first of these samples; the next have seeds + 1, seeds + 2, ...")
     floor: float = share(0.9, "share of the base's diversity and support that a model must keep to be chosen")
     patience: int = natural(8, "judgements without a better one before the run stops; 0 for never")

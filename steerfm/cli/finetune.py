@@ -378,9 +378,10 @@ def make_tasks(base: FlowMap, label: Any, prompt: Any, n: int | None = None) -> 
 def build_panel(base: FlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
     """Judges of n samples of this model, in the space that its card names to watch it in."""
     tasks = make_tasks(base, config.label, config.prompt, n)
-    support = tasks[torch.arange(max(300, n)) % n]
+    least, each = (300, 50) if config.watch.base is None else (config.watch.base, 4)
+    support = tasks[torch.arange(max(least, n)) % n]
     if base.class_names:
-        support = make_tasks(base, "all", config.prompt, max(300, 50 * len(base.class_names)))
+        support = make_tasks(base, "all", config.prompt, max(least, each * len(base.class_names)))
     space = Evaluator(base, "cpu").watch
     classes = space.classes if space.logits else None
     return Panel(base, reward, judge, tasks, support, space.features, classes, config.watch.seeds)

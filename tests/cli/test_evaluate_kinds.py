@@ -103,7 +103,7 @@ def test_a_generator_in_several_steps_is_refused_before_there_is_a_folder(capsys
 ])  # fmt: skip
 def test_readings_of_a_tuning_are_named_by_what_the_model_does(kind, steps, name, capsys):
     words = ["finetune", "model=mine.py:make", f"model.kind={kind}", f"model.steps={steps}", "reward=brightness", "judge=null"]
-    more = ["optimizer.steps=2", "batch_size=2", "watch.n=4", "trainer.accelerator=cpu", "out=run"]
+    more = ["optimizer.steps=2", "batch_size=2", "watch.n=4", "watch.base=8", "trainer.accelerator=cpu", "out=run"]
     assert cli.main([*words, *more]) == 0
     result = json.loads(Path("run/result.json").read_text())
     assert {f"base, {name}", f"base, {name}, best of 16", f"tuned, {name}"} <= result["readings"].keys()

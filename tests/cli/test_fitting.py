@@ -49,8 +49,9 @@ def test_a_setting_of_steering_goes_to_the_method_that_fits(kind, name, tmp_path
 
 def test_a_setting_of_tuning_goes_to_the_method_that_fits(tmp_path):
     method = written(
-        tmp_path, "finetune", "method.jumps=3", "optimizer.steps=1", "batch_size=2", "watch.n=2", "trainer.accelerator=cpu"
-    )
+        tmp_path, "finetune", "method.jumps=3", "optimizer.steps=1", "batch_size=2", "watch.n=2", "watch.base=8",
+        "trainer.accelerator=cpu",
+    )  # fmt: skip
     assert method == {"name": "draft_k", "jumps": 3}
 
 

@@ -39,7 +39,7 @@ BASE = {
     "steer": ["n=1", "reward=brightness", "method=best_of_n", "method.particles=2", "method.steps=1", "judge=null"],
     "finetune": [
         "reward=brightness", "judge=null", "batch_size=2", "optimizer.steps=1", "optimizer.warmup=1", "distil.steps=1",
-        "distil.samples=4", "distil.batch_size=2", "watch.n=4", "watch.every=1", "label=Bag",
+        "distil.samples=4", "distil.batch_size=2", "watch.n=4", "watch.base=8", "watch.every=1", "label=Bag",
     ],
     "evaluate": ["n=4", "steps=[1]", "euler=1", "batch_size=4"],
     "train": [

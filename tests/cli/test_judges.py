@@ -27,8 +27,10 @@ n: 2
 """
 COMMANDS = {
     "steer": ["steer", "label=Bag", "n=2", "method=best_of_n", "method.particles=2", "method.steps=1"],
-    "finetune": ["finetune", "label=Bag", "optimizer.steps=1", "optimizer.warmup=1", "batch_size=2", "watch.n=4"],
-}
+    "finetune": [
+        "finetune", "label=Bag", "optimizer.steps=1", "optimizer.warmup=1", "batch_size=2", "watch.n=4", "watch.base=8",
+    ],
+}  # fmt: skip
 OWN = """
 from functools import cache
 

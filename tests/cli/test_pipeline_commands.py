@@ -102,7 +102,7 @@ def test_a_pipeline_is_tuned_and_its_adapter_loads_here_and_there(folder, tmp_pa
     pytest.importorskip("peft")
     finetune = [
         "finetune", *asked(folder), "reward=brightness", "judge=null", "prompt=[a red fox, a blue cat]",
-        "lora.rank=2", "optimizer.steps=4", "optimizer.lr=0.03", "batch_size=4", "watch.n=8",
+        "lora.rank=2", "optimizer.steps=4", "optimizer.lr=0.03", "batch_size=4", "watch.n=8", "watch.base=8",
         "watch.report=8", "watch.every=2", "watch.patience=0", "trainer.accelerator=cpu", "out=run",
     ]  # fmt: skip
     assert cli.main(finetune) == 0

@@ -115,7 +115,7 @@ def test_a_sum_is_the_same_by_yaml_and_by_python(capsys, tmp_path, monkeypatch, 
 def test_fine_tuning_takes_prompts(capsys, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     fast = [
-        "batch_size=4", "watch.n=8", "watch.every=2", "optimizer.steps=2", "distil.steps=2", "distil.samples=8",
+        "batch_size=4", "watch.n=8", "watch.base=8", "watch.every=2", "optimizer.steps=2", "distil.steps=2", "distil.samples=8",
         "distil.batch_size=8", "judge=null",
     ]  # fmt: skip
     code, _, err = run(capsys, "finetune", f"model={model}", "prompt=[red heart, pizza]", "reward=clip", "out=run", *fast)

@@ -224,7 +224,7 @@ def test_fine_tuning_takes_an_adapter_and_its_own_defaults(capsys, tmp_path, mon
     ]  # fmt: skip
     code, out, err = run(capsys, "finetune", *fast, "out=a")
     assert code == 0 and "label=all" in out, err
-    code, _, err = run(capsys, "finetune", *fast, "reward=brightness", "model=a/adapter.safetensors", "out=b")
+    code, _, err = run(capsys, "finetune", *fast, "watch.base=8", "reward=brightness", "model=a/adapter.safetensors", "out=b")
     assert code == 0, err
     before, after = steerfm.load("a/adapter.safetensors"), steerfm.load("b/adapter-tuned.safetensors")
     for name in ("b/adapter-tuned.safetensors", "b/adapter.safetensors"):  # the base of both is the adapter

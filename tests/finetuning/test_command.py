@@ -19,15 +19,9 @@ from steerfm.checkpoints import read_weights
 from steerfm.flowmap import NeuralFlowMap
 
 FAST = [
-    "batch_size=4",
-    "watch.n=8",
-    "watch.report=12",
-    "watch.every=2",
-    "optimizer.steps=4",
-    "distil.steps=2",
-    "distil.samples=8",
-    "distil.batch_size=8",
-]
+    "batch_size=4", "watch.n=8", "watch.base=8", "watch.report=12", "watch.every=2", "optimizer.steps=4", "distil.steps=2",
+    "distil.samples=8", "distil.batch_size=8",
+]  # fmt: skip
 BAG = ["finetune", "reward=classifier", "reward.target=Bag", *FAST]
 
 

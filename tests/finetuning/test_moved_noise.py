@@ -99,7 +99,8 @@ def test_a_run_leaves_the_map_that_it_measured(kind, more, lora, tmp_path, capsy
         pytest.importorskip("peft")
     words = [
         "finetune", "model=mine.py:make", f"model.kind={kind}", "reward=brightness", "judge=null", "method=noise", *more,
-        "optimizer.steps=6", "optimizer.lr=0.03", "batch_size=8", "watch.n=8", "watch.patience=0", "watch.every=3",
+        "optimizer.steps=6", "optimizer.lr=0.03", "batch_size=8", "watch.n=8", "watch.base=8",
+        "watch.patience=0", "watch.every=3",
         f"lora.rank={lora}", "control=0.1", "trainer.accelerator=cpu", "out=run",
     ]  # fmt: skip
     assert cli.main(words) == 0

@@ -183,7 +183,7 @@ def test_an_adapter_that_moves_the_noise_is_loaded_as_what_was_learnt(tmp_path, 
     words = [
         "finetune", "model=diffusers:pipe", *(f"model.{key}={value}" for key, value in call.items()), "model.steps=2",
         "reward=brightness", "judge=null", "prompt=a cat", "method=noise", "lora.rank=2", "optimizer.steps=3", "batch_size=2",
-        "optimizer.lr=0.03", "watch.n=4", "watch.patience=0", "trainer.accelerator=cpu", "out=run",
+        "optimizer.lr=0.03", "watch.n=4", "watch.base=8", "watch.patience=0", "trainer.accelerator=cpu", "out=run",
     ]  # fmt: skip
     assert cli.main(words) == 0
     file = Path("run/adapter") / FILE

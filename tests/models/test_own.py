@@ -129,7 +129,8 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 TUNE = [
-    "finetune", "reward=maps.py:right", "optimizer.steps=2", "optimizer.warmup=0", "batch_size=4", "watch.n=4", "watch.every=1",
+    "finetune", "reward=maps.py:right", "optimizer.steps=2", "optimizer.warmup=0", "batch_size=4", "watch.n=4", "watch.base=8",
+    "watch.every=1",
     "distil.steps=1", "distil.samples=4", "distil.batch_size=4", "watch.floor=0", "control=0.1",
     "trainer.log_every=1", "method=draft_k", "method.jumps=2",
 ]  # fmt: skip

@@ -345,7 +345,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-TUNE = ["optimizer.steps=2", "watch.every=1", "watch.n=4", "trainer.accelerator=cpu"]
+TUNE = ["optimizer.steps=2", "watch.every=1", "watch.n=4", "watch.base=8", "trainer.accelerator=cpu"]
 
 
 def run(*arguments: str) -> None:
