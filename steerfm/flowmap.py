@@ -553,4 +553,8 @@ class Guided(Wrapped):
         both = join_conditions(expand_rows(self.without, x.shape[0], x.device) if negative is None else negative, cond)
         u = hook(torch.cat([x, x]), *(torch.cat([time, time]) for time in times), both)
         u_null, u_cond = u.chunk(2)
-        return torch.lerp(u_null, u_cond, self.scale)
+        return torch.lerp(u_null, u_cond, self.scale_at(x, times[0]))
+
+    def scale_at(self, x: Tensor, s: Tensor) -> float | Tensor:
+        """The scale at times s (b,); a number, or what broadcasts against x."""
+        return self.scale

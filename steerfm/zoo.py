@@ -117,7 +117,7 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
     kind, base = head.get("kind"), load(_base(path)) if head.get("kind") == "adapter" or moved_noise.KEY in head else None
     if kind == "adapter" and base is not None:
         factors = read_weights(path, "adapter")[1]
-        flow_map = with_adapters(base, lora.read(path) if lora.in_layout(factors) else factors, path)
+        flow_map = with_adapters(base, lora.read(path, diffusers.parts_of(base)) if lora.in_layout(factors) else factors, path)
     else:
         flow_map = _of_code(path) if kind == "code" else NeuralFlowMap.load(path)
         flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}

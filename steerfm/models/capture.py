@@ -67,20 +67,26 @@ class _Enough(Exception):  # noqa: N818 - nothing is wrong
     """Stops the pipeline."""
 
 
-def denoiser(pipe: Any) -> nn.Module:
-    """The network of a pipeline.
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by what it calls them: one, or one for early and one for late times.
 
     Raises:
-        ValueError: it has none that steps by one scheduler.
+        ValueError: it has none that steps by one scheduler, or does not say when it takes which.
     """
-    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+    network, second = getattr(pipe, name, None), getattr(pipe, "transformer_2", None)
     if not isinstance(network, nn.Module) or not hasattr(getattr(pipe, "scheduler", None), "step"):
         raise ValueError(f"{type(pipe).__name__}: a pipeline with a transformer or unet and a scheduler is needed")
-    if getattr(pipe, "transformer_2", None) is not None and isinstance(pipe.transformer_2, nn.Module):
-        raise ValueError(
-            f"{type(pipe).__name__} has two networks, for early and for late times: pass one with transformer_2=None"
-        )
-    return network
+    if not isinstance(second, nn.Module):
+        return {name: network}
+    if "boundary_ratio" not in pipe.config:
+        raise ValueError(f"{type(pipe).__name__} has two networks and no boundary_ratio: pass one with transformer_2=None")
+    return {name: network} if pipe.config.boundary_ratio is None else {name: network, "transformer_2": second}
+
+
+def denoiser(pipe: Any) -> nn.Module:
+    """The network that a pipeline begins with. Raises as `denoisers` does."""
+    return next(iter(denoisers(pipe).values()))
 
 
 def parameters(pipe: Any) -> dict[str, Any]:
@@ -138,9 +144,9 @@ class _Watch:
     """Stands between a pipeline and its parts, for one call, and writes down what passes."""
 
     def __init__(self, pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] | None) -> None:
-        self.pipe, self.network, self.scheduler = pipe, denoiser(pipe), pipe.scheduler
+        self.pipe, self.networks, self.scheduler = pipe, denoisers(pipe).values(), pipe.scheduler
         self.seen, self.calls, self.memory = seen, calls, list(encoded or ())
-        self.signature = inspect.signature(self.network.forward)
+        self.signature = inspect.signature(denoiser(pipe).forward)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -150,8 +156,9 @@ class _Watch:
                 stack.enter_context(_replaced(self.scheduler, method))
             for method in (self.prepare_latents, self.encode_prompt, self.progress_bar):
                 stack.enter_context(_replaced(self.pipe, method))
-            stack.callback(self.network.register_forward_pre_hook(self.entering, with_kwargs=True).remove)
-            stack.callback(self.network.register_forward_hook(self.leaving, with_kwargs=True).remove)
+            for network in self.networks:
+                stack.callback(network.register_forward_pre_hook(self.entering, with_kwargs=True).remove)
+                stack.callback(network.register_forward_hook(self.leaving, with_kwargs=True).remove)
             yield
 
     # --- the network ---------------------------------------------------------------------------------------------

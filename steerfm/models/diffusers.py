@@ -27,8 +27,9 @@ from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap, Guided, Microbatched, Wrapped
 from steerfm.models import lora as adapters
 from steerfm.models import moved_noise, paths
-from steerfm.models.capture import Recording, check_arguments, denoiser, parameters
+from steerfm.models.capture import Recording, check_arguments, denoiser, denoisers, parameters
 from steerfm.models.decoders import decoder_of
+from steerfm.models.experts import Experts, GuidedExperts
 from steerfm.models.families import LinearMap, PipelineMap, PreconditionedMap, TrigonometricMap, VariancePreservingMap, Within
 from steerfm.models.prompts import GUIDANCE, Prompts
 from steerfm.models.two_time import add_second_time, has_second_time
@@ -63,7 +64,7 @@ def from_pipeline(
     gradient_checkpointing: bool = False,
     micro_batch: int | None = None,
     two_time: bool = False,
-    lora: str | Path | None = None,
+    lora: str | Path | Sequence[str | Path] | None = None,
     lora_scale: float = 1.0,
     **arguments: Any,
 ) -> FlowMap:
@@ -86,7 +87,8 @@ def from_pipeline(
         gradient_checkpointing: compute activations anew for gradients: less memory, more time, the same gradients.
         micro_batch: rows of a call of the network, and pictures of a call of the decoder; None for all.
         two_time: give FLUX.1 or SD3.5 a second time, which an adapter of a flow map needs; see `steerfm.models.two_time`.
-        lora: a low-rank adapter in the layout of diffusers and peft, a file or a folder; it is added to the network's weights.
+        lora: a low-rank adapter in the layout of diffusers or peft, a file or a folder, or several in their order; they are
+            added to the network's weights, and whole tensors among them stand in place of these.
         lora_scale: how strongly; 0 leaves the network as it is.
         **arguments: more of the pipeline's own call, by its names, such as num_frames, max_sequence_length, prompt_embeds.
 
@@ -97,12 +99,7 @@ def from_pipeline(
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
     able = None if capability is None else closed([capability])
-    network = denoiser(pipe)
-    if two_time:
-        add_second_time(network)
-    if lora is not None:
-        check_moves_nothing(lora)
-        adapters.add(network, adapters.read(lora, _part(pipe)), lora_scale, lora)
+    network = _network(pipe, two_time, [] if lora is None else [lora] if isinstance(lora, str | Path) else lora, lora_scale)
     sizes = {"negative_prompt": negative_prompt, "height": height, "width": width}
     call = _call(pipe, {name: value for name, value in sizes.items() if value is not None} | arguments, guidance)
     family = _family(pipe.scheduler)
@@ -117,10 +114,26 @@ def from_pipeline(
     if drop_text_encoders:
         prompts.drop_text_encoders()
     flow_map.eval().requires_grad_(False)
-    _switch(pipe, network, tiling, slicing, gradient_checkpointing)
-    scale = prompts.guidance.scale
+    _switch(pipe, tiling, slicing, gradient_checkpointing)
     thrifty = flow_map if micro_batch is None else Microbatched(flow_map, micro_batch)
+    scale, late = prompts.guidance.scale, call.get("guidance_scale_2")
+    if scale is not None and late is not None and isinstance(flow_map, LinearMap):
+        return GuidedExperts(thrifty, flow_map, scale, float(late))
     return thrifty if scale is None else Guided(thrifty, scale)
+
+
+def _network(pipe: Any, two_time: bool, lora: Sequence[str | Path], lora_scale: float) -> nn.Module:
+    """The pipeline's network, or its two as one, with a second time and adapters."""
+    networks = denoisers(pipe)
+    network, *others = networks.values()
+    if two_time:
+        add_second_time(network)
+    if others:
+        network = Experts(networks, pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps)
+    for path in lora:
+        check_moves_nothing(path)
+        adapters.add(network, adapters.read(path, tuple(networks)), lora_scale, path)
+    return network
 
 
 def check_moves_nothing(path: str | Path) -> None:
@@ -129,7 +142,7 @@ def check_moves_nothing(path: str | Path) -> None:
     Raises:
         ValueError: they do.
     """
-    file = Path(path) / adapters.FILE if Path(path).is_dir() else Path(path)
+    file = adapters.file_of(path)
     if file.with_suffix(".json").is_file() and moved_noise.KEY in json.loads(file.with_suffix(".json").read_text()):
         raise ValueError(f"lora={path} moves the noise, and is no adapter of the network alone: steerfm.load({str(file)!r})")
 
@@ -158,7 +171,8 @@ def save_lora(flow_map: FlowMap, path: str | Path) -> Path:
     if not factors:
         raise ValueError("save_lora: this map has no adapters: tune it with lora=LoRA(rank), or take save_pipeline")
     file = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / adapters.FILE
-    return adapters.write(factors, file, _part(of.prompts.pipe))
+    parts = denoisers(of.prompts.pipe)
+    return adapters.write(factors, file, *(parts if len(parts) == 1 else ()))
 
 
 def save_pipeline(flow_map: FlowMap, folder: str | Path) -> Path:
@@ -171,12 +185,14 @@ def save_pipeline(flow_map: FlowMap, folder: str | Path) -> Path:
     pipe = prompts.pipe
     if prompts.dropped:
         raise ValueError("save_pipeline: the text encoders were dropped: make the map without drop_text_encoders")
-    name, own = _part(pipe), denoiser(pipe)
-    setattr(pipe, name, adapters.merged(flow_map.body))
+    own, network = denoisers(pipe), adapters.merged(flow_map.body)
     try:
+        for name in own:
+            setattr(pipe, name, getattr(network, name) if isinstance(network, Experts) else network)
         pipe.save_pretrained(str(folder), safe_serialization=True)
     finally:
-        setattr(pipe, name, own)
+        for name, part in own.items():
+            setattr(pipe, name, part)
     return Path(folder)
 
 
@@ -187,9 +203,10 @@ def _of_pipeline(flow_map: FlowMap) -> PipelineMap:
     return of
 
 
-def _part(pipe: Any) -> str:
-    """What a pipeline calls its network."""
-    return "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+def parts_of(flow_map: FlowMap) -> tuple[str, ...]:
+    """What a pipeline calls the networks of its map; empty for others."""
+    of = pipeline_map(flow_map)
+    return () if of is None else tuple(denoisers(of.prompts.pipe))
 
 
 def load(
@@ -268,12 +285,12 @@ def _call(pipe: Any, given: Mapping[str, Any], guidance: float | None) -> dict[s
     return call
 
 
-def _switch(pipe: Any, network: Any, tiling: bool, slicing: bool, gradient_checkpointing: bool) -> None:
+def _switch(pipe: Any, tiling: bool, slicing: bool, gradient_checkpointing: bool) -> None:
     """Turn on what takes less memory."""
     for name, part, wanted in (
         ("enable_tiling", getattr(pipe, "vae", None), tiling),
         ("enable_slicing", getattr(pipe, "vae", None), slicing),
-        ("enable_gradient_checkpointing", network, gradient_checkpointing),
+        *(("enable_gradient_checkpointing", network, gradient_checkpointing) for network in denoisers(pipe).values()),
     ):
         if wanted:
             if not hasattr(part, name):
