@@ -104,6 +104,7 @@ def from_pipeline(
     call = _call(pipe, {name: value for name, value in sizes.items() if value is not None} | arguments, guidance)
     family = _family(pipe.scheduler)
     prompts = Prompts(pipe, call, linear=family is not Sprint)
+    prompts.layout.widen(network, prompts.first.calls[0])
     schedule = family(prompts, scheduler_grid)
     flow_map = schedule.around(network, decoder_of(pipe, prompts.first.sample.shape[1:], prompts.first.size))
     flow_map.capabilities = able or flow_map.capabilities

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steerfm.models.capture import SECOND_TIMES, STATES, TIMES, Call
@@ -127,6 +127,23 @@ class Layout:
                     part = self._part(path, first, second)
                     if part is not None:
                         self.parts[path] = part
+
+    def widen(self, network: nn.Module, call: Call) -> None:
+        """Give times in float32 where the pipeline rounds them to half precision, by 2 of 1000, if its network takes that.
+
+        Args:
+            network: of the pipeline; it is asked once where times are narrow, and not at all elsewhere.
+            call: of it, as the pipeline made it.
+        """
+        if self.reference.dtype not in (torch.float16, torch.bfloat16):
+            return
+        wide = {name: call.arguments[name].float() for name in (self.time, self.second_time) if name is not None}
+        try:
+            with torch.no_grad():
+                network(**call.arguments | wide)
+        except RuntimeError:  # it computes in the precision of the time that it is given
+            return
+        self.reference = self.reference.float()
 
     def _part(self, path: Path, one: Any, two: Any) -> Part | None:
         name = ".".join(str(key) for key in path)

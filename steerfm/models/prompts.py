@@ -128,9 +128,18 @@ class Prompts:
         sides = []
         for call in calls:
             k = len(call.arguments[self.layout.states]) // len(self.first.sample)
-            chunks = {name: rows.chunk(k) for name, rows in self.layout.take(call).items()}
+            chunks = {name: self._meant(rows).chunk(k) for name, rows in self.layout.take(call).items()}
             sides += [{name: rows[i] for name, rows in chunks.items()} for i in range(k)]
         return sides
+
+    def _meant(self, rows: Tensor) -> Tensor:
+        """Rows as they are; but a scale of guidance that was rounded to half precision, where 3000 is 3008, in float32."""
+        if rows.ndim != 1 or rows.dtype not in (torch.float16, torch.bfloat16):
+            return rows
+        for scale in (more * value for value in _scales({**parameters(self.pipe), **self.call}) for more in (1.0, 1000.0)):
+            if (rows == torch.tensor(scale).to(rows)).all():
+                return torch.full_like(rows, scale, dtype=torch.float32)
+        return rows
 
     @staticmethod
     def _repeated(rows: dict[str, Tensor], n: int) -> Condition:
@@ -198,6 +207,11 @@ def _fit(target: Tensor, outputs: list[Tensor], factor: float, positive: int, pr
 
 def _rounded(scale: float, call: Mapping[str, Any]) -> float:
     """The scale that was asked for, or one more where a pipeline counts from 0: they differ by the network's rounding."""
-    asked = [float(call[name]) + more for name in GUIDANCE if isinstance(call.get(name), int | float) for more in (0, 1)]
+    asked = [value + more for value in _scales(call) for more in (0, 1)]
     nearest = min(asked, key=lambda value: abs(value - scale), default=scale)
     return nearest if abs(nearest - scale) < 1e-2 * scale else scale
+
+
+def _scales(call: Mapping[str, Any]) -> list[float]:
+    """The scales of guidance that a call asks for."""
+    return [float(call[name]) for name in GUIDANCE if isinstance(call.get(name), int | float)]
