@@ -81,6 +81,13 @@ class FlowMap(nn.Module):
     def data(self, name: str) -> None:
         self.card = {**self.card, "data": name}
 
+    @property
+    def jump_error(self) -> float | None:
+        """How far one jump from noise ends from where four do (`steerfm.metrics.jump_error`), by its card; None: not known."""
+        measured = self.card.get("metrics")
+        error = measured.get("jump error") if isinstance(measured, Mapping) else None
+        return float(error) if isinstance(error, float | int) else None
+
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The hook that subclasses write: u(x, s, t), with x (b, *shape), s and t (b,). Returns (b, *shape).
 

@@ -70,6 +70,11 @@ def share_weights(a: Any, b: Any) -> bool:
     return _share(list(_walk(a)), list(_walk(b)))
 
 
+def has_weights(reward: Reward) -> bool:
+    """Whether a network is in it, as far as can be seen: one that runs elsewhere is not."""
+    return any(isinstance(part, nn.Parameter | _Late) for part in _walk(reward))
+
+
 # --- weights ---------------------------------------------------------------------------------------------------------
 def _share(mine: Sequence[Any], its: Sequence[Any]) -> bool:
     """Whether two lists of parts have a network in common; those that come late are loaded where both have networks."""

@@ -163,6 +163,11 @@ class Renoise:
 
 
 @dataclass(frozen=True)
+class Auto(Renoise):
+    """`Renoise`, unless the method knows better for a map and a reward: see `steerfm.Funnel`."""
+
+
+@dataclass(frozen=True)
 class Diffuse:
     """Euler-Maruyama step of dx = (b + eps score) dt + sqrt(2 eps) dW, which has the marginals p_t for any eps_t >= 0.
 
@@ -298,5 +303,7 @@ def usual(flow_map: FlowMap) -> Transition:
     return Renoise() if can(flow_map, "endpoint") and not can(flow_map, "velocity") else Jump()
 
 
-TRANSITIONS: dict[str, type] = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint}
+TRANSITIONS: dict[str, type] = {
+    "jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint, "auto": Auto
+}  # fmt: skip
 """Transitions by the name that configurations use."""

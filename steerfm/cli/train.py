@@ -20,7 +20,7 @@ from steerfm.cli.loading import kept, load, plain, recipes
 from steerfm.cli.parts import data_words, make_data, schedule
 from steerfm.cli.runs import commit, inputs
 from steerfm.flowmap import Guided, NeuralFlowMap
-from steerfm.metrics import feature_statistics, texture
+from steerfm.metrics import feature_statistics, jump_error, texture
 from steerfm.metrics.evaluator import Specified
 from steerfm.metrics.spaces import FEATURES
 from steerfm.networks import NETWORKS, UNet
@@ -59,7 +59,7 @@ def train(config: TrainConfig, command: str = "") -> None:
         "recipe": plain(config),
         "command": command or "steerfm train",
         "commit": commit(),
-        "metrics": {name: round(float(value), 5) for name, value in trainer.callback_metrics.items()},
+        "metrics": {name: round(value, 5) for name, value in _metrics(config, data, module, trainer).items()},
     }
     weights = _save(config, folder, module, architecture, data, card)
     curves = training.history(folder)
@@ -67,6 +67,17 @@ def train(config: TrainConfig, command: str = "") -> None:
         curves_plot(curves, folder / "curves.png")
     said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
     console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
+
+
+def _metrics(config: TrainConfig, data: Any, module: Any, trainer: Any) -> dict[str, float]:
+    """What was measured last, and of a flow map how far one jump may be relied on, which methods read from its card."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if config.task == "flow_map":
+        flow_map = module.averaged()
+        asked = data.asked or flow_map.class_names
+        cond = flow_map.condition(asked, len(asked)) if asked and module.null is not None else None
+        metrics["jump error"] = jump_error(flow_map, len(asked) or 8, cond)
+    return metrics
 
 
 def load_data(config: TrainConfig) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from steerfm.metrics.consistency import consistency_errors, semigroup_error
+from steerfm.metrics.consistency import consistency_errors, jump_error, semigroup_error
 from steerfm.metrics.functional import (
     BLOCK,
     Difference,
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK", "Difference", "FrechetDistance", "KernelDistance", "TextureRatio", "bootstrap", "consistency_errors", "coverage",
-    "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "mmd", "paired_difference",
-    "pairwise_diversity", "precision", "restoration", "reward_statistics", "sample_distance", "semigroup_error",
-    "sliced_wasserstein", "split_statistics", "texture", "vendi", "wasserstein_1d",
+    "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "jump_error", "mmd",
+    "paired_difference", "pairwise_diversity", "precision", "restoration", "reward_statistics", "sample_distance",
+    "semigroup_error", "sliced_wasserstein", "split_statistics", "texture", "vendi", "wasserstein_1d",
 ]  # fmt: skip
 
 

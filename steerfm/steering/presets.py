@@ -8,7 +8,7 @@ Methods that do not walk from noise to data once have files of their own: `noise
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -16,9 +16,10 @@ from typing import ClassVar
 from torch import Tensor
 from typing_extensions import Self
 
+from steerfm.held_out import has_weights
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
-from steerfm.steering.correction import Correction, Jarzynski, Marginal, Parts, Twisted, Uncorrected
+from steerfm.steering.correction import Correction, Jarzynski, Marginal, Move, Parts, Twisted, Uncorrected
 from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, Guidance, MapGradient
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
@@ -30,9 +31,12 @@ from steerfm.steering.size import Evaluations
 from steerfm.steering.state import Begin, State
 from steerfm.steering.tempering import Exponential, Tempering, untempered
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
-from steerfm.steering.value import Problem
-from steerfm.transitions import Bridge, Diffuse, Transition
+from steerfm.steering.value import Evaluation, Problem
+from steerfm.transitions import Auto, Bridge, Diffuse, Transition
 from steerfm.transitions import Jump as JumpTransition
+
+ANOTHER = 1 / 3
+"""`steerfm.metrics.jump_error` from which one jump shows another picture than comes out."""
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -84,8 +88,11 @@ class Funnel(Steering):
 
     Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step,
     ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward): more of it in more
-    dimensions, at most half a step.
-    Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition.
+    dimensions, at most half a step. With ``transition="auto"`` it walks by jumps, which nothing guides, where one jump of the
+    map shows another picture than four (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network: noise
+    drawn anew then costs more than it brings, and the gradient adds what only that network sees (docs/emoji.md).
+    Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition. Jumps share none:
+    ``particles`` fewer look.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
@@ -100,6 +107,7 @@ class Funnel(Steering):
     first: int = 64
     guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(cap=0.5, required=False, dimension=12))
     tempering: Tempering = untempered
+    transition: Transition = field(default_factory=Auto)
     correction: Correction = field(default_factory=Marginal)
 
     def __post_init__(self) -> None:
@@ -123,6 +131,25 @@ class Funnel(Steering):
         walk = min(walk, calls - 1)
         particles = max(1, calls // (2 * max(walk, 4))) if walk else calls
         return replace(self, particles=particles, steps=1 + walk, first=calls - particles * walk)
+
+    def fitted(self, problem: Problem) -> Sampler:
+        """As for other methods; by jumps where ``transition="auto"`` says so, see above."""
+        error, auto = problem.flow_map.jump_error, isinstance(self.transition, Auto)
+        if auto and self.steps > 1 and error is not None and error > ANOTHER and has_weights(problem.reward):
+            k, spare = self.particles, self.first >= 2 * self.particles  # as many calls: a look serves no jump
+            first, steps = max(k, self.first - k), self.steps if spare else max(1, self.steps - 1)
+            return replace(self, first=first, steps=steps, transition=JumpTransition(), guidance=None)
+        return super().fitted(problem)
+
+    def _look(
+        self, problem: Problem, noise: Noise, x: Tensor, times: Sequence[float], i: int, move: Move | None, log_w: Tensor,
+        plain: bool = False,
+    ) -> Evaluation:  # fmt: skip
+        """As for other methods; no look between jumps, where nobody would be selected by it."""
+        chosen = self.resampling is not None and self.resampling.prunes
+        if move is None or self.transition.stochastic or self.guidance is not None or chosen:
+            return super()._look(problem, noise, x, times, i, move, log_w, plain)
+        return replace(move.before, endpoint=None, scores=None)
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
         return super().start(*problem.resized(noise, self.first), begin)

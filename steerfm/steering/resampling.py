@@ -108,6 +108,30 @@ def ssp(w: Tensor, u: Tensor) -> Tensor:
     return _ancestors(copies.scatter_add_(1, carriers[:, -1:], missing).cumsum_(1), k)
 
 
+def distinct(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """m different particles of each output, and log of m times the weight that each goes on with (Fearnhead & Clifford 2003,
+    section 5): the best there is where copies would stay copies.
+
+    Those that are heavier than c go on for certain, with their weight; the others with odds w / c, and with weight c. Unbiased:
+    the expectation of each weight is what it was.
+
+    Args:
+        w: (n, k) normalised weights. u: (n, m) uniform numbers, m < k; one of each row is used.
+    """
+    m = u.shape[1]
+    heavy = w.sort(1, descending=True).values
+    left = heavy.flip(1).cumsum(1).flip(1)[:, :m]  # of those from each on
+    limit = left / torch.arange(m, 0, -1, device=w.device)
+    first = (heavy[:, :m] < limit).long().argmax(1, keepdim=True)  # where none is, all weights but m are zero
+    c = limit.gather(1, first)
+    odds = (w / c).clamp_max(1.0)
+    edges = odds.cumsum(1)
+    points = torch.arange(m, device=w.device) + u[:, :1]
+    edges = edges * (m / edges[:, -1:])
+    ancestors = torch.searchsorted(edges, points.to(edges), right=True).clamp_max_(w.shape[1] - 1)
+    return ancestors, torch.log(m * torch.maximum(w, c).gather(1, ancestors))
+
+
 def _certain(w: Tensor) -> tuple[Tensor, Tensor]:
     """floor(k w), and what is left of k w; a product that rounding keeps below a whole number is that number."""
     expected = w.shape[1] * w

@@ -364,14 +364,14 @@ class Sampler(Sized, metaclass=Named):
         if not bool(selected.resampled.any()):
             return replace(state, selected=selected)
         rows = (torch.arange(n, device=log_w.device).unsqueeze(1) * k + selected.ancestors).flatten()
-        again = selected.resampled.unsqueeze(1)
+        again, anew = selected.resampled.unsqueeze(1), 0.0 if selected.log_w is None else selected.log_w
         if (left := selected.ancestors.shape[1]) < k:
             state = replace(state, problem=state.problem.select(rows), noise=state.noise.of(left), looks=state.looks.of(left))
         return replace(
             state,
             x=state.x[rows],
             now=state.now.select(rows),
-            log_w=torch.where(again, 0.0, log_w.gather(1, selected.ancestors)),
+            log_w=torch.where(again, anew, log_w.gather(1, selected.ancestors)),
             log_z=torch.where(selected.resampled, state.log_z + log_mean(log_w), state.log_z),
             parents=replace(state.parents, selected=selected),
             selected=selected,

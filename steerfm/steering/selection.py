@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steerfm.checks import at_least_one
-from steerfm.steering.resampling import SCHEMES, Scheme, multinomial, systematic
+from steerfm.steering.resampling import SCHEMES, Scheme, distinct, multinomial, systematic
 from steerfm.steering.weights import effective_sample_size, wide
 
 EQUAL = 1 - 1e-12
@@ -41,13 +41,15 @@ class Candidates:
 class Selected:
     """ancestors: (n, k') indices into the particles of each output; resampled: (n,) where that was done.
 
-    The weights of a resampled output start anew. k' may be smaller than k, where ``resampled`` holds for all outputs.
+    The weights of a resampled output start anew, from ``log_w`` (n, k') where that is given and from 0 where not. k' may be
+    smaller than k, where ``resampled`` holds for all outputs.
     log_odds: (n, k) log of the odds that an ancestor is each of the particles; None where they are what came out.
     """
 
     ancestors: Tensor
     resampled: Tensor
     log_odds: Tensor | None = None
+    log_w: Tensor | None = None
 
     def odds(self, k: int) -> Tensor:
         """log_odds (n, k), in the wide dtype."""
@@ -160,7 +162,8 @@ class Resample:
 class Narrow:
     """Before the first step, ``keep`` particles are drawn by the weights, and they alone go on.
 
-    Unbiased: the mean weight of the many goes into log Z. Equal weights choose nothing, and the first particles go on.
+    Unbiased: the mean weight of the many goes into log Z. Equal weights choose nothing, and the first particles go on. Before a
+    step without noise no particle is drawn twice: see `distinct`.
 
     Args:
         keep: particles that go on, at most those there are.
@@ -187,12 +190,16 @@ class Narrow:
         if candidates.step or k <= self.keep:
             asked = candidates.parts or self.then.prunes
             return self.then.select(candidates) if asked else Selected.none(log_w)
-        drawn = systematic(log_w.softmax(1), candidates.u[:, : self.keep].to(log_w))
+        u, carried = candidates.u[:, : self.keep].to(log_w), None
+        drawn = systematic(log_w.softmax(1), u)
+        if not candidates.parts:
+            drawn, carried = distinct(log_w.softmax(1), u)
         first = torch.arange(self.keep, device=log_w.device).expand_as(drawn)
-        told_apart = effective_sample_size(log_w) < EQUAL
-        kept = torch.where(told_apart.unsqueeze(1), drawn, first)
+        told_apart = (effective_sample_size(log_w) < EQUAL).unsqueeze(1)
+        kept = torch.where(told_apart, drawn, first)
+        carried = None if carried is None else torch.where(told_apart, carried, 0.0)
         resampled = torch.ones(len(log_w), dtype=torch.bool, device=log_w.device)
-        return Selected(kept, resampled, log_w.log_softmax(1))
+        return Selected(kept, resampled, log_w.log_softmax(1), carried)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from steerfm.capabilities import can, check_method
 from steerfm.checks import whole_numbers
 from steerfm.cost import Cost, Ledger
 from steerfm.flowmap import FlowMap, Microbatched, by_label
-from steerfm.randomness import derive, untouched
+from steerfm.randomness import untouched
 from steerfm.rewards import Reward
 from steerfm.rows import Condition, Rows, labels_of
 from steerfm.sampling import Noise, as_condition, leading_away, seed_list
@@ -70,9 +70,10 @@ def steer(
             takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
         n: outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
-        strength: of the tilt, finite; one number, or one per output. "auto": twice that at which the importance weights of plain
-            samples have an effective sample size of 1/e, so that a reward which is normal under the model is raised by two
-            standard deviations (`steerfm.steering.strength`); from 64 samples in four jumps, drawn beforehand, not in the cost.
+        strength: of the tilt, finite; one number, or one per output. "auto": twice that at which the importance weights of
+            plain samples have an effective sample size of 1/e, so that a reward which is normal under the model is raised by
+            two standard deviations (`steerfm.steering.strength`); from 64 samples in four jumps, drawn beforehand, not in the
+            cost.
         cond: one row per output, or a class name, index or prompt for all or for each.
         label: in place of ``cond``: the class, by name or index, of all or of each.
         negative: as ``cond``; what classifier-free guidance (`Guided`) leads away from, in place of nothing.

@@ -1,4 +1,4 @@
-"""The strength that ``strength="auto"`` stands for: in spreads of the reward under the model, aimed at an effective sample size."""
+"""The strength that ``strength="auto"`` stands for: in spreads of the reward, aimed at an effective sample size."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def automatic(flow_map: FlowMap, reward: Reward, rows: Rows, word: str) -> float
 
 
 def one_spread(rewards: Tensor) -> float:
-    """The strength whose importance weights exp(strength r) have an effective sample size of 1/e among rewards (b,), but at most
-    1 / their standard deviation. For normal rewards the two are the same; a heavy tail takes less, and the weights of a reward of
-    few values never fall so low."""
+    """The strength whose importance weights exp(strength r) have an effective sample size of 1/e among rewards (b,), and at
+    most 1 / their standard deviation. For normal rewards the two are the same; a heavy tail takes less, and the weights of a
+    reward of few values never fall so low."""
     low, high = 0.0, 1 / deviation(rewards)
     if _ess(rewards, high) < 1 / math.e:
         for _ in range(50):
