@@ -26,6 +26,7 @@ from torch import Tensor
 
 import steerfm
 from steerfm import files, shipped
+from steerfm.capabilities import in_steps
 from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
 from steerfm.cli.console import console, print_table, progress, quiet_lightning
 from steerfm.cli.loading import explain, find_recipe, kept, load, make, plain, recipes
@@ -150,6 +151,11 @@ class Problem:
         return told
 
     @property
+    def unsteered(self) -> str:
+        """What plain samples are called: `BASE`, or how many steps the model takes by itself."""
+        return f"unsteered, {in_steps(self.flow_map, self.flow_map.steps)}"
+
+    @property
     def title(self) -> str:
         return f"{self.name}, {stem(self.config.model)}, strength {short(self.config.strength)}"
 
@@ -166,7 +172,7 @@ class Problem:
         seeds = want.seeds(seed * self.config.n)
         with Ledger() as ledger:
             if method is None:
-                x = draw(self.flow_map, want.n, 4, seeds, want.cond, batch_size=max(size, 100))
+                x = draw(self.flow_map, want.n, self.flow_map.steps, seeds, want.cond, batch_size=max(size, 100))
             else:
                 x = steer(
                     self.flow_map, self.reward, method, want.n, seeds, strengths, want.cond,
@@ -218,6 +224,11 @@ class Column:
     budget: int
     method: str
 
+    @property
+    def words(self) -> str:
+        """What tables call the method."""
+        return self.problem.unsteered if self.method == BASE else self.method
+
 
 Cells = Mapping[Column, list[dict[str, Tensor]]]
 """What was measured, seed by seed; a method that cannot be so cheap has no cells."""
@@ -225,9 +236,8 @@ Cells = Mapping[Column, list[dict[str, Tensor]]]
 
 def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
     """Measure every cell that has no file yet, then write the table, the plots and the report of all of them."""
-    methods = _methods(config)
-    _check_difference(config.difference, [BASE, *methods])
-    problems = _problems(config)
+    methods, problems = _methods(config), _problems(config)
+    _check_difference(config.difference, [*dict.fromkeys(problem.unsteered for problem in problems), *methods])
     part, parts = _share(config.share)
     path = Path(config.out or f"runs/bench/{suite}")
     told = f"suite: {suite}\n"  # one folder takes further methods, problems and budgets, and several processes
@@ -294,6 +304,8 @@ def _cell(folder: RunFolder, column: Column, method: Any, seed: int) -> dict[str
 def _file(column: Column, method: Any, seed: int) -> str:
     """A name for a cell that changes with what its numbers depend on, files of one's own included, and with nothing else."""
     told = plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
+    if column.method == BASE != column.problem.unsteered:
+        told["unsteered"] = column.problem.unsteered
     for neutral in ("out", "force", "device", "lookaheads", "batch_size"):
         told.pop(neutral)
     text = json.dumps(told | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
@@ -398,7 +410,7 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
         features = torch.cat([cell["features"].float() for cell in found])
         row = {
             "model": stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
-            "budget": column.budget, "method": column.method, "seeds": len(found), "outputs": held.numel(),
+            "budget": column.budget, "method": column.words, "seeds": len(found), "outputs": held.numel(),
             **({"held_out": held.mean().item()} if counts == "held_out" else {}),
             "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
             "diversity": _diversity(features, problem.outputs.names * len(found)),
@@ -423,8 +435,10 @@ def differences(cells: Cells, a: str, b: str) -> dict[Column, Difference]:
     output of the same seeds: for each problem and budget, by its column of ``a``; nothing where one of them has no cells."""
     out = {}
     for column in cells:
-        other = replace(column, method=b, budget=0 if b == BASE else column.budget)
-        one = replace(column, method=a, budget=0 if a == BASE else column.budget)
+        one, other = (
+            Column(column.problem, 0, BASE) if name == column.problem.unsteered else replace(column, method=name)
+            for name in (a, b)
+        )
         if column in (one, other) and column.budget and one in cells and other in cells:
             counts = what_counts([*cells[one], *cells[other]])
             held = (torch.stack([cell[counts] for cell in cells[of]]) for of in (one, other))
@@ -457,9 +471,7 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
         name = name if name not in names else f"{name}-{len(names)}"  # "a b" and "a/b" are two problems
         names.append(name)
         last = config.budgets[-1]
-        first = {
-            column.method: cells[column][0] for column in cells if column.problem is problem and column.budget in (0, last)
-        }
+        first = {column.words: cells[column][0] for column in cells if column.problem is problem and column.budget in (0, last)}
         pictures += draw_standings(problem.title, of, first, last, folder.path / name)
     apart = differences(cells, *config.difference) if config.difference else {}
     if config.difference:

@@ -16,7 +16,7 @@ from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import cost_plot
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
-"""Plain samples, and what every method is compared with."""
+"""Plain samples, of a model of four jumps (of others `Problem.unsteered` says it), and what every method is compared with."""
 COLUMNS = 6
 """Outputs of each method that are drawn."""
 HEADER = ["method", "held out", "95%", "over best_of_n", "over unsteered", "reward", "diversity", "distance", "calls", "s"]
@@ -101,7 +101,7 @@ def mean_ranks(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Method -> its rank in the mean, the best first."""
     ranks: dict[str, list[int]] = {}
     for row in rows:
-        if row["method"] != BASE:
+        if row["budget"]:
             ranks.setdefault(row["method"], []).append(row["rank"])
     means = {name: sum(of) / len(of) for name, of in ranks.items()}
     return dict(sorted(means.items(), key=lambda item: item[1]))

@@ -210,7 +210,8 @@ def cell(held, evaluations):
 
 def test_a_summary_by_hand():
     want = Outputs(2, names=("a", "b"))
-    problem = Problem("p", SteerConfig(), None, Yardstick(lambda x: x, None), None, None, want)  # type: ignore[arg-type]
+    flow_map, none = GaussianMixture([[0.0]], [[1.0]]).flow_map(), None
+    problem = Problem("p", SteerConfig(), flow_map, Yardstick(lambda x: x, None), none, None, want)  # type: ignore[arg-type]
     cells: Cells = {
         Column(problem, 0, BASE): [cell([0.0, 1.0], 4)] * 4,
         Column(problem, 8, "best_of_n"): [cell([1.0, 2.0], 8), cell([1.0, 4.0], 8)] * 2,
