@@ -15,7 +15,7 @@ from steerfm.values import write_yaml
 pytestmark = pytest.mark.slow
 SUITE = {
     "problems": {"shirt": {"reward": "brightness", "judge": "symmetry"}, "bag": {"reward": "brightness", "judge": "sharpness"}},
-    "methods": {"best_of_n": {"steps": 1}, "funnel": {"steps": 2}, "late": {"name": "das", "steps": 64}},
+    "methods": {"best_of_n": {"steps": 1}, "funnel": {"steps": 2}, "late": {"name": "das", "steps": 20}},
     "strengths": [50], "budgets": [8, 16], "seeds": 4, "n": 2, "out": "run",
 }  # fmt: skip
 
