@@ -346,8 +346,8 @@ SMALL = [
 
 
 TUNE = [
-    "optimizer.steps=2", "distil.steps=2", "distil.samples=8", "distil.batch_size=8", "watch.every=1", "watch.n=4", "watch.base=8",
-    "trainer.accelerator=cpu",
+    "optimizer.steps=2", "distil.steps=2", "distil.samples=8", "distil.batch_size=8", "watch.every=1", "watch.n=4",
+    "watch.base=8", "trainer.accelerator=cpu",
 ]  # fmt: skip
 
 
