@@ -21,11 +21,12 @@ from steerfm.transitions import Diffuse as Diffuse, Renoise as Renoise
 from steerfm.steering import (
     DAS as DAS, DPS as DPS, FMRGE as FMRGE, FMRGJ as FMRGJ, FMTT as FMTT, LGDMC as LGDMC, MFMG as MFMG, MFMGF as MFMGF,
     MPGD as MPGD, SVDD as SVDD, TDS as TDS, Beam as Beam, BestOfN as BestOfN, BudgetForcing as BudgetForcing, CoDe as CoDe,
-    Denoise as Denoise, DFlow as DFlow, DiamondSMC as DiamondSMC, EndpointAscent as EndpointAscent,
+    Denoise as Denoise, DFlow as DFlow, DiamondSMC as DiamondSMC, Drafts as Drafts, EndpointAscent as EndpointAscent,
     EndpointGradient as EndpointGradient, FeynmanKac as FeynmanKac, FKSteering as FKSteering, FMTTSearch as FMTTSearch,
     FreeDoM as FreeDoM, Funnel as Funnel, Jump as Jump, MapGradient as MapGradient, MultiRound as MultiRound,
-    ParallelTempering as ParallelTempering,
-    RandomSearch as RandomSearch, ReNO as ReNO, State as State, Steering as Steering, SteeringResult as SteeringResult,
+    NoiseGradient as NoiseGradient, NoiseTilt as NoiseTilt, ParallelTempering as ParallelTempering,
+    RandomSearch as RandomSearch, ReNO as ReNO, SeedPruning as SeedPruning,
+    State as State, Steering as Steering, SteeringResult as SteeringResult,
     TreeSearch as TreeSearch, WeightedDiamond as WeightedDiamond, ZeroOrderSearch as ZeroOrderSearch, method as method,
     methods as methods, steer as steer, steps as steps,
 )

@@ -15,7 +15,7 @@ from steerfm.cli.console import console, make_table, print_table
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap
 from steerfm.report.formats import short
-from steerfm.steering import METHOD, METHODS, MapGradient, Method, Sampler, steer
+from steerfm.steering import METHOD, METHODS, MapGradient, Method, NoiseGradient, Sampler, steer
 from steerfm.steering.correction import Parts
 from steerfm.steering.noise_search import NoiseAscent
 from steerfm.values import ConfigError
@@ -196,7 +196,8 @@ def method_gradient(method: Method) -> str:
     guidance = getattr(method, "guidance", None)
     if guidance is None or not guidance.differentiates:
         return "none"
-    return "network" if type(guidance) is MapGradient else "reward"
+    network = guidance.through if isinstance(guidance, NoiseGradient) else type(guidance) is MapGradient
+    return "network" if network else "reward"
 
 
 def describe_part(value: Any) -> str:

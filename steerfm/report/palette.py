@@ -21,7 +21,7 @@ NAMES = (
     "beam", "fmtt_search", "code", "tree_search", "d_flow", "random_search", "zero_order", "steering",
     "direct", "weighted", "policy", "adjoint", "noise", "tuned", "as learnt", "distil",
     "draft", "draft_k", "draft_lv", "alignprop", "refl", "drtune", "orw_cfm", "flow_grpo", "ddpo", "nft",
-    "steered", "value", "data", "parallel_tempering",
+    "steered", "value", "data", "parallel_tempering", "noise_tilt", "seed_pruning", "drafts",
 )  # fmt: skip
 """Steering methods, fine-tuning methods and what else is drawn. New names go to the end: a look is a place in this list."""
 

@@ -1,7 +1,7 @@
 """Steering: four orthogonal parts (look-ahead, value, transition, correction and selection), one engine, many presets."""
 
 from steerfm.steering.correction import Jarzynski, Marginal, Twisted, Uncorrected
-from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, MapGradient
+from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, MapGradient, NoiseGradient
 from steerfm.steering.lookahead import Denoise, Endpoints, ExactPosterior, Jump, Posterior, Renoise, Rollout, Smooth, residual
 from steerfm.steering.names import METHOD, method, methods
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
@@ -30,11 +30,13 @@ from steerfm.steering.presets import (
     FreeDoM,
     Funnel,
     MultiRound,
+    NoiseTilt,
     WeightedDiamond,
 )
+from steerfm.steering.pruning import Drafts, SeedPruning
 from steerfm.steering.result import SteeringResult
 from steerfm.steering.sampler import Sampler, Steering
-from steerfm.steering.selection import BestChild, Candidates, Narrow, Resample, Selected, TopK, Window
+from steerfm.steering.selection import BestChild, Candidates, Narrow, Prune, Resample, Selected, TopK, Window
 from steerfm.steering.state import State
 from steerfm.steering.steer import steer, steer_batches, steps
 from steerfm.steering.tempering import Adaptive, Exponential, Power
@@ -43,10 +45,11 @@ from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 __all__ = [
     "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHOD", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
     "Beam",
-    "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "EndpointAscent",
+    "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Denoise", "DiamondSMC", "Drafts", "EndpointAscent",
     "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch", "FeynmanKac", "FreeDoM",
-    "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow", "Outcome",
-    "ParallelTempering", "Posterior", "Power", "RandomSearch", "ReNO", "Renoise", "Resample", "Rollout", "Sampler",
-    "Selected", "Smooth", "State", "Steering", "SteeringResult", "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected",
-    "WeightedDiamond", "Window", "ZeroOrderSearch", "method", "methods", "residual", "steer", "steer_batches", "steps",
+    "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow",
+    "NoiseGradient", "NoiseTilt", "Outcome", "ParallelTempering", "Posterior", "Power", "Prune", "RandomSearch", "ReNO",
+    "Renoise", "Resample", "Rollout", "Sampler", "SeedPruning", "Selected", "Smooth", "State", "Steering", "SteeringResult",
+    "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window", "ZeroOrderSearch", "method",
+    "methods", "residual", "steer", "steer_batches", "steps",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steerfm.sampling import Noise
 from steerfm.steering import lookahead
-from steerfm.steering.guidance import Guidance, MapGradient
+from steerfm.steering.guidance import Guidance, MapGradient, Tilting
 from steerfm.steering.selection import Selection
 from steerfm.steering.tempering import Adaptive, Tempering
 from steerfm.steering.value import Evaluation, View
@@ -171,6 +171,10 @@ class Twisted:
             raise ValueError(
                 "a twisted correction needs the density of a guided step: use transition renoise, diffuse or bridge, or no "
                 "guidance, or correction none (ascent, not sampling)"
+            )
+        if isinstance(parts.guidance, Tilting):
+            raise ValueError(
+                "a twisted correction has no weight for tilted noise: use correction none, or guidance map or endpoint"
             )
         if self.potential != "difference" and isinstance(parts.tempering, Adaptive):
             raise ValueError("adaptive tempering chooses the value of the next step: it needs potential difference")

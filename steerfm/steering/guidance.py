@@ -69,6 +69,15 @@ class Optional(Protocol):
     def required(self) -> bool: ...
 
 
+@runtime_checkable
+class Tilting(Protocol):
+    """A guidance of the noise of a step, in place of its mean."""
+
+    def tilted(self, evaluation: Evaluation, z: Tensor) -> Tensor:
+        """Noise (b, *shape) in place of z, which is standard normal."""
+        ...
+
+
 @dataclass(frozen=True)
 class MapGradient:
     """grad_x V_t(x) by backpropagation through the reward, the decoder and the look-ahead.
@@ -94,11 +103,7 @@ class MapGradient:
     differentiates = True
 
     def evaluate(self, view: View) -> Evaluation:
-        with torch.enable_grad():
-            x = view.x.detach().requires_grad_()
-            found = view.value(view.endpoints(x))
-            gradient = gradient_of(view.problem, found.value, x)
-        return replace(found, value=found.value.detach(), direction=gradient)
+        return through_map(view)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
@@ -132,18 +137,53 @@ class EndpointGradient(MapGradient):
     dimension: float = math.inf
 
     def evaluate(self, view: View) -> Evaluation:
-        ends = view.endpoints(view.x)
-        with torch.enable_grad():
-            z = ends.z.detach().requires_grad_()
-            found = view.value(replace(ends, z=z))
-            gradient = gradient_of(view.problem, found.value, z)
-        return replace(found, value=found.value.detach(), direction=gradient.sum(1))
+        return at_endpoint(view)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
     ) -> Tensor:
         larger = max(1.0, math.sqrt(x[0].numel() / self.dimension))
         return MapGradient.shift(replace(self, scale=larger * self.scale), flow_map, evaluation, x, mean, s, t, std)
+
+
+@dataclass(frozen=True)
+class NoiseGradient:
+    """The gradient of the value in the noise of a step, and not in its mean (NoiseTilt, Hwang et al. 2606.18066).
+
+        x' = mean + std (sqrt(share) w + sqrt(1 - share |w|^2 / d) z),      w the gradient, made `white`
+
+    so that states stay where the map knows them: as far from the mean as noise is, and without structure that noise has not.
+    The reward's scale and ``strength`` drop out; a row without a gradient keeps its noise. A step without noise, such as the
+    last one, is not guided. No correction has weights for it.
+
+    Args:
+        share: of the noise's variance that the gradient takes, in (0, 1]; what whitening takes off, noise fills up.
+        through: whether the gradient goes through the map, as in the paper, or stops at the endpoint, as `EndpointGradient`.
+    """
+
+    share: float = 0.2
+    through: bool = False
+    differentiates = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share}: of the noise's variance, in (0, 1]")
+
+    def evaluate(self, view: View) -> Evaluation:
+        return through_map(view) if self.through else at_endpoint(view)
+
+    def tilted(self, evaluation: Evaluation, z: Tensor) -> Tensor:
+        """See `Tilting`."""
+        assert evaluation.direction is not None
+        w = white(evaluation.direction)
+        left = 1 - self.share * w.flatten(1).square().mean(1)
+        return self.share**0.5 * w + expand_time(left.clamp_min(0).sqrt(), z) * z
+
+    def shift(
+        self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
+    ) -> Tensor:
+        """Nothing: the mean stays."""
+        return torch.zeros_like(mean)
 
 
 @dataclass(frozen=True)
@@ -228,8 +268,58 @@ GUIDANCES: dict[str, Any] = {
     "endpoint": EndpointGradient(),
     "free": FreeGradient(),
     "ascent": EndpointAscent(),
+    "noise": NoiseGradient(),
 }
 """Guidances by the name that configurations use."""
+
+
+def through_map(view: View) -> Evaluation:
+    """The value and its gradient in the state, through the reward, the decoder and the look-ahead."""
+    with torch.enable_grad():
+        x = view.x.detach().requires_grad_()
+        found = view.value(view.endpoints(x))
+        gradient = gradient_of(view.problem, found.value, x)
+    return replace(found, value=found.value.detach(), direction=gradient)
+
+
+def at_endpoint(view: View) -> Evaluation:
+    """The value and its gradient in the endpoints, their sum: through the reward and the decoder only."""
+    ends = view.endpoints(view.x)
+    with torch.enable_grad():
+        z = ends.z.detach().requires_grad_()
+        found = view.value(replace(ends, z=z))
+        gradient = gradient_of(view.problem, found.value, z)
+    return replace(found, value=found.value.detach(), direction=gradient.sum(1))
+
+
+SURE = 3.9
+"""Standard deviations of an order statistic within which that of noise is taken to be: one in 10,000 is not."""
+
+
+def white(x: Tensor) -> Tensor:
+    """Rows (b, *shape) as noise of N(0, I) could be, in directions near to their own; zeros stay zeros.
+
+    A row is brought to the length of noise, sqrt(d). Then what is larger in its spectrum than white noise of that rank can be
+    is shortened to that, and so is what is larger among its values (2606.18066 projects on such limits of order statistics
+    from both sides, in more domains and in tiles). Structure makes a row shorter; noise itself stays nearly as it is.
+    """
+    flat = x.flatten(1).float()
+    x = x.float() * expand_time(flat.shape[1] ** 0.5 / flat.norm(dim=1).clamp_min(1e-30), x)
+    axes = tuple(range(1, x.ndim))
+    spectrum = torch.fft.fftn(x, dim=axes, norm="ortho")
+    spectrum = spectrum * _shortening(spectrum.abs(), lambda u: (-torch.log1p(-u)).sqrt())  # |N(0, 1) + i N(0, 1)| / sqrt(2)
+    x = torch.fft.ifftn(spectrum, dim=axes, norm="ortho").real
+    return x * _shortening(x.abs(), lambda u: 2**0.5 * torch.erfinv(u))  # |N(0, 1)|
+
+
+def _shortening(sizes: Tensor, quantile: Callable[[Tensor], Tensor]) -> Tensor:
+    """Factors of at most 1 (b, *shape) that bring sizes to what the order statistics of a law can be."""
+    flat = sizes.flatten(1)
+    d = flat.shape[1]
+    share = torch.arange(1, d + 1, device=flat.device, dtype=torch.float64) / (d + 1)
+    most = quantile((share + SURE * (share * (1 - share) / (d + 2)).sqrt()).clamp_max(1 - 1e-4 / d)).to(flat)
+    limit = most[flat.argsort(1).argsort(1)]
+    return (limit / flat.clamp_min(1e-30)).clamp_max(1.0).view_as(sizes)
 
 
 def capped(shift: Tensor, displacement: Tensor, cap: float | None) -> Tensor:

@@ -20,11 +20,12 @@ from steerfm.held_out import has_weights
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
 from steerfm.steering.correction import Correction, Jarzynski, Marginal, Move, Parts, Twisted, Uncorrected
-from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, Guidance, MapGradient
+from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, Guidance, MapGradient, NoiseGradient
 from steerfm.steering.lookahead import Denoise, Lookahead, Posterior, Renoise, Smooth
 from steerfm.steering.noise_search import DFlow, RandomSearch, ReNO, ZeroOrderSearch
 from steerfm.steering.outcome import Preset
 from steerfm.steering.parallel_tempering import ParallelTempering
+from steerfm.steering.pruning import Drafts, SeedPruning
 from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Narrow, Resample, Selection, TopK, Window
 from steerfm.steering.size import Evaluations
@@ -34,6 +35,7 @@ from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 from steerfm.steering.value import Evaluation, Problem
 from steerfm.transitions import Auto, Bridge, Diffuse, Transition
 from steerfm.transitions import Jump as JumpTransition
+from steerfm.transitions import Renoise as RenoiseTransition
 
 ANOTHER = 1 / 3
 """`steerfm.metrics.jump_error` from which one jump shows another picture than comes out."""
@@ -309,6 +311,26 @@ class DPS(Ascent):
     lookahead: Lookahead | None = field(default_factory=Denoise)
     guidance: Guidance | None = field(default_factory=MapGradient)
     transition: Transition = field(default_factory=Bridge)
+
+
+@dataclass(frozen=True)
+class NoiseTilt(Ascent):
+    """The gradient in the noise that a step draws, whitened, so that its mean stays (Hwang et al. 2606.18066).
+
+    Parts: look-ahead jump, gradient at its endpoint in a share of the noise (the reward's scale and ``strength`` drop out),
+    no tempering, transition renoise (which shares the look-ahead), correction none. The last step has no noise, and is not
+    guided. In the paper the gradient goes through the network, ``guidance={"through": True}``, of a denoiser, with ancestral
+    steps: ``lookahead="denoise", transition="bridge"``; its whitening has more parts than `white`.
+    Samples: no. It is an ascent that keeps to the noise that the map knows.
+    Within a budget: 6 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
+    """
+
+    paper: ClassVar[str] = "2606.18066"
+    shape: ClassVar[Mapping[int, float]] = {64: 6, 256: 8}
+
+    steps: int = 8
+    guidance: Guidance | None = field(default_factory=NoiseGradient)
+    transition: Transition = field(default_factory=RenoiseTransition)
 
 
 @dataclass(frozen=True)
@@ -607,6 +629,7 @@ METHODS: dict[str, type[Preset]] = {
     "fmtt": FMTT,
     "diamond_smc": DiamondSMC,
     "dps": DPS,
+    "noise_tilt": NoiseTilt,
     "lgd_mc": LGDMC,
     "freedom": FreeDoM,
     "mpgd": MPGD,
@@ -620,6 +643,8 @@ METHODS: dict[str, type[Preset]] = {
     "fmtt_search": FMTTSearch,
     "svdd": SVDD,
     "code": CoDe,
+    "seed_pruning": SeedPruning,
+    "drafts": Drafts,
     "rbf": BudgetForcing,
     "tree_search": TreeSearch,
     "reno": ReNO,

@@ -29,10 +29,20 @@ from steerfm.rewards import Reward, RewardError
 from steerfm.sampling import Noise, grid_of
 from steerfm.steering import lookahead
 from steerfm.steering.correction import CORRECTIONS, Correction, Family, Marginal, Move, Parts, Twisted, Uncorrected
-from steerfm.steering.guidance import GUIDANCES, Guidance, evaluate, needs_gradient
+from steerfm.steering.guidance import GUIDANCES, Guidance, Tilting, evaluate, needs_gradient
 from steerfm.steering.lookahead import LOOKAHEADS, Endpoints, Jump, Lookahead, Rollout
 from steerfm.steering.outcome import Outcome, Tick, Trace
-from steerfm.steering.selection import Candidates, Leaving, Resample, Selected, Selection, group, unbiased, with_threshold
+from steerfm.steering.selection import (
+    Candidates,
+    Leaving,
+    Resample,
+    Selected,
+    Selection,
+    group,
+    ranking,
+    unbiased,
+    with_threshold,
+)
 from steerfm.steering.size import Sized
 from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
@@ -53,7 +63,7 @@ class Sampler(Sized, metaclass=Named):
         particles: per output.
         steps: transitions from t = 0 to t = 1.
         lookahead: denoise, jump, rollout, smooth, renoise or posterior, or None: the reward is only seen at the end.
-        guidance: map, endpoint, free or ascent, or None: no gradient.
+        guidance: map, endpoint, free, ascent or noise, or None: no gradient.
         tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
         transition: jump, renoise, diffuse, midpoint or bridge.
         power: of the time grid, t_i = (i / steps)^power.
@@ -100,6 +110,10 @@ class Sampler(Sized, metaclass=Named):
                 raise ValueError(f"{name}=None: give one, such as {self.usual(name)}")
         if self.guidance is not None and self.lookahead is None:
             raise ValueError("guidance needs a look-ahead: lookahead=jump or lookahead=denoise")
+        if isinstance(self.guidance, Tilting) and not self.transition.stochastic:
+            raise ValueError(
+                f"guidance={self.guidance} needs steps with noise: take transition=renoise, diffuse, midpoint or bridge"
+            )
         selection = self.parts.selection
         if self.lookahead is None and selection is not None and selection.ranks:
             raise ValueError("this selection ranks look-aheads: lookahead=jump or lookahead=denoise")
@@ -251,8 +265,8 @@ class Sampler(Sized, metaclass=Named):
             s, t = state.times[state.done : state.done + 2]
             before = state.selected
             kernel = self._kernel(state, s, t)
-            shift = self._shift(state, kernel, s, t)
             z = state.noise.normal(state.problem.flow_map.shape, state.x) if kernel.std else None
+            shift = self._shift(state, kernel, s, t, z)
             x = (kernel if shift is None else type(kernel)(kernel.mean + shift, kernel.std)).sample(z)
             family = self._family(state.parents, x, kernel, shift, s, t) if t > s else None
             move = Move(state.now, state.now, kernel, shift, z, t - s, family)
@@ -293,11 +307,13 @@ class Sampler(Sized, metaclass=Named):
             return Step(scale * x, std)
         return self.parts.transition.step(flow_map, x, s, t, state.problem.cond, self._shared(state.now))
 
-    def _shift(self, state: State, kernel: Step, s: float, t: float) -> Tensor | None:
-        """What the guidance adds to the mean of a step, (n k, *shape); back in time nothing."""
+    def _shift(self, state: State, kernel: Step, s: float, t: float, z: Tensor | None) -> Tensor | None:
+        """What the guidance adds to the mean of a step, or to its noise z, (n k, *shape); back in time nothing."""
         guidance, now = self.parts.guidance, state.now
         if guidance is None or now.direction is None or s >= min(t, self.stop) or not self.parts.correction.guides(kernel):
             return None
+        if isinstance(guidance, Tilting):
+            return None if z is None else kernel.std * (guidance.tilted(now, z) - z)
         return guidance.shift(state.problem.flow_map, now, state.x, kernel.mean, s, t, kernel.std)
 
     def _arrive(self, state: State, x: Tensor) -> Evaluation:
@@ -331,7 +347,7 @@ class Sampler(Sized, metaclass=Named):
         if parts.guidance is None or t >= self.stop or times[i + 1] <= t:
             return False
         lands = t >= times[-2] and isinstance(parts.transition, Landing) and parts.transition.lands
-        return not lands or parts.correction.guides(Step(x, 0.0))
+        return not lands or (parts.correction.guides(Step(x, 0.0)) and not isinstance(parts.guidance, Tilting))
 
     def _waits(self, x: Tensor, times: Sequence[float], i: int, k: int) -> bool:
         """Whether the gradient at times[i] waits for a selection by plain look-aheads, which is about to leave fewer of ``k``
@@ -389,7 +405,7 @@ class Sampler(Sized, metaclass=Named):
         parts, t = self.parts, times[i]
         correction, tempering = parts.correction, parts.tempering
         hottest = 1.0 if t >= 1 else float(tempering(t))
-        ranks = parts.selection is not None and parts.selection.ranks
+        ranks = ranking(parts.selection, i, noise.k)
         guided = self._guided(x, times, i)
         wanted = guided or correction.samples or ranks
         untempered = correction.looks_untempered or ranks or self._drawn()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -105,6 +106,15 @@ class Leaving(Protocol):
 
 
 @runtime_checkable
+class Timely(Protocol):
+    """A selection that looks at some steps only, and says when: elsewhere a look-ahead that only it would see is not made."""
+
+    def looks(self, step: int, k: int) -> bool:
+        """Whether it ranks the ``k`` particles of an output, after so many steps."""
+        ...
+
+
+@runtime_checkable
 class Grouping(Protocol):
     """A selection within groups of so many particles: their number is a multiple of it."""
 
@@ -115,6 +125,11 @@ class Grouping(Protocol):
 def group(selection: Selection | None) -> int:
     """Particles that a selection takes together; 1 where it takes any number."""
     return selection.group if isinstance(selection, Grouping) else 1
+
+
+def ranking(selection: Selection | None, step: int, k: int) -> bool:
+    """Whether a selection ranks the ``k`` particles of an output by their look-aheads, after so many steps."""
+    return selection is not None and selection.ranks and (not isinstance(selection, Timely) or selection.looks(step, k))
 
 
 def unbiased(selection: Selection | None) -> bool:
@@ -233,6 +248,44 @@ class TopK:
         best = candidates.tilt.topk(keep, 1).indices
         slots = torch.arange(keep if self.prune else k, device=best.device) % keep
         return Selected(best[:, slots], torch.ones(n, dtype=torch.bool, device=best.device))
+
+
+@dataclass(frozen=True)
+class Prune:
+    """At some steps the best by look-ahead reward go on, and nobody is copied. Search, not sampling.
+
+    Equals stay in the order in which they are.
+
+    Args:
+        at: steps done before each pruning, ascending.
+        keep: particles that go on from each, at most those there are.
+    """
+
+    at: Sequence[int] = (0,)
+    keep: Sequence[int] = (4,)
+    ranks = prunes = True
+
+    def __post_init__(self) -> None:
+        if len(self.at) != len(self.keep):
+            raise ValueError(f"at={list(self.at)}, keep={list(self.keep)}: give a number of particles for each step")
+        for keep in self.keep:
+            at_least_one(keep=keep)
+
+    def leaves(self, step: int, t: float, k: int) -> int:
+        """See `Leaving`."""
+        return min([k, *(keep for at, keep in zip(self.at, self.keep) if at <= step)])
+
+    def looks(self, step: int, k: int) -> bool:
+        """See `Timely`."""
+        return self.leaves(step, 0.0, k) < k
+
+    def select(self, candidates: Candidates) -> Selected:
+        n, k = candidates.tilt.shape
+        keep = self.leaves(candidates.step, candidates.t, k)
+        if keep == k:
+            return Selected.none(candidates.log_w)
+        best = candidates.tilt.sort(dim=1, descending=True, stable=True).indices[:, :keep].sort(1).values
+        return Selected(best, torch.ones(n, dtype=torch.bool, device=best.device))
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class TreeSearch(Sized, metaclass=Readable):
-    """Diffusion tree sampling (DTS, 2506.20701, algorithm 1), with one jump of the flow map as its rollout.
+    """Diffusion tree sampling (DTS, 2506.20701, algorithm 1): one jump completes a node of any depth (cf. BFMT 2607.02915).
 
     One tree per output over the states at t_0 = 0, ..., t_{steps-1}. Each iteration walks from the root to a child with
     probability proportional to exp(value), until it meets a node with fewer than branching * visits^widening children or one

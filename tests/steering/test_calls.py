@@ -7,9 +7,11 @@ from steerfm.steering import METHODS
 
 FEWEST = {
     # one call: the transition goes on from the look-ahead's own endpoint
-    "best_of_n": "1", "feynman_kac": "1", "funnel": "1", "steering": "1", "multi_round": "1", "beam": "1",  # X_{s,1}
+    "best_of_n": "1", "feynman_kac": "1", "funnel": "1", "steering": "1", "multi_round": "1", "beam": "1",
+    "noise_tilt": "1",  # X_{s,1}
     "fk_steering": "1", "mpgd": "1", "svdd": "1", "code": "1",  # the denoiser
     "tds": "1 + 1 back", "das": "1 + 1 back",  # the same, with the gradient through it
+    "drafts": "1", "seed_pruning": "2.5",  # jumps of those that go on; more steps are more of them for more seeds
     # two: the look-ahead is X_{s,1} or the denoiser, the step is X_{s,t} or the velocity
     "fmrg_e": "2", "fmrg_j": "2 + 1 back", "dps": "1 + 1 back", "lgd_mc": "2 + 1 back",
     "fmtt": "2 + 1 back", "fmtt_search": "2 + 1 back",
