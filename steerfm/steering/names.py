@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from steerfm.registry import Kind, build
-from steerfm.steering.outcome import Method
+from steerfm.steering.outcome import Fitting, Method
 from steerfm.steering.presets import METHODS
 
 METHOD = Kind(
@@ -18,8 +18,17 @@ METHOD = Kind(
 )
 
 
+M = TypeVar("M", bound=Method)
+
+
+@overload
+def method(spec: str | Mapping[str, Any], /, **arguments: Any) -> Fitting: ...
+@overload
+def method(spec: M, /) -> M: ...
 def method(spec: str | Mapping[str, Any] | Method, /, **arguments: Any) -> Method:
     """A steering method by name.
+
+    >>> steerfm.method("fmrg_j", stop=0.8).within(64)
 
     Args:
         spec: a name of `methods`; ``FILE.py:NAME`` of a class of your own; {name: NAME, ...}; or a method.
