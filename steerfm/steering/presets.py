@@ -486,8 +486,10 @@ class MFMGF(MFMG):
 
     Parts: as `MFMG`, with the tilted mean minus the mean of the endpoints in place of a gradient, k = 8.
     Samples: no for a finite k; the tilt as k, inner steps and steps grow.
-    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest endpoints (docs/methods.md).
+    Within a budget: 3 steps at 64 evaluations, 8 at 256, the rest endpoints (docs/methods.md).
     """
+
+    shape: ClassVar[Mapping[int, float]] = {64: 3, 256: 8}
 
     lookahead: Lookahead | None = field(default_factory=lambda: Posterior(steps=2, k=8))
     guidance: Guidance | None = field(default_factory=FreeGradient)
