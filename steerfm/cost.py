@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import asdict, dataclass, fields
 
@@ -44,8 +46,7 @@ class Cost:
 
     def __str__(self) -> str:
         counts = (
-            f"{value:,} {name.replace('_', ' ')}" for name, value in self.as_dict().items()
-            if value and name not in ("seconds", "peak_bytes")
+            f"{value:,} {name.replace('_', ' ')}" for name, value in self.counts().items() if value
         )  # fmt: skip
         return ", ".join((*counts, f"{self.seconds:.2f} s", f"{self.peak_bytes / 2**20:,.0f} MiB"))
 
@@ -56,6 +57,10 @@ class Cost:
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
+
+    def counts(self) -> dict[str, int]:
+        """What is counted, without time and memory."""
+        return {name: int(value) for name, value in asdict(self).items() if name not in ("seconds", "peak_bytes")}
 
 
 _active: ContextVar[Ledger | None] = ContextVar("steerfm_ledger", default=None)
@@ -91,6 +96,21 @@ class Ledger:
         setattr(self.cost, name, getattr(self.cost, name) + amount)
         if self._parent is not None:
             self._parent.add(name, amount)
+
+
+def current() -> Ledger | None:
+    """The active ledger, or None."""
+    return _active.get()
+
+
+@contextmanager
+def aside(ledger: Ledger) -> Iterator[None]:
+    """Inside, costs are counted in this ledger, and in no other."""
+    token = _active.set(ledger)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def count(name: str, amount: int) -> None:

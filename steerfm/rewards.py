@@ -42,6 +42,8 @@ class Reward(nn.Module):
         space: what it reads: "pictures" (or the vectors of a map of vectors), "video" (b, c, f, h, w), or "model": samples as
             the model has them, of any shape, for which nothing is decoded.
         packages: modules that must be installed before the first call, beside those that steerfm needs.
+        one_process: whether of several processes (`steerfm.distributed`) only the first makes it, for all; in a configuration
+            ``one_process=true``: a network too large to copy, or a server that only one can reach.
         truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
 
     Facts that depend on the arguments are set on the instance. A reward stays in evaluation mode, whatever is trained.
@@ -56,6 +58,7 @@ class Reward(nn.Module):
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
     groupwise: bool = False
+    one_process: bool = False
     space: str = PICTURES
     packages: ClassVar[tuple[str, ...]] = ()
     truth: Tensor | None = None
@@ -213,7 +216,7 @@ class Reward(nn.Module):
         check_finite(value, f"reward {self.name!r} returned", begin)
         return value
 
-    def _take_facts(self, members: Sequence[Reward]) -> None:
+    def take_facts(self, members: Sequence[Reward]) -> None:
         """Set the facts of a reward that is made of others: what holds for one of them holds for it.
 
         Raises:
@@ -229,6 +232,7 @@ class Reward(nn.Module):
         self.differentiable = all(member.differentiable for member in members)
         self.needs = frozenset().union(*(member.needs for member in members))
         self.groupwise = any(member.groupwise for member in members)
+        self.one_process = any(member.one_process for member in members)
         self.truth = next((member.truth for member in members if member.truth is not None), None)
         self.batch_size = min((member.batch_size for member in members if member.batch_size), default=None)
 
@@ -277,7 +281,7 @@ class WeightedSum(Reward):
             self.weights.append(float(weight))
             self.rewards.append(reward)
         self.name = " + ".join(f"{weight:g} {reward.name}" for weight, reward in self.terms)
-        self._take_facts([reward for _, reward in self.terms])
+        self.take_facts([reward for _, reward in self.terms])
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:
@@ -385,7 +389,8 @@ def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
 
     Args:
         spec: the name of an installed plug-in, ``pkg.mod:Name``, ``path/to/file.py:name``, a function, a Reward or its class.
-        arguments: of the reward's class or function; ``offload=True`` moves its network to the CPU between calls.
+        arguments: of the reward's class or function; ``offload=True`` moves its network to the CPU between calls, and with
+            ``one_process=True`` only the first of several processes makes it.
 
     Raises:
         RewardError: unknown name or argument (with the nearest valid one), or a file that cannot be imported.
@@ -395,6 +400,12 @@ def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
         if arguments:
             raise RewardError(f"reward {spec!r} is already built and takes no arguments: {', '.join(arguments)}")
         return target
+    if "one_process" in arguments and "one_process" not in inspect.signature(target).parameters:
+        if not isinstance(one := arguments.pop("one_process"), bool):
+            raise RewardError(f"reward {spec!r}: one_process={one!r}: true or false")
+        made = reward(spec, **arguments)
+        made.one_process = one
+        return made
     if isinstance(target, type) and issubclass(target, Reward):
         return _built(target, arguments)
     if isinstance(target, type) or not callable(target):

@@ -26,6 +26,7 @@ from steerfm.flowmap import FlowMap, Guided, by_label
 from steerfm.interpolant import time_grid
 from steerfm.randomness import derive, stream
 from steerfm.rows import Condition, map_condition, take_rows, with_negative
+from steerfm.spread import shared_out
 from steerfm.transitions import Transition, usual
 
 
@@ -151,7 +152,7 @@ def sample(
     size = n if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one sample at a time")
-    parts = []
+    parts, flow_map = [], shared_out(flow_map)
     with torch.inference_mode():
         for begin in range(0, n, size):
             rows = slice(begin, begin + size)

@@ -37,7 +37,7 @@ class Ensemble(Reward):
         if len(built) < 2 or k < 0:
             raise RewardError(f"reward 'ensemble' has {len(built)} members and k={k}: give two or more, and k of at least 0")
         self.members, self.k = nn.ModuleList(built), float(k)
-        self._take_facts(built)
+        self.take_facts(built)
 
     def score(
         self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
@@ -69,7 +69,7 @@ class Normalised(Reward):
             raise RewardError(f"reward 'normalised' has std={std}: must be above 0")
         self.member, self.mean, self.std = build(reward), float(mean), float(std)
         self.name = f"normalised {self.member.name}"
-        self._take_facts([self.member])
+        self.take_facts([self.member])
 
     @classmethod
     def on(cls, reward: Any, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Normalised:

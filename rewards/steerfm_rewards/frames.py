@@ -47,7 +47,7 @@ class Frames(Reward):
             what = "video already" if "video" in self.member.spaces else "the model's space"
             raise RewardError(f"reward 'frames' takes a reward of pictures, and {self.member.name!r} reads {what}")
         self.name = f"frames {self.member.name}"
-        self._take_facts([self.member])
+        self.take_facts([self.member])
         self.space, self.batch_size = "video", None  # parts are of frames, not of videos
         self.batch = batch
 

@@ -62,6 +62,7 @@ class Remote(Reward):
 
     name, unit, range = "remote", "the server's", (-float("inf"), float("inf"))
     differentiable = False
+    one_process = True  # the server may be near the first machine only
     content = "application/octet-stream"
 
     def __init__(

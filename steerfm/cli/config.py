@@ -151,6 +151,21 @@ PRECISION = "precision of network and reward"
 
 
 @dataclass
+class SpreadConfig:
+    """Processes that share a run; its samples do not depend on them (docs/scaling.md)."""
+
+    devices: str = option(
+        "auto",
+        "processes here, a device each: how many, or which GPUs; auto for as many as torchrun or srun started, else 1",
+        form=DEVICES,
+    )
+    num_nodes: int | None = ranged(None, "machines; null for as many as torchrun or srun started, else 1", least=1)
+
+
+MICRO = "rows of a call of the network, the decoder and the reward; null for what the model takes: memory grows with it"
+
+
+@dataclass
 class SampleConfig:
     """Unsteered samples."""
 
@@ -171,6 +186,7 @@ class SampleConfig:
     compile: bool = option(False, COMPILE)
     out: str | None = option(None, "run folder; null for runs/sample/MODEL")
     force: bool = option(False, FORCE)
+    trainer: SpreadConfig = section(SpreadConfig)
 
 
 @dataclass
@@ -202,8 +218,10 @@ class SteerConfig:
     precision: str = choice("32", "bf16", doc=PRECISION, what="precision")
     compile: bool = option(False, COMPILE)
     lookaheads: bool = option(True, "keep and draw the first particle's look-aheads over time")
+    micro_batch: int | None = ranged(None, MICRO, least=1)
     out: str | None = option(None, "run folder; null for runs/steer/MODEL-REWARD-METHOD")
     force: bool = option(False, FORCE)
+    trainer: SpreadConfig = section(SpreadConfig)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-from steerfm.cli.config import NAMED, FinetuneConfig, TrainConfig
+from steerfm.cli.config import NAMED, FinetuneConfig, SpreadConfig, TrainConfig
 from steerfm.shipped import folder
 from steerfm.trust import nearest
 from steerfm.values import (
@@ -98,8 +98,12 @@ def dump(config: Any) -> str:
 
 
 def kept(config: Any) -> str:
-    """The configuration as a run folder keeps it, as yaml: to load it again deletes nothing."""
-    return dump(replace(config, force=False))
+    """The configuration as a run folder keeps it, as yaml: to load it again deletes nothing, and who shares the work is no part
+    of it."""
+    values = asdict(replace(config, force=False))
+    if isinstance(getattr(config, "trainer", None), SpreadConfig):
+        del values["trainer"]
+    return write_yaml(values)
 
 
 def plain(config: Any) -> dict[str, Any]:

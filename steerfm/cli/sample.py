@@ -7,8 +7,10 @@ from steerfm.cli.console import console, progress
 from steerfm.cli.outputs import outputs_of
 from steerfm.cli.parts import autocast, load_model
 from steerfm.cli.runs import grid_rows, run_folder, stem
+from steerfm.cli.spread import on_processes
 from steerfm.cost import Ledger
 from steerfm.flowmap import in_parts
+from steerfm.processes import first, of_first
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.sampling import check_fit, grid_of
@@ -21,14 +23,21 @@ DECODED = 64
 
 def sample(config: SampleConfig, command: str = "") -> None:
     """Unsteered samples: a grid and the tensors."""
+    on_processes(work, config, command)
+
+
+def work(config: SampleConfig, command: str) -> None:
+    """What one of the processes does."""
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, negative=config.negative)
     steps = flow_map.steps if config.steps is None else config.steps
     check_fit(flow_map, usual(flow_map), grid_of(flow_map, steps))
     seeds, precision = want.seeds(config.seeds), autocast(flow_map, config.precision)
-    folder = run_folder(config, f"runs/sample/{stem(config.model)}")
+    folder = of_first(lambda: run_folder(config, f"runs/sample/{stem(config.model)}"))
     with Ledger() as ledger, progress("sampling", 1) as tick, precision:
         x = draw(flow_map, want.n, steps, seeds, want.cond, batch_size=500)
+        if not first():
+            return
         pictures = in_parts(flow_map.decode, x, DECODED).float().cpu()
         tick(1, 1)
     folder.save_tensors("samples", {"samples": x.float()})

@@ -16,9 +16,11 @@ from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import autocast, build_judge, build_method, build_reward, check_needs, fitting, load_model
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, slug, stem
+from steerfm.cli.spread import on_processes
 from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import restoration
+from steerfm.processes import alone, first, of_first
 from steerfm.registry import named
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -41,6 +43,11 @@ COLUMNS = 4
 
 def steer(config: SteerConfig, command: str = "") -> None:
     """Steer, and write the run folder: samples, result.json, grid.png, trace.png, report.html."""
+    on_processes(work, config, command)
+
+
+def work(config: SteerConfig, command: str) -> None:
+    """What one of the processes does: all steer, and the first writes."""
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
@@ -54,16 +61,28 @@ def steer(config: SteerConfig, command: str = "") -> None:
     check_needs((reward, judge), want.labels, want.prompts)
     seeds, strengths = want.seeds(config.seeds), want.strengths(config.strength)
     autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
-    folder = run_folder(config, default)
-    if folder.load_result() is not None:
+    folder = of_first(lambda: run_folder(config, default))
+    if of_first(folder.load_result) is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
     if held.gap:
         console.print(held.gap, markup=False)
+    batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths)
+    if not first():
+        for _ in batches:
+            pass
+        return
     if judge is not None:
         judge.to(flow_map.device)
-    batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths)
     run = gather(batches, flow_map, want, reward, judge, autocast(flow_map, config.precision))
+    finish(config, command, folder, flow_map, want, reward, judge, method, run)
+
+
+def finish(
+    config: SteerConfig, command: str, folder: RunFolder, flow_map: FlowMap, want: Outputs, reward: Reward,
+    judge: Reward | None, method: Method, run: Steered,
+) -> None:  # fmt: skip
+    """The files of a run, and what it prints."""
     folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
     header, table = _compare(run, reward, judge)
     label = named(config.method, "method")[0]
@@ -99,28 +118,38 @@ def steered(
     with progress("steering", len(batches)) as tick:
         for index, rows in enumerate(batches):
             file = folder.part(index)
-            try:
-                result = SteeringResult.load(file, flow_map)
-                base = read_tensor(file, "base")
+            part = _part(file, flow_map) if first() else None
+            if of_first(lambda part=part: part is not None):
                 there.add(index)
-            except (FileNotFoundError, ValueError):  # not there, or torn
-                fresh = fresh or steer_batches(
-                    flow_map, reward, method, want.n, seeds, _noted(strengths, folder, len(batches)), want.cond,
-                    prompts=want.prompts, labels=want.labels, batch_size=size, lookaheads=config.lookaheads, progress=tick,
-                    skip=there,
-                )  # fmt: skip
-                with autocast(flow_map, config.precision):
-                    result = next(fresh)
-                if rows.start >= SHOWN:
-                    result.trace.lookaheads = None
-                steps = method.steps if isinstance(method, Sampler) else flow_map.steps
-                base = draw(flow_map, len(result), steps, seeds[rows], take_rows(want.cond, rows), batch_size=500).cpu()
-                best = result.rewards.gather(1, result.best_index().unsqueeze(1))
-                told = {"reward_mean": result.rewards.mean().item(), "reward_best": best.mean().item()}
-                told["seconds"] = result.cost.seconds
+                if part is not None:
+                    yield part
+                continue
+            fresh = fresh or steer_batches(
+                flow_map, reward, method, want.n, seeds, of_first(lambda: _noted(strengths, folder, len(batches))), want.cond,
+                prompts=want.prompts, labels=want.labels, batch_size=size, micro_batch=config.micro_batch,
+                lookaheads=config.lookaheads, progress=tick, skip=there,
+            )  # fmt: skip
+            with autocast(flow_map, config.precision):
+                result = next(fresh)
+            if rows.start >= SHOWN:
+                result.trace.lookaheads = None
+            steps = method.steps if isinstance(method, Sampler) else flow_map.steps
+            base = draw(flow_map, len(result), steps, seeds[rows], take_rows(want.cond, rows), batch_size=500).cpu()
+            best = result.rewards.gather(1, result.best_index().unsqueeze(1))
+            told = {"reward_mean": result.rewards.mean().item(), "reward_best": best.mean().item()}
+            told["seconds"] = result.cost.seconds
+            if first():
                 folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
                 result.save(file, base=base)
             yield result, base
+
+
+def _part(file: Path, flow_map: FlowMap) -> tuple[SteeringResult, Tensor] | None:
+    """The part of a file; None where it is not there, or torn."""
+    try:
+        return SteeringResult.load(file, flow_map), read_tensor(file, "base")
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _noted(strengths: float | list[float] | str, folder: RunFolder, batches: int) -> float | list[float] | str:
@@ -220,7 +249,7 @@ def gather(
         diagnoses.append(result.diagnosis)
         for name, value in _numbers(result).items():
             values.setdefault(name, []).append(value.cpu())
-        with torch.inference_mode(), precision:
+        with torch.inference_mode(), precision, alone():
             best = result.rewards.gather(1, result.best_index().unsqueeze(1)).squeeze(1)
             for name, z, known in (("base", base.to(flow_map.device), None), ("steered", result.best(), best)):
                 if known is not None and not (scores.looks or drawn[rows].any()):
@@ -234,7 +263,7 @@ def gather(
                     scores.score(name, x, z, rows, known)
     shown = {name: torch.cat(parts) for name, parts in looks.items()}
     if scores.at_once:
-        with torch.inference_mode(), precision:
+        with torch.inference_mode(), precision, alone():
             for name, x in shown.items():
                 scores.score(name, x, torch.cat(states[name]), slice(0, want.n))
         shown = {name: x[drawn] for name, x in shown.items()}

@@ -7,12 +7,14 @@ guided proposal N(mean + shift, std^2 I), x' = mean + shift + std z.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from steerfm.processes import alone
 from steerfm.sampling import Noise
 from steerfm.steering import lookahead
 from steerfm.steering.guidance import Guidance, MapGradient, Tilting
@@ -285,7 +287,7 @@ class Jarzynski:
         flow_map, cond, guidance = view.problem.flow_map, view.problem.cond, parts.guidance
         chi = guidance.ascent(view.t) if isinstance(guidance, MapGradient) and guidance.ascent is not None else 0.0
         b = flow_map.velocity(view.x, view.t, cond)
-        with torch.enable_grad():
+        with torch.enable_grad(), alone() if chi else nullcontext():  # what is derived twice is not shared out
             x = view.x.detach().requires_grad_()
             t = torch.full((len(x),), view.t, dtype=x.dtype, device=x.device, requires_grad=True)
             tempering: Callable[[Any], Any] = parts.tempering  # here of a tensor, for its derivative

@@ -17,6 +17,7 @@ from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
 from steerfm.closed_form import GaussianMixture
 from steerfm.flowmap import FlowMap
+from steerfm.processes import alone
 from steerfm.rows import Condition, repeat_rows
 from steerfm.sampling import Noise
 
@@ -321,7 +322,7 @@ def residual(flow_map: FlowMap, x: Tensor, t: float, cond: Condition = None) -> 
     def look(x: Tensor, t: Tensor) -> Tensor:
         return flow_map.lookahead(x, t, cond)
 
-    with torch.no_grad():
+    with torch.no_grad(), alone():  # a derivative forwards is not shared out
         change = torch.func.jvp(look, (x, times), (b.detach(), torch.ones_like(times)))[1]
     return change.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-12)
 

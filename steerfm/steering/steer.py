@@ -16,11 +16,13 @@ from steerfm import registry, rewards, zoo
 from steerfm.capabilities import can, check_method
 from steerfm.checks import whole_numbers
 from steerfm.cost import Cost, Ledger
-from steerfm.flowmap import FlowMap, Microbatched, by_label
+from steerfm.flowmap import FlowMap, by_label
+from steerfm.processes import first, of_first
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward
 from steerfm.rows import Condition, Rows, labels_of
 from steerfm.sampling import Noise, as_condition, leading_away, seed_list
+from steerfm.spread import place, shared_out, spread
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
 from steerfm.steering.result import SteeringResult
@@ -144,7 +146,7 @@ def steer_batches(
 
     def batch(index: int, rows: slice) -> SteeringResult:
         def tick(done: int, steps: int) -> None:
-            if progress is not None:
+            if progress is not None and first():
                 with untouched():
                     progress(index * steps + done, len(job.batches) * steps)
 
@@ -156,7 +158,7 @@ def steer_batches(
             return job.method.run(problem, noise, many, lookaheads, tick, None if job.begin is None else job.begin[rows], watch)
 
         with Ledger() as ledger:
-            outcome, job.micro_batch = _fitting(run, job.problem(rows), job.micro_batch)
+            outcome, job.micro_batch = _fitting(run, job.problem(rows), job.micro_batch, job.exact)
         return job.result(outcome, rows, ledger.cost)
 
     return (batch(index, rows) for index, rows in enumerate(job.batches) if index not in skip)
@@ -190,19 +192,18 @@ def steps(
         times, True,
     )  # fmt: skip
     (rows,) = job.batches
-    problem = job.problem(rows)
-    if job.micro_batch is not None:
-        problem = replace(problem, flow_map=Microbatched(job.flow_map, job.micro_batch))
+    problem = replace(job.problem(rows), flow_map=spread(job.flow_map, job.micro_batch, job.exact))
     assert isinstance(job.method, Sampler)
     return job.method.steps_of(problem, job.noise(rows), job.begin)
 
 
 def _lent(callback: Callback) -> Callback:
-    """The callback, which leaves the process as it was."""
+    """The callback, which leaves the process as it was; what it says in the first of several processes counts in all."""
 
     def call(state: State) -> Any:
         with untouched():
-            return callback(state)
+            stop = bool(callback(state))
+        return of_first(lambda: stop)
 
     return call
 
@@ -220,6 +221,7 @@ class _Job:
     begin: Begin | None
     batches: list[slice]
     micro_batch: int | None
+    exact: bool
 
     @classmethod
     def of(
@@ -257,20 +259,20 @@ class _Job:
         check_method(method, flow_map, None if begin is None else begin.times)
         rows = _rows(flow_map, n, by_label(flow_map, label, cond), prompts, labels)
         rows = replace(rows, cond=leading_away(flow_map, rows.cond, negative, n))
-        if isinstance(module := rw, torch.nn.Module):
-            module.to(flow_map.device)
+        place(rw, flow_map.device)
         k = method.particles
         whole_numbers(particles=k)
-        tilt = _strengths(flow_map, rw, rows, strength)
+        tilt = _strengths(shared_out(flow_map), rw, rows, strength)
         size = n if batch_size is None else batch_size
         micro_batch = flow_map.micro_batch if micro_batch is None else micro_batch
         whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
         if size < 1:
             raise ValueError(f"batch_size={batch_size}: at least one output at a time")
-        batches = [slice(first, min(first + size, n)) for first in range(0, n, size)]
-        if micro_batch is None and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
+        batches = [slice(row, min(row + size, n)) for row in range(0, n, size)]
+        exact = micro_batch is not None
+        if not exact and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
             micro_batch = CPU_ROWS
-        return cls(flow_map, rw, method, all_seeds, tilt, rows, begin, batches, micro_batch)
+        return cls(flow_map, rw, method, all_seeds, tilt, rows, begin, batches, micro_batch, exact)
 
     def noise(self, rows: slice) -> Noise:
         return Noise(self.seeds[rows], self.method.particles)
@@ -390,18 +392,17 @@ def _states(name: str, x: Tensor, flow_map: FlowMap, n: int, per_particle: bool)
     return x
 
 
-def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | None) -> tuple[Outcome, int | None]:
+def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | None, exact: bool) -> tuple[Outcome, int | None]:
     """The outcome, and the rows per network call that fitted in memory: half as many each time that they do not, from the start
     of the batch, whose seeds give the same again."""
     while True:
-        network = problem.flow_map if rows is None else Microbatched(problem.flow_map, rows)
         try:
-            return run(replace(problem, flow_map=network)), rows
+            return run(replace(problem, flow_map=spread(problem.flow_map, rows, exact))), rows
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
             asked = len(problem.strength)
-            rows = max(1, min(rows or asked, asked) // 2)
+            rows, exact = max(1, min(rows or asked, asked) // 2), True
         warnings.warn(f"out of memory: going on with micro_batch={rows}", stacklevel=3)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import Condition, Rows
 from steerfm.sampling import Noise, walk
-from steerfm.scores import MODEL
+from steerfm.spread import score
 from steerfm.steering.lookahead import Endpoints, Lookahead
 from steerfm.steering.weights import log_mean_exp, wide
 from steerfm.transitions import usual
@@ -56,19 +56,15 @@ class Problem:
         """
         rows, most = self.rows if k == 1 else self.rows.repeat(k), self.flow_map.micro_batch
         if most is None or len(z) <= most or self.reward.groupwise:
-            return self._scored(z, rows)
+            return score(self.flow_map, self.reward, z, rows)
         index, parts = torch.arange(len(z), device=self.strength.device), []
         for begin in range(0, len(z), most):
             try:
-                parts.append(self._scored(z[begin : begin + most], rows[index[begin : begin + most]]))
+                parts.append(score(self.flow_map, self.reward, z[begin : begin + most], rows[index[begin : begin + most]]))
             except RewardError as error:
                 error.sample = None if error.sample is None else error.sample + begin
                 raise
         return Scores.join(parts)
-
-    def _scored(self, z: Tensor, rows: Rows) -> Scores:
-        images = z if self.reward.space == MODEL else self.flow_map.decode(z)
-        return self.reward.evaluate(images, rows.prompts, rows.labels, rows.groups, latents=z)
 
     def tilt(self, r: Tensor) -> Tensor:
         """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.

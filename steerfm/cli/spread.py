@@ -1,0 +1,62 @@
+"""A command on several processes: each runs it, the first writes and prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from steerfm.cli.config import SampleConfig, SteerConfig
+from steerfm.cli.console import console
+from steerfm.processes import first
+from steerfm.values import ConfigError
+
+Config = TypeVar("Config", SteerConfig, SampleConfig)
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
+"""What torchrun and srun tell the processes that they start."""
+
+
+def on_processes(command: Callable[[Config, str], None], config: Config, line: str) -> None:
+    """Run a command as its ``trainer`` says.
+
+    Args:
+        command: a function of a file, of the configuration and of the line that was typed.
+
+    Raises:
+        ConfigError: devices that are not there, or machines that nobody started. Whatever the command raises.
+    """
+    asked = config.trainer
+    alone = asked.devices in ("auto", "1") and asked.num_nodes in (None, 1)
+    if alone and not any(name in os.environ for name in LAUNCHERS):
+        command(config, line)  # Lightning takes seconds to import
+        return
+    from steerfm.distributed import check, launch
+
+    kind = config.device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={config.device}: several processes need cpu or cuda; leave trainer.devices out")
+    if ":" in config.device:
+        raise ConfigError(f"device={config.device} is one GPU: trainer.devices=0,1 says which, and device=cuda")
+    where: dict[str, Any] = {"devices": asked.devices, "num_nodes": asked.num_nodes, "accelerator": kind}
+    try:
+        check(**where)
+    except ValueError as error:
+        raise ConfigError(_in_keys(str(error))) from error
+    try:
+        launch(_on_process, command, config, line, **where)
+    except ChildProcessError as error:
+        raise ChildProcessError(f"{error}; the same command continues where it was") from error
+
+
+def _in_keys(text: str) -> str:
+    """An error of a launch in the words of the command line."""
+    return re.sub(r"(?<![\w.])(devices|num_nodes)=", r"trainer.\1=", text).replace("accelerator=", "device=")
+
+
+def _on_process(command: Callable[[Config, str], None], config: Config, line: str) -> None:
+    """What each process does."""
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics)(\.|$)")
+    console.quiet = console.quiet or not first()
+    command(config, line)
