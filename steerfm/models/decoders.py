@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from steerfm.randomness import stream
 
 FRAMES_FIRST = ("AnyFlow", "CogVideoX")
 """Pipelines, by the beginning of their names, whose latents of videos are (b, f, c, h, w)."""
@@ -78,24 +81,44 @@ class OneFrame(nn.Module):
         return z.squeeze(2)
 
 
+class Mixed(nn.Module):
+    """(1 - share) z + share noise, the same noise for all and always, so that pictures follow from their latents alone."""
+
+    noise: Tensor
+
+    def __init__(self, shape: torch.Size | tuple[int, ...], share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.register_buffer("noise", torch.randn(1, *shape, generator=stream(0, "decoder")), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (1 - self.share) * z + self.share * self.noise
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return (z - self.share * self.noise) / (1 - self.share)
+
+
 class Decoder(nn.Module):
     """Latents to pictures (b, c, h, w), or videos (b, c, f, h, w), in [0, 1], float32.
 
     Args:
         vae: the autoencoder.
         pieces: from latents to what it decodes.
+        time: that the autoencoder is told; None for those that take none.
     """
 
-    def __init__(self, vae: nn.Module, pieces: list[nn.Module]) -> None:
+    def __init__(self, vae: nn.Module, pieces: list[nn.Module], time: float | None = None) -> None:
         super().__init__()
-        self.vae, self.pieces = vae, nn.ModuleList(pieces)
+        self.vae, self.pieces, self.time = vae, nn.ModuleList(pieces), time
         self.one_frame = any(isinstance(piece, OneFrame) for piece in pieces)
 
     def forward(self, z: Tensor) -> Tensor:
         for piece in self.pieces:
             z = piece(z)
         vae: Any = self.vae
-        pictures = vae.decode(z.to(_dtype(vae)), return_dict=False)[0].float()
+        z = z.to(_dtype(vae))
+        told = () if self.time is None else (torch.full((len(z),), self.time).to(z),)
+        pictures = vae.decode(z, *told, return_dict=False)[0].float()
         if self.one_frame:
             pictures = pictures.squeeze(2)
         return (pictures / 2 + 0.5).clamp(0, 1)
@@ -112,13 +135,16 @@ class Decoder(nn.Module):
         return z
 
 
-def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int] | None) -> Decoder | None:
+def decoder_of(
+    pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int] | None, call: Mapping[str, Any]
+) -> Decoder | None:
     """The decoder of a pipeline's latents; None where it has no autoencoder that is known.
 
     Args:
         pipe: the pipeline.
         shape: of one sample's latents.
         size: (height, width) of its pictures in pixels.
+        call: arguments of its call.
     """
     vae = getattr(pipe, "vae", None)
     if vae is None or not hasattr(vae, "decode"):
@@ -127,7 +153,7 @@ def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, 
         vae.to(torch.float32)  # as the pipeline does before it decodes: half precision overflows
     pieces: list[nn.Module] = []
     if len(shape) == 2 and type(pipe).__name__ == "LTXPipeline" and size is not None:
-        return _ltx(pipe, vae, shape, size)
+        return _ltx(pipe, vae, shape, size, call)
     if len(shape) == 2:
         if size is None or not hasattr(pipe, "vae_scale_factor"):
             return None
@@ -153,14 +179,22 @@ def decoder_of(pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, 
     return Decoder(vae, pieces)
 
 
-def _ltx(pipe: Any, vae: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int]) -> Decoder | None:
-    """LTX-Video: a token for each place in space and time; None where a token is a block of them, or decoding takes noise."""
+def _ltx(
+    pipe: Any, vae: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int], call: Mapping[str, Any]
+) -> Decoder | None:
+    """LTX-Video: a token for each place in space and time; None where a token is a block of them."""
     h, w = (pixels // pipe.vae_spatial_compression_ratio for pixels in size)
     patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
-    if patches != (1, 1) or shape[0] % (h * w) or vae.config.timestep_conditioning:
+    if patches != (1, 1) or shape[0] % (h * w):
         return None
     mean, std = (part.float().view(1, -1, 1, 1, 1) for part in (vae.latents_mean, vae.latents_std))
-    return Decoder(vae, [VideoTokens(shape[0] // (h * w), h, w), Affine(std / float(vae.config.scaling_factor), mean)])
+    video = shape[0] // (h * w), h, w
+    pieces: list[nn.Module] = [VideoTokens(*video), Affine(std / float(vae.config.scaling_factor), mean)]
+    if not vae.config.timestep_conditioning:
+        return Decoder(vae, pieces)
+    time, share = float(call.get("decode_timestep") or 0.0), call.get("decode_noise_scale")
+    share = time if share is None else float(share)
+    return Decoder(vae, [*pieces, Mixed((shape[1], *video), share)] if share else pieces, time)
 
 
 def _dtype(vae: Any) -> torch.dtype:

@@ -30,7 +30,15 @@ from steerfm.models import moved_noise, paths
 from steerfm.models.capture import Recording, check_arguments, denoiser, denoisers, parameters
 from steerfm.models.decoders import decoder_of
 from steerfm.models.experts import Experts, GuidedExperts
-from steerfm.models.families import LinearMap, PipelineMap, PreconditionedMap, TrigonometricMap, VariancePreservingMap, Within
+from steerfm.models.families import (
+    LinearMap,
+    Overshoot,
+    PipelineMap,
+    PreconditionedMap,
+    TrigonometricMap,
+    VariancePreservingMap,
+    Within,
+)
 from steerfm.models.prompts import GUIDANCE, Prompts
 from steerfm.models.two_time import add_second_time, has_second_time
 from steerfm.transitions import Bridge, Jump, Renoise, Transition
@@ -106,7 +114,7 @@ def from_pipeline(
     prompts = Prompts(pipe, call, linear=family is not Sprint)
     prompts.layout.widen(network, prompts.first.calls[0])
     schedule = family(prompts, scheduler_grid)
-    flow_map = schedule.around(network, decoder_of(pipe, prompts.first.sample.shape[1:], prompts.first.size))
+    flow_map = schedule.around(network, decoder_of(pipe, prompts.first.sample.shape[1:], prompts.first.size, call))
     flow_map.capabilities = able or flow_map.capabilities
     if flow_map.transition is None and "velocity" not in flow_map.capabilities:
         flow_map.transition = Jump()  # as its scheduler steps, and not as consistency models do
@@ -453,6 +461,8 @@ class Diffusion(Schedule):
         name, eta = type(self.scheduler).__name__, float(self.prompts.call.get("eta") or 0.0)
         if "Ancestral" in name or "DDPM" in name:
             return Bridge(1.0)
+        if eta and "TCD" in name:
+            return Overshoot(eta, self.path)
         if eta and "DDIM" not in name:
             raise ValueError(f"eta={eta}: the noise of {name} is not known here: leave eta out")
         return Bridge(eta) if eta else Jump()

@@ -12,6 +12,7 @@ network's door.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -287,3 +288,23 @@ class Within:
             return self.inner.step(flow_map, x, s, t, cond)
         step = self.inner.step(flow_map, x, s, last, cond)
         return Step(step.mean * scale, step.std * scale)
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """A jump past the next time, and noise back to it: the sampling of TCD (Zheng et al. 2402.19159, section 4.3).
+
+    Args:
+        eta: the share of the next index by which a step goes past it, in (0, 1].
+        path: of the indices.
+    """
+
+    eta: float
+    path: paths.VariancePreserving
+    stochastic, endpoint, lands = True, "", True
+
+    def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        index = float(self.path.own_time(torch.tensor(t, dtype=torch.float64)))
+        r = max(t, self.path.time_at(math.floor((1 - self.eta) * index + 1e-6)))
+        scale, std = flow_map.interpolant.renoise(r, t)
+        return Step(scale * flow_map.jump(x, s, r, cond), std)

@@ -270,8 +270,8 @@ def mochi(**parts: Any) -> Made:
     return pipe, embeddings(16, 32, mask="attention_mask") | {"height": 16, "width": 16, "num_frames": 7}
 
 
-def ltx(**parts: Any) -> Made:
-    """A token for each place in space and time."""
+def ltx(timed: bool = False, **parts: Any) -> Made:
+    """A token for each place in space and time; its autoencoder may be told a time."""
     transformer = network(
         diffusers.LTXVideoTransformer3DModel, in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8,
         cross_attention_dim=32, num_layers=1, caption_channels=32,
@@ -280,6 +280,7 @@ def ltx(**parts: Any) -> Made:
         diffusers.AutoencoderKLLTXVideo, latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
         decoder_spatio_temporal_scaling=(True, True, False, False), patch_size=1, decoder_causal=False,
+        timestep_conditioning=timed,
     )  # fmt: skip
     scheduler, parts = diffusers.FlowMatchEulerDiscreteScheduler(), without("text_encoder", "tokenizer") | parts
     pipe = diffusers.LTXPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **parts)

@@ -104,9 +104,21 @@ def test_noise_of_ddim_is_a_bridge() -> None:
     fm = from_pipeline(pipe, **call, guidance=1.0, eta=0.5)
     x = steerfm.sample(fm, n=2, steps=4, seeds=0)
     assert relative(x, own("ddim", pipe, fm, call | {"guidance_scale": 1.0, "eta": 0.5}, 4)) < 1e-6
-    pipe, call = PIPELINES["sd 1.5 tcd"]()
-    with pytest.raises(ValueError, match=r"eta=0\.3: the noise of TCDScheduler is not known here"):
+    pipe, call = PIPELINES["sdxl euler"]()
+    with pytest.raises(ValueError, match=r"eta=0\.3: the noise of EulerDiscreteScheduler is not known here"):
         from_pipeline(pipe, **call, guidance=1.0, eta=0.3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+@pytest.mark.parametrize("eta", [0.3, 0.5, 1.0])
+def test_noise_of_tcd_overshoots(eta: float, steps: int) -> None:
+    pipe, call = PIPELINES["sd 1.5 tcd"]()
+    pipe.set_progress_bar_config(disable=True)
+    fm = from_pipeline(pipe, **call, guidance=1.0, eta=eta)
+    x = steerfm.sample(fm, n=2, steps=steps, seeds=0)
+    assert relative(x, own("tcd", pipe, fm, call | {"guidance_scale": 1.0, "eta": eta}, steps)) < 1e-6
+    plain = from_pipeline(pipe, **call, guidance=1.0)
+    assert (relative(x, steerfm.sample(plain, n=2, steps=steps, seeds=0)) > 1e-2) == (steps > 1)
 
 
 def test_guidance_that_is_not_linear_is_refused() -> None:
