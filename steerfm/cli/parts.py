@@ -119,7 +119,7 @@ def fitting(
     if default != registry.named(type(config)().method, "method")[0] or not (why := method.lacks(flow_map)):
         return None
     instead = usual(flow_map) | own
-    console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} {why}")
+    console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} does not fit, {why}")
     return instead
 
 

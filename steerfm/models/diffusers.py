@@ -141,7 +141,8 @@ def _network(pipe: Any, two_time: bool, lora: Sequence[str | Path], lora_scale: 
         network = Experts(networks, pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps)
     for path in lora:
         check_moves_nothing(path)
-        adapters.add(network, adapters.read(path, tuple(networks)), lora_scale, path)
+    for path, of in [(path, adapters.read(path, tuple(networks))) for path in lora]:  # all are read before one is added
+        adapters.add(network, of, lora_scale, path)
     return network
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from steerfm import files
+from steerfm.models.two_time import EMBEDDING
 
 FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
@@ -187,9 +188,10 @@ def add(network: nn.Module, of: Mapping[str, Tensor], scale: float, path: str | 
             continue
         weight = own.get(f"{layer}.weight" if end == "up" else name)
         if weight is None:
+            timed = layer.startswith(f"{EMBEDDING}.")
             raise ValueError(
-                f"lora={path} is of another architecture: {type(network).__name__} has no layer {layer} (the adapter of "
-                "a flow map needs a network with two times: two_time=True)"
+                f"lora={path} is of another architecture: {type(network).__name__} has no layer {layer}"
+                + timed * " (the adapter of a flow map needs a network with two times: two_time=True)"
             )
         parts = [_matrix(of[key]) for key in ((name, f"{layer}.down") if end == "up" else (name,))]
         (rows, inner), columns, there = parts[0].shape, parts[-1].shape[1], _matrix(weight).shape

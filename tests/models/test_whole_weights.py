@@ -145,6 +145,10 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(tmp_path):
         from_pipeline(pipe, guidance=1.0, two_time=True, lora=written("state", tmp_path, factors, wrong), **given)
     after = pipe.transformer.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    written("state", tmp_path / "right", factors, whole)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        from_pipeline(pipe, guidance=1.0, two_time=True, lora=[tmp_path / "right", tmp_path / "nowhere"], **given)
+    assert torch.equal(pipe.transformer.state_dict()[f"{LAYER}.weight"], before[f"{LAYER}.weight"])
     save_file({f"{LAYER}.lora_magnitude_vector.default.weight": torch.ones(3)}, tmp_path / PEFT)
     with pytest.raises(ValueError, match="is no factor of a low-rank adapter"):
         made(lora=tmp_path)
