@@ -90,16 +90,20 @@ class Funnel(Steering):
 
     Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step,
     ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward): more of it in more
-    dimensions, at most half a step. With ``transition="auto"`` it walks by jumps, which nothing guides, where one jump of the
-    map shows another picture than four (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network: noise
-    drawn anew then costs more than it brings, and the gradient adds what only that network sees (docs/emoji.md).
+    dimensions, at most half a step. ``transition="auto"`` is renoise, but jumps without guidance where one jump of the map
+    shows another picture than four (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network: there
+    new noise costs more than it brings, and the gradient adds what only that network sees (docs/emoji.md).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition. Jumps share none:
     ``particles`` fewer look.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
-    Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight (docs/methods.md).
+    Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight; below 32, where the reward has no
+    gradient, all look and none walks (docs/methods.md).
+
+    Args:
+        blind: where the reward has no gradient, so many particles take one jump in place of all this; 0 for no such case.
     """
 
     samples: ClassVar[str] = "yes"
@@ -107,6 +111,7 @@ class Funnel(Steering):
 
     steps: int = 5
     first: int = 64
+    blind: int = field(default=0, kw_only=True)
     guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(cap=0.5, required=False, dimension=12))
     tempering: Tempering = untempered
     transition: Transition = field(default_factory=Auto)
@@ -132,7 +137,9 @@ class Funnel(Steering):
         walk = steps - 1 if steps is not None else 0 if calls < 8 else 3 if calls < 32 else 4
         walk = min(walk, calls - 1)
         particles = max(1, calls // (2 * max(walk, 4))) if walk else calls
-        return replace(self, particles=particles, steps=1 + walk, first=calls - particles * walk)
+        return replace(
+            self, particles=particles, steps=1 + walk, first=calls - particles * walk, blind=calls if 0 < walk < 4 else 0
+        )
 
     def fitted(self, problem: Problem) -> Sampler:
         """As for other methods; by jumps where ``transition="auto"`` says so, see above."""
@@ -141,7 +148,10 @@ class Funnel(Steering):
             k, spare = self.particles, self.first >= 2 * self.particles  # as many calls: a look serves no jump
             first, steps = max(k, self.first - k), self.steps if spare else max(1, self.steps - 1)
             return replace(self, first=first, steps=steps, transition=JumpTransition(), guidance=None)
-        return super().fitted(problem)
+        method = super().fitted(problem)
+        if self.blind and self.guidance is not None and method.guidance is None:
+            return replace(self, guidance=None, particles=self.blind, first=self.blind, steps=1)
+        return method
 
     def _look(
         self, problem: Problem, noise: Noise, x: Tensor, times: Sequence[float], i: int, move: Move | None, log_w: Tensor,

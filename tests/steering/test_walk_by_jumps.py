@@ -107,3 +107,15 @@ def test_the_error_of_one_jump_is_none_for_a_true_map_and_large_for_a_poor_one()
     assert jump_error(ring.flow_map(steps=1), 4) > 0.2
     assert steerfm.load("fashion").jump_error == pytest.approx(0.18, abs=0.03)
     assert sure(steerfm.load("emoji").jump_error) > 1 / 3
+
+
+@pytest.mark.parametrize("budget", [8, 13, 31])
+def test_with_few_calls_and_no_gradient_all_of_them_look(budget):
+    """A walk of few particles pays by the gradient alone; the calls are the same."""
+    method = Funnel.within(budget)
+    blind = steerfm.steer(flow_map(None), lambda x: (1.5 * x[:, 0]).detach(), method, n=3)
+    drafts = steerfm.steer(flow_map(None), lambda x: 1.5 * x[:, 0], steerfm.BestOfN(budget, 1), n=3)
+    assert blind.cost.forwards == 3 * budget and blind.samples.shape == (3, budget, 1)
+    torch.testing.assert_close(blind.samples, drafts.samples)
+    sighted = steerfm.steer(flow_map(None), lambda x: 1.5 * x[:, 0], method, n=3)
+    assert sighted.cost.forwards == 3 * budget and sighted.samples.shape == (3, method.particles, 1)
