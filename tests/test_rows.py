@@ -143,8 +143,8 @@ def test_an_automatic_strength_follows_the_spread_within_an_output(std, n):
 
 
 def test_an_automatic_strength_is_aimed_at_an_effective_sample_size():
-    """Two times that of an ESS of 1/e: the rare half of a bimodal reward asks for less than two spreads of it; of a reward of two
-    values, whose ESS never falls so low, two spreads."""
+    """Two times that of an ESS of 1/e: a heavy tail asks for less than two spreads of the reward; of a reward of two values, whose
+    ESS never falls so low, two spreads."""
     from steerfm.steering.strength import one_spread
 
     r = torch.linspace(-3, 3, 4001, dtype=torch.float64)

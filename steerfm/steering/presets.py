@@ -93,8 +93,8 @@ class Funnel(Steering):
     dimensions, at most half a step. ``transition="auto"`` is renoise, but jumps without guidance where one jump of the map
     shows another picture than four (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network: there
     new noise costs more than it brings, and the gradient adds what only that network sees (docs/emoji.md).
-    Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition. Jumps share none:
-    ``particles`` fewer look.
+    Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition. Where it
+    walks by jumps, which share none, ``particles`` fewer look.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.

@@ -97,7 +97,7 @@ def test_drafts_that_go_on_differ():
 
 def test_a_reward_holds_a_network_or_none():
     net = Net()
-    assert has_weights(net) and has_weights(as_reward(lambda x: net(x))) and has_weights(2 * net)
+    assert has_weights(net) and has_weights(as_reward(lambda x: 2 * net(x))) and has_weights(2 * net)
     assert not has_weights(as_reward(lambda x: x[:, 0])) and not has_weights(steerfm.reward("brightness"))
 
 
