@@ -1,0 +1,53 @@
+"""How much time processes save: the same steering run by one and by several, a thread each; the samples must be the same bits.
+
+python benchmarks/processes.py --processes 2 --repeats 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+import steerfm
+from steerfm import distributed
+
+
+def timed(repeats: int, particles: int, guided: bool) -> tuple[float, float, torch.Tensor]:
+    """Seconds of the fastest repeat after the first, those of the processor in the busiest process, and the samples."""
+    torch.set_num_threads(1)
+    flow_map, reward = steerfm.load("emoji"), steerfm.reward("clip", prompt="a red heart")
+    method = steerfm.FMRGJ(particles, 4) if guided else steerfm.FeynmanKac(particles, 4)
+    seconds, busy, samples = [], [], torch.empty(0)
+    for _ in range(repeats + 1):
+        begin, work = time.perf_counter(), time.process_time()
+        samples = steerfm.steer(flow_map, reward, method, n=1, cond="a red heart", strength=20.0).samples
+        seconds.append(time.perf_counter() - begin)
+        busy.append(time.process_time() - work)
+    group = distributed.active()
+    busiest = max(group.exchange(min(busy[1:]))) if group else min(busy[1:])
+    return min(seconds[1:]), busiest, samples
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="the fastest counts: other work only takes time away")
+    parser.add_argument("--particles", type=int, default=64)
+    told = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print(f"emoji, clip, {told.particles} particles, 4 steps, one thread a process; the fastest of {told.repeats}")
+    for guided in (False, True):
+        name = "guided (fmrg_j)" if guided else "particles (feynman_kac)"
+        alone, work, want = timed(told.repeats, told.particles, guided)
+        shared, share, got = distributed.launch(timed, told.repeats, told.particles, guided, devices=told.processes)
+        same = "the same bits" if torch.equal(want, got) else "other bits"
+        print(f"{name}: {alone:.2f} s by one, {shared:.2f} s by {told.processes} ({shared / alone:.2f}); of the processor")
+        print(f"  {work:.2f} s and {share:.2f} s in the busiest process ({share / work:.2f}); {same}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
