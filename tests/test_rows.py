@@ -131,7 +131,7 @@ def test_an_automatic_strength_follows_the_spread_within_an_output(std, n):
 
     class Shifted(FlowMap):
         def average_velocity(self, x, s, t, cond):
-            mean, s = 100 * cond[:, None], s.reshape(-1, 1)
+            mean, s = 100 * a(torch.Tensor, cond)[:, None], s.reshape(-1, 1)
             return mean + (std - 1) * (x - s * mean) / (1 + (std - 1) * s)
 
         def instantaneous_velocity(self, x, t, cond):
@@ -143,8 +143,8 @@ def test_an_automatic_strength_follows_the_spread_within_an_output(std, n):
 
 
 def test_an_automatic_strength_is_aimed_at_an_effective_sample_size():
-    """Two times that of an ESS of 1/e: a heavy tail asks for less than two spreads of the reward; of a reward of two values, whose
-    ESS never falls so low, two spreads."""
+    """Two times that of an ESS of 1/e: a heavy tail asks for less than two spreads of the reward; of a reward of two values,
+    whose ESS never falls so low, two spreads."""
     from steerfm.steering.strength import one_spread
 
     r = torch.linspace(-3, 3, 4001, dtype=torch.float64)

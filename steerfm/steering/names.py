@@ -22,9 +22,9 @@ M = TypeVar("M", bound=Method)
 
 
 @overload
-def method(spec: str | Mapping[str, Any], /, **arguments: Any) -> Fitting: ...
-@overload
 def method(spec: M, /) -> M: ...
+@overload
+def method(spec: str | Mapping[str, Any], /, **arguments: Any) -> Fitting: ...
 def method(spec: str | Mapping[str, Any] | Method, /, **arguments: Any) -> Method:
     """A steering method by name.
 

@@ -17,6 +17,7 @@ from steerfm.randomness import global_stream
 from steerfm.spread import shared_out
 from steerfm.steering import Jarzynski, MapGradient, Steering
 from steerfm.steering.lookahead import residual
+from steerfm.steering.value import Problem
 
 SHIRT = {"name": "classifier", "target": "Shirt"}
 PLAIN = {"strength": 8.0, "label": "Bag", "seeds": 3}
@@ -120,7 +121,7 @@ def plain_calls() -> dict[str, Tensor]:
     cond = torch.arange(35) % 10
     shared = shared_out(fm)
     z = shared.lookahead(x, 0.4, cond, hops=2)
-    problem = steerfm.steering.value.Problem(shared, rw, torch.ones(35), steerfm.rows.Rows(35, cond, cond))
+    problem = Problem(shared, rw, torch.ones(35), steerfm.rows.Rows(35, cond, cond))
     total = problem.score(z).total
     (gradient,) = torch.autograd.grad(total.sum(), x)
     three = x.detach()[:3]
