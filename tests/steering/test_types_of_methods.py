@@ -16,7 +16,8 @@ def test_a_method_by_name_fits_itself_into_a_budget():
 
 
 def test_a_method_that_is_there_stays_what_it_is():
-    mine = steerfm.method(steerfm.TDS(particles=4))
+    tds: steerfm.TDS = steerfm.TDS(particles=4)  # constructors take names of parts, so their type is Any
+    mine = steerfm.method(tds)
     assert_type(mine, steerfm.TDS)
     assert mine.within(64).steps == steerfm.TDS.within(64).steps
 
