@@ -13,7 +13,7 @@ from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant, Trigonometric
 from steerfm.sampling import Noise, sample, seed_list, time_grid
-from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Jump, Midpoint, Renoise, Step
+from steerfm.transitions import TRANSITIONS, Auto, Bridge, Diffuse, Jump, Midpoint, Renoise, Step
 
 LIKE = torch.empty(0)
 PATHS = [Interpolant(), Trigonometric()]
@@ -136,7 +136,8 @@ def test_which_transitions_are_stochastic():
     assert [t.stochastic for t in (Renoise(), Renoise(0.1), Diffuse(), Diffuse(0.5), Diffuse(math.sin), Midpoint())] == [
         True
     ] * 6
-    assert {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint} == TRANSITIONS
+    named = {"jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint, "auto": Auto}
+    assert named == TRANSITIONS and Auto().stochastic  # what a method does not know better for a map is renoised
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields, replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture
+from steerfm.rewards import RewardError
 from steerfm.steering import DPS, FMRGJ, METHODS, TDS, BestOfN, FeynmanKac, Funnel, MultiRound, Resample, Steering, TopK
 
 MAP = GaussianMixture([[-2.0, 0.0], [0.5, 1.0], [2.5, -1.0]], [[0.3, 0.3]] * 3).flow_map(steps=2)
@@ -31,9 +33,19 @@ OTHERS = {
 }
 
 
+def bowl(x):
+    return x[:, 0] - 0.1 * x[:, 1] ** 2
+
+
 def draw(method):
-    result = steerfm.steer(MAP, lambda x: x[:, 0] - 0.1 * x[:, 1] ** 2, method, n=3, seeds=3, strength=3.0)
-    return result.samples, result.log_weights, result.trace.t, torch.tensor(result.cost.forwards)
+    """What comes out, and what comes out of the reward as a black box, for which some keys are, where the method takes one."""
+    results = [steerfm.steer(MAP, bowl, method, n=3, seeds=3, strength=3.0)]
+    with suppress(RewardError):
+        results.append(steerfm.steer(MAP, lambda x: bowl(x).detach(), method, n=3, seeds=3, strength=3.0))
+    return [
+        each for result in results
+        for each in (result.samples, result.log_weights, result.trace.t, torch.tensor(result.cost.forwards))
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
