@@ -73,10 +73,10 @@ def _metrics(config: TrainConfig, data: Any, module: Any, trainer: Any) -> dict[
     """What was measured last, and of a flow map how far one jump may be relied on, which methods read from its card."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if config.task == "flow_map":
+        from steerfm import training
+
         flow_map = module.averaged()
-        asked = data.asked or flow_map.class_names
-        cond = flow_map.condition(asked, len(asked)) if asked and module.null is not None else None
-        metrics["jump error"] = jump_error(flow_map, len(asked) or 8, cond)
+        metrics["jump error"] = jump_error(flow_map, *training.grid_rows(module, flow_map, data.asked))
     return metrics
 
 

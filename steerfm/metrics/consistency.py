@@ -12,7 +12,7 @@ from steerfm.randomness import stream
 from steerfm.rows import Condition, move_condition, repeat_rows, take_rows
 
 CONDITIONS = 16
-"""Of how many `consistency_errors` takes the `jump_error`."""
+"""Of how many, at most, `jump_error` is taken."""
 
 
 @dataclass
@@ -62,10 +62,11 @@ def jump_error(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0,
     Below a third or so one jump shows what is going to come out; where it is more, what it shows is another picture.
 
     Args:
-        n: conditions.
+        n: conditions, of which the first 16 are taken.
         cond: n rows, or None.
         each: noises of each of them, at least 2.
     """
+    n, cond = min(n, CONDITIONS), take_rows(cond, slice(0, CONDITIONS))
     with torch.no_grad():
         x = torch.randn(n * each, *flow_map.shape, generator=stream(seed, "jump error")).to(flow_map.device)
         cond = repeat_rows(move_condition(cond, flow_map.device), each)
@@ -84,5 +85,4 @@ def consistency_errors(flow_map: FlowMap, n: int, cond: Condition = None, seed: 
         _, tangent = torch.func.jvp(lambda t: flow_map.jump(p.x, p.s, t, p.cond), (p.t,), (torch.ones_like(p.t),))[:2]
         diagonal = tangent - flow_map.velocity(p.direct, p.t, p.cond)
         errors = {"semigroup error": _semigroup(flow_map, p), "diagonal error": _root_mean_square(diagonal)}
-    few = min(n, CONDITIONS)
-    return {**errors, "jump error": jump_error(flow_map, few, take_rows(cond, slice(0, few)), seed)}
+    return {**errors, "jump error": jump_error(flow_map, n, cond, seed)}

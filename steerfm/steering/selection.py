@@ -205,10 +205,8 @@ class Narrow:
         if candidates.step or k <= self.keep:
             asked = candidates.parts or self.then.prunes
             return self.then.select(candidates) if asked else Selected.none(log_w)
-        u, carried = candidates.u[:, : self.keep].to(log_w), None
-        drawn = systematic(log_w.softmax(1), u)
-        if not candidates.parts:
-            drawn, carried = distinct(log_w.softmax(1), u)
+        w, u = log_w.softmax(1), candidates.u[:, : self.keep].to(log_w)
+        drawn, carried = (systematic(w, u), None) if candidates.parts else distinct(w, u)
         first = torch.arange(self.keep, device=log_w.device).expand_as(drawn)
         told_apart = (effective_sample_size(log_w) < EQUAL).unsqueeze(1)
         kept = torch.where(told_apart, drawn, first)

@@ -7,14 +7,14 @@ if TYPE_CHECKING:
     from steerfm.training.checkpoints import newest_checkpoint, save_checkpoint
     from steerfm.training.classifier import ClassifierTraining
     from steerfm.training.contrastive import ContrastiveTraining, RobustTraining
-    from steerfm.training.flow_map import FlowMapTraining, SampleGrid
+    from steerfm.training.flow_map import FlowMapTraining, SampleGrid, grid_rows
     from steerfm.training.log import Metrics, history
     from steerfm.training.module import Trained
     from steerfm.training.run import NothingTrainedError, check_trained, fit
 
 __all__ = [
     "ClassifierTraining", "ContrastiveTraining", "FlowMapTraining", "Metrics", "NothingTrainedError", "RobustTraining",
-    "SampleGrid", "Trained", "check_trained", "fit", "history", "newest_checkpoint", "save_checkpoint",
+    "SampleGrid", "Trained", "check_trained", "fit", "grid_rows", "history", "newest_checkpoint", "save_checkpoint",
 ]  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
         "checkpoints": ("newest_checkpoint", "save_checkpoint"),
         "classifier": ("ClassifierTraining",),
         "contrastive": ("ContrastiveTraining", "RobustTraining"),
-        "flow_map": ("FlowMapTraining", "SampleGrid"),
+        "flow_map": ("FlowMapTraining", "SampleGrid", "grid_rows"),
         "log": ("Metrics", "history"),
         "module": ("Trained",),
         "run": ("NothingTrainedError", "check_trained", "fit"),

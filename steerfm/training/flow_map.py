@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from steerfm.flowmap import NeuralFlowMap
+from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.randomness import stream
 from steerfm.report.pictures import picture_grid
 from steerfm.rows import Condition, replace_rows, take_rows
@@ -104,6 +104,17 @@ class FlowMapTraining(Trained):
         self.log("val/flow_matching", losses.mean(), prog_bar=True, batch_size=len(batch[0]), sync_dist=True)
 
 
+def grid_rows(module: Any, flow_map: FlowMap, asked: Sequence[str | int] = ()) -> tuple[int, Condition]:
+    """How many samples show a map that a module trains, and the condition of each, n rows.
+
+    Args:
+        asked: a class or prompt for each; default each class, or eight of none.
+    """
+    asked = asked or flow_map.class_names
+    n = len(asked) or 8
+    return n, flow_map.condition(asked, n) if asked and module.null is not None else None
+
+
 class SampleGrid(L.Callback):
     """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``.
 
@@ -119,9 +130,7 @@ class SampleGrid(L.Callback):
         if not self.every or step % self.every or not trainer.is_global_zero:
             return
         flow_map = pl_module.averaged()
-        asked = self.asked or flow_map.class_names
-        n = len(asked) or 8
-        cond = flow_map.condition(asked, n) if asked and pl_module.null is not None else None
+        n, cond = grid_rows(pl_module, flow_map, self.asked)
         pictures = [flow_map.decode(sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
         labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
         picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
