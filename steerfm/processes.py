@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steerfm.cost import Ledger, aside, current
-from steerfm.scores import RewardError
+from steerfm.scores import counted_from
 
 HEAD = 2040
 """Bytes that every message has room for; a longer one costs a second exchange."""
@@ -175,11 +175,8 @@ class _Shared:
             with torch.set_grad_enabled(any(wanted)):
                 for part in self.mine:
                     given = [x[part].detach().requires_grad_(want) for x, want in zip(inputs, wanted)]
-                    try:
+                    with counted_from(part.start):
                         out, self.note = self.call(part, *given)
-                    except RewardError as error:
-                        error.sample = None if error.sample is None else error.sample + part.start
-                        raise
                     outs.append(out)
                     self.differentiable |= out.requires_grad
                     if out.requires_grad:

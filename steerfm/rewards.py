@@ -42,6 +42,8 @@ class Reward(nn.Module):
         space: what it reads: "pictures" (or the vectors of a map of vectors), "video" (b, c, f, h, w), or "model": samples as
             the model has them, of any shape, for which nothing is decoded.
         packages: modules that must be installed before the first call, beside those that steerfm needs.
+        elsewhere: whether the numbers come from another machine: it then writes `send` in place of `score`, and a run goes on
+            with its network while it waits.
         one_process: whether of several processes (`steerfm.distributed`) only the first makes it, for all; in a configuration
             ``one_process=true``: a network too large to copy, or a server that only one can reach.
         truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
@@ -58,6 +60,7 @@ class Reward(nn.Module):
     needs: frozenset[str] = frozenset()
     batch_size: int | None = None
     groupwise: bool = False
+    elsewhere: bool = False
     one_process: bool = False
     space: str = PICTURES
     packages: ClassVar[tuple[str, ...]] = ()
@@ -77,7 +80,13 @@ class Reward(nn.Module):
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """The hook that authors write: images (b, c, h, w) in [0, 1] or vectors (b, d), float32 or float64, to (b,)."""
+        if self.elsewhere:
+            return self.send(images, prompts, labels)()
         raise NotImplementedError(f"reward {self.name!r} does not define score(images)")
+
+    def send(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Callable[[], Tensor]:
+        """The hook of a reward that is ``elsewhere``: as `score`, but it only begins, and returns what waits for the (b,)."""
+        raise NotImplementedError(f"reward {self.name!r} is elsewhere and does not define send(images)")
 
     def late_networks(self) -> Sequence[nn.Module | str]:
         """Networks that it scores with and that are no attribute of it, loaded by this call; of one that runs elsewhere, where
@@ -113,15 +122,36 @@ class Reward(nn.Module):
             latents: (b, ...) the same samples in the model's space: read in place of images by rewards of that space, and
                 needed beside images by sums of both.
         """
+        return self.promise(images, prompts, labels, groups, latents)()
+
+    def promise(
+        self,
+        images: Tensor,
+        prompts: Prompts = None,
+        labels: Tensor | None = None,
+        groups: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> Callable[[], Scores]:
+        """Begin what `evaluate` does, and return what waits for it: for rewards that are ``elsewhere``; others are done now."""
         if self.space == MODEL and latents is not None:
             images = latents
         self._check_input(images, latents, prompts, labels)
         count("reward_calls", len(images))
         images, latents = _wide(images), _wide(latents) if latents is not None and MODEL in self.spaces else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            scores = self.raw_scores(images, prompts, labels, groups, latents)
-        count_backward("reward_backwards", len(images), scores.total)
-        return scores
+        graph = torch.is_grad_enabled() and self.differentiable
+        with torch.set_grad_enabled(graph):
+            wait = self.begin(images, prompts, labels, groups, latents)
+
+        def waited() -> Scores:
+            with torch.set_grad_enabled(graph):
+                scores = wait()
+            count_backward("reward_backwards", len(images), scores.total)
+            return scores
+
+        if self.elsewhere:
+            return waited
+        scores = waited()
+        return lambda: scores
 
     @property
     def spaces(self) -> frozenset[str]:
@@ -131,8 +161,9 @@ class Reward(nn.Module):
     def raw_scores(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
     ) -> Scores:
-        images = images if self.space != MODEL or latents is None else latents
-        size = max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
+        if self.elsewhere:
+            return self.begin(images, prompts, labels, groups, latents)()
+        images, size = self._own(images, latents)
         size, begin, parts = min(size, self._fits or size), 0, []
         while begin < len(images):
             rows = slice(begin, begin + size)
@@ -146,20 +177,57 @@ class Reward(nn.Module):
                 warnings.warn(f"out of memory: reward {self.name!r} goes on with {size} pictures a call", stacklevel=2)
                 continue
             begin += size
-        total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device=images.device)
+        return self._joined(parts, images)
+
+    def begin(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
+    ) -> Callable[[], Scores]:
+        """Begin `raw_scores`, and return what waits for them."""
+        if not self.elsewhere:
+            scores = self.raw_scores(images, prompts, labels, groups, latents)
+            return lambda: scores
+        images, size = self._own(images, latents)
+        waits = []
+        for begin in range(0, len(images), size):
+            rows = slice(begin, begin + size)
+            given = [None if context is None else context[rows] for context in (prompts, labels, groups)]
+            waits.append(self._sent(images[rows], *given, begin))  # type: ignore[arg-type]
+        return lambda: self._joined([wait() for wait in waits], images)
+
+    def _own(self, images: Tensor, latents: Tensor | None) -> tuple[Tensor, int]:
+        """What it reads, and how many of them at a time."""
+        images = images if self.space != MODEL or latents is None else latents
+        return images, max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
+
+    def _joined(self, parts: Sequence[Tensor], images: Tensor) -> Scores:
+        total = torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.float32, device=images.device)
         return Scores(total, {self.name: total.detach()})
 
     def _lent(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, begin: int) -> Tensor:
-        """Checked values of the pictures from ``begin`` on. All that `score` is given is a copy, and so is its value."""
+        """Checked values of the pictures from ``begin`` on."""
+        value = self._guarded(self._given(self.score, images, prompts, labels, groups), images, begin)
+        return self._check_output(value, images, begin)
+
+    def _sent(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, begin: int
+    ) -> Callable[[], Tensor]:
+        """As `_lent`, of a reward that is elsewhere: what waits for the values."""
+        wait = self._guarded(self._given(self.send, images, prompts, labels, groups), images, begin)
+        return lambda: self._check_output(self._guarded(wait, images, begin), images, begin)
+
+    def _given(
+        self, hook: Callable[..., Any], images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None
+    ) -> Callable[[], Any]:
+        """A hook of its author's, with its arguments: copies."""
         context = {"groups": None if groups is None else groups.clone()} if self.groupwise else {}
+        texts, classes = None if prompts is None else list(prompts), None if labels is None else labels.clone()
+        return partial(hook, images.clone(), prompts=texts, labels=classes, **context)
+
+    def _guarded(self, call: Callable[[], Any], images: Tensor, begin: int) -> Any:
+        """What its author's code returns for the pictures from ``begin`` on; what it raises names the reward."""
         try:
             with untouched():
-                value = self.score(
-                    images.clone(),
-                    prompts=None if prompts is None else list(prompts),
-                    labels=None if labels is None else labels.clone(),
-                    **context,
-                )
+                return call()
         except torch.OutOfMemoryError:
             raise
         except RewardError as error:
@@ -169,7 +237,6 @@ class Reward(nn.Module):
             if isinstance(error, NotImplementedError) and type(self).score is Reward.score:
                 raise
             raise RewardError(self._failure(error, images)) from error
-        return self._check_output(value, images, begin)
 
     def _failure(self, error: Exception, images: Tensor) -> str:
         """What went wrong in `score`, and where: in one line."""
@@ -184,7 +251,7 @@ class Reward(nn.Module):
 
     def _file(self) -> str | None:
         """The file of the code that its author wrote."""
-        return type(self).score.__code__.co_filename
+        return (type(self).send if self.elsewhere else type(self).score).__code__.co_filename
 
     def _check_input(self, images: Any, latents: Any, prompts: Prompts, labels: Tensor | None) -> None:
         check_samples(self.name, self.space, images)
@@ -282,6 +349,7 @@ class WeightedSum(Reward):
             self.rewards.append(reward)
         self.name = " + ".join(f"{weight:g} {reward.name}" for weight, reward in self.terms)
         self.take_facts([reward for _, reward in self.terms])
+        self.elsewhere = any(reward.elsewhere for reward in self.rewards)  # type: ignore[union-attr]
 
     @property
     def terms(self) -> list[tuple[float, Reward]]:
@@ -294,18 +362,34 @@ class WeightedSum(Reward):
     def raw_scores(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
     ) -> Scores:
+        return self.begin(images, prompts, labels, groups, latents)()
+
+    def begin(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
+    ) -> Callable[[], Scores]:
+        """See `Reward.begin`: what is elsewhere begins first, and is waited for last."""
+        given = (images, prompts, labels, groups, latents)
+        sent = {number: reward.begin(*given) for number, (_, reward) in enumerate(self.terms) if reward.elsewhere}
+        made = {number: reward.raw_scores(*given) for number, (_, reward) in enumerate(self.terms) if not reward.elsewhere}
+        if not sent:
+            scores = self._added(made, images, latents)
+            return lambda: scores
+        return lambda: self._added(made | {number: wait() for number, wait in sent.items()}, images, latents)
+
+    def _added(self, parts: Mapping[int, Scores], images: Tensor, latents: Tensor | None) -> Scores:
+        """The sum of the scores of all terms, by their numbers."""
         total, components = torch.zeros(len(images), dtype=torch.float32, device=images.device), {}
-        for weight, reward in self.terms:
-            scores = reward.raw_scores(images, prompts, labels, groups, latents)
+        for number, (weight, reward) in enumerate(self.terms):
+            scores = parts[number]
             seen = images if reward.space != MODEL or latents is None else latents
             if seen.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
                 raise RewardError(f"reward {reward.name!r} has no gradient, a term of a sum: set its differentiable = False")
             total = total + weight * scores.total
             for name, value in scores.components.items():
-                number = 2
+                copy = 2
                 unique = name
                 while unique in components:
-                    unique, number = f"{name} {number}", number + 1
+                    unique, copy = f"{name} {copy}", copy + 1
                 components[unique] = value
         check_finite(total, f"reward {self.name!r}, a sum of finite terms, is", 0)
         return Scores(total, components)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,16 @@ class RewardError(ValueError):
 
     def __str__(self) -> str:
         return super().__str__() + ("" if self.sample is None else f" for sample {self.sample}")
+
+
+@contextmanager
+def counted_from(begin: int) -> Iterator[None]:
+    """Inside, the pictures are those from ``begin`` on of a larger number: so counts what goes wrong with one of them."""
+    try:
+        yield
+    except RewardError as error:
+        error.sample = None if error.sample is None else error.sample + begin
+        raise
 
 
 @dataclass

@@ -9,13 +9,14 @@ what ships from `LEAST` rows on (``tests/distributed/``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerfm.flowmap import FlowMap, Microbatched, Wrapped
 from steerfm.interpolant import expand_time
-from steerfm.processes import active, first, share
+from steerfm.processes import active, alone, first, share
 from steerfm.rewards import Reward, WeightedSum
 from steerfm.rows import Condition, Rows
 from steerfm.scores import MODEL, Prompts, Scores
@@ -56,7 +57,7 @@ class Spread(Wrapped):
 
     def parts(self, n: int) -> list[slice]:
         """How n rows are cut, whatever the number of processes."""
-        return self.cuts(n) if self.exact else [part for cut in self.cuts(n) for part in _even(cut)]
+        return self.cuts(n) if self.exact else [part for cut in self.cuts(n) for part in even(cut)]
 
     def cuts(self, n: int) -> list[slice]:
         """How one process alone cuts n rows."""
@@ -110,7 +111,7 @@ class Spread(Wrapped):
         return share(what, self.parts(len(x)), part, [x, *times, *asked])[0]
 
 
-def _even(rows: slice) -> list[slice]:
+def even(rows: slice) -> list[slice]:
     """Parts of almost the same number of rows, at least `LEAST` where there are as many."""
     n = rows.stop - rows.start
     many = max(1, n // LEAST)
@@ -121,22 +122,29 @@ def _even(rows: slice) -> list[slice]:
 def score(flow_map: FlowMap, reward: Reward, z: Tensor, rows: Rows) -> Scores:
     """Decode samples (b, *shape) of the model, unless nobody reads pictures, and score them. Both are shared out in one: no
     pictures are sent; but a term that one process makes needs all of them there."""
+    return promise(flow_map, reward, z, rows)()
 
-    def looked(z: Tensor, rows: Rows, reward: Reward) -> Scores:
+
+def promise(flow_map: FlowMap, reward: Reward, z: Tensor, rows: Rows) -> Callable[[], Scores]:
+    """Begin what `score` does, and return what waits for it; see `Reward.promise`."""
+
+    def looked(z: Tensor, rows: Rows, reward: Reward) -> Callable[[], Scores]:
         images = z if reward.space == MODEL else flow_map.decode(z)
-        return reward.evaluate(images, rows.prompts, rows.labels, rows.groups, latents=z)
+        return reward.promise(images, rows.prompts, rows.labels, rows.groups, latents=z)
 
     if not isinstance(flow_map, Spread) or not len(z):
         return looked(z, rows, reward)
     if active() is None:
-        return Scores.join([looked(z[cut], rows[cut], reward) for cut in flow_map.cuts(len(z))])
+        waits = [looked(z[cut], rows[cut], reward) for cut in flow_map.cuts(len(z))]
+        return lambda: Scores.join([wait() for wait in waits])
     if any(map(_whole, terms(reward))):
         return looked(z, rows, _dealt(reward, None if reward.groupwise else flow_map))
 
     def part(of: slice, z: Tensor) -> tuple[Tensor, list[str]]:
-        return _as_rows(looked(z, rows[of], reward))
+        return _as_rows(looked(z, rows[of], reward)())
 
-    return _as_scores(*share("score", flow_map.parts(len(z)), part, [z]))
+    scores = _as_scores(*share("score", flow_map.parts(len(z)), part, [z]))
+    return lambda: scores
 
 
 def terms(reward: Reward) -> list[Reward]:
@@ -176,6 +184,7 @@ class Dealt(Reward):
         self.reward, self.of = reward, flow_map
         self.take_facts([reward])
         self.name, self.batch_size = reward.name, None
+        self.elsewhere = reward.elsewhere and _whole(reward)
 
     @property
     def spaces(self) -> frozenset[str]:
@@ -184,17 +193,50 @@ class Dealt(Reward):
     def raw_scores(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
     ) -> Scores:
+        return self.begin(images, prompts, labels, groups, latents)()
+
+    def begin(
+        self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
+    ) -> Callable[[], Scores]:
+        """See `Reward.begin`. What is elsewhere begins in the first process, and the others hear of it when they wait."""
         n = len(images)
         rows = Rows(n, labels=labels, prompts=None if prompts is None else list(prompts), groups=groups)
+        waits: dict[int, Callable[[], Scores]] = {}
+
+        def begun(of: slice, images: Tensor, latents: Tensor | None = None) -> Callable[[], Scores]:
+            own = rows[of]
+            return self.reward.begin(images, own.prompts, own.labels, own.groups, latents)
 
         def part(of: slice, images: Tensor, latents: Tensor | None = None) -> tuple[Tensor, list[str]]:
-            own = rows[of]
-            return _as_rows(self.reward.raw_scores(images, own.prompts, own.labels, own.groups, latents))
+            return _as_rows(waits[of.start]() if of.start in waits else begun(of, images, latents)())
 
-        cuts, parts = ([slice(0, n)], _even(slice(0, n))) if self.of is None else (self.of.cuts(n), self.of.parts(n))
+        cuts, parts = ([slice(0, n)], even(slice(0, n))) if self.of is None else (self.of.cuts(n), self.of.parts(n))
         both = [images] if latents is None else [images, latents]
         one = _whole(self.reward)
-        return _as_scores(*share(f"reward {self.name}", cuts if one else parts, part, both, by_first=one))
+
+        def wait() -> Scores:
+            return _as_scores(*share(f"reward {self.name}", cuts if one else parts, part, both, by_first=one))
+
+        if not self.elsewhere:
+            scores = wait()
+            return lambda: scores
+        if first():
+            with alone():
+                waits |= {cut.start: _later(begun, cut, *(x[cut] for x in both)) for cut in cuts}
+        return wait
+
+
+def _later(begin: Callable[..., Callable[[], Scores]], *given: Any) -> Callable[[], Scores]:
+    """What waits for what is begun; if that fails, the wait does: all processes are there then."""
+    try:
+        return begin(*given)
+    except Exception as error:
+        failure = error
+
+    def fail() -> Scores:
+        raise failure
+
+    return fail
 
 
 def _as_rows(scores: Scores) -> tuple[Tensor, list[str]]:

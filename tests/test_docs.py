@@ -40,7 +40,7 @@ def test_the_snippet_of_steps_runs(capsys):
 
 def test_the_snippets_of_rewards_run(capsys):
     snippets = re.findall(r"```python\n(.*?)```", (DOCS / "rewards.md").read_text(), re.DOTALL)
-    assert len(snippets) == 4 and all(len(snippet.splitlines()) <= 22 for snippet in snippets)
+    assert len(snippets) == 5 and all(len(snippet.splitlines()) <= 22 for snippet in snippets)
     for snippet in snippets:
         exec(compile(snippet, "rewards.md", "exec"), {})
     assert "clip + 2 red True frozenset()" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from steerfm.rewards import Prompts, Reward, RewardError, build
 
 
-def _value(member: Any, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None) -> Tensor:
-    """A member's checked value, counted with the reward around it and not again."""
-    return member.raw_scores(images, prompts, labels, groups).total
+def _values(
+    members: Iterable[Any], images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None
+) -> list[Tensor]:
+    """The checked values of members, counted with the reward around them and not again; all those elsewhere at once."""
+    waits = [member.begin(images, prompts, labels, groups) for member in members]
+    return [wait().total for wait in waits]
 
 
 class Ensemble(Reward):
@@ -43,7 +46,7 @@ class Ensemble(Reward):
         self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
     ) -> Tensor:
         """images (b, c, h, w), and the group of each (b,) where a member compares pictures -> (b,)."""
-        values = torch.stack([_value(member, images, prompts, labels, groups) for member in self.members])
+        values = torch.stack(_values(self.members, images, prompts, labels, groups))
         deviation = (values.var(0, correction=0) + 1e-12).sqrt()  # finite gradient where all agree
         return values.mean(0) - self.k * deviation
 
@@ -83,4 +86,4 @@ class Normalised(Reward):
         self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
     ) -> Tensor:
         """images (b, c, h, w), and the group of each (b,) where the reward compares pictures -> (b,)."""
-        return (_value(self.member, images, prompts, labels, groups) - self.mean) / self.std
+        return (_values([self.member], images, prompts, labels, groups)[0] - self.mean) / self.std

@@ -14,6 +14,7 @@ from steerfm.checks import at_least_one
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.rewards import RewardError
+from steerfm.scores import counted_from
 from steerfm.steering.lookahead import Endpoints
 from steerfm.steering.value import Evaluation, Problem, Shared, View
 from steerfm.steering.weights import log_mean_exp
@@ -28,11 +29,8 @@ def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
     for begin in range(0, len(view.x), rows):
         part = slice(begin, begin + rows)
         of = replace(view, problem=view.problem.select(index[part]), x=view.x[part], noise=shared.part(part))
-        try:
+        with counted_from(begin):
             parts.append(guidance.evaluate(of))
-        except RewardError as error:
-            error.sample = None if error.sample is None else error.sample + begin
-            raise
     return Evaluation.join(parts)
 
 
@@ -204,8 +202,7 @@ class FreeGradient:
     differentiates = False
 
     def evaluate(self, view: View) -> Evaluation:
-        ends = view.endpoints(view.x)
-        found = view.weigh(ends)
+        ends, found = view.judged()
         moved = ((found.log_w + found.tempered).softmax(1) - found.log_w.softmax(1)).to(ends.z)
         direction = torch.einsum("bk,bk...->b...", moved, ends.z)
         value = log_mean_exp(found.log_w, found.tempered)

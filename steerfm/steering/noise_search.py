@@ -25,7 +25,7 @@ from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.registry import Readable
 from steerfm.rewards import Reward, RewardError
-from steerfm.rows import repeat_rows
+from steerfm.rows import repeat_rows, take_rows
 from steerfm.sampling import Noise
 from steerfm.steering.guidance import gradient_of
 from steerfm.steering.outcome import Outcome, Tick, Trace
@@ -102,8 +102,12 @@ class Found:
 
 def evaluate(problem: Problem, x: Tensor, hops: int, k: int = 1) -> Found:
     """Where ``k`` noises of every row, x (b * k, *shape), end in so many equal jumps, and what that is worth."""
-    sample = problem.flow_map.lookahead(x, 0.0, repeat_rows(problem.cond, k), hops)
-    scores = problem.score(sample, k)
+
+    def make(rows: slice) -> Tensor:
+        noises = x[rows.start * k : rows.stop * k]
+        return problem.flow_map.lookahead(noises, 0.0, repeat_rows(take_rows(problem.cond, rows), k), hops)
+
+    sample, scores = problem.made(make)
     return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 

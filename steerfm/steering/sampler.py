@@ -46,7 +46,7 @@ from steerfm.steering.selection import (
 from steerfm.steering.size import Sized
 from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
-from steerfm.steering.value import Evaluation, Problem, View, look
+from steerfm.steering.value import Evaluation, Problem, View
 from steerfm.steering.weights import effective_sample_size, largest, log_mean, log_mean_exp, wide
 from steerfm.transitions import TRANSITIONS, Landing, Renoise, Sharing, Step, Transition
 
@@ -420,7 +420,7 @@ class Sampler(Sized, metaclass=Named):
 
         view = View(problem, parts.lookahead, noise, x, t, beta)
         rows = None if isinstance(tempering, Adaptive) else problem.flow_map.micro_batch  # adaptive looks at all of them
-        after = evaluate(parts.guidance, view, rows) if guided and not plain and parts.guidance is not None else look(view)
+        after = evaluate(parts.guidance, view, rows) if guided and not plain and parts.guidance is not None else view.look()
         return correction.remember(parts, None if move is None else move.before, after, view)
 
     def _outcome(self, state: State, records: list[dict[str, Tensor]]) -> Outcome:

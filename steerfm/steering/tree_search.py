@@ -25,6 +25,7 @@ from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.registry import Readable
 from steerfm.rewards import Reward
+from steerfm.rows import take_rows
 from steerfm.sampling import Noise
 from steerfm.steering.noise_search import Found, search_trace
 from steerfm.steering.outcome import Outcome, Tick
@@ -47,8 +48,7 @@ def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, ga
     reached = endpoint if gamma == 1 else flow_map.jump(x, s, r, problem.cond)
     scale, std = flow_map.interpolant.renoise(r, t)
     x = expand_time(scale, x) * reached + expand_time(std, x) * z
-    sample = flow_map.jump(x, t, 1.0, problem.cond)
-    scores = problem.score(sample)
+    sample, scores = problem.made(lambda rows: flow_map.jump(x[rows], t[rows], 1.0, take_rows(problem.cond, rows)))
     return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 

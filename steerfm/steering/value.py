@@ -7,7 +7,7 @@ estimates log E[exp(strength r(x_1)) | x_t = x] at beta = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +18,8 @@ from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import Condition, Rows
 from steerfm.sampling import Noise, walk
-from steerfm.spread import score
+from steerfm.scores import counted_from
+from steerfm.spread import even, promise
 from steerfm.steering.lookahead import Endpoints, Lookahead
 from steerfm.steering.weights import log_mean_exp, wide
 from steerfm.transitions import usual
@@ -49,22 +50,48 @@ class Problem:
         return self.rows.cond
 
     def score(self, z: Tensor, k: int = 1) -> Scores:
-        """Scores of b * k endpoints in model space, ``k`` for each particle.
+        """Scores of b * k endpoints in model space, ``k`` for each particle; see `promise`."""
+        return self.promise(z, k)()
+
+    def promise(self, z: Tensor, k: int = 1) -> Callable[[], Scores]:
+        """Begin to score b * k endpoints in model space, ``k`` for each particle, and return what waits for the scores.
 
         They are decoded, unless the reward reads nothing but the model's space, and scored, as many at a time as the map takes;
         a reward that compares them sees all at once.
         """
         rows, most = self.rows if k == 1 else self.rows.repeat(k), self.flow_map.micro_batch
         if most is None or len(z) <= most or self.reward.groupwise:
-            return score(self.flow_map, self.reward, z, rows)
-        index, parts = torch.arange(len(z), device=self.strength.device), []
+            return promise(self.flow_map, self.reward, z, rows)
+        index, waits = torch.arange(len(z), device=self.strength.device), {}
         for begin in range(0, len(z), most):
-            try:
-                parts.append(score(self.flow_map, self.reward, z[begin : begin + most], rows[index[begin : begin + most]]))
-            except RewardError as error:
-                error.sample = None if error.sample is None else error.sample + begin
-                raise
-        return Scores.join(parts)
+            part = slice(begin, begin + most)
+            with counted_from(begin):
+                waits[begin] = promise(self.flow_map, self.reward, z[part], rows[index[part]])
+        return lambda: joined(waits)
+
+    def made(self, make: Callable[[slice], Tensor]) -> tuple[Tensor, Scores]:
+        """Endpoints (b * k, *shape) and their scores, where ``make`` makes those of some of the particles, (b' * k, *shape).
+
+        All at once; for a reward that is elsewhere in `parts`: while one is scored, the map makes the next.
+        """
+        parts = self.parts()
+        if len(parts) == 1:
+            z = make(parts[0])
+            return z, self.score(z, len(z) // len(self.strength))
+        index, ends, waits, begin = torch.arange(len(self.strength), device=self.strength.device), [], {}, 0
+        for rows in parts:
+            ends.append(z := make(rows))
+            with counted_from(begin):
+                waits[begin] = self.select(index[rows]).promise(z, len(z) // (rows.stop - rows.start))
+            begin += len(z)
+        return torch.cat(ends), joined(waits)
+
+    def parts(self) -> list[slice]:
+        """How the particles are cut to be made: as many at a time as the map takes, or `LEAST`, if the reward is elsewhere."""
+        n, most = len(self.strength), self.flow_map.micro_batch
+        if not self.reward.elsewhere or self.reward.groupwise:
+            return [slice(0, n)]
+        return even(slice(0, n)) if most is None else [slice(begin, min(begin + most, n)) for begin in range(0, n, most)]
 
     def tilt(self, r: Tensor) -> Tensor:
         """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.
@@ -123,6 +150,15 @@ def deviation(rewards: Tensor) -> float:
     """Standard deviation of rewards (b,); 0 where they differ by no more than rounding: scores are float32."""
     std = rewards.std().item()
     return std if std > 1e-6 * rewards.abs().max().item() else 0.0
+
+
+def joined(waits: Mapping[int, Callable[[], Scores]]) -> Scores:
+    """The scores of consecutive endpoints, by the number of each part's first, once they are there."""
+    parts = []
+    for begin, wait in waits.items():
+        with counted_from(begin):
+            parts.append(wait())
+    return Scores.join(parts)
 
 
 # --- the value -------------------------------------------------------------------------------------------------------
@@ -195,24 +231,42 @@ class View:
     def endpoints(self, x: Tensor) -> Endpoints:
         return self.lookahead.endpoints(self.problem.flow_map, x, self.t, self.problem.cond, self.noise)
 
+    def judged(self) -> tuple[Endpoints, Weighed]:
+        """The endpoints and what they are worth, made as `Problem.made` says; without a gradient."""
+        shared, index, ends = Shared(self.noise), torch.arange(len(self.x), device=self.x.device), []
+
+        def make(rows: slice) -> Tensor:
+            whole = rows.stop - rows.start == len(self.x)
+            part = self if whole else replace(self, problem=self.problem.select(index[rows]), noise=shared.part(rows))
+            ends.append(part.endpoints(self.x[rows]))
+            return ends[-1].z.flatten(0, 1)
+
+        z, scores = self.problem.made(make)
+        log_w = [end.log_w for end in ends if end.log_w is not None]
+        every = Endpoints(z.unflatten(0, (len(self.x), -1)), torch.cat(log_w) if log_w else None)
+        return every, self._weighed(every, scores)
+
     def weigh(self, ends: Endpoints) -> Weighed:
         """Score all endpoints in one call; differentiable in ``ends`` where gradients are on."""
+        return self._weighed(ends, self.problem.score(ends.z.flatten(0, 1), ends.z.shape[1]))
+
+    def _weighed(self, ends: Endpoints, scores: Scores) -> Weighed:
         b, k = ends.z.shape[:2]
-        scores = self.problem.score(ends.z.flatten(0, 1), k)
         tilt = self.problem.tilt(scores.total).view(b, k)
         log_w = torch.zeros_like(tilt) if ends.log_w is None else ends.log_w.to(tilt)
         return Weighed(log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach()), scores[::k])
 
     def value(self, ends: Endpoints) -> Evaluation:
         """V and what it is made of; differentiable in ``ends`` where gradients are on."""
-        found = self.weigh(ends)
+        return self._value(ends, self.weigh(ends))
+
+    def look(self) -> Evaluation:
+        """V at x, without a direction; without a gradient."""
+        return self._value(*self.judged())
+
+    def _value(self, ends: Endpoints, found: Weighed) -> Evaluation:
         value = log_mean_exp(found.log_w, found.tempered)
         return Evaluation(value, found.tilt[:, 0].detach(), found.beta, ends.z[:, 0].detach(), scores=found.scores)
-
-
-def look(view: View) -> Evaluation:
-    """The evaluation without a direction."""
-    return view.value(view.endpoints(view.x))
 
 
 class Shared(Noise):

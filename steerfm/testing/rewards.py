@@ -65,8 +65,8 @@ class Probe:
         return levels.view(N, *(1,) * (self.images.ndim - 1)).expand_as(self.images).clone()
 
     def written(self) -> bool:
-        """Whether it has a `score` of its own; a sum has none."""
-        return type(self.reward).score is not Reward.score
+        """Whether it has a `score` or a `send` of its own; a sum has none."""
+        return type(self.reward).score is not Reward.score or type(self.reward).send is not Reward.send
 
 
 def check_reward(

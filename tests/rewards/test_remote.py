@@ -204,7 +204,7 @@ def test_an_endless_answer_is_not_read_to_its_end():
 @pytest.mark.parametrize(
     "url",
     ["file:///etc/passwd", "ftp://x/y", "localhost:8000", "http://", "http://a b", "http://x:99999", "http://x:port/",
-     "http://[::1", "http://ä.example", "http://x/\r\nHost: y", "", None, 3, ["http://x"]],
+     "http://[::1", "http://ä.example", "http://x/\r\nHost: y", "", None, 3, [], ["http://x", "ftp://y"], [3]],
 )  # fmt: skip
 def test_only_addresses_of_the_web(url):
     with pytest.raises(RewardError, match="url= takes an address such as"):
