@@ -30,7 +30,7 @@ class DataConfig:
     root: str | None = option(None, "folder of the data's files; null for the usual ones")
     augment: int = natural(0, "largest random shift of a picture, in pixels")
     size: int | list[int] | None = ranged(
-        None, "folder: side of the pictures in pixels, or [height, width]; null for 32", least=1
+        None, "side of the pictures in pixels, of emoji or a folder, or for that [height, width]; null for 32", least=1
     )
     channels: int | None = ranged(
         None, "folder: 1 makes all pictures grey, 3 all colour; null for what they are, where all are alike", least=1, most=3

@@ -27,6 +27,7 @@ class EmojiData(L.LightningDataModule):
         root: folder of the prepared data, see `pictures.data_folder`.
         augment: pixels of random shift.
         seed: of the batches.
+        size: side of the pictures; 'steerfm data emoji --size' prepares them.
     """
 
     class_names = ()
@@ -45,9 +46,11 @@ class EmojiData(L.LightningDataModule):
     shape = (3, 32, 32)
     licence = source.LICENCE
 
-    def __init__(self, batch_size: int = 64, root: str | None = None, augment: int = 0, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, root: str | None = None, augment: int = 0, seed: int = 0, size: int = 32) -> None:
         super().__init__()
-        self.batch_size, self.root, self.augment, self.seed = batch_size, root, augment, seed
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size={size}: emoji are square, give one side in pixels")
+        self.batch_size, self.root, self.augment, self.seed, self.shape = batch_size, root, augment, seed, (3, size, size)
 
     def setup(self, stage: str | None = None) -> None:
         self.emoji = source.load(self.root, self.shape[-1])

@@ -102,8 +102,9 @@ def load(root: str | Path | None = None, size: int = 32) -> Emoji:
     """
     file = data_folder(root) / f"emoji-{size}.safetensors"
     if not file.is_file():
+        command = "steerfm data emoji" + ("" if size == 32 else f" --size {size}")
         raise FileNotFoundError(
-            f"no emoji pictures in {file.parent}: run 'steerfm data emoji' (it fetches four npm packages){where_set(root)}"
+            f"no emoji pictures of {size} px in {file.parent}: run '{command}' (it fetches four npm packages){where_set(root)}"
         )
     with safe_open(file, "pt") as tensors:
         words = json.loads(tensors.metadata()["words"])
