@@ -25,7 +25,8 @@ from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import time_grid
 from steerfm.registry import Named, default, objects
-from steerfm.rewards import Reward, RewardError
+from steerfm.rewards import Reward, RewardError, Scores
+from steerfm.rows import take_rows
 from steerfm.sampling import Noise, grid_of
 from steerfm.steering import lookahead
 from steerfm.steering.correction import CORRECTIONS, Correction, Family, Marginal, Move, Parts, Twisted, Uncorrected
@@ -264,15 +265,15 @@ class Sampler(Sized, metaclass=Named):
         with self._mode():
             s, t = state.times[state.done : state.done + 2]
             before = state.selected
-            kernel = self._kernel(state, s, t)
+            last = state.done + 2 == len(state.times)
+            kernel, landed = self._landed(state, s) if last and self._lands_alone(state) else (self._kernel(state, s, t), None)
             z = state.noise.normal(state.problem.flow_map.shape, state.x) if kernel.std else None
             shift = self._shift(state, kernel, s, t, z)
             x = (kernel if shift is None else type(kernel)(kernel.mean + shift, kernel.std)).sample(z)
             family = self._family(state.parents, x, kernel, shift, s, t) if t > s else None
             move = Move(state.now, state.now, kernel, shift, z, t - s, family)
-            last = state.done + 2 == len(state.times)
             if last:
-                move.after = self._arrive(state, x)
+                move.after = self._arrive(state, x, landed)
             else:
                 waits = self._waits(x, state.times, state.done + 1, state.log_w.shape[1])
                 move.after = self._look(state.problem, state.looks, x, state.times, state.done + 1, move, state.log_w, waits)
@@ -316,9 +317,25 @@ class Sampler(Sized, metaclass=Named):
             return None if z is None else kernel.std * (guidance.tilted(now, z) - z)
         return guidance.shift(state.problem.flow_map, now, state.x, kernel.mean, s, t, kernel.std)
 
-    def _arrive(self, state: State, x: Tensor) -> Evaluation:
+    def _lands_alone(self, state: State) -> bool:
+        """Whether the last step is made by the network alone, and scored elsewhere while that goes on."""
+        transition = self.parts.transition
+        lands = isinstance(transition, Landing) and transition.lands
+        return lands and state.problem.reward.elsewhere and state.now.direction is None and self._shared(state.now) is None
+
+    def _landed(self, state: State, s: float) -> tuple[Step, Scores]:
+        """The last step, without noise, and the scores of where it ends; see `Problem.made`."""
+        flow_map, cond = state.problem.flow_map, state.problem.cond
+
+        def make(rows: slice) -> Tensor:
+            return self.parts.transition.step(flow_map, state.x[rows], s, 1.0, take_rows(cond, rows), None).mean
+
+        x, scores = state.problem.made(make)
+        return Step(x, 0.0), scores
+
+    def _arrive(self, state: State, x: Tensor, scores: Scores | None) -> Evaluation:
         """The evaluation at t = 1: the reward itself, which is known where the last look-ahead is what comes out."""
-        scores = state.now.scores if x is self._shared(state.now) else None
+        scores = state.now.scores if x is self._shared(state.now) else scores
         scores = state.problem.score(x) if scores is None else scores
         tilt = state.problem.tilt(scores.total)
         return Evaluation(tilt, tilt, torch.ones_like(tilt), x, scores=scores)

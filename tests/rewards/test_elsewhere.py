@@ -44,7 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "random search": {"method": "random_search"},
     "neighbours": {"method": "zero_order"},
     "a tree": {"method": "tree_search"},
-    "best of n": {"method": "best_of_n"},
+    "best of n": {"method": {"name": "best_of_n", "particles": 8}},
+    "steps of their own": {"method": {"name": "feynman_kac", "particles": 7, "steps": 3, "transition": "diffuse"}},
+    "steps by a denoiser": {
+        "method": {"name": "feynman_kac", "particles": 7, "steps": 3, "lookahead": "denoise", "transition": "midpoint"}
+    },
 }
 
 
@@ -58,7 +62,7 @@ def test_what_comes_out_is_that_of_a_reward_that_is_here(name: str, micro_batch:
         torch.testing.assert_close(away[key], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["particles", "random search", "a tree"])
+@pytest.mark.parametrize("name", ["particles", "random search", "a tree", "best of n", "steps of their own"])
 def test_the_network_goes_on_while_a_part_is_scored(name: str):
     reward = Away()
     flow_map = Watched(reward.events)
