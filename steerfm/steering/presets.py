@@ -8,6 +8,7 @@ Methods that do not walk from noise to data once have files of their own: `noise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +38,8 @@ from steerfm.transitions import Auto, Bridge, Diffuse, Transition
 from steerfm.transitions import Jump as JumpTransition
 from steerfm.transitions import Renoise as RenoiseTransition
 
+LARGE = 64
+"""Numbers in a state above which no budget covers what a map makes, and a walk is worth more than particles."""
 ANOTHER = 1 / 3
 """`steerfm.metrics.jump_error` from which one jump shows another picture than comes out."""
 
@@ -100,10 +103,13 @@ class Funnel(Steering):
     too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
     Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight; below 32, where the reward has no
-    gradient, all look and none walks (docs/methods.md).
+    gradient, all look and none walks; from 32 on, where it has one and no network, 9 steps, 17 from 256 on, of fewer
+    particles: such a gradient keeps its sense however far one follows it, that of a network does not (docs/methods.md). Not on
+    states of 64 numbers or less, which many particles cover.
 
     Args:
-        blind: where the reward has no gradient, so many particles take one jump in place of all this; 0 for no such case.
+        budget: calls of the map, an output, for which `within` made this shape, which is then made for the kind of reward too;
+            0, or where the shape is another by now: as it stands.
     """
 
     samples: ClassVar[str] = "yes"
@@ -111,7 +117,7 @@ class Funnel(Steering):
 
     steps: int = 5
     first: int = 64
-    blind: int = field(default=0, kw_only=True)
+    budget: int = field(default=0, kw_only=True)
     guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(cap=0.5, required=False, dimension=12))
     tempering: Tempering = untempered
     transition: Transition = field(default_factory=Auto)
@@ -138,7 +144,7 @@ class Funnel(Steering):
         walk = min(walk, calls - 1)
         particles = max(1, calls // (2 * max(walk, 4))) if walk else calls
         return replace(
-            self, particles=particles, steps=1 + walk, first=calls - particles * walk, blind=calls if 0 < walk < 4 else 0
+            self, particles=particles, steps=1 + walk, first=calls - particles * walk, budget=calls if steps is None else 0
         )
 
     def fitted(self, problem: Problem) -> Sampler:
@@ -148,9 +154,16 @@ class Funnel(Steering):
             k, spare = self.particles, self.first >= 2 * self.particles  # as many calls: a look serves no jump
             first, steps = max(k, self.first - k), self.steps if spare else max(1, self.steps - 1)
             return replace(self, first=first, steps=steps, transition=JumpTransition(), guidance=None)
-        method = super().fitted(problem)
-        if self.blind and self.guidance is not None and method.guidance is None:
-            return replace(self, guidance=None, particles=self.blind, first=self.blind, steps=1)
+        method, calls = super().fitted(problem), self.budget
+        if calls != self.first + self.particles * (self.steps - 1):  # another shape by now
+            return method
+        if 0 < calls < 32 and self.guidance is not None and method.guidance is None:
+            return replace(self, guidance=None, particles=calls, first=calls, steps=1)
+        large = math.prod(problem.flow_map.shape) > LARGE
+        if calls >= 32 and large and method.guidance is not None and not has_weights(problem.reward):
+            walk = 8 if calls < 256 else 16
+            k = calls // (2 * walk)
+            return replace(method, particles=k, first=calls - k * walk, steps=1 + walk)
         return method
 
     def _look(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kinds import sure
@@ -27,7 +29,7 @@ class Net(Reward):
         nn.init.constant_(self.line.weight, 1.5)
 
     def score(self, images, prompts=None, labels=None):
-        return self.line(images.float())[:, 0]
+        return self.line(images.float()[:, :1])[:, 0]
 
 
 def flow_map(error: float | None):
@@ -119,3 +121,23 @@ def test_with_few_calls_and_no_gradient_all_of_them_look(budget):
     torch.testing.assert_close(blind.samples, drafts.samples)
     sighted = steerfm.steer(flow_map(None), lambda x: 1.5 * x[:, 0], method, n=3)
     assert sighted.cost.forwards == 3 * budget and sighted.samples.shape == (3, method.particles, 1)
+
+
+@pytest.mark.parametrize("budget", [32, 77, 300])
+def test_a_gradient_of_no_network_is_followed_further_for_as_many_calls(budget):
+    """In many dimensions; not where the reward is a network, a black box, or the shape is somebody's own."""
+    large = GaussianMixture([[-1.0] * 80, [1.0] * 80], [[0.5] * 80] * 2).flow_map(steps=1)
+    method, walk = Funnel.within(budget), 8 if budget < 256 else 16
+
+    def particles(reward, method=method, flow_map=large):
+        result = steerfm.steer(flow_map, reward, method)
+        assert result.cost.forwards == budget
+        return result.samples.shape[1]
+
+    assert particles(lambda x: x.mean(1)) == budget // (2 * walk) < method.particles
+    assert particles(Net()) == particles(lambda x: x.mean(1).detach()) == method.particles
+    assert particles(lambda x: x.mean(1), flow_map=flow_map(None)) == method.particles
+    mine = Funnel.within(budget, steps=method.steps)
+    assert particles(lambda x: x.mean(1), mine) == mine.particles
+    fewer = steerfm.steer(large, lambda x: x.mean(1), replace(method, particles=method.particles - 1))
+    assert fewer.samples.shape[1] == method.particles - 1
