@@ -2,11 +2,15 @@
 
     steerfm bench kills                            30 kills of train and finetune, 20 of steer, bench and evaluate
     steerfm bench kills train --kills 100 --seed 1
+    steerfm bench kills workers                    20 kills of the four workers of one sweep, and of four commands on one folder
 
 Each trial is a tiny run in a folder of its own. SIGKILL, SIGTERM and SIGINT in turn hit it at a moment drawn over its whole
 length; it is started again with the same command, hit again in every second trial, and goes on to its end. Compared are all
 tensors, numbers, lines of metrics and pictures bit for bit, but not times, and the exit codes: 128 + the signal's number (minus
 it for SIGKILL), 0 at the end. Runs are forks of this process, which has imported everything: no kill is lost on an import.
+
+`workers` is one sweep that four processes measure, started by `--workers 4`, or by four commands on one folder. At random
+moments one of them is killed (SIGKILL), and replaced by the command that started it, or by the same command given again.
 """
 
 from __future__ import annotations
@@ -69,6 +73,8 @@ methods: {best_of_n: {steps: 1}, feynman_kac: {}}
 budgets: [8]
 n: 2
 """
+KINDS = [*COMMANDS, "workers"]
+WORKERS = 4
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TIMES = {"seconds", "peak_bytes", "train/seconds", "commit"}
 """What two runs need not share: times, and the commit of the library."""
@@ -134,13 +140,66 @@ def trial(command: list[str], folder: Path, number: int, seconds: float, draw: r
     return wrong
 
 
+def commands_killed(command: list[str], folder: Path, kills: int, seconds: float, draw: random.Random) -> list[str]:
+    """Give one command `WORKERS` times at once, and again for each that is killed."""
+    children = [start(command, folder) for _ in range(WORKERS)]
+    for _ in range(kills):
+        time.sleep(draw.uniform(0, seconds))
+        hit = draw.randrange(WORKERS)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[hit], signal.SIGKILL)
+        wait(children[hit])
+        children[hit] = start(command, folder)
+    return [f"a command gave exit code {code}" for code in map(wait, children) if code]
+
+
+def workers_killed(command: list[str], folder: Path, kills: int, seconds: float, draw: random.Random) -> list[str]:
+    """Give one command that starts `WORKERS`, and kill some of them."""
+    command_ = start([*command, f"workers={WORKERS}"], folder)
+    hits = 0
+    while hits < kills and os.waitpid(command_, os.WNOHANG) == (0, 0):
+        time.sleep(draw.uniform(0, seconds))
+        workers = Path(f"/proc/{command_}/task/{command_}/children").read_text().split()
+        if len(workers) == WORKERS:
+            os.kill(int(draw.choice(workers)), signal.SIGKILL)
+            hits += 1
+    if hits < kills:
+        return [f"it ended after {hits} kills"]
+    code = wait(command_)
+    return [f"it gave exit code {code}"] if code else []
+
+
+def shared(folder: Path, kills: int, seed: int) -> list[str]:
+    """Hold sweeps of several processes against that of one; what was wrong."""
+    command = ["bench", "../suite.yaml", f"seeds={max(8, 3 * kills)}", "batch_size=1"]
+    began = time.monotonic()
+    if code := wait(start(command, folder / "workers-whole")):
+        return [f"  exit code {code}"]
+    seconds, whole = time.monotonic() - began, left(folder / "workers-whole" / "run")
+    faults = []
+    for name, kill in (("commands", commands_killed), ("workers", workers_killed)):
+        at = folder / f"workers-{name}"
+        wrong = kill(command, at, kills, seconds / kills, random.Random(f"{seed} {name}"))
+        after = left(at / "run")
+        for run in (whole, after):
+            run.get("summary.json", {}).pop("command", None)  # it says how many workers
+        wrong += differences(whole, after)
+        cells = len(list((at / "run" / "cells").glob("*.safetensors")))
+        print(
+            f"workers: {kills} kills of {WORKERS} {name}, {cells} cells, {'different' if wrong else 'as if left alone'}",
+            flush=True,
+        )
+        faults += [f"  {name}: {'; '.join(wrong)}"] if wrong else []
+    return faults
+
+
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 def left(folder: Path) -> dict[str, Any]:
     """What a run left, by the path of each file, without its times."""
     out: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or name.startswith("tensorboard") or "checkpoints/" in name or path.name == ".lock":
+        if path.is_dir() or name.startswith("tensorboard") or "checkpoints/" in name or path.name in (".lock", ".claims"):
             continue
         reader = READERS.get(path.suffix)
         if path.suffix == ".png":
@@ -212,20 +271,25 @@ def prepare(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the trials and print a line for each command; exit code 1 where one of them went wrong."""
     parser = argparse.ArgumentParser(prog="steerfm bench kills", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("commands", nargs="*", metavar="command", help=f"default: all of {', '.join(COMMANDS)}")
+    parser.add_argument("commands", nargs="*", metavar="command", help=f"default: all of {', '.join(KINDS)}")
     parser.add_argument("--kills", type=int, help="trials of each command")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--keep", help="a folder for the runs; by default they are deleted")
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.commands if name not in COMMANDS]:
-        parser.error(f"unknown command {unknown[0]}: one of {', '.join(COMMANDS)}")
+    if unknown := [name for name in options.commands if name not in KINDS]:
+        parser.error(f"unknown command {unknown[0]}: one of {', '.join(KINDS)}")
     torch.set_num_threads(1)
     failed = 0
     with contextlib.ExitStack() as stack:
         folder = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
-        for name in options.commands or COMMANDS:
+        for name in options.commands or KINDS:
+            if name == "workers":
+                faults = shared(folder, options.kills or 20, options.seed)
+                print("\n".join(faults), end="\n" if faults else "", flush=True)
+                failed += len(faults)
+                continue
             kills, command = COMMANDS[name]
             kills = options.kills or kills
             began = time.monotonic()

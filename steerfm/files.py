@@ -6,6 +6,7 @@ renamed, so a reader sees the old one or the new one, never a part.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -122,6 +123,59 @@ def claim(folder: str | Path) -> None:
     _CLAIMS[folder] = lock
     for left in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
         left.unlink(missing_ok=True)
+
+
+class Claims:
+    """Pieces of work of a folder that several processes share: what one of them claims is nobody else's until it is done with
+    it or has ended, on whatever machine.
+
+    A piece is a byte of one lock file. Locks of bytes (POSIX) reach from machine to machine on NFS, Lustre and GPFS, where
+    those of whole files often do not, and the system takes them from a process that ends, so none is ever stale. Where the
+    file system has no locks, every piece is free to everybody.
+
+    Args:
+        folder: that all processes see; made if missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.file = Path(folder) / ".claims"
+        self.lock: int | None = None
+
+    def __enter__(self) -> Claims:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a folder that cannot be written: the first write says so
+            self.lock = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+
+    @contextmanager
+    def of(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Inside, whether the piece of this name is this process's.
+
+        Args:
+            wait: until it is.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no locks on this system
+            yield True
+            return
+        byte = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+        mine = True
+        if self.lock is not None:
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+            except OSError as error:
+                mine = error.errno not in (errno.EACCES, errno.EAGAIN)
+        try:
+            yield mine
+        finally:
+            if mine and self.lock is not None:
+                with suppress(OSError):
+                    fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, byte)
 
 
 def sweep(folder: str | Path) -> None:

@@ -12,6 +12,7 @@ import ast
 import csv
 import hashlib
 import json
+import os
 import platform
 import re
 import runpy
@@ -45,6 +46,8 @@ from steerfm.cli.standings import (
     worth,
 )
 from steerfm.cli.standings import draw as draw_standings
+from steerfm.cli.suites import TAKEN, as_keys, baseline, check_difference, check_keys, methods_of, share_of
+from steerfm.cli.workers import device_of, launched, local_number, run_workers, share_out, threads
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import (
@@ -69,6 +72,7 @@ from steerfm.steering.strength import automatic
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
+__all__ = ["TAKEN", "bench", "inert", "summary", "sweep", "within_budget", "work"]
 LEAST_SEEDS = 4
 SCRIPTS = "the scripts behind the measured pages (exact, smc, finetune, ...) are no part of the package: run them in a checkout"
 
@@ -94,7 +98,7 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
         path = find_recipe(name, "bench")
         print(f"{BenchConfig.__doc__}\n\n{explain(BenchConfig)}\n\n{path}:\n{path.read_text()}")
     else:
-        sweep(load(BenchConfig, name, arguments), Path(name).stem, command)
+        sweep(load(BenchConfig, name, as_keys(arguments)), Path(name).stem, command)
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -234,45 +238,156 @@ Cells = Mapping[Column, list[dict[str, Tensor]]]
 """What was measured, seed by seed; a method that cannot be so cheap has no cells."""
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a column at a seed, and the name of its file."""
+
+    column: Column
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The cells of a sweep, and where they are.
+
+    Attributes:
+        folder: of the run. methods: by name, as they are configured. columns: of the table. seeds: of each column.
+    """
+
+    folder: RunFolder
+    methods: Mapping[str, Any]
+    columns: Sequence[Column]
+    seeds: int
+
+    @classmethod
+    def of(cls, config: BenchConfig, folder: RunFolder, methods: Mapping[str, Any], problems: Sequence[Problem]) -> Plan:
+        columns = [
+            column
+            for problem in problems
+            for column in (
+                Column(problem, 0, BASE), *(Column(problem, budget, name) for budget in config.budgets for name in methods),
+            )
+        ]  # fmt: skip
+        return cls(folder, methods, columns, config.seeds)
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Column by column."""
+        told = self.methods
+        return [Cell(c, seed, _file(c, told.get(c.method), seed)) for c in self.columns for seed in range(self.seeds)]
+
+    def done(self) -> int:
+        """How many cells have a file."""
+        return sum((self.folder.path / f"{cell.name}.safetensors").is_file() for cell in self.cells)
+
+    def load(self, cell: Cell) -> dict[str, Tensor] | None:
+        """What was measured; None where nothing was."""
+        try:
+            tensors = self.folder.load_tensors(cell.name)
+        except (FileNotFoundError, ValueError):
+            return None
+        if cell.column.problem.judge is None:
+            tensors.pop("held_out", None)  # of a judge that was taken for one
+        return tensors
+
+    def measure(self, share: str, tick: Callable[[int, int], None], check: Callable[[], None] = lambda: None) -> None:
+        """Measure what has no file yet and nobody else is at; returns once nobody is.
+
+        Args:
+            share: which part of the cells. tick: called with how many there are, and how many there will be. check: called
+                before a cell; raises to end all.
+        """
+        part, parts = share_of(share)
+        mine = [cell for number, cell in enumerate(self.cells) if number % parts == part]
+
+        def make(number: int) -> None:
+            check()
+            if self.load(cell := mine[number]) is not None:
+                return
+            told = self.methods.get(cell.column.method)
+            method = self.affordable(cell.column) if told else None
+            measured = cell.column.problem.measure(method, cell.seed) if method or not told else {}
+            self.folder.save_tensors(cell.name, measured)
+
+        share_out(self.folder.path, [cell.name for cell in mine], make, tick)
+
+    def affordable(self, column: Column) -> Method | None:
+        """The method of a column in the shape that its budget buys, worked out once."""
+        if column not in self._affordable:
+            told = self.methods[column.method]
+            self._affordable[column] = _affordable(build_method(told), column, told.get("steps", told.get("iterations")))
+        return self._affordable[column]
+
+    @cached_property
+    def _affordable(self) -> dict[Column, Method | None]:
+        return {}
+
+
 def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
-    """Measure every cell that has no file yet, then write the table, the plots and the report of all of them."""
-    methods, problems = _methods(config), _problems(config)
-    _check_difference(config.difference, [*dict.fromkeys(problem.unsteered for problem in problems), *methods])
-    part, parts = _share(config.share)
-    path = Path(config.out or f"runs/bench/{suite}")
-    told = f"suite: {suite}\n"  # one folder takes further methods, problems and budgets, and several processes
-    if config.force and parts > 1:
-        raise ConfigError(f"force=true share={config.share}: would delete what the other shares measure; start anew with one")
-    folder = RunFolder(path, told, shared=True, force=config.force)
-    files.write(path / "suite.yaml", kept(config))
-    columns = [
-        column
-        for problem in problems
-        for column in (
-            Column(problem, 0, BASE), *(Column(problem, budget, name) for budget in config.budgets for name in methods),
-        )
-    ]  # fmt: skip
-    cells: dict[Column, list[dict[str, Tensor]]] = {}
-    missing = 0
-    with progress(f"bench {suite}", len(columns) * config.seeds) as tick:
-        for number, column in enumerate(columns):
-            told = methods.get(column.method)
-            found = [_cell(folder, column, told, seed) for seed in range(config.seeds)]
-            mine = [seed for seed in range(config.seeds) if (number * config.seeds + seed) % parts == part]
-            if any(found[seed] is None for seed in mine):
-                method = told and _affordable(build_method(told), column, told.get("steps", told.get("iterations")))
-                for seed in (seed for seed in mine if found[seed] is None):
-                    cell = column.problem.measure(method, seed) if method or not told else {}
-                    folder.save_tensors(_file(column, told, seed), cell)
-                    found[seed] = cell
-                    tick(number * config.seeds + seed + 1, len(columns) * config.seeds)
-            missing += found.count(None)
-            cells[column] = [cell for cell in found if cell]
-    if missing:
-        console.print(f"{missing} of {len(columns) * config.seeds} cells are left to other shares: {path}")
+    """Measure every cell that has no file yet, then write the table, the plots and the report of all of them. Any number of
+    processes may do so at once with one folder, on any machines; ``config.workers`` starts some."""
+    methods, problems = methods_of(config), _problems(config)
+    check_difference(config.difference, [*dict.fromkeys(problem.unsteered for problem in problems), *methods])
+    _, parts = share_of(config.share)
+    several = launched()
+    if config.force and (parts > 1 or several):
+        which = f"share={config.share}" if parts > 1 else f"{several}={os.environ[several]}"
+        raise ConfigError(f"force=true {which}: would delete what the other processes measure; start anew with one")
+    folder = _folder(config, suite)
+    files.write(folder.path / "suite.yaml", kept(replace(config, workers=1)))
+    plan = Plan.of(config, folder, methods, problems)
+    before = _made(folder)
+    what = f"bench {suite}" if config.workers == 1 else f"bench {suite}, {config.workers} workers"
+    with progress(what, len(plan.cells)) as tick:
+        if config.workers > 1:
+            told = replace(config, force=False, workers=1)
+            calls = [replace(told, device=device_of(config.device, number)) for number in range(config.workers)]
+            run_workers([("steerfm.cli.bench:work", (call, suite)) for call in calls], plan.done, len(plan.cells), tick)
+        plan.measure(config.share, tick)
+    measured = [plan.load(cell) for cell in plan.cells]
+    if missing := measured.count(None):
+        console.print(f"{missing} of {len(measured)} cells are left to other shares: {folder.path}")
         return
-    measured = {column: found for column, found in cells.items() if found}
-    _write(config, suite, folder, measured, summary(measured, _baseline(methods) or BASELINE), command)
+    cells: dict[Column, list[dict[str, Tensor]]] = {}
+    for cell, tensors in zip(plan.cells, measured):
+        if tensors:
+            cells.setdefault(cell.column, []).append(tensors)
+    with files.Claims(folder.path) as claims, claims.of("tables", wait=True):
+        if (made := _made(folder)) != before and made.get("of") == _digest(plan, config):
+            console.print(
+                f"all {len(measured)} cells are measured; another process wrote the tables: {folder.path / 'report.html'}"
+            )
+            return
+        files.sweep(folder.path)
+        _write(config, suite, folder, cells, summary(cells, baseline(methods) or BASELINE), command, _digest(plan, config))
+
+
+def work(told: tuple[BenchConfig, str], check: Callable[[], None]) -> None:
+    """What a worker does: it measures, and leaves the tables to others."""
+    config, suite = told
+    Plan.of(config, _folder(config, suite), methods_of(config), _problems(config)).measure(config.share, lambda *_: None, check)
+
+
+def _folder(config: BenchConfig, suite: str) -> RunFolder:
+    """One folder takes further methods, problems and budgets, and several processes."""
+    return RunFolder(Path(config.out or f"runs/bench/{suite}"), f"suite: {suite}\n", shared=True, force=config.force)
+
+
+def _made(folder: RunFolder) -> dict[str, Any]:
+    """Which tables are there: when they were written, and of which cells."""
+    file = folder.path / "summary.json"
+    try:
+        return {"at": file.stat().st_mtime_ns, "of": json.loads(file.read_text()).get("of")}
+    except (OSError, ValueError):
+        return {}
+
+
+def _digest(plan: Plan, config: BenchConfig) -> str:
+    """What tables depend on: their cells by name, and the difference that is asked for."""
+    return hashlib.sha256(
+        "\n".join([*(f"{cell.column.method} {cell.name}" for cell in plan.cells), *config.difference]).encode()
+    ).hexdigest()[:20]
 
 
 def _affordable(method: Method, column: Column, steps: int | None) -> Method | None:
@@ -289,16 +404,6 @@ def _affordable(method: Method, column: Column, steps: int | None) -> Method | N
     except ValueError:
         return None
     return sized
-
-
-def _cell(folder: RunFolder, column: Column, method: Any, seed: int) -> dict[str, Tensor] | None:
-    try:
-        cell = folder.load_tensors(_file(column, method, seed))
-    except (FileNotFoundError, ValueError):
-        return None
-    if column.problem.judge is None:
-        cell.pop("held_out", None)  # of a judge that was taken for one
-    return cell
 
 
 def _file(column: Column, method: Any, seed: int) -> str:
@@ -320,59 +425,16 @@ def inert(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def _methods(config: BenchConfig) -> dict[str, Any]:
-    """Name -> configuration, in order; best-of-n of the same map is always there."""
-    made: dict[str, Any] = {}
-    for name, told in config.methods.items():
-        made[name] = {"name": name} | ({"name": told} if isinstance(told, str) else dict(told or {}))
-    unknown = [name for name in config.only if name not in made]
-    if unknown:
-        raise ConfigError(f"only={unknown[0]}: no such method{nearest(unknown[0], made)}; methods: {', '.join(made)}")
-    made = {name: told for name, told in made.items() if not config.only or name in config.only}
-    if not _baseline(made):
-        made = {BASELINE: {"name": BASELINE, "steps": 1}} | made
-    for told in made.values():
-        build_method(told)  # a wrong one is refused before the others are measured
-    return made
-
-
-def _check_difference(pair: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse what are not two methods of the suite."""
-    for name in pair:
-        if name not in names:
-            raise ConfigError(f"difference: no method {name!r}{nearest(name, names)}; methods: {', '.join(names)}")
-    if pair and (len(pair) != 2 or pair[0] == pair[1]):
-        raise ConfigError(f"difference=[{', '.join(pair)}]: give two methods, [A, B]: {', '.join(names)}")
-
-
-def _baseline(methods: Mapping[str, Any]) -> str | None:
-    """The name under which a suite has best-of-n."""
-    return next((name for name, told in methods.items() if told["name"] == BASELINE), None)
-
-
-TAKEN = ("reward", "judge", "label", "prompt", "negative", "strength", "n", "batch_size")
-"""Keys of a problem; the others of a steering are those of the suite, or of a method."""
-
-
-def _check_keys(problems: Mapping[str, Any]) -> None:
-    """Refuse keys of a steering that would do nothing in a problem."""
-    ours = {field.name for field in fields(SteerConfig)}
-    for name, told in problems.items():
-        for key in told:
-            if key in ours and key not in TAKEN:
-                raise ConfigError(f"problems.{name}.{key} does nothing: a problem takes {', '.join(TAKEN)}")
-
-
 def _problems(config: BenchConfig) -> list[Problem]:
     """Every model with every problem and strength, checked before anything is measured."""
     if config.seeds < LEAST_SEEDS:
         raise ConfigError(f"seeds={config.seeds}: at least {LEAST_SEEDS} are needed to know how far to trust a difference")
     if not config.problems:
         raise ConfigError(NOTHING)
-    _check_keys(config.problems)
+    check_keys(config.problems)
     made = []
     for model in config.models:
-        flow_map = load_model(model, config.device)
+        flow_map = load_model(model, device_of(config.device, local_number()))
         yardstick = Yardstick.of(flow_map)
         for name, told in config.problems.items():
             for strength in config.strengths:
@@ -387,14 +449,6 @@ def _problems(config: BenchConfig) -> list[Problem]:
                 want.strengths(problem.strength)
                 made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
     return made
-
-
-def _share(share: str) -> tuple[int, int]:
-    """ "2/4" -> (1, 4)."""
-    part, _, parts = share.partition("/")
-    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
-        raise ConfigError(f"share={share}: give for instance 2/4, the second of four processes")
-    return int(part) - 1, int(parts)
 
 
 # --- what the cells say ----------------------------------------------------------------------------------------------
@@ -460,7 +514,9 @@ def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> floa
     return float("nan") if reference is None else frechet_distance(*feature_statistics(features), *reference)
 
 
-def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str) -> None:
+def _write(
+    config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str, of_cells: str
+) -> None:
     """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
     _write_cells(folder.path / "cells.csv", cells, rows)
     tables, pictures, names = [], [], []
@@ -480,11 +536,11 @@ def _write(config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, row
     means = mean_ranks(rows)
     tables.append(("mean rank over problems and budgets", ["method", "rank"], [[n, f"{r:.2f}"] for n, r in means.items()]))
     told = {
-        "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": torch.get_num_threads(),
+        "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": threads(config.workers),
         "machine": platform.machine(), "torch": torch.__version__, "steerfm": steerfm.__version__,
     }  # fmt: skip
     of = [{"of": config.difference, "problem": c.problem.title, "budget": c.budget, **asdict(d)} for c, d in apart.items()]
-    whole = told | {"ranks": means, "rows": rows} | ({"differences": of} if of else {})
+    whole = told | {"of": of_cells, "ranks": means, "rows": rows} | ({"differences": of} if of else {})
     files.write(folder.path / "summary.json", json.dumps(whole, indent=1))
     page = report(folder, f"Benchmark {suite}", told, tables, pictures)
     console.print(STAR)

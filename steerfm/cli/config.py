@@ -353,6 +353,7 @@ class BenchConfig:
     n: int = count(8, "output", "outputs of a repetition, of each prompt")
     batch_size: int = count(16, "output", "outputs at a time: memory grows with it, results do not depend on it")
     share: str = option("1/1", "which part to measure: 2/4 is the second of four, for several processes on one folder")
+    workers: int = count(1, "worker", "processes that measure on this machine; --workers N is the same")
     device: str = option("auto", DEVICE)
     out: str | None = option(None, "run folder; null for runs/bench/NAME")
     force: bool = option(False, FORCE)
