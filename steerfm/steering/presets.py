@@ -108,7 +108,7 @@ class Funnel(Steering):
     states of 64 numbers or less, which many particles cover.
 
     Args:
-        budget: calls of the map, an output, for which `within` made this shape, which is then made for the kind of reward too;
+        calls: of the map, an output, for which `within` made this shape, which is then made for the kind of reward too;
             0, or where the shape is another by now: as it stands.
     """
 
@@ -117,7 +117,7 @@ class Funnel(Steering):
 
     steps: int = 5
     first: int = 64
-    budget: int = field(default=0, kw_only=True)
+    calls: int = field(default=0, kw_only=True)
     guidance: Guidance | None = field(default_factory=lambda: EndpointGradient(cap=0.5, required=False, dimension=12))
     tempering: Tempering = untempered
     transition: Transition = field(default_factory=Auto)
@@ -144,7 +144,7 @@ class Funnel(Steering):
         walk = min(walk, calls - 1)
         particles = max(1, calls // (2 * max(walk, 4))) if walk else calls
         return replace(
-            self, particles=particles, steps=1 + walk, first=calls - particles * walk, budget=calls if steps is None else 0
+            self, particles=particles, steps=1 + walk, first=calls - particles * walk, calls=calls if steps is None else 0
         )
 
     def fitted(self, problem: Problem) -> Sampler:
@@ -154,7 +154,7 @@ class Funnel(Steering):
             k, spare = self.particles, self.first >= 2 * self.particles  # as many calls: a look serves no jump
             first, steps = max(k, self.first - k), self.steps if spare else max(1, self.steps - 1)
             return replace(self, first=first, steps=steps, transition=JumpTransition(), guidance=None)
-        method, calls = super().fitted(problem), self.budget
+        method, calls = super().fitted(problem), self.calls
         if calls != self.first + self.particles * (self.steps - 1):  # another shape by now
             return method
         if 0 < calls < 32 and self.guidance is not None and method.guidance is None:

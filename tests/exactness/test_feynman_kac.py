@@ -30,7 +30,7 @@ from steerfm.steering import (
     Steering,
 )
 from steerfm.steering.tempering import untempered
-from steerfm.steering.value import Problem, View, look
+from steerfm.steering.value import Problem, View
 from steerfm.transitions import Diffuse, Renoise, Step
 
 pytestmark = pytest.mark.slow
@@ -289,7 +289,7 @@ class Optimal:
     differentiates = False
 
     def evaluate(self, view):
-        return replace(look(view), direction=torch.ones_like(view.x))
+        return replace(view.look(), direction=torch.ones_like(view.x))
 
     def shift(self, flow_map, evaluation, x, mean, s, t, std):
         return std**2 * SLOPE * t * 0.36 / (t**2 * 0.36 + (1 - t) ** 2) * evaluation.direction
@@ -337,7 +337,7 @@ def test_many_posterior_endpoints_approach_the_exact_value():
     x = torch.linspace(-2, 2, 64, dtype=torch.float64).unsqueeze(1)
     problem = Problem(GAUSSIAN.flow_map(), steerfm.reward(lambda x: SLOPE * x[:, 0]), torch.full((64,), 2.0).double(), Rows(64))
     half = View(problem, PosteriorSamples(4096), Noise(range(64)), x, 0.4, lambda ends, tilt: torch.full((64,), 0.5).double())
-    estimate = look(half).value
+    estimate = half.look().value
     exact = GAUSSIAN.value(x, 0.4, linear=[SLOPE])
     assert (estimate - exact).abs().max() < 0.05
     assert abs((estimate - exact).mean()) < 0.005

@@ -26,7 +26,7 @@ from steerfm.steering import (
     residual,
 )
 from steerfm.steering.tempering import untempered
-from steerfm.steering.value import Evaluation, Problem, View, look
+from steerfm.steering.value import Evaluation, Problem, View
 from steerfm.transitions import Bridge, Diffuse
 
 pytestmark = pytest.mark.slow
@@ -84,18 +84,18 @@ def test_renoised_endpoints_approach_the_exact_value(t, snr_factor):
     exact = MIXTURE.value(x[:1], t, [A], B).item()
     error = {}
     for k in (16, 1024):
-        found = look(view(Renoise(snr_factor, k, reference=MIXTURE.log_prob), x, t)).value
+        found = view(Renoise(snr_factor, k, reference=MIXTURE.log_prob), x, t).look().value
         error[k] = (found - exact).square().mean().sqrt().item()
     print(f"t {t} snr {snr_factor} exact {exact:.3f} root mean square error", error)
     assert error[1024] < 0.1 and error[1024] < error[16] / 2
-    trapezoid = look(view(Renoise(snr_factor, 256), x, t)).value
+    trapezoid = view(Renoise(snr_factor, 256), x, t).look().value
     assert abs(trapezoid.mean().item() - exact) < 0.2
 
 
 def test_dropping_a_term_of_the_weight_is_a_bias():
     x = torch.full((64, 1), 0.3, dtype=torch.float64)
     exact = MIXTURE.value(x[:1], 0.6, [A], B).item()
-    found = look(view(Renoise(5.0, 1024, terms=()), x, 0.6)).value
+    found = view(Renoise(5.0, 1024, terms=()), x, 0.6).look().value
     assert (found.mean().item() - exact) / (found.std().item() / 8) > LIMIT
     with pytest.raises(ValueError, match="unknown terms"):
         Renoise(terms=("prior",))

@@ -30,9 +30,9 @@ OTHERS = {
     "potential": ["max"],
     "children": [8],
     "soft": [True],
-    "budget": [16],
+    "calls": [16],
 }
-SHAPES = {"budget": {"particles": 1, "steps": 4, "first": 13}}
+SHAPES = {"calls": {"particles": 1, "steps": 4, "first": 13}}
 """Other keys of the method on which a key is tried: a budget is that of its own shape."""
 
 
