@@ -53,6 +53,7 @@ EXAMPLES = {
   steerfm bench                                       what there is
   steerfm bench quick                                 methods at equal cost on Fashion-MNIST: two minutes
   steerfm bench quick methods.mine=my_method.py:Mine  and one of your own among them
+  steerfm bench quick --workers 4                     by four processes; or the same command on several machines
   steerfm bench exact --help""",
 }
 TEXTS = """texts (prompts, labels, names, paths) are taken as they stand: prompt=12:30, prompt="a dog #1"

@@ -85,7 +85,7 @@ class OptimizerConfig:
     clip: float = natural(1.0, "largest norm of the gradient; 0 for no limit")
 
 
-DEVICES = (r"auto|-1|[1-9]\d*|\d+(,\d+)+", "auto, a number, or a list: 0,1")
+DEVICES = (r"auto|-1|[1-9]\d*|\d+(,\d+)+", "auto, a number of at least 1, or a list: 0,1")
 """What ``trainer.devices`` looks like, as an expression and in words."""
 
 
@@ -352,7 +352,7 @@ class BenchConfig:
     seeds: int = ranged(4, "repetitions; intervals need at least 4", least=1)
     n: int = count(8, "output", "outputs of a repetition, of each prompt")
     batch_size: int = count(16, "output", "outputs at a time: memory grows with it, results do not depend on it")
-    share: str = option("1/1", "which part to measure: 2/4 is the second of four, for several processes on one folder")
+    share: str = option("1/1", "which part to measure: 2/4 is the second of four, for processes whose folder has no locks")
     workers: int = count(1, "worker", "processes that measure on this machine; --workers N is the same")
     device: str = option("auto", DEVICE)
     out: str | None = option(None, "run folder; null for runs/bench/NAME")

@@ -15,16 +15,9 @@ from steerfm.values import ConfigError
 
 def as_keys(arguments: Sequence[str]) -> list[str]:
     """``--workers N`` and ``--workers=N`` as the key that they are."""
-    words, keys = iter(arguments), []
-    for word in words:
-        keys.append(
-            f"workers={next(words, '')}"
-            if word == "--workers"
-            else word.removeprefix("--")
-            if word.startswith("--workers=")
-            else word
-        )
-    return keys
+    words = iter(arguments)
+    told = [f"{word}={next(words, '')}" if word == "--workers" else word for word in words]
+    return [word.removeprefix("--") if word.startswith("--workers=") else word for word in told]
 
 
 def methods_of(config: BenchConfig) -> dict[str, Any]:

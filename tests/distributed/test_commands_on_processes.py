@@ -78,7 +78,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_with_another_number(
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["trainer.devices=0"], "trainer.devices=0: give auto, a number, or a list: 0,1"),
+        (["trainer.devices=0"], "trainer.devices=0: give auto, a number of at least 1, or a list: 0,1"),
         (["trainer.devices=0,1"], "trainer.devices="),
         (["trainer.devices=-1"], "trainer.devices=-1: on a CPU say how many"),
         (["trainer.devices=2", "trainer.num_nodes=2"], "trainer.num_nodes=2: nobody started the other machines"),
