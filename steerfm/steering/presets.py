@@ -39,7 +39,8 @@ from steerfm.transitions import Jump as JumpTransition
 from steerfm.transitions import Renoise as RenoiseTransition
 
 LARGE = 64
-"""Numbers in a state above which no budget covers what a map makes, and a walk is worth more than particles."""
+"""Numbers in a state above which no budget covers what a map makes: there a walk along a gradient, which keeps its sense
+however far one follows it where no network is behind it, is worth more than particles."""
 ANOTHER = 1 / 3
 """`steerfm.metrics.jump_error` from which one jump shows another picture than comes out."""
 
@@ -91,11 +92,10 @@ class Funnel(Steering):
     One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
     particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
 
-    Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step,
-    ``resampling`` later; the gradient at the endpoint, if the reward has one (no network backward): more of it in more
-    dimensions, at most half a step. ``transition="auto"`` is renoise, but jumps without guidance where one jump of the map
-    shows another picture than four (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network: there
-    new noise costs more than it brings, and the gradient adds what only that network sees (docs/emoji.md).
+    Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step, ``resampling`` later; the
+    gradient at the endpoint, if the reward has one (no network backward): more of it in more dimensions, at most half a step.
+    ``transition="auto"`` is renoise, but jumps without guidance where one jump of the map shows another picture than four
+    (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network (docs/emoji.md).
     Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition. Where it
     walks by jumps, which share none, ``particles`` fewer look.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
@@ -104,12 +104,10 @@ class Funnel(Steering):
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
     Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight; below 32, where the reward has no
     gradient, all look and none walks; from 32 on, where it has one and no network, 9 steps, 17 from 256 on, of fewer
-    particles: such a gradient keeps its sense however far one follows it, that of a network does not (docs/methods.md). Not on
-    states of 64 numbers or less, which many particles cover.
+    particles, if a state has more than 64 numbers (docs/methods.md).
 
     Args:
-        calls: of the map, an output, for which `within` made this shape, which is then made for the kind of reward too;
-            0, or where the shape is another by now: as it stands.
+        calls: of the map, for which `within` made this shape, and the reward may change it; 0: as it stands.
     """
 
     samples: ClassVar[str] = "yes"

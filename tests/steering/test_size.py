@@ -51,7 +51,7 @@ def test_odd_budgets_are_spent_too(name, budget):
 def test_a_size_changes_the_size_only(name):
     """All other settings are those that were given, and the class is sized as its defaults are."""
     method: Any = steerfm.method(name)
-    sizes = {"particles", "steps", "first", "iterations", "candidates", "budget", "warmup", "lookahead", "step"}
+    sizes = {"particles", "steps", "first", "calls", "iterations", "candidates", "budget", "warmup", "lookahead", "step"}
     given: Any = replace(method, gamma=0.5) if hasattr(method, "gamma") else method
     given = replace(given, power=0.7, stop=0.8) if hasattr(method, "stop") else given
     made = given.within(128)

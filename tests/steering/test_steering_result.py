@@ -344,8 +344,8 @@ def test_no_picture_is_scored_twice(tmp_path, monkeypatch, groupwise):
     """The samples of the method, and the plain ones; the best again only by a reward that compares outputs."""
     monkeypatch.chdir(tmp_path)
     seen = []
-    evaluate = Reward.evaluate
-    monkeypatch.setattr(Reward, "evaluate", lambda self, x, *a, **k: (seen.append(len(x)), evaluate(self, x, *a, **k))[1])
+    promise = Reward.promise  # what every score goes through
+    monkeypatch.setattr(Reward, "promise", lambda self, x, *a, **k: (seen.append(len(x)), promise(self, x, *a, **k))[1])
     reward = "diversity" if groupwise else "brightness"
     best_of = ["method=best_of_n", "method.particles=3", "method.steps=1"]
     assert cli.main(["steer", f"reward={reward}", *best_of, "judge=null", "n=5", "batch_size=2", "out=run"]) == 0
