@@ -52,8 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "micro_batch"), [*((name, 5) for name in METHODS), ("particles", None), ("best of n", None)])
 def test_what_comes_out_is_that_of_a_reward_that_is_here(name: str, micro_batch: int | None):
     given: dict[str, Any] = {"n": 3, "strength": 8.0, "label": "Bag", "micro_batch": micro_batch} | METHODS[name]
     here, away = (numbers(steerfm.steer("fashion", reward, **given)) for reward in (Here(), Away()))
