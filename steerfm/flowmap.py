@@ -35,7 +35,7 @@ from steerfm.checkpoints import (
 from steerfm.cost import count, count_backward
 from steerfm.encoders import TextEncoder
 from steerfm.interpolant import Interpolant, expand_time, time_grid
-from steerfm.rows import Condition, expand_rows, join_conditions, split_negative, take_rows
+from steerfm.rows import Condition, cuts, expand_rows, join_conditions, split_negative, take_rows
 
 
 class FlowMap(nn.Module):
@@ -508,8 +508,7 @@ class Microbatched(Wrapped):
         return self._by_parts(self.flow_map.instantaneous_velocity, x, (t,), cond)
 
     def _by_parts(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
-        size = self.micro_batch or len(x)
-        rows = [slice(begin, begin + size) for begin in range(0, len(x), size)]
+        rows = cuts(len(x), self.micro_batch or len(x))
         parts = [hook(x[part], *(time[part] for time in times), take_rows(cond, part)) for part in rows]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -518,7 +517,7 @@ def in_parts(call: Callable[[Tensor], Tensor], x: Tensor, rows: int | None) -> T
     """A call of x (b, ...) made of calls of at most ``rows`` rows; None for one call."""
     if rows is None or len(x) <= rows:
         return call(x)
-    return torch.cat([call(x[begin : begin + rows]) for begin in range(0, len(x), rows)])
+    return torch.cat([call(x[part]) for part in cuts(len(x), rows)])
 
 
 class Guided(Wrapped):

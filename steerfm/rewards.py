@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from steerfm import trust
 from steerfm.cost import count, count_backward
 from steerfm.randomness import untouched
+from steerfm.rows import cuts
 from steerfm.scores import MODEL, PICTURES, Prompts, RewardError, Scores, as_numbers, check_finite, check_samples
 
 
@@ -188,10 +189,9 @@ class Reward(nn.Module):
             return lambda: scores
         images, size = self._own(images, latents)
         waits = []
-        for begin in range(0, len(images), size):
-            rows = slice(begin, begin + size)
+        for rows in cuts(len(images), size):
             given = [None if context is None else context[rows] for context in (prompts, labels, groups)]
-            waits.append(self._sent(images[rows], *given, begin))  # type: ignore[arg-type]
+            waits.append(self._sent(images[rows], *given, rows.start))  # type: ignore[arg-type]
         return lambda: self._joined([wait() for wait in waits], images)
 
     def _own(self, images: Tensor, latents: Tensor | None) -> tuple[Tensor, int]:

@@ -26,6 +26,11 @@ def move_condition(cond: Condition, device: torch.device | str) -> Condition:
     return map_condition(lambda c: c.to(device), cond)
 
 
+def cuts(n: int, size: int) -> list[slice]:
+    """The slices of n rows that hold ``size`` rows each, the last one what is left."""
+    return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+
+
 def take_rows(cond: Condition, rows: slice | Tensor) -> Condition:
     """The given rows of a condition."""
     return map_condition(lambda c: c[rows], cond)

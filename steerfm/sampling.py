@@ -25,7 +25,7 @@ from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap, Guided, by_label
 from steerfm.interpolant import time_grid
 from steerfm.randomness import derive, stream
-from steerfm.rows import Condition, map_condition, take_rows, with_negative
+from steerfm.rows import Condition, cuts, map_condition, take_rows, with_negative
 from steerfm.spread import shared_out
 from steerfm.transitions import Transition, usual
 
@@ -154,8 +154,7 @@ def sample(
         raise ValueError(f"batch_size={batch_size}: at least one sample at a time")
     parts, flow_map = [], shared_out(flow_map)
     with torch.inference_mode():
-        for begin in range(0, n, size):
-            rows = slice(begin, begin + size)
+        for rows in cuts(n, size):
             parts.append(walk(flow_map, Noise(all_seeds[rows]), times, take_rows(cond, rows), move))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).clone()
 

@@ -18,7 +18,7 @@ from steerfm.flowmap import FlowMap, Microbatched, Wrapped
 from steerfm.interpolant import expand_time
 from steerfm.processes import active, alone, first, share
 from steerfm.rewards import Reward, WeightedSum
-from steerfm.rows import Condition, Rows
+from steerfm.rows import Condition, Rows, cuts
 from steerfm.scores import MODEL, Prompts, Scores
 
 LEAST = 16
@@ -61,8 +61,7 @@ class Spread(Wrapped):
 
     def cuts(self, n: int) -> list[slice]:
         """How one process alone cuts n rows."""
-        size = self.rows or max(1, n)
-        return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
+        return cuts(n, self.rows or max(1, n))
 
     def decode(self, z: Tensor) -> Tensor:
         if active() is None or not len(z):

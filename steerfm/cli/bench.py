@@ -353,14 +353,15 @@ def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
     for cell, tensors in zip(plan.cells, measured):
         if tensors:
             cells.setdefault(cell.column, []).append(tensors)
+    of = _digest(plan, config)
     with files.Claims(folder.path) as claims, claims.of("tables", wait=True):
-        if (made := _made(folder)) != before and made.get("of") == _digest(plan, config):
+        if (made := _made(folder)) != before and made.get("of") == of:
             console.print(
                 f"all {len(measured)} cells are measured; another process wrote the tables: {folder.path / 'report.html'}"
             )
             return
         files.sweep(folder.path)
-        _write(config, suite, folder, cells, summary(cells, baseline(methods) or BASELINE), command, _digest(plan, config))
+        _write(config, suite, folder, cells, summary(cells, baseline(methods) or BASELINE), command, of)
 
 
 def work(told: tuple[BenchConfig, str], check: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from steerfm.checks import at_least_one
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
 from steerfm.rewards import RewardError
+from steerfm.rows import cuts
 from steerfm.scores import counted_from
 from steerfm.steering.lookahead import Endpoints
 from steerfm.steering.value import Evaluation, Problem, Shared, View
@@ -25,11 +26,10 @@ def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
     before the next one is built. A reward that compares particles sees them all, whatever ``rows``."""
     if rows is None or len(view.x) <= rows or not guidance.differentiates or view.problem.reward.groupwise:
         return guidance.evaluate(view)
-    shared, index, parts = Shared(view.noise), torch.arange(len(view.x), device=view.x.device), []
-    for begin in range(0, len(view.x), rows):
-        part = slice(begin, begin + rows)
-        of = replace(view, problem=view.problem.select(index[part]), x=view.x[part], noise=shared.part(part))
-        with counted_from(begin):
+    shared, parts = Shared(view.noise), []
+    for part in cuts(len(view.x), rows):
+        of = replace(view, problem=view.problem.select(part), x=view.x[part], noise=shared.part(part))
+        with counted_from(part.start):
             parts.append(guidance.evaluate(of))
     return Evaluation.join(parts)
 

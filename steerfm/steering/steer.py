@@ -20,7 +20,7 @@ from steerfm.flowmap import FlowMap, by_label
 from steerfm.processes import first, of_first
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward
-from steerfm.rows import Condition, Rows, labels_of
+from steerfm.rows import Condition, Rows, cuts, labels_of
 from steerfm.sampling import Noise, as_condition, leading_away, seed_list
 from steerfm.spread import place, shared_out, spread
 from steerfm.steering.names import METHOD
@@ -268,7 +268,7 @@ class _Job:
         whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
         if size < 1:
             raise ValueError(f"batch_size={batch_size}: at least one output at a time")
-        batches = [slice(row, min(row + size, n)) for row in range(0, n, size)]
+        batches = cuts(n, size)
         exact = micro_batch is not None
         if not exact and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
             micro_batch = CPU_ROWS

@@ -16,7 +16,7 @@ from torch import Tensor
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import stream
 from steerfm.rewards import Reward, RewardError, Scores
-from steerfm.rows import Condition, Rows
+from steerfm.rows import Condition, Rows, cuts
 from steerfm.sampling import Noise, walk
 from steerfm.scores import counted_from
 from steerfm.spread import even, promise
@@ -62,11 +62,10 @@ class Problem:
         rows, most = self.rows if k == 1 else self.rows.repeat(k), self.flow_map.micro_batch
         if most is None or len(z) <= most or self.reward.groupwise:
             return promise(self.flow_map, self.reward, z, rows)
-        index, waits = torch.arange(len(z), device=self.strength.device), {}
-        for begin in range(0, len(z), most):
-            part = slice(begin, begin + most)
-            with counted_from(begin):
-                waits[begin] = promise(self.flow_map, self.reward, z[part], rows[index[part]])
+        waits = {}
+        for part in cuts(len(z), most):
+            with counted_from(part.start):
+                waits[part.start] = promise(self.flow_map, self.reward, z[part], rows[part])
         return lambda: joined(waits)
 
     def made(self, make: Callable[[slice], Tensor]) -> tuple[Tensor, Scores]:
@@ -78,11 +77,11 @@ class Problem:
         if len(parts) == 1:
             z = make(parts[0])
             return z, self.score(z, len(z) // len(self.strength))
-        index, ends, waits, begin = torch.arange(len(self.strength), device=self.strength.device), [], {}, 0
+        ends, waits, begin = [], {}, 0
         for rows in parts:
             ends.append(z := make(rows))
             with counted_from(begin):
-                waits[begin] = self.select(index[rows]).promise(z, len(z) // (rows.stop - rows.start))
+                waits[begin] = self.select(rows).promise(z, len(z) // (rows.stop - rows.start))
             begin += len(z)
         return torch.cat(ends), joined(waits)
 
@@ -91,7 +90,7 @@ class Problem:
         n, most = len(self.strength), self.flow_map.micro_batch
         if not self.reward.elsewhere or self.reward.groupwise:
             return [slice(0, n)]
-        return even(slice(0, n)) if most is None else [slice(begin, min(begin + most, n)) for begin in range(0, n, most)]
+        return even(slice(0, n)) if most is None else cuts(n, most)
 
     def tilt(self, r: Tensor) -> Tensor:
         """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.
@@ -114,7 +113,7 @@ class Problem:
         """Whether the reward has a gradient, tried on one picture: a plain function does not say it of itself."""
         if not self.reward.differentiable:
             return False
-        one = self.select(torch.zeros(1, dtype=torch.long, device=self.strength.device))
+        one = self.select(slice(0, 1))
         with torch.enable_grad():
             z = self.probe().requires_grad_()
             try:
@@ -128,8 +127,8 @@ class Problem:
         z = torch.randn(1, *self.flow_map.shape, generator=stream(0, "probe"), dtype=torch.float32)
         return z.to(self.flow_map.device, self.flow_map.state_dtype)
 
-    def select(self, rows: Tensor) -> Problem:
-        """The problem of the given particles (b',)."""
+    def select(self, rows: slice | Tensor) -> Problem:
+        """The problem of the given particles, a slice or (b',)."""
         return replace(self, strength=self.strength[rows], rows=self.rows[rows])
 
     def resized(self, noise: Noise, k: int) -> tuple[Problem, Noise]:
@@ -233,11 +232,11 @@ class View:
 
     def judged(self) -> tuple[Endpoints, Weighed]:
         """The endpoints and what they are worth, made as `Problem.made` says; without a gradient."""
-        shared, index, ends = Shared(self.noise), torch.arange(len(self.x), device=self.x.device), []
+        shared, ends = Shared(self.noise), []
 
         def make(rows: slice) -> Tensor:
             whole = rows.stop - rows.start == len(self.x)
-            part = self if whole else replace(self, problem=self.problem.select(index[rows]), noise=shared.part(rows))
+            part = self if whole else replace(self, problem=self.problem.select(rows), noise=shared.part(rows))
             ends.append(part.endpoints(self.x[rows]))
             return ends[-1].z.flatten(0, 1)
 
