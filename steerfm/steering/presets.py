@@ -107,7 +107,7 @@ class Funnel(Steering):
     particles, if a state has more than 64 numbers (docs/methods.md).
 
     Args:
-        calls: of the map, for which `within` made this shape, and the reward may change it; 0: as it stands.
+        calls: of the map, that `within` sized this for: the kind of reward then changes the shape; 0: the shape stands.
     """
 
     samples: ClassVar[str] = "yes"
