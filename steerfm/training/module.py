@@ -82,10 +82,17 @@ class Trained(L.LightningModule):
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, left))
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [_Released()]
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # dropout draws from torch's own generators
         self._global.enter_context(global_stream(self.seed, "dropout", self.global_step, self.global_rank))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give torch's own generators back as they were before this update."""
         self._global.close()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -121,6 +128,13 @@ class Trained(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint.get("state_dict", {})}
+
+
+class _Released(L.Callback):
+    """An update that fails ends no hook of its module: torch's generators would change when that is collected, at any time."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        pl_module.release()
 
 
 def share_frozen(network: nn.Module) -> nn.Module:

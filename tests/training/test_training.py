@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from steerfm import encoders
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import ResNet, UNet
+from steerfm.randomness import stream
 from steerfm.signals import Stopped, raised
 from steerfm.training import (
     ClassifierTraining,
@@ -210,6 +212,18 @@ def test_one_last_checkpoint_however_often_it_was_started(continued):
     folder = continued.folder / "checkpoints"
     assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == STEPS
+
+
+def test_a_run_that_died_leaves_the_global_random_state_alone(tmp_path):
+    """At once, and when its module is collected: that may be in the middle of another run's first weights."""
+    died = module(Fragile)
+    with pytest.raises(KilledError):
+        fit(died, Pictures(), tmp_path, **QUICK)
+    assert not torch.equal(torch.get_rng_state(), stream(died.seed, "dropout", 8).get_state())
+    state = torch.manual_seed(7).get_state()
+    del died
+    gc.collect()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_finished_run_stays_finished_and_can_go_on(tmp_path):
