@@ -31,7 +31,10 @@ _LISTED: dict[Path, set[str]] = {}
 """Folders of which this process keeps such a list, with the lines that are in it."""
 UNLISTED = [
     f"{stage}{name}" for stage in ("", "tune/", "distil/")
-    for name in ("metrics.jsonl", "checkpoints/*.ckpt", "tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml")
+    for name in (
+        "metrics.jsonl", "checkpoints/*.ckpt", "tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml",
+        "wandb/**/*", "wandb-id",
+    )
 ] + ["parts/*-[0-9]*.safetensors", "result.json", "inputs.json", "config.yaml"]  # fmt: skip
 """Files of a run that are appended to or renamed, and those of a run without a list, of an earlier version. The last ones make
 it that run: they go last."""
@@ -220,7 +223,7 @@ def listed(folder: str | Path) -> list[Path]:
             names.append(str(json.loads(line)))
     last = [path for pattern in UNLISTED for path in sorted(folder.glob(pattern))]
     paths = [path for name in sorted(names) if (path := folder / name) not in last] + last
-    return [path for path in paths if path.is_file() and path.parent.resolve().is_relative_to(folder)]
+    return [path for path in paths if (path.is_file() or path.is_symlink()) and path.parent.resolve().is_relative_to(folder)]
 
 
 def clear(folder: str | Path) -> None:
@@ -229,12 +232,11 @@ def clear(folder: str | Path) -> None:
     paths = listed(folder)
     for path in paths:
         path.unlink(missing_ok=True)
-    for path in paths:
-        for parent in path.parents:
-            if parent == folder or not parent.is_relative_to(folder):
-                break
-            with suppress(OSError):  # somebody else's files are in it
-                parent.rmdir()
+    emptied = {parent for path in paths for parent in path.parents if folder in parent.parents}
+    emptied |= {inner for outer in emptied for inner in outer.rglob("*") if inner.is_dir()}  # wandb makes some ahead
+    for inner in sorted(emptied, key=lambda inner: len(inner.parts), reverse=True):
+        with suppress(OSError):  # somebody else's files are in it
+            inner.rmdir()
     (folder / LIST).unlink(missing_ok=True)
     keep_list(folder)
 

@@ -98,6 +98,11 @@ class LightningConfig:
     strategy: str = option("auto", "Lightning's strategy for several devices, such as ddp")
     precision: str = choice("32-true", "32", "16-mixed", "bf16-mixed", doc="precision of the network")
     log_every: int = count(20, "step", "steps between lines of the log")
+    logger: str = choice(
+        "auto", "csv", "tensorboard", "wandb",
+        doc="where else its curves go than metrics.jsonl: metrics.csv, tensorboard (auto: where installed), or wandb, offline "
+        "unless WANDB_MODE=online",
+    )  # fmt: skip
     save_every: int = count(200, "step", "steps between checkpoints, from which a killed run goes on")
 
 

@@ -18,7 +18,7 @@ from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
-from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, fitting, schedule
+from steerfm.cli.parts import build_judge, build_method, build_reward, check_logger, check_needs, fitting, schedule
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cost import Cost
@@ -50,6 +50,7 @@ PER_PROMPT = 8
 
 def finetune(config: FinetuneConfig, command: str = "") -> None:
     """Fine-tune a flow map towards a reward; the same command continues a killed run."""
+    check_logger(config.trainer.logger)
     base = zoo.load(config.model)
     try:
         check_weights(base)
@@ -111,7 +112,7 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
         training.fit(
             module, module.data(), folder, accelerator=t.accelerator, devices=t.devices, strategy=t.strategy,
             precision=t.precision, clip=config.optimizer.clip, log_every=t.log_every, validate_every=0,
-            save_every=t.save_every, progress=console.is_terminal, callbacks=[monitor],
+            save_every=t.save_every, progress=console.is_terminal, callbacks=[monitor], logger=t.logger, settings=plain(config),
         )  # fmt: skip
     except RewardError as error:
         kept = folder / "checkpoints" / "last.ckpt"

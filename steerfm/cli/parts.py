@@ -42,6 +42,16 @@ def autocast(flow_map: FlowMap, precision: str) -> torch.autocast:
     return torch.autocast(flow_map.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def check_logger(logger: str) -> None:
+    """Refuse a logger whose package is missing, before the work."""
+    from steerfm.training import check_logger
+
+    try:
+        check_logger(logger)
+    except ValueError as error:
+        raise ConfigError(f"trainer.{error}") from None
+
+
 def pick_device(device: str) -> str:
     """ "auto" is CUDA, then MPS, then the CPU.
 

@@ -24,7 +24,7 @@ from steerfm.report.pictures import picture_grid
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import move_condition
 from steerfm.sampling import Noise
-from steerfm.training import save_checkpoint
+from steerfm.training import log_picture, save_checkpoint
 from steerfm.transitions import usual
 
 Features = Callable[[Tensor], Tensor]
@@ -270,7 +270,9 @@ class Monitor(L.Callback):
         weights = {name: value.half().cpu().contiguous() for name, value in module.learnt().items()}
         write_tensors(self.folder / "averaged" / f"{step:06d}.safetensors", weights)
         if reading.pictures.ndim == 4:
-            picture_grid(reading.pictures[None, :10], self.folder / "samples" / f"{step:06d}.png", [f"step {step}"])
+            file = self.folder / "samples" / f"{step:06d}.png"
+            picture_grid(reading.pictures[None, :10], file, [f"step {step}"])
+            log_picture(module.trainer, "samples", file, step)
             some = {"pictures": reading.pictures[:10].half().contiguous()}
             write_tensors(self.folder / "samples" / f"{step:06d}.safetensors", some)
 

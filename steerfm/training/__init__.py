@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from steerfm.training.classifier import ClassifierTraining
     from steerfm.training.contrastive import ContrastiveTraining, RobustTraining
     from steerfm.training.flow_map import FlowMapTraining, SampleGrid, grid_rows
-    from steerfm.training.log import Metrics, history
+    from steerfm.training.log import LOGGERS, Metrics, check_logger, history, log_picture
     from steerfm.training.module import Trained
     from steerfm.training.run import NothingTrainedError, check_trained, fit
 
 __all__ = [
-    "ClassifierTraining", "ContrastiveTraining", "FlowMapTraining", "Metrics", "NothingTrainedError", "RobustTraining",
-    "SampleGrid", "Trained", "check_trained", "fit", "grid_rows", "history", "newest_checkpoint", "save_checkpoint",
+    "LOGGERS", "ClassifierTraining", "ContrastiveTraining", "FlowMapTraining", "Metrics", "NothingTrainedError",
+    "RobustTraining", "SampleGrid", "Trained", "check_logger", "check_trained", "fit", "grid_rows", "history",
+    "log_picture", "newest_checkpoint", "save_checkpoint",
 ]  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def __getattr__(name: str) -> Any:
         "classifier": ("ClassifierTraining",),
         "contrastive": ("ContrastiveTraining", "RobustTraining"),
         "flow_map": ("FlowMapTraining", "SampleGrid", "grid_rows"),
-        "log": ("Metrics", "history"),
+        "log": ("LOGGERS", "Metrics", "check_logger", "history", "log_picture"),
         "module": ("Trained",),
         "run": ("NothingTrainedError", "check_trained", "fit"),
     }

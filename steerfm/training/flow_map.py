@@ -15,6 +15,7 @@ from steerfm.randomness import stream
 from steerfm.report.pictures import picture_grid
 from steerfm.rows import Condition, replace_rows, take_rows
 from steerfm.sampling import sample
+from steerfm.training.log import log_picture
 from steerfm.training.module import Trained
 from steerfm.training.objectives import FlowMatching, Objective, Trajectory
 
@@ -133,4 +134,6 @@ class SampleGrid(L.Callback):
         n, cond = grid_rows(pl_module, flow_map, self.asked)
         pictures = [flow_map.decode(sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
         labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
-        picture_grid(torch.stack(pictures).cpu(), self.folder / f"{step:07d}.png", row_labels=labels)
+        file = self.folder / f"{step:07d}.png"
+        picture_grid(torch.stack(pictures).cpu(), file, row_labels=labels)
+        log_picture(trainer, "samples", file, step)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from steerfm.signals import Stopped, held
 from steerfm.training.checkpoints import Checkpoints, WholeCheckpoints, newest_checkpoint, save_checkpoint
-from steerfm.training.log import Lines, Metrics
+from steerfm.training.log import Lines, loggers
 from steerfm.training.module import Trained
 
 
@@ -57,10 +55,12 @@ def fit(
     save_every: int = 200,
     progress: bool = True,
     callbacks: Sequence[L.Callback] = (),
+    logger: str = "auto",
+    settings: Mapping[str, Any] | None = None,
 ) -> L.Trainer:
     """Train for ``module.steps`` steps, continuing from the newest of ``folder/checkpoints`` where there is one.
 
-    Logs to ``folder/metrics.jsonl``, which `history` reads, and to tensorboard where it is installed.
+    Logs to ``folder/metrics.jsonl``, which `history` reads.
 
     Args:
         module: what is trained.
@@ -73,14 +73,17 @@ def fit(
         save_every: steps from one checkpoint to the next; 0 is at the end only.
         progress: a bar; otherwise a line now and then.
         callbacks: called before a checkpoint is written.
+        logger: where to log as well: csv, tensorboard, wandb, or auto for tensorboard where it is installed.
+        settings: what the run was asked for, for tensorboard and wandb.
 
     Raises:
-        NothingTrainedError: no steps. Stopped: a signal stopped the run; its checkpoint is there.
+        NothingTrainedError: no steps. ValueError: the logger's package is not installed.
+        Stopped: a signal stopped the run; its checkpoint is there.
     """
     if module.steps < 1:
         raise NothingTrainedError(f"nothing was trained: optimizer.steps={module.steps}")
     kept = folder / "checkpoints"
-    with held() as pending:
+    with held() as pending, loggers(logger, folder, settings or {}) as places:
         shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
         trainer = L.Trainer(
             accelerator=accelerator,
@@ -94,7 +97,7 @@ def fit(
             val_check_interval=validate_every or None,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            logger=_loggers(folder),
+            logger=places,
             plugins=[WholeCheckpoints()],
             callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
             enable_checkpointing=False,
@@ -104,14 +107,8 @@ def fit(
         newest = newest_checkpoint(kept)
         trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
         save_checkpoint(trainer, kept)
-    if pending.number:  # it came in the last update
-        raise Stopped(pending.number, f"all {module.steps} steps are in {kept}")
-    if validate_every:
-        trainer.validate(module, data, verbose=False)
+        if pending.number:  # it came in the last update
+            raise Stopped(pending.number, f"all {module.steps} steps are in {kept}")
+        if validate_every:
+            trainer.validate(module, data, verbose=False)
     return trainer
-
-
-def _loggers(folder: Path) -> list[Any]:
-    if not importlib.util.find_spec("tensorboard"):
-        return [Metrics(folder)]
-    return [Metrics(folder), TensorBoardLogger(folder, name="", version="tensorboard")]
