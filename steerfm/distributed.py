@@ -59,6 +59,14 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def connected() -> Group | None:
+    """The processes that torch has connected, whoever started them; None where there are none. All of them must ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    words = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Group(dist.get_rank(), dist.get_world_size(), words)
+
+
 def launch(
     function: Callable[..., Result],
     *args: Any,
@@ -316,8 +324,8 @@ def _packed(error: BaseException) -> bytes:
 @contextmanager
 def _joined() -> Iterator[None]:
     """Inside, the processes of torch's default group share their calls; only the first warns."""
-    words = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
-    group = Group(dist.get_rank(), dist.get_world_size(), words)
+    group = connected()
+    assert group is not None
     with warnings.catch_warnings():
         if group.rank:
             warnings.simplefilter("ignore")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -97,14 +97,19 @@ def join(group: Group | None) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Inside, this process makes whole calls by itself: for what only one of them does, and where a gradient is to be
-    differentiated again."""
-    token = _active.set(None)
+def together(group: Group | None) -> Iterator[None]:
+    """Inside, calls are shared with these processes; None for with nobody."""
+    token = _active.set(group)
     try:
         yield
     finally:
         _active.reset(token)
+
+
+def alone() -> AbstractContextManager[None]:
+    """Inside, this process makes whole calls by itself: for what only one of them does, and where a gradient is to be
+    differentiated again."""
+    return together(None)
 
 
 def first() -> bool:
@@ -129,6 +134,22 @@ def of_first(call: Callable[[], Value]) -> Value:
     if told is not None:
         raise error or told
     return value
+
+
+def tell(value: Any, error: Exception | None = None) -> list[Any]:
+    """What every process tells, in the order of their ranks; an error that one of them tells is raised in all, once."""
+    group = active()
+    if error is not None and (group is None or getattr(error, "told", False)):
+        raise error
+    if group is None:
+        return [value]
+    said = group.exchange((value if error is None else None, _sendable(error)))
+    for rank, (_, other) in enumerate(said):
+        if other is not None:
+            failure: Any = error if rank == group.rank and error is not None else other
+            failure.told = True  # whoever catches it and tells it is not waited for by the others
+            raise failure
+    return [value for value, _ in said]
 
 
 def share(

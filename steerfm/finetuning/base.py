@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from steerfm.capabilities import can, check_method, needs
+from steerfm.cost import Ledger, aside
 from steerfm.flowmap import FlowMap
-from steerfm.randomness import derive
+from steerfm.processes import Group, active, first, tell
+from steerfm.randomness import derive, stream
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import Condition, Rows, move_condition
 from steerfm.sampling import Noise, walk
+from steerfm.spread import shared_out
 from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.transitions import Transition, usual
 
@@ -63,8 +67,11 @@ class Update:
         reward: what is optimised. tasks: of these b rows. all_tasks: what rows are drawn from.
         noise: b streams, one a row, from seeds that no person gives. generator: of what all rows share.
         control: lambda. scale: spread of the reward under the reference.
-        memory: tensors that the method keeps from one update to the next; they are part of a checkpoint.
+        memory: tensors that the method keeps from one update to the next, the same in all processes; they are part of a
+            checkpoint. own: likewise, but with a row for each of these b rows.
         seed: of the run.
+
+    Where several processes tune, the global batch has B rows, of which each has b.
     """
 
     step: int
@@ -81,6 +88,35 @@ class Update:
     scale: float
     memory: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> int:
+        """How many tune."""
+        group = active()
+        return 1 if group is None else group.size
+
+    @property
+    def size(self) -> int:
+        """B, the rows of the global batch."""
+        return len(self.noise.seeds) * self.processes
+
+    def part(self, n: int) -> slice:
+        """Which of n rows are those of this process; all processes have some where n is a multiple of their number."""
+        return part(n, active())
+
+    def all_rows(self, x: Tensor) -> Tensor:
+        """The rows (B, ...) of the global batch, from those (b, ...) of each process; without a gradient."""
+        x = x.detach()
+        return x if active() is None else torch.cat([told.to(x.device) for told in tell(x.cpu())])
+
+    def common(self, purpose: str) -> torch.Generator:
+        """A stream of this update, the same in all processes: for draws of all B rows."""
+        return stream(derive(self.seed, "training", self.step), purpose)
+
+    def as_one(self) -> AbstractContextManager[None]:
+        """Inside, all processes make the same calls, whose rows maps made by `shared_out` share; they are counted once."""
+        return nullcontext() if first() else aside(Ledger())
 
     @property
     def problem(self) -> Problem:
@@ -100,8 +136,14 @@ class Update:
         return torch.rand((), generator=self.generator).item()
 
 
+def part(n: int, group: Group | None) -> slice:
+    """Which of n rows are those of this process."""
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    return slice(rank * n // size, (rank + 1) * n // size)
+
+
 Terms = dict[str, Tensor]
-"""Scalars to log; ``loss`` is the one that is minimised."""
+"""Scalars to log; ``loss`` is the one that is minimised. Each is a mean over rows, or the same in all processes."""
 
 
 class Method(Protocol):
@@ -189,7 +231,7 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
         NothingToLearnError: the reward is constant there.
     """
     rows = tasks[torch.arange(n) % tasks.n]
-    values = plain_rewards(rows.problem(flow_map, reward), [derive(seed, "scale", 0, i) for i in range(n)])
+    values = plain_rewards(rows.problem(shared_out(flow_map), reward), [derive(seed, "scale", 0, i) for i in range(n)])
     if not (std := deviation(values)):
         raise NothingToLearnError(
             f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn"

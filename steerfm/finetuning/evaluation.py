@@ -19,11 +19,13 @@ from steerfm.finetuning.module import FineTuning
 from steerfm.flowmap import FlowMap
 from steerfm.held_out import IN_WORDS, check_held_out
 from steerfm.metrics import interval, pairwise_diversity, precision, sample_distance, semigroup_error
+from steerfm.processes import of_first
 from steerfm.randomness import derive, is_derived
 from steerfm.report.pictures import picture_grid
 from steerfm.rewards import Reward, RewardError
 from steerfm.rows import move_condition
 from steerfm.sampling import Noise
+from steerfm.spread import place, shared_out
 from steerfm.training import log_picture, save_checkpoint
 from steerfm.transitions import usual
 
@@ -102,13 +104,15 @@ class Panel:
 
     def place(self, device: torch.device | str) -> None:
         """Move the base and the rewards; features are computed on the CPU."""
-        for part in (self.base, self.reward, self.judge):
-            if part is not None:
-                part.to(device)
+        self.base.to(device)
+        for reward in (self.reward, self.judge):
+            if reward is not None:
+                place(reward, torch.device(device))
 
     def measure(self, law: Law, k: int = 1) -> Reading:
         """Judge a law; with k > 1 the best of k samples by the reward, of each task and seed."""
-        x = draw(law, self.tasks, self.base, [self.seeds + i for i in range(self.tasks.n)], k)
+        base = shared_out(self.base)
+        x = draw(law, self.tasks, base, [self.seeds + i for i in range(self.tasks.n)], k)
         with torch.no_grad():
             r = self._score(self.reward, x, k)
             if k > 1:
@@ -116,7 +120,7 @@ class Panel:
                 rows = torch.arange(self.tasks.n, device=x.device) * k + best
                 x, r = x[rows], r[rows]
             held = None if self.judge is None else self._score(self.judge, x)
-            pictures = self.base.decode(x)
+            pictures = base.decode(x)
             f, c = self._look(pictures, self.tasks)
         known, classes = self._reference()
         return Reading(
@@ -125,9 +129,13 @@ class Panel:
         )  # fmt: skip
 
     def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:
-        return self.tasks.repeat(k).score(self.base, reward, x)
+        return self.tasks.repeat(k).score(shared_out(self.base), reward, x)
 
     def _look(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
+        """Features and classes, which the first process makes for all: what they decide is the same everywhere."""
+        return of_first(lambda: self._features(pictures, tasks))
+
+    def _features(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
         """Features and classes; without a classifier a class is what was asked for, in words, or everything."""
         pictures = pictures.cpu().float().clone()  # lent
         f = torch.cat([self.features(part).flatten(1) for part in pictures.split(256)])
@@ -143,8 +151,9 @@ class Panel:
         if self._known is None:
             seeds = [derive(self.seeds, "support", 0, i) for i in range(self.support.n)]
             with torch.no_grad():
-                x = draw(chain(self.jumps)(self.base), self.support, self.base, seeds)
-                self._known = self._look(self.base.decode(x), self.support)
+                base = shared_out(self.base)
+                x = draw(chain(self.jumps)(base), self.support, base, seeds)
+                self._known = self._look(base.decode(x), self.support)
         return self._known
 
     def _diversity(self, f: Tensor, c: Tensor) -> float:
@@ -218,8 +227,9 @@ class Monitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if is_derived(self.panel.seeds + self.panel.tasks.n - 1):
             raise ValueError(f"panel seeds from {self.panel.seeds}: seeds of 128 bits are trained on, hold out smaller ones")
-        pl_module.place(pl_module.device)
-        self.panel.place(pl_module.device)
+        with pl_module.together():
+            pl_module.place(pl_module.device)
+            self.panel.place(pl_module.device)
         if self.reason:  # a run that was stopped and started again
             trainer.should_stop = True
         elif not self.rows:
@@ -231,12 +241,12 @@ class Monitor(L.Callback):
             self._judge(trainer, pl_module)
 
     def _judge(self, trainer: L.Trainer, module: FineTuning) -> None:
-        step = trainer.global_step
-        reading = self.panel.measure(module.law())
-        numbers = reading.numbers()
-        tasks = self.panel.tasks
-        if can(self.panel.base, "two_time"):
-            numbers["semigroup"] = semigroup_error(module.averaged(), tasks.n, tasks.cond)
+        step, tasks = trainer.global_step, self.panel.tasks
+        with module.together():
+            reading = self.panel.measure(module.law())
+            numbers = reading.numbers()
+            if can(self.panel.base, "two_time"):
+                numbers["semigroup"] = semigroup_error(shared_out(module.averaged()), tasks.n, tasks.cond)
         module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
         spent = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
         spent["evaluations"] = float(module.spent.evaluations)

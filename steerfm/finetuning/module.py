@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from steerfm import distributed
 from steerfm.cost import Cost, Ledger
-from steerfm.finetuning.base import Law, Method, Reusing, Tasks, Update, ask_for_a_gradient, check, check_weights, spread
+from steerfm.finetuning.base import Law, Method, Reusing, Tasks, Update, ask_for_a_gradient, check, check_weights, part, spread
+from steerfm.finetuning.by_first import by_first
 from steerfm.finetuning.lora import LoRA, LoRAOff
 from steerfm.flowmap import FlowMap
+from steerfm.processes import Group, active, tell, together
 from steerfm.randomness import derive, stream
 from steerfm.rewards import Reward
 from steerfm.sampling import Noise
+from steerfm.scores import counted_from
+from steerfm.spread import place, shared_out
 from steerfm.training import Trained
 from steerfm.training.data import endless
 from steerfm.training.module import share_frozen
@@ -102,6 +108,8 @@ class FineTuning(Trained):
         self.method, self.tasks, self.batch_size = method, tasks or Tasks(), batch_size
         self.control, self.scale, self.lora = control, scale, lora
         self.memory: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}
+        self.group: Group | None = None  # the processes that tune, once they are connected
         self.spent = Cost()
 
     @property
@@ -113,50 +121,62 @@ class FineTuning(Trained):
         return self.maps[0].with_network(self.ema.eval())
 
     def law(self) -> Law:
-        """How samples of what was learnt are drawn, with the averaged weights."""
-        return self.method.law(self.averaged(), self.reference)
+        """How samples of what was learnt are drawn, with the averaged weights; several processes share its calls."""
+        return self.method.law(shared_out(self.averaged()), shared_out(self.reference))
 
     def data(self) -> TaskData:
         """The batches that this module trains on."""
         return TaskData(self.tasks.n, self.batch_size, self.method.group, _reuse(self.method), self.seed)
 
     def on_train_start(self) -> None:
-        world = self.trainer.world_size
-        if self.batch_size % (world * self.method.group):
-            raise ValueError(
-                f"batch_size={self.batch_size} cannot be shared out over {world} processes in groups of {self.method.group}"
-            )
-        self.place(self.device)
-        if self.method.differentiates:
-            ask_for_a_gradient(self.tasks[torch.zeros(1, dtype=torch.long)].problem(self.reference, self.judged[0]))
-        if self.scale is None:
-            self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
+        check_shares(self.batch_size, self.method.group, self.trainer.world_size)
+        with self.together():
+            self.place(self.device)
+            if self.method.differentiates:
+                one = self.tasks[torch.zeros(1, dtype=torch.long)]
+                ask_for_a_gradient(one.problem(self.reference, by_first(self.judged[0])))
+            if self.scale is None:
+                self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, the processes that tune share the calls of maps made by `shared_out`."""
+        if self.group is None and self.trainer.world_size > 1:
+            self.group = active() or distributed.connected()
+        return together(self.group)
 
     def place(self, device: torch.device | str) -> None:
         """Move the frozen parts, which Lightning does not know of."""
-        for part in (*self.maps, *self.judged):
-            part.to(device)
+        for flow_map in self.maps:
+            flow_map.to(device)
+        place(self.judged[0], torch.device(device))
 
     def update(self, rows: Tensor) -> Update:
         """This process's share of an update."""
-        size = self.batch_size // self.trainer.world_size
-        mine = slice(self.global_rank * size, (self.global_rank + 1) * size)
+        mine = part(self.batch_size, self.group)
         step, tuned = self.global_step, self.maps[0]
         reuse = _reuse(self.method)
         drawn = step // reuse * reuse
+        reward = self.judged[0] if self.group is None else by_first(self.judged[0])
         assert self.scale is not None
         return Update(
-            step, self.steps, tuned, self.averaged(), self.reference, self.judged[0], self.tasks[rows[mine].cpu()],
+            step, self.steps, tuned, self.averaged(), self.reference, reward, self.tasks[rows[mine].cpu()],
             self.tasks, Noise([derive(self.seed, "training", drawn, row) for row in range(mine.start, mine.stop)]),
-            stream(self.seed, "update", step), self.control, self.scale, self.memory, self.seed,
+            stream(self.seed, "update", step), self.control, self.scale, self.memory, self.seed, self.own,
         )  # fmt: skip
 
     def training_step(self, rows: Tensor, batch_index: int) -> Tensor:
-        with Ledger() as ledger:
-            terms = self.method.loss(self.update(rows))
+        terms, error = {}, None
+        with Ledger() as ledger, self.together():
+            try:
+                with counted_from(part(self.batch_size, self.group).start):
+                    terms = self.method.loss(self.update(rows))
+            except Exception as raised:
+                error = raised
+            said = tell({name: value.detach().float().cpu() for name, value in terms.items()}, error)
         self._ledger = ledger  # its backward calls are still to come
-        for name, value in terms.items():
-            self.log(f"train/{name}", value.detach().float(), prog_bar=name in ("loss", "reward"))
+        for name in terms:  # those of the global batch
+            value = torch.stack([each[name] for each in said]).mean()
+            self.log(f"train/{name}", value, prog_bar=name in ("loss", "reward"))
         return terms["loss"]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -165,8 +185,9 @@ class FineTuning(Trained):
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
-        counts = self._ledger.cost.as_dict() | {"seconds": 0, "peak_bytes": 0}
-        total = Cost(**{name: int(count) * self.trainer.world_size for name, count in counts.items()})
+        with self.together():
+            said = tell(self._ledger.cost.counts())
+        total = Cost(**{name: sum(counts[name] for counts in said) for name in said[0]})
         cost = replace(total, seconds=time.perf_counter() - self._started, peak_bytes=self._ledger.cost.peak_bytes)
         self.spent = self.spent + cost  # here, since a callback that saves a checkpoint runs before later hooks
 
@@ -178,11 +199,29 @@ class FineTuning(Trained):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "spent": self.spent.as_dict()}
+        with self.together():
+            own = {name: torch.cat(tell(rows.cpu())) for name, rows in self.own.items()}
+        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "own": own, "spent": self.spent.as_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.scale, self.memory, self.spent = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
+        with self.together():
+            self.own = {name: rows[part(len(rows), self.group)] for name, rows in checkpoint["own"].items()}
+
+
+def check_shares(batch_size: int, group: int, processes: int) -> None:
+    """Refuse a global batch that cannot be shared out.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if batch_size % (processes * group):
+        groups = f" in groups of {group}" if group > 1 else ""
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared out over {processes} processes{groups}: take a multiple of "
+            f"{processes * group}"
+        )
 
 
 def _reuse(method: Method) -> int:

@@ -59,8 +59,9 @@ class Policy(metaclass=Named):
 
     def loss(self, update: Update) -> Terms:
         if update.step % self.reuse == 0:
-            update.memory |= self._rollout(update)
-        states, old, advantage = (update.memory[name].to(update.tuned.device) for name in ("states", "log_p", "advantage"))
+            self._rollout(update)
+        states, old, advantage = (update.own[name].to(update.tuned.device) for name in ("states", "log_p", "advantage"))
+        states, old = states.transpose(0, 1), old.t()
         cond, times = update.problem.cond, update.tuned.grid(self.steps)
         gain, divergence = states.new_zeros(()), states.new_zeros(())
         ratios: list[Tensor] = []
@@ -74,7 +75,7 @@ class Policy(metaclass=Named):
             moved = (step.mean - reference).square().flatten(1).sum(1)
             divergence = divergence + moved.mean() / (2 * step.std**2)
             ratios.append(ratio.detach())
-        off = (torch.stack(ratios) - 1).abs()
+        off = (update.all_rows(torch.stack(ratios, 1)) - 1).abs()
         return {
             "loss": -gain + update.control * divergence,
             "reward": update.memory["reward"].to(gain),
@@ -84,7 +85,7 @@ class Policy(metaclass=Named):
         }
 
     @torch.no_grad()
-    def _rollout(self, update: Update) -> dict[str, Tensor]:
+    def _rollout(self, update: Update) -> None:
         """States before each transition and after the last stochastic one, their log-probabilities, and advantages."""
         problem, times = update.problem, update.tuned.grid(self.steps)
         x = update.normal()
@@ -95,9 +96,10 @@ class Policy(metaclass=Named):
             if step.std:
                 log_p.append(step.log_prob(x))
                 states.append(x)
-        r = problem.score(x).total
-        advantage = advantages(r, self.group, self.within)
-        return {"states": torch.stack(states), "log_p": torch.stack(log_p), "advantage": advantage, "reward": r.mean()}
+        r = update.all_rows(problem.score(x).total)
+        advantage = advantages(r, self.group, self.within)[update.part(len(r))]
+        update.own |= {"states": torch.stack(states, 1), "log_p": torch.stack(log_p, 1), "advantage": advantage}
+        update.memory |= {"reward": r.mean()}
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return chain(self.steps, self.transition)(tuned)
@@ -171,10 +173,11 @@ class NFT:
         if update.step % self.reuse == 0:
             with torch.no_grad():
                 x1 = ode(update.averaged, self.ode)(update.noise, problem.cond)
-                r = problem.score(x1).total
+                r = update.all_rows(problem.score(x1).total)
             good = (advantages(r, self.group) / self.range).clamp(-1, 1) / 2 + 0.5
-            memory |= {"x1": x1, "good": good, "reward": r.mean()}
-        x1, good = (memory[name].to(update.tuned.device) for name in ("x1", "good"))
+            update.own |= {"x1": x1, "good": good[update.part(len(r))]}
+            memory |= {"reward": r.mean()}
+        x1, good = (update.own[name].to(update.tuned.device) for name in ("x1", "good"))
         t, x0 = self.draws(update)
         t_ = expand_time(t, x1)
         x, v = path.interpolate(x0, x1, t_), path.conditional_velocity(x0, x1, t_)

@@ -17,11 +17,12 @@ from steerfm.capabilities import can
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, draw
 from steerfm.flowmap import FlowMap
-from steerfm.randomness import derive, stream
+from steerfm.randomness import derive
 from steerfm.registry import Named, objects
-from steerfm.rows import Condition, move_condition, take_rows
+from steerfm.rows import Condition, map_condition, move_condition, take_rows
+from steerfm.spread import shared_out
 from steerfm.steering.weights import effective_sample_size, largest, normalise
-from steerfm.training.objectives import FlowMatching, Trajectory, Triangle, mean_square
+from steerfm.training.objectives import ALL, FlowMatching, Trajectory, Triangle, mean_square
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,23 @@ class Refit:
             raise ValueError(f"trajectory={self.trajectory}: a share in [0, 1]")
 
     def loss(self, update: Update, x1: Tensor, cond: Condition, teacher: FlowMap | None = None) -> Terms:
-        """x1 (b, *shape) in model space."""
-        jumps = round(self.trajectory * len(x1)) if can(update.tuned, "two_time") else 0
-        generator = stream(update.noise.seeds[0], "fit")  # of this process
+        """x1 (B, *shape) in model space and conditions, of the global batch: each process fits some rows of both kinds."""
+        n, generator = len(x1), update.common("fit")
+        jumps = round(self.trajectory * n) if can(update.tuned, "two_time") else 0
+        trajectory = Trajectory(Triangle(terminal=0.3, full=0.2), steps=self.ode, teacher=teacher)
+        velocity = Anchored(update.reference, self.anchor) if self.anchor else FlowMatching()
         terms: Terms = {}
-        total = x1.new_zeros(())
-        if jumps:
-            objective = Trajectory(Triangle(terminal=0.3, full=0.2), steps=self.ode, teacher=teacher)
-            losses = objective(update.tuned, x1[:jumps], take_rows(cond, slice(jumps)), generator)
-            terms["jumps"], total = losses.mean(), total + losses.sum() / len(x1)
-        if jumps < len(x1):
-            objective = Anchored(update.reference, self.anchor) if self.anchor else FlowMatching()
-            losses = objective(update.tuned, x1[jumps:], take_rows(cond, slice(jumps, None)), generator)
-            terms["velocity"], total = losses.mean(), total + losses.sum() / len(x1)
-        count("forwards", len(x1))  # of the fits, which ask the network and not the map
-        count_backward("backwards", len(x1), total)
+        total, calls = x1.new_zeros(()), 0
+        for name, objective, of in (("jumps", trajectory, slice(0, jumps)), ("velocity", velocity, slice(jumps, n))):
+            if not (many := of.stop - of.start):
+                continue
+            rows, weight = update.part(many), update.processes
+            if rows.start == rows.stop:  # every process makes every call
+                rows, weight = slice(0, 1), 0
+            losses = weight * objective(update.tuned, x1[of], take_rows(cond, of), generator, rows).sum()
+            terms[name], total, calls = losses / many, total + losses / n, calls + rows.stop - rows.start
+        count("forwards", calls)  # of the fits, which ask the network and not the map
+        count_backward("backwards", calls, total)
         return {"loss": total, **terms}
 
 
@@ -69,8 +72,9 @@ class Anchored:
     reference: FlowMap
     alpha: float
 
-    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
-        x, t, target = FlowMatching().regression(flow_map, x1, cond, generator)
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator, rows: slice = ALL) -> Tensor:
+        x, t, target = (value[rows] for value in FlowMatching().regression(flow_map, x1, cond, generator))
+        cond = take_rows(cond, rows)
         u = flow_map.average_velocity(x, t, t, cond)
         with torch.no_grad():
             reference = self.reference.velocity(x, t, cond)
@@ -126,9 +130,9 @@ class Weighted(metaclass=Named):
             self._sample(update, number)
         log_w = update.memory["log_w"]
         tasks, k = log_w.shape
-        own = stream(update.noise.seeds[0], "choice")
-        which = torch.randint(tasks, (len(update.noise.seeds),), generator=own)
-        rows = torch.multinomial(log_w.exp()[which], 1, generator=own).squeeze(1)
+        choice = update.common("choice")
+        which = torch.randint(tasks, (update.size,), generator=choice)
+        rows = torch.multinomial(log_w.exp()[which], 1, generator=choice).squeeze(1)
         terms = self.refit.loss(update, *_rows(update, which, which * k + rows))
         return terms | {name: update.memory[name].to(update.tuned.device) for name in ("reward", "strength", "ess")}
 
@@ -136,9 +140,10 @@ class Weighted(metaclass=Named):
         """A round's samples and their weights."""
         tasks, memory = update.all_tasks, update.memory
         k = max(2, self.samples // tasks.n)
-        x1 = _pool(update, self.law(update.averaged, update.reference), number, k)
-        with torch.no_grad():
-            r = tasks.repeat(k).score(update.tuned, update.reward, x1).double().cpu().view(tasks.n, k)
+        averaged, reference = shared_out(update.averaged), shared_out(update.reference)
+        x1 = _pool(update, self.law(averaged, reference), number, k)
+        with torch.no_grad(), update.as_one():
+            r = tasks.repeat(k).score(averaged, update.reward, x1).double().cpu().view(tasks.n, k)
         done = 0.0 if self.online or not number else float(memory["strength"])
         wanted = update.strength * (1 if self.online else (number + 1) / self.rounds) - done
         step = largest_step(r, wanted, self.ess)
@@ -190,21 +195,22 @@ class Distil:
 
     def loss(self, update: Update) -> Terms:
         if self.teacher is not None:
-            blank = torch.empty(len(update.noise.seeds), *update.tuned.shape, device=update.tuned.device)
-            return Refit(1.0, ode=16).loss(update, blank, update.problem.cond, self.teacher)
+            blank = torch.empty(update.size, *update.tuned.shape, device=update.tuned.device)
+            return Refit(1.0, ode=16).loss(update, blank, map_condition(update.all_rows, update.problem.cond), self.teacher)
         tasks, memory, number = update.all_tasks, update.memory, update.step * self.pools // update.steps
         k = max(1, self.samples // tasks.n)
         if int(memory.get("round", torch.tensor(-1))) != number:
             memory |= {"round": torch.tensor(number), "pool": _pool(update, self.source, number, k).cpu()}
-        own = stream(update.noise.seeds[0], "choice")
-        which, rows = (torch.randint(m, (len(update.noise.seeds),), generator=own) for m in (tasks.n, k))
+        choice = update.common("choice")
+        which, rows = (torch.randint(m, (update.size,), generator=choice) for m in (tasks.n, k))
         return self.refit.loss(update, *_rows(update, which, which * k + rows))
 
 
 def _pool(update: Update, law: Law, number: int, k: int) -> Tensor:
-    """Samples (n * k, *shape) of a round, ``k`` for each of the n tasks: the same in every process, from noise of their own."""
-    tasks = update.all_tasks
-    return draw(law, tasks, update.reference, [derive(update.seed, "pool", number, i) for i in range(tasks.n)], k)
+    """Samples (n * k, *shape) of a round, ``k`` for each of the n tasks, from noise of their own: all processes draw them."""
+    tasks, seeds = update.all_tasks, [derive(update.seed, "pool", number, i) for i in range(update.all_tasks.n)]
+    with update.as_one():
+        return draw(law, tasks, update.reference, seeds, k)
 
 
 def _rows(update: Update, which: Tensor, rows: Tensor) -> tuple[Tensor, Condition]:

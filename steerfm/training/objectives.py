@@ -24,6 +24,7 @@ from steerfm.rows import Condition, expand_rows, is_null, join_conditions, take_
 Times = Callable[[int, torch.Generator], Tensor]
 TimePairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 Objective = Callable[[FlowMap, Tensor, Condition, torch.Generator], Tensor]
+ALL = slice(None)
 
 
 # --- time sampling ---------------------------------------------------------------------------------------------------
@@ -86,9 +87,10 @@ class FlowMatching:
         if self.guidance != 1 and self.null is None:
             raise ValueError(f"guidance={self.guidance} needs a null condition: the velocity without a class")
 
-    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
-        x, t, target = self.regression(flow_map, x1, cond, generator)
-        return mean_square(flow_map.average_velocity(x, t, t, cond) - target)
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator, rows: slice = ALL) -> Tensor:
+        """Losses of the given rows: draws are those of all."""
+        x, t, target = (value[rows] for value in self.regression(flow_map, x1, cond, generator))
+        return mean_square(flow_map.average_velocity(x, t, t, take_rows(cond, rows)) - target)
 
     def regression(
         self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator
@@ -250,32 +252,36 @@ class Trajectory:
         if self.uses < 1 or self.keep < 0:
             raise ValueError(f"uses={self.uses}, keep={self.keep}: a trajectory is used once or more, and 0 or more are kept")
 
-    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator, rows: slice = ALL) -> Tensor:
+        """Losses of the given rows, for which as many trajectories as they need are followed: draws are those of all."""
         b, n = len(x1), self.steps
-        paths, of = self._paths(flow_map, x1, cond, generator)
-        u, v, which, diagonal = torch.rand(4, b, generator=generator)
+        paths, of = self._paths(flow_map, x1, cond, generator, rows)
+        u, v, which, diagonal = torch.rand(4, b, generator=generator)[:, rows]
         last = torch.where(which < self.pairs.terminal + self.pairs.full, n, 1 + (u * n).long().clamp_max(n - 1))
         first = torch.where(which < self.pairs.full, 0, (v * last).long().minimum(last - 1))
         last = torch.where((last < n) & (diagonal < self.diagonal), first, last)
         of, first, last = of.to(x1.device), first.to(x1.device), last.to(x1.device)
         s, t, x_s, x_t = paths.times[first, of], paths.times[last, of], paths.states[first, of], paths.states[last, of]
-        gap = expand_time(t - s, x1)
+        gap = expand_time(t - s, x_s)
         velocity = paths.velocities[first, of]
         target = torch.where(gap > 0, (x_t - x_s) / gap.where(gap > 0, 1.0), velocity)
         return mean_square(flow_map.average_velocity(x_s, s, t, take_rows(paths.cond, of)) - target)
 
-    def _paths(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> tuple[Paths, Tensor]:
-        """Trajectories, and which of them each row of the batch takes its pair from."""
+    def _paths(
+        self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator, rows: slice
+    ) -> tuple[Paths, Tensor]:
+        """Trajectories, and which of them each of the rows takes its pair from."""
         b, pool, teacher = len(x1), self.pool, self.teacher or flow_map
         if not self.keep:
-            rows = torch.arange(0, b, self.uses, device=x1.device)
-            start = _noise(x1, generator)[rows]
-            return self._integrate(teacher, start, take_rows(cond, rows), generator), torch.arange(b) // self.uses
+            of = torch.arange(b)[rows] // self.uses
+            first = torch.arange(int(of[0]), int(of[-1]) + 1, device=x1.device) * self.uses
+            start = _noise(x1, generator)[first]
+            return self._integrate(teacher, start, take_rows(cond, first), generator), of - of[0]
         if pool.paths is None or pool.calls % self.uses == 0:
             new = self._integrate(teacher, _noise(x1, generator), cond, generator)
             pool.paths = new if pool.paths is None else pool.paths.join(new, self.keep)
         pool.calls += 1
-        return pool.paths, torch.randint(pool.paths.times.shape[1], (b,), generator=generator)
+        return pool.paths, torch.randint(pool.paths.times.shape[1], (b,), generator=generator)[rows]
 
     def _integrate(self, teacher: FlowMap, x: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
         """From noise ``x``, at times that are jittered."""

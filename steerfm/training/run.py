@@ -9,8 +9,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
+from steerfm.processes import of_first
 from steerfm.signals import Stopped, held
 from steerfm.training.checkpoints import Checkpoints, WholeCheckpoints, newest_checkpoint, save_checkpoint
+from steerfm.training.connection import connection
 from steerfm.training.log import Lines, loggers
 from steerfm.training.module import Trained
 
@@ -47,6 +49,7 @@ def fit(
     *,
     accelerator: str = "auto",
     devices: str = "auto",
+    num_nodes: int = 1,
     strategy: str = "auto",
     precision: Any = "32-true",
     clip: float = 1.0,
@@ -66,7 +69,8 @@ def fit(
         module: what is trained.
         data: batches for it.
         folder: of the run.
-        accelerator, devices, strategy, precision: the Trainer's own.
+        accelerator, devices, num_nodes, strategy, precision: the Trainer's own. In processes that are connected already
+            (`steerfm.distributed.launch`) all of them train.
         clip: largest norm of a gradient.
         log_every: steps from one line of the log to the next.
         validate_every: steps; 0 is never.
@@ -85,10 +89,11 @@ def fit(
     kept = folder / "checkpoints"
     with held() as pending, loggers(logger, folder, settings or {}) as places:
         shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
+        where = connection(devices, num_nodes, strategy)
+        where["plugins"].append(WholeCheckpoints())
         trainer = L.Trainer(
+            **where,
             accelerator=accelerator,
-            devices=int(devices) if devices.isdigit() else devices,
-            strategy=strategy,
             precision=precision,
             max_steps=module.steps,
             max_epochs=-1,
@@ -98,13 +103,12 @@ def fit(
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             logger=places,
-            plugins=[WholeCheckpoints()],
             callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
             enable_checkpointing=False,
             enable_progress_bar=progress,
             enable_model_summary=False,
         )
-        newest = newest_checkpoint(kept)
+        newest = of_first(lambda: newest_checkpoint(kept))
         trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
         save_checkpoint(trainer, kept)
         if pending.number:  # it came in the last update

@@ -90,28 +90,30 @@ def test_its_gradient_is_the_score_function_estimate(random_map):
     method = Policy(steps=2, group=4)
     up = update(flow_map, flow_map, b=8, control=0.0)
     loss = method.loss(up)["loss"]
-    x0, x1 = up.memory["states"]
+    x0, x1 = up.own["states"].unbind(1)
     step = method.transition.step(flow_map, x0, 0.0, 0.5, None)
-    expected = -(up.memory["advantage"] * step.log_prob(x1)).mean()
+    expected = -(up.own["advantage"] * step.log_prob(x1)).mean()
     for found, by_hand in zip(
         *(torch.autograd.grad(v, list(flow_map.parameters()), retain_graph=True) for v in (loss, expected))
     ):
         assert torch.allclose(found, by_hand, atol=1e-6)
-    groups = up.memory["advantage"].view(2, 4)
+    groups = up.own["advantage"].view(2, 4)
     assert torch.allclose(groups.mean(1), torch.zeros(2), atol=1e-6) and torch.allclose(groups.std(1), torch.ones(2), atol=1e-3)
 
 
 def test_samples_are_reused_and_far_ratios_clipped(random_map, randomise):
-    flow_map, memory = random_map(dim=2), {}
+    flow_map = random_map(dim=2)
     method = Policy(group=8, reuse=2)
-    method.loss(update(flow_map, flow_map, memory=memory))
-    states = memory["states"].clone()
+    method.loss(first := update(flow_map, flow_map))
+    states = first.own["states"].clone()
     other = random_map(dim=2)
     with torch.no_grad():
         for p in other.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype))
-    terms = method.loss(update(other, flow_map, memory=memory, step=1))
-    assert torch.equal(memory["states"], states)
+    second = update(other, flow_map, memory=first.memory, step=1)
+    second.own = first.own
+    terms = method.loss(second)
+    assert torch.equal(second.own["states"], states)
     assert terms["clipped"].item() > 0.1 and terms["control_cost"].item() > 0
 
 
@@ -130,7 +132,8 @@ def test_nft_is_flow_matching_where_all_is_good_and_rests_where_all_is_the_same(
     up = update(flow_map, old, control=0.0, step=1)
     up.averaged = old
     x1 = torch.randn(64, 2, dtype=torch.float64)
-    up.memory |= {"x1": x1, "good": torch.full((64,), good, dtype=torch.float64), "reward": torch.tensor(0.0)}
+    up.own |= {"x1": x1, "good": torch.full((64,), good, dtype=torch.float64)}
+    up.memory |= {"reward": torch.tensor(0.0)}
     loss = NFT().loss(up)["loss"]
     slopes = torch.autograd.grad(loss, list(flow_map.parameters()), allow_unused=True)
     if good == 0.5:

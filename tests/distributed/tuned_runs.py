@@ -1,0 +1,165 @@
+"""Tunings that one process does and that several do, for the tests beside this file: functions that processes can import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+import steerfm
+from steerfm import NeuralFlowMap, processes
+from steerfm.finetuning import METHODS, Distil, FineTuning, LoRA, Refit, Tasks, chain
+from steerfm.finetuning.evaluation import Monitor, Panel
+from steerfm.networks import Mlp
+from steerfm.randomness import global_stream
+from steerfm.rewards import Reward, as_reward
+from steerfm.training import fit, history
+
+STEPS = 4
+QUICK: dict[str, Any] = {"accelerator": "cpu", "log_every": 1, "validate_every": 0, "save_every": 1, "progress": False}
+SMALL: dict[str, Mapping[str, Any]] = {
+    "direct": {},
+    "draft_lv": {},
+    "alignprop": {},
+    "weighted": {"rounds": 2, "samples": 64},
+    "orw_cfm": {"rounds": 2, "samples": 64},
+    "policy": {"group": 2, "reuse": 3},
+    "ddpo": {"group": 2, "steps": 3},
+    "nft": {"group": 2, "reuse": 3, "ode": 2},
+    "adjoint": {"steps": 4},
+    "noise": {},
+}
+AGAIN = ("direct", "weighted", "policy", "nft", "distil")
+"""Runs that stop in the middle and go on with another number of processes: with and without samples to keep."""
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(L.Callback):
+    """Ends a run in its third update, whose start is in a checkpoint."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3:
+            raise KilledError
+
+
+def linear(x: Tensor) -> Tensor:
+    return x[:, 0] - 0.5 * x[:, 1]
+
+
+class Among(Reward):
+    """Compares pictures: how far each is from the mean of its group; notes how many it saw."""
+
+    groupwise = True
+
+    def __init__(self, one_process: bool = False) -> None:
+        super().__init__()
+        self.one_process, self.groupwise, self.seen = one_process, not one_process, []
+
+    def score(self, images: Tensor, prompts: Any = None, labels: Any = None, groups: Any = None) -> Tensor:
+        self.seen.append(len(images))
+        if groups is None:
+            return linear(images)
+        means = torch.stack([images[groups == group].mean(0) for group in groups])
+        return (images - means).square().sum(1)
+
+
+def classes() -> NeuralFlowMap:
+    with global_stream(0, "classes"):
+        network = Mlp(2, width=16, depth=2, classes=3)
+        torch.nn.init.normal_(network.outputs.weight, std=0.3)
+    return NeuralFlowMap(network, (2,), class_names=("a", "b", "c")).eval().requires_grad_(False)
+
+
+def tuning(name: str) -> FineTuning:
+    """A tuning of a small map, by a method or of a kind that is called so."""
+    flow_map = classes()
+    tasks = Tasks.of(flow_map.condition(["a", "b", "c"], 3))
+    options: dict[str, Any] = {"lr": 1e-2, "batch_size": 8, "steps": STEPS, "warmup": 1, "ema": 0.9}
+    reward: Reward = as_reward(linear)
+    if name == "groupwise":
+        reward = 1.0 * Among() + 0.5 * reward
+    if name == "one process":
+        reward = Among(one_process=True)
+    if name == "lora":
+        options["lora"] = LoRA(rank=2)
+    if name == "distil":
+        method: Any = Distil(chain(4)(flow_map), samples=32, refit=Refit(0.3))
+    elif name == "followed":
+        method = Distil(chain(4)(flow_map), teacher=flow_map)
+    else:
+        method = METHODS[name](**SMALL[name]) if name in SMALL else METHODS["direct"]()
+    return FineTuning(flow_map, reward, method, tasks, **options)
+
+
+ALL = (*SMALL, "distil", "followed", "groupwise", "one process", "lora")
+
+
+def outcome(name: str, folder: Path, strategy: str = "auto", kill: bool = False) -> dict[str, Any]:
+    """What a tuning logged, where its weights came to, its cost and its judgements; ``kill`` leaves it in its third update."""
+    module = tuning(name)
+    callbacks: list[L.Callback] = [Kill()] if kill else []
+    if name == "direct":
+        tasks = module.tasks[torch.arange(40) % 3]
+        panel = Panel(module.reference, as_reward(linear), None, tasks, tasks, lambda x: x)
+        callbacks.insert(0, Monitor(panel, panel.measure(chain()(module.reference)), folder, every=2, patience=0))
+    try:
+        fit(module, module.data(), folder, strategy=strategy, callbacks=callbacks, **QUICK)
+    except KilledError:
+        return {}
+    weights = torch.cat([value.flatten() for value in module.learnt().values()])
+    logged = {key: values for key, (_, values) in history(folder).items() if "seconds" not in key}
+    seen = module.judged[0].seen if isinstance(module.judged[0], Among) else []
+    group = processes.active()
+    return {
+        "logged": logged, "weights": weights, "scale": module.scale, "memory": sorted(module.memory),
+        "seen": group.exchange(seen) if group else [seen],
+    }  # fmt: skip
+
+
+def everything(folder: Path, strategy: str = "auto") -> dict[str, Any]:
+    """Every tuning; those that another number of processes began; and beginnings, for others to go on from."""
+    group = processes.active()
+    many = 1 if group is None else group.size
+    out: dict[str, Any] = {name: outcome(name, folder / f"{many}-{name}", strategy) for name in ALL}
+    for name in AGAIN:
+        outcome(name, folder / f"begun-{many}-{name}", strategy, kill=True)
+    return out
+
+
+def gone_on(folder: Path, strategy: str = "auto") -> dict[str, Any]:
+    """Tunings that another number of processes began."""
+    many = 1 if processes.active() is None else 2
+    return {name: outcome(name, folder / f"begun-{3 - many}-{name}", strategy) for name in AGAIN}
+
+
+def together(folder: Path, strategy: str = "auto") -> dict[str, dict[str, Any]]:
+    """What several processes do: all of it, and the rest of what one process began."""
+    return {"whole": everything(folder, strategy), "again": gone_on(folder, strategy), "refused": refused(folder)}
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What is said where it cannot be done, or breaks in one of the processes."""
+    out = {}
+    module = tuning("policy")
+    module.batch_size = 6
+    broken = tuning("policy")
+    broken.judged = (as_reward(_broken),)
+    for name, one in {"rows": module, "row": broken}.items():
+        try:
+            fit(one, one.data(), folder / f"refused {name}", **QUICK)
+        except Exception as error:
+            out[name] = f"{type(error).__name__}: {error}"
+    return out
+
+
+def _broken(x: Tensor) -> Tensor:
+    """NaN for the row that only the second process has."""
+    rank = steerfm.distributed.rank()
+    return linear(x).masked_fill(torch.arange(len(x)) == (2 if rank == 1 and len(x) == 4 else -1), float("nan"))
