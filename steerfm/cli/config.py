@@ -155,16 +155,16 @@ SEEDS = "seed of the first output, the next have seeds + 1, seeds + 2, ...; or o
 PRECISION = "precision of network and reward"
 
 
+DEVICES_HERE = "processes here, a device each: how many, or which GPUs; auto for as many as torchrun or srun started, else 1"
+NODES = "machines; null for as many as torchrun or srun started, else 1"
+
+
 @dataclass
 class SpreadConfig:
     """Processes that share a run; its samples do not depend on them (docs/scaling.md)."""
 
-    devices: str = option(
-        "auto",
-        "processes here, a device each: how many, or which GPUs; auto for as many as torchrun or srun started, else 1",
-        form=DEVICES,
-    )
-    num_nodes: int | None = ranged(None, "machines; null for as many as torchrun or srun started, else 1", least=1)
+    devices: str = option("auto", DEVICES_HERE, form=DEVICES)
+    num_nodes: int | None = ranged(None, NODES, least=1)
 
 
 MICRO = "rows of a call of the network, the decoder and the reward; null for what the model takes: memory grows with it"
@@ -260,8 +260,10 @@ class TuneOptimizerConfig(OptimizerConfig):
 
 @dataclass
 class TuneTrainerConfig(LightningConfig):
-    """Lightning's own keys, and how often to log and to save."""
+    """Lightning's own keys, and how often to log and to save; a run does not depend on how many share it."""
 
+    devices: str = option("auto", DEVICES_HERE, form=DEVICES)
+    num_nodes: int | None = ranged(None, NODES, least=1)
     log_every: int = count(5, "step", "steps between lines of the log")
     save_every: int = count(20, "step", "steps between checkpoints, from which a killed run goes on")
 

@@ -21,10 +21,13 @@ from steerfm.cli.loading import plain, sequence
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_logger, check_needs, fitting, schedule
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
+from steerfm.cli.spread import on_processes
 from steerfm.cost import Cost
+from steerfm.distributed import outside, size
 from steerfm.finetuning import METHOD, Distil, FineTuning, HyperNoise, LoRA, Refit, Tasks, chain, check
 from steerfm.finetuning.base import check_weights
 from steerfm.finetuning.evaluation import Monitor, Panel, Reading, control_cost
+from steerfm.finetuning.module import check_shares
 from steerfm.flowmap import FlowMap
 from steerfm.held_out import IN_WORDS
 from steerfm.metrics import semigroup_error
@@ -32,6 +35,7 @@ from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.models.diffusers import pipeline_map, save_lora
 from steerfm.models.lora import factors, merged
 from steerfm.models.moved_noise import KEY, MovedNoise
+from steerfm.processes import alone, first, of_first
 from steerfm.randomness import derive
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -39,6 +43,7 @@ from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import curves_plot, frontier_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
+from steerfm.spread import shared_out
 from steerfm.values import ConfigError
 
 JUMPS = (1, 2, 4, 8)
@@ -49,8 +54,13 @@ PER_PROMPT = 8
 
 
 def finetune(config: FinetuneConfig, command: str = "") -> None:
-    """Fine-tune a flow map towards a reward; the same command continues a killed run."""
+    """Fine-tune a flow map towards a reward; the same command continues a killed run, on any number of processes."""
     check_logger(config.trainer.logger)
+    on_processes(work, config, command)
+
+
+def work(config: FinetuneConfig, command: str) -> None:
+    """What one of the processes does: all tune and judge, and the first writes."""
     base = zoo.load(config.model)
     try:
         check_weights(base)
@@ -68,19 +78,21 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     tasks = make_tasks(base, config.label, config.prompt)
     check_needs((reward, judge), tasks.labels, tasks.prompts)
     check(method, reward, config.control, base)
+    for rows, group in ((config.batch_size, method.group), *([(config.distil.batch_size, 1)] if config.distil.steps else [])):
+        check_shares(rows, group, size())
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
         lora.targets(base.body)
     default = f"runs/finetune/{stem(config.model)}-{slug(config.method)}-{slug(config.reward)}"
-    folder = run_folder(config, default)
-    if folder.load_result() is not None:
-        drop_checkpoints(folder)
+    folder = of_first(lambda: run_folder(config, default))
+    if of_first(folder.load_result) is not None:
+        of_first(lambda: drop_checkpoints(folder))
         console.print(FINISHED.format(folder.path), markup=False)
         return
     if held.gap:
         console.print(held.gap, markup=False)
     panel = build_panel(base, reward, judge, config, config.watch.n)
-    before = panel.measure(chain()(base))
+    before = panel.measure(chain()(shared_out(base)))
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
     module = FineTuning(base, reward, method, **options, **schedule(config.optimizer))
     modules, monitors = (
@@ -92,8 +104,10 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
     if config.distil.steps and apart and not method.law_is_map:
         modules["distil"] = distilled(module, lora, reward, config)
         monitors["distil"] = run(modules["distil"], panel, before, folder.path / "distil", config, patience=0)
-    if module.trainer.is_global_zero:
-        finish(config, command, folder, examine(config, panel, before, modules, monitors))
+    outcome = examine(config, panel, before, modules, monitors)
+    if first():
+        with alone():
+            finish(config, command, folder, outcome)
 
 
 def usual(base: FlowMap) -> dict[str, Any]:
@@ -110,9 +124,10 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
     monitor = Monitor(panel, base, folder, every, w.floor, patience)
     try:
         training.fit(
-            module, module.data(), folder, accelerator=t.accelerator, devices=t.devices, strategy=t.strategy,
-            precision=t.precision, clip=config.optimizer.clip, log_every=t.log_every, validate_every=0,
-            save_every=t.save_every, progress=console.is_terminal, callbacks=[monitor], logger=t.logger, settings=plain(config),
+            module, module.data(), folder, accelerator=t.accelerator, devices="1" if t.devices == "auto" else t.devices,
+            num_nodes=t.num_nodes or (outside() or (1, 1))[1], strategy=t.strategy, precision=t.precision,
+            clip=config.optimizer.clip, log_every=t.log_every, validate_every=0, save_every=t.save_every,
+            progress=console.is_terminal, callbacks=[monitor], logger=t.logger, settings=plain(config),
         )  # fmt: skip
     except RewardError as error:
         kept = folder / "checkpoints" / "last.ckpt"
@@ -181,7 +196,7 @@ def examine(
     if config.watch.report:
         fresh = build_panel(base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
-        before = panel.measure(chain()(base))
+        before = panel.measure(chain()(shared_out(base)))
     averaged = last.averaged()
     plain_weights = last.lora is None or pipeline_map(base) is not None  # adapters of a pipeline stay what they are
     tuned = averaged if plain_weights else averaged.with_network(merged(averaged.body))
@@ -189,19 +204,20 @@ def examine(
         tuned = module.method.whole(tuned, base, config.model)
     tuned.body.requires_grad_(False)
     own, flow, jumpy = base.steps, can(base, "two_time"), can(tuned, "two_time")
+    frozen, learnt = shared_out(base), shared_out(tuned)
     readings = {
-        f"base, {in_steps(base, jumps)}": panel.measure(chain(jumps)(base)) for jumps in ((1,) if flow and own > 1 else ())
+        f"base, {in_steps(base, jumps)}": panel.measure(chain(jumps)(frozen)) for jumps in ((1,) if flow and own > 1 else ())
     }
     readings[f"base, {in_steps(base, own)}"] = before
     for jumps in sorted({1, own} if flow else {own}):
-        readings[f"base, {in_steps(base, jumps)}, best of 16"] = panel.measure(chain(jumps)(base), 16)
+        readings[f"base, {in_steps(base, jumps)}, best of 16"] = panel.measure(chain(jumps)(frozen), 16)
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
     counts = sorted({*JUMPS, own}) if jumpy else [tuned.steps]
-    readings |= {f"tuned, {in_steps(tuned, jumps)}": panel.measure(chain(jumps)(tuned)) for jumps in counts}
-    tasks, pair = panel.tasks, (("base", base), ("tuned", tuned)) if jumpy else ()
+    readings |= {f"tuned, {in_steps(tuned, jumps)}": panel.measure(chain(jumps)(learnt)) for jumps in counts}
+    tasks, pair = panel.tasks, (("base", frozen), ("tuned", learnt)) if jumpy else ()
     consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}
-    moved = control_cost(tuned, base, tasks)
+    moved = control_cost(learnt, frozen, tasks)
     return Outcome(base, tuned, modules, monitors, panel, readings, before, consistency, moved)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-from steerfm.cli.config import NAMED, FinetuneConfig, SpreadConfig, TrainConfig
+from steerfm.cli.config import NAMED, FinetuneConfig, SpreadConfig, TrainConfig, TuneTrainerConfig
 from steerfm.shipped import folder
 from steerfm.trust import nearest
 from steerfm.values import (
@@ -101,8 +101,12 @@ def kept(config: Any) -> str:
     """The configuration as a run folder keeps it, as yaml: to load it again deletes nothing, and who shares the work is no part
     of it."""
     values = asdict(replace(config, force=False))
-    if isinstance(getattr(config, "trainer", None), SpreadConfig):
+    trainer = getattr(config, "trainer", None)
+    if isinstance(trainer, SpreadConfig):
         del values["trainer"]
+    if isinstance(trainer, TuneTrainerConfig):
+        usual = asdict(TuneTrainerConfig())
+        values["trainer"] |= {name: usual[name] for name in ("devices", "num_nodes", "strategy")}
     return write_yaml(values)
 
 

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from steerfm.cli.config import SampleConfig, SteerConfig
+from steerfm.cli.config import FinetuneConfig, SampleConfig, SteerConfig
 from steerfm.cli.console import console
 from steerfm.processes import first
 from steerfm.values import ConfigError
 
-Config = TypeVar("Config", SteerConfig, SampleConfig)
+Config = TypeVar("Config", SteerConfig, SampleConfig, FinetuneConfig)
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
 """What torchrun and srun tell the processes that they start."""
 
@@ -34,25 +34,30 @@ def on_processes(command: Callable[[Config, str], None], config: Config, line: s
         return
     from steerfm.distributed import check, launch
 
-    kind = config.device.partition(":")[0]
-    if kind not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={config.device}: several processes need cpu or cuda; leave trainer.devices out")
-    if ":" in config.device:
-        raise ConfigError(f"device={config.device} is one GPU: trainer.devices=0,1 says which, and device=cuda")
+    key, device = (
+        ("device", config.device)
+        if not isinstance(config, FinetuneConfig)
+        else ("trainer.accelerator", config.trainer.accelerator)
+    )
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda", "gpu"):
+        raise ConfigError(f"{key}={device}: several processes need cpu or cuda; leave trainer.devices out")
+    if ":" in device:
+        raise ConfigError(f"{key}={device} is one GPU: trainer.devices=0,1 says which, and {key}=cuda")
     where: dict[str, Any] = {"devices": asked.devices, "num_nodes": asked.num_nodes, "accelerator": kind}
     try:
         check(**where)
     except ValueError as error:
-        raise ConfigError(_in_keys(str(error))) from error
+        raise ConfigError(_in_keys(str(error), key)) from error
     try:
         launch(_on_process, command, config, line, **where)
     except ChildProcessError as error:
         raise ChildProcessError(f"{error}; the same command continues where it was") from error
 
 
-def _in_keys(text: str) -> str:
-    """An error of a launch in the words of the command line."""
-    return re.sub(r"(?<![\w.])(devices|num_nodes)=", r"trainer.\1=", text).replace("accelerator=", "device=")
+def _in_keys(text: str, key: str) -> str:
+    """An error of a launch in the words of the command line; ``key`` says on what."""
+    return re.sub(r"(?<![\w.])(devices|num_nodes)=", r"trainer.\1=", text).replace("accelerator=", f"{key}=")
 
 
 def _on_process(command: Callable[[Config, str], None], config: Config, line: str) -> None:

@@ -42,8 +42,7 @@ class TaskData(L.LightningDataModule):
 
     def __init__(self, n: int, batch_size: int, group: int = 1, reuse: int = 1, seed: int = 0) -> None:
         super().__init__()
-        if batch_size < 1 or batch_size % group:
-            raise ValueError(f"batch_size={batch_size} must be a positive multiple of the group of {group}")
+        check_shares(batch_size, group, 1)
         self.n, self.batch_size, self.group, self.reuse, self.seed = n, batch_size, group, reuse, seed
 
     def train_dataloader(self) -> DataLoader:
@@ -216,6 +215,8 @@ def check_shares(batch_size: int, group: int, processes: int) -> None:
     Raises:
         ValueError: naming it.
     """
+    if processes == 1 and (batch_size < 1 or batch_size % group):
+        raise ValueError(f"batch_size={batch_size} must be a positive multiple of the group of {group}")
     if batch_size % (processes * group):
         groups = f" in groups of {group}" if group > 1 else ""
         raise ValueError(

@@ -56,17 +56,17 @@ class Connected(ClusterEnvironment):
         return self.group.rank // self.here
 
 
-def connection(devices: str, num_nodes: int, strategy: str) -> dict[str, Any]:
+def connection(devices: str, num_nodes: int, strategy: str, *plugins: Any) -> dict[str, Any]:
     """The arguments of a Trainer that say which processes there are: those of the group, or what the Trainer makes of them."""
     group = active()
     chosen: Any = [int(part) for part in devices.split(",")] if "," in devices else devices
     chosen = int(devices) if devices.isdigit() else chosen
     if group is None:
-        return {"devices": chosen, "num_nodes": num_nodes, "strategy": strategy, "plugins": []}
+        return {"devices": chosen, "num_nodes": num_nodes, "strategy": strategy, "plugins": list(plugins)}
     here = group.size // num_nodes
     return {
         "devices": chosen if isinstance(chosen, list) else here,
         "num_nodes": num_nodes,
         "strategy": "ddp" if strategy == "auto" else strategy,
-        "plugins": [Connected(group, here)],
+        "plugins": [Connected(group, here), *plugins],
     }

@@ -89,10 +89,8 @@ def fit(
     kept = folder / "checkpoints"
     with held() as pending, loggers(logger, folder, settings or {}) as places:
         shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
-        where = connection(devices, num_nodes, strategy)
-        where["plugins"].append(WholeCheckpoints())
         trainer = L.Trainer(
-            **where,
+            **connection(devices, num_nodes, strategy, WholeCheckpoints()),
             accelerator=accelerator,
             precision=precision,
             max_steps=module.steps,
