@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -200,23 +202,29 @@ def restore(head: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | 
         network = build_network(checked_code(head["network"], head, path))
         load_into(network, weights, path)
         return network.eval().requires_grad_(False)
+    plan, made = _plan(json.dumps(head["network"]), tuple(shape), str(head["kind"]), str(path))
+    check_weights(plan, weights, path)
+    if made != ((len(head["class_names"]),) if head["kind"] == "classifier" else tuple(shape)):
+        raise ValueError(f"corrupt checkpoint {path}: its network makes {list(made)} of samples of shape {list(shape)}")
+    network = copy.deepcopy(plan).to_empty(device="cpu")  # no first weights are drawn, which would move torch's random state
+    network.load_state_dict(dict(weights))  # checked above
+    return network.eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=32)  # a process loads the same few files again and again
+def _plan(architecture: str, shape: tuple[int, ...], kind: str, path: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network without memory, and the shape of what it makes of a sample."""
     with torch.device("meta"):
-        plan = build_network(head["network"], path).to("meta")  # also what a package has made deaf to `torch.device`
-        check_weights(plan, weights, path)
+        plan = build_network(json.loads(architecture), path).to("meta")  # also what a package has made deaf to `torch.device`
         x, t = torch.empty(3, *shape), torch.empty(3)
         try:
-            out = plan(x) if head["kind"] == "classifier" else plan(x, t, t, None)
+            out = plan(x) if kind == "classifier" else plan(x, t, t, None)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"corrupt checkpoint {path}: its network takes no samples of shape {list(shape)} ({reason})"
             ) from None
-    made = tuple(out.shape[1:])
-    if made != ((len(head["class_names"]),) if head["kind"] == "classifier" else tuple(shape)):
-        raise ValueError(f"corrupt checkpoint {path}: its network makes {list(made)} of samples of shape {list(shape)}")
-    network = build_network(head["network"], path)
-    network.load_state_dict(dict(weights))  # checked above
-    return network.eval().requires_grad_(False)
+    return plan, tuple(out.shape[1:])
 
 
 def weights_file(path: str | Path) -> Path:

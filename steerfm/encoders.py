@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steerfm import files, plugins
+from steerfm.randomness import untouched
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of red, green and blue that CLIP, BLIP and what came of them normalise with."""
@@ -199,7 +200,7 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
 
     places = (plugins.model_folder(model), Path(model.removeprefix("local-dir:")))
     folder = next((f for f in places if f is not None and (f / "open_clip_config.json").is_file()), None)
-    with quiet():
+    with quiet(), untouched():  # first weights are drawn, then replaced
         if folder is not None:
             return _own_open_clip(oc, folder, device, model)
         _check_architecture(oc, model, pretrained)

@@ -279,3 +279,14 @@ def test_dropout_belongs_to_the_seed_and_the_update():
     first = masks(0)
     torch.manual_seed(2)
     assert masks(0) == first != masks(1) and len(set(first)) == 3
+
+
+@pytest.mark.parametrize("use", [
+    lambda: steerfm.load("fashion"), lambda: steerfm.load("emoji").condition("a red heart", 1),
+    lambda: steerfm.reward("classifier", target="Bag"), lambda: steerfm.reward("judge", target="Bag"),
+    lambda: steerfm.reward("clip", prompt="a red heart"),
+], ids=["map", "map of words", "classifier", "judge", "clip"])  # fmt: skip
+def test_loading_leaves_the_global_random_state_alone(use):
+    state = torch.manual_seed(3).get_state()
+    use()
+    assert torch.equal(torch.get_rng_state(), state)
