@@ -3,10 +3,11 @@
 # ruff: noqa: I001
 # fmt: off
 from . import (
-    capabilities as capabilities, checkpoints as checkpoints, checks as checks, cli as cli, closed_form as closed_form,
-    cost as cost, distributed as distributed, encoders as encoders, files as files, finetuning as finetuning,
-    flowmap as flowmap, held_out as held_out, interpolant as interpolant, metrics as metrics, models as models,
-    networks as networks, plugins as plugins, processes as processes, randomness as randomness, registry as registry,
+    blocks as blocks, capabilities as capabilities, checkpoints as checkpoints, checks as checks, cli as cli,
+    closed_form as closed_form, cost as cost, distributed as distributed, encoders as encoders, files as files,
+    finetuning as finetuning, flowmap as flowmap, held_out as held_out, interpolant as interpolant, metrics as metrics,
+    models as models, networks as networks, plugins as plugins, processes as processes, randomness as randomness,
+    registry as registry,
     report as report, rewards as rewards, rows as rows, sampling as sampling, scores as scores, shipped as shipped,
     signals as signals, spread as spread, steering as steering, testing as testing, training as training,
     transitions as transitions, trust as trust, values as values, zoo as zoo,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerfm.cost import Ledger, aside, current
 from steerfm.scores import counted_from
@@ -152,8 +152,22 @@ def tell(value: Any, error: Exception | None = None) -> list[Any]:
     return [value for value, _ in said]
 
 
+def sharded(module: nn.Module) -> bool:
+    """Whether several processes hold the weights of a module together, so that all of them must make all of its calls."""
+    if active() is None and not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 def share(
-    what: str, parts: Sequence[slice], call: Part, inputs: Sequence[Tensor], by_first: bool = False
+    what: str,
+    parts: Sequence[slice],
+    call: Part,
+    inputs: Sequence[Tensor],
+    by_first: bool = False,
+    in_step: bool = False,
 ) -> tuple[Tensor, Any]:
     """Rows that several processes make together, and the note of those that made some.
 
@@ -162,6 +176,7 @@ def share(
         parts: slices that cover all rows in order; part i is made by process i size // len(parts).
         call: makes a part. inputs: (b, ...) each; gradients reach them where the rows that come out have one.
         by_first: the first process makes all parts.
+        in_step: all processes make as many calls; one that has no part left makes the first one again, for nothing.
 
     Raises:
         RuntimeError: the processes are not at the same call. Whatever the call raises, in the first process where it does, and
@@ -170,7 +185,7 @@ def share(
     group = active()
     assert group is not None
     owners = [0 if by_first else number * group.size // len(parts) for number in range(len(parts))]
-    job = _Shared(group, f"{what} of {parts[-1].stop} rows", parts, owners, call)
+    job = _Shared(group, f"{what} of {parts[-1].stop} rows", parts, owners, call, in_step)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         rows: Any = _Rows.apply(job, *inputs)
         return rows, job.note
@@ -180,12 +195,17 @@ def share(
 class _Shared:
     """One call: its parts, and of those that this process makes the graphs."""
 
-    def __init__(self, group: Group, what: str, parts: Sequence[slice], owners: Sequence[int], call: Part) -> None:
+    def __init__(
+        self, group: Group, what: str, parts: Sequence[slice], owners: Sequence[int], call: Part, in_step: bool
+    ) -> None:
         self.group, self.what, self.call = group, what, call
+        most = max(owners.count(rank) for rank in range(group.size)) if in_step else 0
+        self.idle = [parts[0]] * (most - owners.count(group.rank))
         self.mine = [part for part, owner in zip(parts, owners) if owner == group.rank]
         self.rows = [sum(p.stop - p.start for p, owner in zip(parts, owners) if owner == rank) for rank in range(group.size)]
         self.outer, self.inner = current(), Ledger()
         self.graphs: list[tuple[list[Tensor], Tensor]] = []
+        self.idle_graphs: list[tuple[list[Tensor], Tensor]] = []
         self.note, self.differentiable = None, False
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Tensor:
@@ -202,6 +222,12 @@ class _Shared:
                     self.differentiable |= out.requires_grad
                     if out.requires_grad:
                         self.graphs.append((given, out))
+                for part in self.idle:
+                    given = [x[part].detach().requires_grad_(want) for x, want in zip(inputs, wanted)]
+                    with aside(Ledger()):
+                        out, _ = self.call(part, *given)
+                    if out.requires_grad:
+                        self.idle_graphs.append((given, out))
 
         told = self._settle(make, lambda: (self.note, self.differentiable, _Form.of(outs)))
         self.note, self.differentiable, form = next(said for said in told if said[2] is not None)
@@ -223,9 +249,12 @@ class _Shared:
                     if x.requires_grad:
                         grad = next(own)
                         place.append(torch.zeros_like(x) if grad is None else grad)
+            for given, out in self.idle_graphs:
+                torch.autograd.grad(out, [x for x in given if x.requires_grad], torch.zeros_like(out), allow_unused=True)
 
         forms = self._settle(make, lambda: [_Form.of(place) for place in grads])
         self.graphs.clear()
+        self.idle_graphs.clear()
         out: list[Tensor | None] = []
         for number, (want, device) in enumerate(zip(wanted, devices)):
             form = next((form[number] for form in forms if form[number] is not None), None)

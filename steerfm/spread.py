@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steerfm.flowmap import FlowMap, Microbatched, Wrapped
 from steerfm.interpolant import expand_time
-from steerfm.processes import active, alone, first, share
+from steerfm.processes import active, alone, first, sharded, share
 from steerfm.rewards import Reward, WeightedSum
 from steerfm.rows import Condition, Rows, cuts
 from steerfm.scores import MODEL, Prompts, Scores
@@ -107,7 +107,7 @@ class Spread(Wrapped):
             own = None if cond is None else rest[0] if isinstance(cond, Tensor) else dict(zip(names, rest))
             return hook(x, *times_, own), None
 
-        return share(what, self.parts(len(x)), part, [x, *times, *asked])[0]
+        return share(what, self.parts(len(x)), part, [x, *times, *asked], in_step=sharded(self.flow_map))[0]
 
 
 def even(rows: slice) -> list[slice]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from steerfm import files, registry, training, zoo
 from steerfm.capabilities import can, in_steps
@@ -18,7 +19,7 @@ from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table
 from steerfm.cli.loading import plain, sequence
-from steerfm.cli.parts import build_judge, build_method, build_reward, check_logger, check_needs, fitting, schedule
+from steerfm.cli.parts import build_judge, build_method, build_reward, check_logger, check_needs, fitting, save_memory, schedule
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cli.spread import on_processes
@@ -35,7 +36,7 @@ from steerfm.metrics.evaluator import KEYS, Evaluator
 from steerfm.models.diffusers import pipeline_map, save_lora
 from steerfm.models.lora import factors, merged
 from steerfm.models.moved_noise import KEY, MovedNoise
-from steerfm.processes import alone, first, of_first
+from steerfm.processes import alone, first, of_first, sharded
 from steerfm.randomness import derive
 from steerfm.report.formats import short
 from steerfm.report.page import report
@@ -44,6 +45,7 @@ from steerfm.report.plots import curves_plot, frontier_plot
 from steerfm.report.run_folder import RunFolder
 from steerfm.rewards import Reward, RewardError
 from steerfm.spread import shared_out
+from steerfm.training.sharding import STRATEGY, check_shardable, put, whole_weights
 from steerfm.values import ConfigError
 
 JUMPS = (1, 2, 4, 8)
@@ -78,8 +80,7 @@ def work(config: FinetuneConfig, command: str) -> None:
     tasks = make_tasks(base, config.label, config.prompt)
     check_needs((reward, judge), tasks.labels, tasks.prompts)
     check(method, reward, config.control, base)
-    for rows, group in ((config.batch_size, method.group), *([(config.distil.batch_size, 1)] if config.distil.steps else [])):
-        check_shares(rows, group, size())
+    share_out(config, method, base)
     lora = LoRA(**asdict(config.lora)) if config.lora.rank else None
     if lora is not None:
         lora.targets(base.body)
@@ -108,6 +109,16 @@ def work(config: FinetuneConfig, command: str) -> None:
     if first():
         with alone():
             finish(config, command, folder, outcome)
+
+
+def share_out(config: FinetuneConfig, method: Any, base: FlowMap) -> None:
+    """Refuse what cannot be shared out among the processes, before the work; and save memory where that is asked for."""
+    for rows, group in ((config.batch_size, method.group), *([(config.distil.batch_size, 1)] if config.distil.steps else [])):
+        check_shares(rows, group, size())
+    if config.trainer.activation_checkpoints:
+        save_memory(base)
+    if config.trainer.strategy == STRATEGY:
+        check_shardable(base)
 
 
 def usual(base: FlowMap) -> dict[str, Any]:
@@ -144,11 +155,15 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
 
 def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: FinetuneConfig) -> FineTuning:
     """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
-    d, base = config.distil, module.maps[1] if lora is None else zoo.load(config.model)
+    d, apart = config.distil, lora is not None or sharded(module.network)
+    base = zoo.load(config.model) if apart else module.maps[1]
     learnt = module.averaged() if module.method.law_is_velocity else None
     method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), learnt)
     options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
     start = learnt if lora is None else None
+    if start is not None and apart:
+        start = zoo.load(config.model)
+        put(start.body, whole_weights(module.ema.state_dict()))
     return FineTuning(
         base, reward, method, module.tasks, d.batch_size, scale=1.0, lora=lora, start=start,
         seed=derive(config.seed, "distil"), **options,
@@ -160,7 +175,7 @@ class Outcome:
     """What a fine-tuning came to.
 
     Attributes:
-        base, tuned: the maps; ``tuned`` is whole, adapters are merged into it.
+        base, tuned: the maps; ``tuned`` is whole, adapters are merged into it. network: they are apart in it.
         modules, monitors: of the tuning, "tune", and of what made one flow map of it, "distil", where that was needed.
         panel: who judged. readings: by sampler. before: that of the base in its usual number of jumps.
         consistency: semigroup error of "base" and "tuned". moved: control cost.
@@ -168,6 +183,7 @@ class Outcome:
 
     base: FlowMap
     tuned: FlowMap
+    network: nn.Module
     modules: dict[str, FineTuning]
     monitors: dict[str, Monitor]
     panel: Panel
@@ -197,14 +213,15 @@ def examine(
         fresh = build_panel(base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
         before = panel.measure(chain()(shared_out(base)))
-    averaged = last.averaged()
+    averaged = entire(config, last)
     plain_weights = last.lora is None or pipeline_map(base) is not None  # adapters of a pipeline stay what they are
-    tuned = averaged if plain_weights else averaged.with_network(merged(averaged.body))
+    tuned = averaged if plain_weights or sharded(averaged.body) else averaged.with_network(merged(averaged.body))
+    learnt = last.averaged() if sharded(last.network) else tuned
     if isinstance(module.method, HyperNoise) and last is module:
-        tuned = module.method.whole(tuned, base, config.model)
+        tuned, learnt = (module.method.whole(each, base, config.model) for each in (tuned, learnt))
     tuned.body.requires_grad_(False)
     own, flow, jumpy = base.steps, can(base, "two_time"), can(tuned, "two_time")
-    frozen, learnt = shared_out(base), shared_out(tuned)
+    frozen, learnt = shared_out(base), shared_out(learnt)
     readings = {
         f"base, {in_steps(base, jumps)}": panel.measure(chain(jumps)(frozen)) for jumps in ((1,) if flow and own > 1 else ())
     }
@@ -218,7 +235,21 @@ def examine(
     tasks, pair = panel.tasks, (("base", frozen), ("tuned", learnt)) if jumpy else ()
     consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}
     moved = control_cost(learnt, frozen, tasks)
-    return Outcome(base, tuned, modules, monitors, panel, readings, before, consistency, moved)
+    return Outcome(base, tuned, averaged.body, modules, monitors, panel, readings, before, consistency, moved)
+
+
+def entire(config: FinetuneConfig, last: FineTuning) -> FlowMap:
+    """The averaged map as files hold it: where weights are shared out, the first process gets them whole, in another map."""
+    if not sharded(last.network):
+        return last.averaged()
+    weights = whole_weights(last.ema.state_dict())
+    if not first():
+        return last.averaged()
+    flow_map = zoo.load(config.model)
+    if last.lora is not None:
+        last.lora.inject(flow_map.body)
+    put(flow_map.body, weights)
+    return flow_map
 
 
 def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome) -> None:
@@ -362,7 +393,7 @@ def save_adapter(run: Outcome, path: Path, model: Any) -> None:
         {"kind": "adapter", "base": model, **moves_noise(run.tuned)},
         code_of({"name": registry.named(model, "model")[0]}),
     )
-    write_weights(factors(run.last.ema), path, head | ({"code": code} if code else {}))
+    write_weights(factors(run.network), path, head | ({"code": code} if code else {}))
 
 
 def moves_noise(tuned: FlowMap) -> dict[str, Any]:

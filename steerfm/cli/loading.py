@@ -104,9 +104,11 @@ def kept(config: Any) -> str:
     trainer = getattr(config, "trainer", None)
     if isinstance(trainer, SpreadConfig):
         del values["trainer"]
+        values.pop("activation_checkpoints", None)
     if isinstance(trainer, TuneTrainerConfig):
         usual = asdict(TuneTrainerConfig())
-        values["trainer"] |= {name: usual[name] for name in ("devices", "num_nodes", "strategy")}
+        values["trainer"] |= {name: usual[name] for name in ("devices", "strategy")}
+        del values["trainer"]["num_nodes"], values["trainer"]["activation_checkpoints"]
     return write_yaml(values)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from steerfm import plugins, registry, rewards, trust, zoo
+from steerfm.blocks import checkpoint_activations
 from steerfm.capabilities import in_words
 from steerfm.cli.config import DataConfig, FinetuneConfig, OptimizerConfig, SteerConfig
 from steerfm.cli.console import console
@@ -24,15 +25,29 @@ from steerfm.steering import METHOD
 from steerfm.values import ConfigError, line
 
 
-def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = False) -> FlowMap:
+def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = False, checkpoints: bool = False) -> FlowMap:
     """The model of a configuration: a name, or a name with arguments. A pipeline is guided as itself means it."""
     name, arguments = registry.named(model, "model")
     if name.startswith(zoo.DIFFUSERS) and guidance != 1:
         arguments, guidance = {"guidance": guidance, **arguments}, 1.0
     flow_map = zoo.load(name, pick_device(device), **arguments)
+    if checkpoints:
+        save_memory(flow_map)
     if compiled and isinstance(flow_map, NeuralFlowMap):
         flow_map = flow_map.compiled()
     return flow_map if guidance == 1 else Guided(flow_map, guidance).to(flow_map.device)
+
+
+def save_memory(flow_map: FlowMap) -> None:
+    """Compute activations again for gradients.
+
+    Raises:
+        ConfigError: its network has no blocks.
+    """
+    try:
+        checkpoint_activations(flow_map.body)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def autocast(flow_map: FlowMap, precision: str) -> torch.autocast:

@@ -50,7 +50,7 @@ def work(config: SteerConfig, command: str) -> None:
     """What one of the processes does: all steer, and the first writes."""
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
-    flow_map = load_model(config.model, config.device, config.guidance, config.compile)
+    flow_map = load_model(config.model, config.device, config.guidance, config.compile, config.activation_checkpoints)
     if (instead := fitting(config, method, flow_map, usual)) is not None:
         config, method = replace(config, method=instead), build_method(instead)
     check_method(method, flow_map)

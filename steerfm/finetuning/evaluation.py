@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from steerfm.rows import move_condition
 from steerfm.sampling import Noise
 from steerfm.spread import place, shared_out
 from steerfm.training import log_picture, save_checkpoint
+from steerfm.training.sharding import put
 from steerfm.transitions import usual
 
 Features = Callable[[Tensor], Tensor]
@@ -265,8 +266,9 @@ class Monitor(L.Callback):
             stood = f"the {IN_WORDS[counts]} no longer rose"
             self.reason = f"stopped at step {step}: {fell or stood}; kept step {self.best_step}"
             trainer.should_stop = True
+        weights = module.learnt()  # of all processes
         if self.folder is not None and trainer.is_global_zero:
-            self._write(step, reading, module)
+            self._write(trainer, reading, weights)
 
     def _off(self, numbers: dict[str, float]) -> list[str]:
         """What is too low; what cannot be told, for want of samples, is not."""
@@ -275,14 +277,15 @@ class Monitor(L.Callback):
         least["support"] -= (share * (1 - share) / n) ** 0.5  # it is a share of n samples: a standard error
         return [name for name, value in least.items() if numbers[name] < value]
 
-    def _write(self, step: int, reading: Reading, module: FineTuning) -> None:
+    def _write(self, trainer: L.Trainer, reading: Reading, weights: Mapping[str, Tensor]) -> None:
         assert self.folder is not None
-        weights = {name: value.half().cpu().contiguous() for name, value in module.learnt().items()}
-        write_tensors(self.folder / "averaged" / f"{step:06d}.safetensors", weights)
+        step = trainer.global_step
+        half = {name: value.half().cpu().contiguous() for name, value in weights.items()}
+        write_tensors(self.folder / "averaged" / f"{step:06d}.safetensors", half)
         if reading.pictures.ndim == 4:
             file = self.folder / "samples" / f"{step:06d}.png"
             picture_grid(reading.pictures[None, :10], file, [f"step {step}"])
-            log_picture(module.trainer, "samples", file, step)
+            log_picture(trainer, "samples", file, step)
             some = {"pictures": reading.pictures[:10].half().contiguous()}
             write_tensors(self.folder / "samples" / f"{step:06d}.safetensors", some)
 
@@ -291,7 +294,7 @@ class Monitor(L.Callback):
         module.place(module.device)
         self.panel.place(module.device)
         if self.best_weights:
-            module.ema.load_state_dict({**module.ema.state_dict(), **self.best_weights})
+            put(module.ema, self.best_weights)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """The state before the step that failed is what a later start goes on from."""

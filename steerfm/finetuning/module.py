@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from steerfm import distributed
@@ -28,6 +28,7 @@ from steerfm.spread import place, shared_out
 from steerfm.training import Trained
 from steerfm.training.data import endless
 from steerfm.training.module import share_frozen
+from steerfm.training.sharding import check_shardable
 
 
 class TaskData(L.LightningDataModule):
@@ -102,6 +103,7 @@ class FineTuning(Trained):
         super().__init__(network, **options)
         tuned = flow_map.with_network(self.network)
         reference = flow_map if lora is None or start is not None else LoRAOff(tuned)
+        self.base = (flow_map,)
         self.maps = (tuned, reference)  # in a tuple: the trained network is registered once, the frozen ones never
         self.judged = (reward,)
         self.method, self.tasks, self.batch_size = method, tasks or Tasks(), batch_size
@@ -114,6 +116,11 @@ class FineTuning(Trained):
     @property
     def reference(self) -> FlowMap:
         return self.maps[1]
+
+    def networks(self) -> list[nn.Module]:
+        for flow_map in (self.base[0], self.reference):
+            check_shardable(flow_map)
+        return [*super().networks(), self.reference.body, self.base[0].body]
 
     def averaged(self) -> FlowMap:
         """The map with the averaged weights."""

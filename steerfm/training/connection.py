@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import ClusterEnvironment
 
 from steerfm.processes import Group, active
+from steerfm.training.sharding import STRATEGY, Sharded
 
 
 class Connected(ClusterEnvironment):
@@ -56,11 +57,13 @@ class Connected(ClusterEnvironment):
         return self.group.rank // self.here
 
 
-def connection(devices: str, num_nodes: int, strategy: str, *plugins: Any) -> dict[str, Any]:
+def connection(devices: str, num_nodes: int, strategy: Any, *plugins: Any) -> dict[str, Any]:
     """The arguments of a Trainer that say which processes there are: those of the group, or what the Trainer makes of them."""
     group = active()
     chosen: Any = [int(part) for part in devices.split(",")] if "," in devices else devices
     chosen = int(devices) if devices.isdigit() else chosen
+    if strategy == STRATEGY:
+        strategy = "auto" if group is None or group.size == 1 else Sharded(group.size)  # one process holds all
     if group is None:
         return {"devices": chosen, "num_nodes": num_nodes, "strategy": strategy, "plugins": list(plugins)}
     here = group.size // num_nodes

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from steerfm.randomness import global_stream, stream
+from steerfm.training.sharding import shard, whole, whole_weights
 
 
 class Trained(L.LightningModule):
@@ -69,6 +70,16 @@ class Trained(L.LightningModule):
         """The averaged network."""
         return self.average.module
 
+    def configure_model(self) -> None:
+        """Share out all weights where that is the Trainer's strategy."""
+        if self.device_mesh is not None:
+            for network in self.networks():
+                shard(network, self.device_mesh["data_parallel"])
+
+    def networks(self) -> list[nn.Module]:
+        """All whose weights are shared out, the frozen ones among them."""
+        return [self.network, self.ema]
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -97,7 +108,7 @@ class Trained(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A step whose gradient is not finite is skipped and counted."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
         if not torch.isfinite(norm):
             optimizer.zero_grad()
             self.skipped += 1
@@ -110,9 +121,9 @@ class Trained(L.LightningModule):
         self.average.update_parameters(self.network)
 
     def learnt(self) -> dict[str, Tensor]:
-        """The averaged weights, without those that are frozen."""
+        """The averaged weights, whole, without those that are frozen. All processes must ask."""
         frozen = self.frozen()
-        return {name: value.detach() for name, value in self.ema.state_dict().items() if name not in frozen}
+        return whole_weights({name: value.detach() for name, value in self.ema.state_dict().items() if name not in frozen})
 
     def frozen(self) -> set[str]:
         """Names of the network's parameters that are not trained."""
@@ -127,7 +138,8 @@ class Trained(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint.get("state_dict", {})}
+        if "state_dict" in checkpoint:  # else the strategy has loaded it
+            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
 
 
 class _Released(L.Callback):

@@ -15,6 +15,7 @@ from steerfm.training.checkpoints import Checkpoints, WholeCheckpoints, newest_c
 from steerfm.training.connection import connection
 from steerfm.training.log import Lines, loggers
 from steerfm.training.module import Trained
+from steerfm.training.sharding import whole_weights
 
 
 class NothingTrainedError(ValueError):
@@ -37,7 +38,7 @@ def check_trained(module: Trained) -> None:
             f"nothing was trained: all of {steps} steps were skipped, their gradients were not finite; try a smaller "
             "optimizer.lr, or trainer.precision=32-true"
         )
-    for name, value in module.ema.state_dict().items():
+    for name, value in whole_weights(module.ema.state_dict()).items():
         if value.is_floating_point() and not value.isfinite().all():
             raise NothingTrainedError(f"the training blew up: {name} is not finite; delete the run, try a smaller optimizer.lr")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import steerfm
 from steerfm import NeuralFlowMap, processes
@@ -33,8 +36,13 @@ SMALL: dict[str, Mapping[str, Any]] = {
     "adjoint": {"steps": 4},
     "noise": {},
 }
+ALL = (*SMALL, "distil", "followed", "groupwise", "one process", "lora")
 AGAIN = ("direct", "weighted", "policy", "nft", "distil")
 """Runs that stop in the middle and go on with another number of processes: with and without samples to keep."""
+SHARDED = (
+    "direct", "weighted", "policy", "nft", "adjoint", "noise", "distil", "followed", "lora", "bf16",
+)  # fmt: skip
+AGAIN_SHARDED = ("direct", "weighted", "policy", "lora")
 
 
 class KilledError(Exception):
@@ -98,9 +106,6 @@ def tuning(name: str) -> FineTuning:
     return FineTuning(flow_map, reward, method, tasks, **options)
 
 
-ALL = (*SMALL, "distil", "followed", "groupwise", "one process", "lora")
-
-
 def outcome(name: str, folder: Path, strategy: str = "auto", kill: bool = False) -> dict[str, Any]:
     """What a tuning logged, where its weights came to, its cost and its judgements; ``kill`` leaves it in its third update."""
     module = tuning(name)
@@ -109,39 +114,67 @@ def outcome(name: str, folder: Path, strategy: str = "auto", kill: bool = False)
         tasks = module.tasks[torch.arange(40) % 3]
         panel = Panel(module.reference, as_reward(linear), None, tasks, tasks, lambda x: x)
         callbacks.insert(0, Monitor(panel, panel.measure(chain()(module.reference)), folder, every=2, patience=0))
+    precision = "bf16-mixed" if name == "bf16" else "32-true"
     try:
-        fit(module, module.data(), folder, strategy=strategy, callbacks=callbacks, **QUICK)
+        fit(module, module.data(), folder, strategy=strategy, precision=precision, callbacks=callbacks, **QUICK)
     except KilledError:
         return {}
     weights = torch.cat([value.flatten() for value in module.learnt().values()])
     logged = {key: values for key, (_, values) in history(folder).items() if "seconds" not in key}
     seen = module.judged[0].seen if isinstance(module.judged[0], Among) else []
     group = processes.active()
+    networks = [network for network in module.networks() if network is not module.base[0].body or name != "lora"]
+    own = [p.to_local() if isinstance(p, DTensor) else p for network in networks for p in network.parameters()]
     return {
+        "held": sum(p.numel() for p in own) / sum(p.numel() for network in networks for p in network.parameters()),
+        "units": sum(isinstance(part, FSDPModule) for part in module.network.modules()),
         "logged": logged, "weights": weights, "scale": module.scale, "memory": sorted(module.memory),
         "seen": group.exchange(seen) if group else [seen],
     }  # fmt: skip
 
 
-def everything(folder: Path, strategy: str = "auto") -> dict[str, Any]:
+def everything(
+    folder: Path, names: Sequence[str] = ALL, again: Sequence[str] = AGAIN, strategy: str = "auto"
+) -> dict[str, Any]:
     """Every tuning; those that another number of processes began; and beginnings, for others to go on from."""
     group = processes.active()
     many = 1 if group is None else group.size
-    out: dict[str, Any] = {name: outcome(name, folder / f"{many}-{name}", strategy) for name in ALL}
-    for name in AGAIN:
+    out: dict[str, Any] = {name: outcome(name, folder / f"{many}-{name}", strategy) for name in names}
+    for name in again:
         outcome(name, folder / f"begun-{many}-{name}", strategy, kill=True)
     return out
 
 
-def gone_on(folder: Path, strategy: str = "auto") -> dict[str, Any]:
+def gone_on(folder: Path, again: Sequence[str] = AGAIN, strategy: str = "auto") -> dict[str, Any]:
     """Tunings that another number of processes began."""
     many = 1 if processes.active() is None else 2
-    return {name: outcome(name, folder / f"begun-{3 - many}-{name}", strategy) for name in AGAIN}
+    return {name: outcome(name, folder / f"begun-{3 - many}-{name}", strategy) for name in again}
 
 
-def together(folder: Path, strategy: str = "auto") -> dict[str, dict[str, Any]]:
+def together(
+    folder: Path, names: Sequence[str] = ALL, again: Sequence[str] = AGAIN, strategy: str = "auto"
+) -> dict[str, dict[str, Any]]:
     """What several processes do: all of it, and the rest of what one process began."""
-    return {"whole": everything(folder, strategy), "again": gone_on(folder, strategy), "refused": refused(folder)}
+    return {"whole": everything(folder, names, again, strategy), "again": gone_on(folder, again, strategy)}
+
+
+def with_refusals(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same by DDP, and what is refused."""
+    return together(folder) | {"refused": refused(folder)}
+
+
+def same(one: dict[str, Any], other: dict[str, Any], judged: bool = True, rel: float = 1e-4) -> None:
+    """Two outcomes are the same, to rounding."""
+    assert one["logged"].keys() == other["logged"].keys()
+    for key, values in one["logged"].items():
+        if not (judged or key.startswith("train/")):  # of a run that went on, under other numbers
+            continue
+        if key == "train/evaluations":  # two processes may both follow a trajectory that rows of each are fitted to
+            assert all(two >= value for value, two in zip(values, other["logged"][key]))
+            continue
+        assert values == pytest.approx(other["logged"][key], rel=rel, abs=1e-2 * rel, nan_ok=True), key
+    assert one["scale"] == pytest.approx(other["scale"], rel=rel)
+    assert torch.allclose(one["weights"], other["weights"], atol=rel)
 
 
 def refused(folder: Path) -> dict[str, str]:
