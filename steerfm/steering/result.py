@@ -292,7 +292,9 @@ class SteeringResult(Outcome):
 
     # --- for people ----------------------------------------------------------------------------------------------
     def __repr__(self) -> str:
-        return "\n  ".join(["SteeringResult", *(f"{name:<11}{value}" for name, value in self._summary().items())])
+        rows = self._summary()
+        width = max(map(len, rows)) + 2
+        return "\n  ".join(["SteeringResult", *(f"{name:<{width}}{value}" for name, value in rows.items())])
 
     def _repr_html_(self) -> str:
         picture = self._repr_png_()
