@@ -30,9 +30,12 @@ def test_the_snippets_of_fine_tuning_run(capsys):
     assert "NeuralFlowMap 8" in capsys.readouterr().out
 
 
-def test_the_snippet_of_steps_runs(capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "methods.md").read_text(), re.DOTALL)
-    exec(compile(snippet, "methods.md", "exec"), {})
+def test_the_snippets_of_methods_run(capsys):
+    exact, steps = re.findall(r"```python\n(.*?)```", (DOCS / "methods.md").read_text(), re.DOTALL)
+    exec(compile(exact, "methods.md", "exec"), {})
+    log_z, estimate = map(float, capsys.readouterr().out.split())
+    assert log_z == pytest.approx(0.756, abs=5e-4) and abs(estimate - log_z) < 0.15
+    exec(compile(steps, "methods.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("t = 0.25") and lines[3].endswith("looks like (2, 8, 1, 28, 28)")
     assert lines[4].startswith("3 [0.7")
