@@ -1,7 +1,7 @@
 """Figures of the README and of docs/: `python docs/figures.py` draws them anew, in two minutes on two cores.
 
 hearts.png: one seed a column, by the strength of a reward. flow-map.png: a path, the jumps from it, and the best of the
-particles that they steer. tuned-hearts.png: a fine-tuned model at several strengths of its adapter.
+particles that they steer. tuned-hearts.png: a fine-tuned model at several strengths of its adapter. tilt.png: weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 
 import steerfm
 from steerfm.cli import main
+from steerfm.report.palette import look
 from steerfm.report.pictures import picture_grid
+from steerfm.report.style import add_key, mark, name_axes, new_figure, prepare, save_figure
 from steerfm.steering.state import State
 
 HERE = Path(__file__).parent
@@ -66,7 +68,33 @@ def tuned(n: int = 6) -> None:
     picture_grid(torch.stack(rows), HERE / "tuned-hearts.png", row_labels=labels)
 
 
+def tilt(k: int = 24) -> None:
+    """Twenty-four samples of two modes, weighted for a reward that grows to the right, at two strengths."""
+    gm = steerfm.GaussianMixture(means=[[-1.5], [1.2]], covs=[[0.3], [0.4]], weights=[0.65, 0.35])
+    x = torch.linspace(-4, 5, 400, dtype=torch.float64)[:, None]
+    particles = gm.sample(k, torch.Generator().manual_seed(1))
+    fig = new_figure(4.4)
+    base, tilted, sticks = look("best_of_n"), look("funnel"), look("fmrg_j")
+    for ax, strength in zip(fig.subplots(2, 1, sharex=True), (1.0, 4.0)):
+        target, _ = gm.tilt(linear=[strength])
+        weights = (strength * particles[:, 0]).softmax(0)
+        ess = float(1 / weights.square().sum() / k)
+        prepare(ax, f"strength {strength:g}: ESS {100 * ess:.0f}% of {k} particles")
+        ax.plot(x[:, 0], gm.log_prob(x).exp(), color=base.colour, linewidth=1.4)
+        ax.plot(x[:, 0], target.log_prob(x).exp(), color=tilted.colour, linewidth=1.8)
+        ax.vlines(particles[:, 0], 0, weights, color=sticks.colour, linewidth=2)
+        ax.set_ylim(0, 0.7)
+    name_axes(ax, "x; the reward is x itself")
+    marks = [
+        mark(base, "the model's own density", marker=""), mark(tilted, "the tilted density", marker=""),
+        mark(sticks, "particles, as high as their weights", marker=""),
+    ]  # fmt: skip
+    add_key(fig, marks, columns=1)
+    save_figure(fig, HERE / "tilt.png")
+
+
 if __name__ == "__main__":
     hearts()
     flow_map()
     tuned()
+    tilt()

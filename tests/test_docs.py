@@ -103,3 +103,24 @@ def test_the_table_of_what_fits_which_map_is_current(capsys):
     assert cli.main(["models", "--markdown"]) == 0
     table = capsys.readouterr().out.strip()
     assert table in (DOCS / "models.md").read_text(), "paste the output of `steerfm models --markdown` into docs/models.md"
+
+
+PAGES = [*sorted(DOCS.glob("*.md")), *(DOCS.parent / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings of a page, as they are shown on the web."""
+    lines = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).splitlines()
+    titles = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_pictures_are_described(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for picture, words, target in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", text):
+        assert words, f"{target}: what does it show?"
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file) if file else page
+        assert there.exists(), target
+        assert not anchor or picture or anchor in anchors(there), target
