@@ -75,7 +75,8 @@ def tilt(k: int = 24) -> None:
     particles = gm.sample(k, torch.Generator().manual_seed(1))
     fig = new_figure(4.4)
     base, tilted, sticks = look("best_of_n"), look("funnel"), look("fmrg_j")
-    for ax, strength in zip(fig.subplots(2, 1, sharex=True), (1.0, 4.0)):
+    axes = fig.subplots(2, 1, sharex=True)
+    for ax, strength in zip(axes, (1.0, 4.0)):
         target, _ = gm.tilt(linear=[strength])
         weights = (strength * particles[:, 0]).softmax(0)
         ess = float(1 / weights.square().sum() / k)
@@ -84,7 +85,7 @@ def tilt(k: int = 24) -> None:
         ax.plot(x[:, 0], target.log_prob(x).exp(), color=tilted.colour, linewidth=1.8)
         ax.vlines(particles[:, 0], 0, weights, color=sticks.colour, linewidth=2)
         ax.set_ylim(0, 0.7)
-    name_axes(ax, "x; the reward is x itself")
+    name_axes(axes[-1], "x; the reward is x itself")
     marks = [
         mark(base, "the model's own density", marker=""), mark(tilted, "the tilted density", marker=""),
         mark(sticks, "particles, as high as their weights", marker=""),
