@@ -15,7 +15,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of a network: those of a `torch.nn.ModuleList` of one class, unless they are part of another one's."""
     found: list[nn.Module] = []
     for each in network.modules():  # the outer ones come first
-        if not isinstance(each, nn.ModuleList) or len(each) < 2 or len({type(block) for block in each}) > 1:
+        if not isinstance(each, nn.ModuleList) or len({type(block) for block in each}) != 1:
             continue
         has_calls = not isinstance(each[0], nn.ModuleList | nn.ModuleDict) and any(True for _ in each[0].parameters())
         inner = any(part is each for block in found for part in block.modules())

@@ -8,7 +8,8 @@ what ships from `LEAST` rows on (``tests/distributed/``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,12 +103,23 @@ class Spread(Wrapped):
         names = list(cond) if isinstance(cond, Mapping) else []
         asked = [] if cond is None else [cond] if isinstance(cond, Tensor) else [cond[name] for name in names]
 
+        in_step = sharded(self.flow_map)
+
         def part(_: slice, x: Tensor, *given: Tensor) -> tuple[Tensor, None]:
             times_, rest = given[: len(times)], given[len(times) :]
             own = None if cond is None else rest[0] if isinstance(cond, Tensor) else dict(zip(names, rest))
-            return hook(x, *times_, own), None
+            with _plain() if in_step else nullcontext():
+                return hook(x, *times_, own), None
 
-        return share(what, self.parts(len(x)), part, [x, *times, *asked], in_step=sharded(self.flow_map))[0]
+        return share(what, self.parts(len(x)), part, [x, *times, *asked], in_step=in_step)[0]
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """No inference mode: weights that are brought together in it would be of no use for gradients later."""
+    graph = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(graph):
+        yield
 
 
 def even(rows: slice) -> list[slice]:

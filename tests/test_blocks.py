@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import steerfm
 from steerfm.blocks import blocks, checkpoint_activations
-from steerfm.networks import UNet
+from steerfm.networks import ResNet
 
 
 class Block(nn.Module):
@@ -82,8 +82,8 @@ def test_derivatives_forwards_are_those_without(network: Transformer):
 
 def test_blocks_are_lists_of_one_class_and_not_their_parts(network: Transformer):
     assert blocks(network) == list(network.blocks)
-    with pytest.raises(ValueError, match="UNet has no blocks"):
-        checkpoint_activations(UNet())
+    with pytest.raises(ValueError, match="ResNet has no blocks"):
+        checkpoint_activations(ResNet())
 
 
 def test_steering_gives_the_same_samples(network: Transformer):

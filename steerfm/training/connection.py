@@ -57,19 +57,21 @@ class Connected(ClusterEnvironment):
         return self.group.rank // self.here
 
 
-def connection(devices: str, num_nodes: int, strategy: Any, *plugins: Any) -> dict[str, Any]:
+def connection(devices: str, num_nodes: int, strategy: str, *plugins: Any) -> dict[str, Any]:
     """The arguments of a Trainer that say which processes there are: those of the group, or what the Trainer makes of them."""
     group = active()
     chosen: Any = [int(part) for part in devices.split(",")] if "," in devices else devices
     chosen = int(devices) if devices.isdigit() else chosen
-    if strategy == STRATEGY:
-        strategy = "auto" if group is None or group.size == 1 else Sharded(group.size)  # one process holds all
+    if strategy == STRATEGY and group is None and devices not in ("1", "auto"):
+        raise ValueError(f"strategy={STRATEGY}, devices={devices}: start them by steerfm.distributed.launch, torchrun or srun")
+    if strategy == STRATEGY and (group is None or group.size == 1):  # one process holds all
+        strategy, chosen = "auto", 1
     if group is None:
         return {"devices": chosen, "num_nodes": num_nodes, "strategy": strategy, "plugins": list(plugins)}
     here = group.size // num_nodes
     return {
         "devices": chosen if isinstance(chosen, list) else here,
         "num_nodes": num_nodes,
-        "strategy": "ddp" if strategy == "auto" else strategy,
+        "strategy": {"auto": "ddp", STRATEGY: Sharded(group.size)}.get(strategy, strategy),
         "plugins": [Connected(group, here), *plugins],
     }

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +22,7 @@ from steerfm.networks import Mlp
 from steerfm.randomness import global_stream
 from steerfm.rewards import Reward, as_reward
 from steerfm.training import fit, history
+from steerfm.training.sharding import shard
 
 STEPS = 4
 QUICK: dict[str, Any] = {"accelerator": "cpu", "log_every": 1, "validate_every": 0, "save_every": 1, "progress": False}
@@ -156,6 +158,23 @@ def together(
 ) -> dict[str, dict[str, Any]]:
     """What several processes do: all of it, and the rest of what one process began."""
     return {"whole": everything(folder, names, again, strategy), "again": gone_on(folder, again, strategy)}
+
+
+def steered(share_out: bool = False) -> dict[str, Tensor]:
+    """Samples of a map, whose weights several processes hold together: rows are uneven, or fewer than processes."""
+    flow_map = classes()
+    if share_out:
+        shard(flow_map.body, init_device_mesh("cpu", (steerfm.distributed.size(),)))
+    runs = {"particles": (steerfm.FeynmanKac(particles=37, steps=2), 1), "guided": (steerfm.FMRGJ(steps=2), 3)}
+    return {
+        name: steerfm.steer(flow_map, linear, method, n=n, seeds=0, strength=2.0, label="a").samples
+        for name, (method, n) in runs.items()
+    }
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """What several processes do that hold weights together."""
+    return together(folder, SHARDED, AGAIN_SHARDED, "fsdp2") | {"steered": steered(True)}
 
 
 def with_refusals(folder: Path) -> dict[str, dict[str, Any]]:
