@@ -9,7 +9,7 @@ CORE := $(patsubst %,tests/test_%.py,networks closed_form interpolant flowmap sa
 WORKERS := -n 2 --dist worksteal
 # Each takes half, file by file: what the tests of a file share is made once, and not by both.
 
-.PHONY: demo quick test test-lowest lint bench bench-check data clean
+.PHONY: demo quick test test-lowest lint bench bench-check data docs clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/installed  ## install, then steer the shipped model with four methods: a table and a picture
@@ -39,8 +39,12 @@ bench-check: .venv/installed  ## fail where an overhead is more than 10% above t
 data: .venv/installed  ## the training data: Fashion-MNIST from a Debian package, captioned emoji from npm packages
 	$(BIN)/python tests/fetch.py
 
+docs: .venv/dev  ## the site, into site/: a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "site/index.html; $(BIN)/mkdocs serve shows it while you write"
+
 clean:
-	rm -rf .venv .venv-lowest runs
+	rm -rf .venv .venv-lowest runs site
 
 .venv/bin/python:
 	@echo "creating .venv"

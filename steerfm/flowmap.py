@@ -328,7 +328,8 @@ class NeuralFlowMap(FlowMap):
     Args:
         network: u(x, s, t, cond), see `steerfm.networks`.
         shape: shape of one sample.
-        mean, std: mean and standard deviation of all entries of the data.
+        mean: of all entries of the data.
+        std: standard deviation of all entries of the data.
         text: encoder of prompts, for a network that is conditioned on {"text": (b, d)}; None for labels or no condition.
 
     Attributes:

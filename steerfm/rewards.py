@@ -119,7 +119,10 @@ class Reward(nn.Module):
         """As calling the reward, with the raw value of every component beside the total.
 
         Args:
-            images, prompts, labels: as for a call. groups: see ``groupwise``.
+            images: as for a call.
+            prompts: as for a call.
+            labels: as for a call.
+            groups: see ``groupwise``.
             latents: (b, ...) the same samples in the model's space: read in place of images by rewards of that space, and
                 needed beside images by sums of both.
         """

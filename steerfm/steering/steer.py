@@ -79,7 +79,8 @@ def steer(
         cond: one row per output, or a class name, index or prompt for all or for each.
         label: in place of ``cond``: the class, by name or index, of all or of each.
         negative: as ``cond``; what classifier-free guidance (`Guided`) leads away from, in place of nothing.
-        prompts, labels: for rewards that read them; default what ``cond`` asks for, in words or by labels.
+        prompts: for rewards that read them; default what ``cond`` asks for, in words.
+        labels: (n,) for rewards that read them; default those that ``cond`` asks for.
         batch_size: outputs at a time; the result does not depend on it.
         micro_batch: rows per network call; the result does not depend on it. Default: all, but 128 pictures on a CPU, whose
             caches do not hold more (4,096 rows at once take 1.5 times as long); where memory does not hold them, half as many.
