@@ -22,11 +22,13 @@ from torch import Tensor
 
 @dataclass
 class Cost:
-    """Counts are summed over samples: 64 particles, one call each, are 64 forwards.
+    """What a run cost. Counts are summed over samples: 64 particles, one call each, are 64 forwards.
 
     Attributes:
-        forwards, backwards: network evaluations and network backward passes.
-        reward_calls, reward_backwards: reward evaluations and reward backward passes.
+        forwards: network evaluations.
+        backwards: backward passes of the network.
+        reward_calls: evaluations of the reward.
+        reward_backwards: backward passes of the reward.
         decodes: conversions from model space to pictures.
         seconds: wall time.
         peak_bytes: peak memory of the accelerator, or of the process where there is none.

@@ -39,7 +39,8 @@ from steerfm.rows import Condition, cuts, expand_rows, join_conditions, split_ne
 
 
 class FlowMap(nn.Module):
-    """A flow map; see the module's first lines for the convention.
+    """A network that jumps between any two times of a path, X_{s,t}(x) = x + (t - s) u(x, s, t); its velocity is
+    b(x, t) = u(x, t, t), its look-ahead X_{t,1}(x) (Boffi et al. 2406.07507). Subclasses write `average_velocity`, which is u.
 
     Attributes:
         shape: shape of one sample in model space.
