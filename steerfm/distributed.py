@@ -250,6 +250,11 @@ def _start(fabric: Fabric, box: Path, many: int) -> None:
     except (ProcessExitedException, ProcessRaisedException) as error:
         _end(before)
         raise _cause(error, box, many) from None
+    except Stopped as error:
+        if error.number == signal.SIGINT:  # Ctrl-C reaches all of them, and some finish a step: a second signal would cut it
+            for process in set(multiprocessing.active_children()) - before:
+                process.join(5)
+        raise
     finally:
         _end(before)
         if port is None:

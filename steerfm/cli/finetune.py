@@ -17,7 +17,7 @@ from steerfm import files, registry, training, zoo
 from steerfm.capabilities import can, in_steps
 from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
-from steerfm.cli.console import console, print_table
+from steerfm.cli.console import console, print_table, quiet_lightning
 from steerfm.cli.loading import plain, sequence
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_logger, check_needs, fitting, save_memory, schedule
 from steerfm.cli.prompts import read_prompts
@@ -63,6 +63,7 @@ def finetune(config: FinetuneConfig, command: str = "") -> None:
 
 def work(config: FinetuneConfig, command: str) -> None:
     """What one of the processes does: all tune and judge, and the first writes."""
+    quiet_lightning()
     base = zoo.load(config.model)
     try:
         check_weights(base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,14 @@ from steerfm.training import fit, history
 from steerfm.training.sharding import shard
 
 STEPS = 4
-QUICK: dict[str, Any] = {"accelerator": "cpu", "log_every": 1, "validate_every": 0, "save_every": 1, "progress": False}
+QUICK: dict[str, Any] = {
+    "accelerator": "cpu",
+    "log_every": 1,
+    "validate_every": 0,
+    "save_every": 1,
+    "progress": False,
+    "logger": "csv",
+}
 SMALL: dict[str, Mapping[str, Any]] = {
     "direct": {},
     "draft_lv": {},
@@ -39,12 +46,10 @@ SMALL: dict[str, Mapping[str, Any]] = {
     "noise": {},
 }
 ALL = (*SMALL, "distil", "followed", "groupwise", "one process", "lora")
-AGAIN = ("direct", "weighted", "policy", "nft", "distil")
+SHARDED = ("direct", "weighted", "policy", "nft", "adjoint", "noise", "distil", "followed", "lora", "bf16")
+"""Runs under FSDP2: every family."""
+AGAIN = ("direct", "weighted", "policy", "lora")
 """Runs that stop in the middle and go on with another number of processes: with and without samples to keep."""
-SHARDED = (
-    "direct", "weighted", "policy", "nft", "adjoint", "noise", "distil", "followed", "lora", "bf16",
-)  # fmt: skip
-AGAIN_SHARDED = ("direct", "weighted", "policy", "lora")
 
 
 class KilledError(Exception):
@@ -104,7 +109,7 @@ def tuning(name: str) -> FineTuning:
     elif name == "followed":
         method = Distil(chain(4)(flow_map), teacher=flow_map)
     else:
-        method = METHODS[name](**SMALL[name]) if name in SMALL else METHODS["direct"]()
+        method = METHODS.get(name, METHODS["direct"])(**SMALL.get(name, {}))
     return FineTuning(flow_map, reward, method, tasks, **options)
 
 
@@ -135,29 +140,15 @@ def outcome(name: str, folder: Path, strategy: str = "auto", kill: bool = False)
     }  # fmt: skip
 
 
-def everything(
-    folder: Path, names: Sequence[str] = ALL, again: Sequence[str] = AGAIN, strategy: str = "auto"
-) -> dict[str, Any]:
-    """Every tuning; those that another number of processes began; and beginnings, for others to go on from."""
-    group = processes.active()
-    many = 1 if group is None else group.size
-    out: dict[str, Any] = {name: outcome(name, folder / f"{many}-{name}", strategy) for name in names}
-    for name in again:
-        outcome(name, folder / f"begun-{many}-{name}", strategy, kill=True)
-    return out
+def begin(folder: Path, strategy: str = "auto") -> None:
+    """Runs that end in the middle, for another number of processes to go on from."""
+    for name in AGAIN:
+        outcome(name, folder / name, strategy, kill=True)
 
 
-def gone_on(folder: Path, again: Sequence[str] = AGAIN, strategy: str = "auto") -> dict[str, Any]:
-    """Tunings that another number of processes began."""
-    many = 1 if processes.active() is None else 2
-    return {name: outcome(name, folder / f"begun-{3 - many}-{name}", strategy) for name in again}
-
-
-def together(
-    folder: Path, names: Sequence[str] = ALL, again: Sequence[str] = AGAIN, strategy: str = "auto"
-) -> dict[str, dict[str, Any]]:
-    """What several processes do: all of it, and the rest of what one process began."""
-    return {"whole": everything(folder, names, again, strategy), "again": gone_on(folder, again, strategy)}
+def gone_on(folder: Path, strategy: str = "auto") -> dict[str, Any]:
+    """What becomes of runs that another number of processes began."""
+    return {name: outcome(name, folder / name, strategy) for name in AGAIN}
 
 
 def steered(share_out: bool = False) -> dict[str, Tensor]:
@@ -172,14 +163,14 @@ def steered(share_out: bool = False) -> dict[str, Tensor]:
     }
 
 
-def sharded(folder: Path) -> dict[str, Any]:
-    """What several processes do that hold weights together."""
-    return together(folder, SHARDED, AGAIN_SHARDED, "fsdp2") | {"steered": steered(True)}
-
-
-def with_refusals(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same by DDP, and what is refused."""
-    return together(folder) | {"refused": refused(folder)}
+def together(folder: Path) -> dict[str, Any]:
+    """What several processes do: all tunings, beginnings, the rest of what one process began, and what is refused."""
+    out: dict[str, Any] = {"refused": refused(folder), "steered": steered(True)}
+    for strategy, names in (("ddp", ALL), ("fsdp2", SHARDED)):
+        out[strategy] = {name: outcome(name, folder / strategy / name, strategy) for name in names}
+        out[f"{strategy} after one"] = gone_on(folder / f"one for {strategy}", strategy)
+        begin(folder / f"{strategy} for one", strategy)
+    return out
 
 
 def same(one: dict[str, Any], other: dict[str, Any], judged: bool = True, rel: float = 1e-4) -> None:
