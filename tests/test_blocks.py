@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import steerfm
 from steerfm.blocks import blocks, checkpoint_activations
+from steerfm.cli import main
 from steerfm.networks import ResNet
 
 
@@ -84,6 +86,42 @@ def test_blocks_are_lists_of_one_class_and_not_their_parts(network: Transformer)
     assert blocks(network) == list(network.blocks)
     with pytest.raises(ValueError, match="ResNet has no blocks"):
         checkpoint_activations(ResNet())
+
+
+MAP = """
+import torch, steerfm
+from test_blocks import Transformer
+
+def blocks():
+    torch.manual_seed(0)
+    return steerfm.VelocityModel(Transformer(), (1, 16, 16)).eval()
+
+def sequence():
+    return steerfm.VelocityModel(lambda x, t, cond: -x, (1, 16, 16))
+"""
+
+
+@pytest.mark.slow
+def test_a_command_saves_memory_and_its_folder_does_not_depend_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "maps.py").write_text(MAP)
+    monkeypatch.chdir(tmp_path)
+    keys = [
+        "steer",
+        "model=maps.py:blocks",
+        "reward=brightness",
+        "method=dps",
+        "method.steps=2",
+        "n=1",
+        "strength=1",
+        "device=cpu",
+    ]
+    assert main([*keys, "out=run", "activation_checkpoints=true"]) == 0
+    assert main([*keys, "out=run"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert main([*keys, "model=maps.py:sequence", "out=no", "activation_checkpoints=true"]) == 2
+    assert "activation_checkpoints=true: VelocityModel has no blocks" in capsys.readouterr().err
 
 
 def test_steering_gives_the_same_samples(network: Transformer):
