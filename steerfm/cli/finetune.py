@@ -19,7 +19,16 @@ from steerfm.checkpoints import code_of, write_weights
 from steerfm.cli.config import FinetuneConfig
 from steerfm.cli.console import console, print_table, quiet_lightning
 from steerfm.cli.loading import plain, sequence
-from steerfm.cli.parts import build_judge, build_method, build_reward, check_logger, check_needs, fitting, save_memory, schedule
+from steerfm.cli.parts import (
+    build_judge,
+    build_method,
+    build_reward,
+    check_needs,
+    check_trainer,
+    fitting,
+    save_memory,
+    schedule,
+)
 from steerfm.cli.prompts import read_prompts
 from steerfm.cli.runs import FINISHED, commit, run_folder, slug, stem
 from steerfm.cli.spread import on_processes
@@ -57,7 +66,7 @@ PER_PROMPT = 8
 
 def finetune(config: FinetuneConfig, command: str = "") -> None:
     """Fine-tune a flow map towards a reward; the same command continues a killed run, on any number of processes."""
-    check_logger(config.trainer.logger)
+    check_trainer(config.trainer)
     on_processes(work, config, command)
 
 

@@ -14,7 +14,7 @@ import torch
 from steerfm import plugins, registry, rewards, trust, zoo
 from steerfm.blocks import checkpoint_activations
 from steerfm.capabilities import in_words
-from steerfm.cli.config import DataConfig, FinetuneConfig, OptimizerConfig, SteerConfig
+from steerfm.cli.config import DataConfig, FinetuneConfig, LightningConfig, OptimizerConfig, SteerConfig
 from steerfm.cli.console import console
 from steerfm.cli.loading import plain
 from steerfm.flowmap import FlowMap, Guided, NeuralFlowMap
@@ -57,14 +57,20 @@ def autocast(flow_map: FlowMap, precision: str) -> torch.autocast:
     return torch.autocast(flow_map.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def check_logger(logger: str) -> None:
-    """Refuse a logger whose package is missing, before the work."""
+def check_trainer(trainer: LightningConfig) -> None:
+    """Refuse a logger whose package is missing, or a strategy that there is not, before the work."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
     from steerfm.training import check_logger
+    from steerfm.training.sharding import STRATEGY
 
     try:
-        check_logger(logger)
+        check_logger(trainer.logger)
     except ValueError as error:
         raise ConfigError(f"trainer.{error}") from None
+    name, known = trainer.strategy, ["auto", "ddp", STRATEGY, *StrategyRegistry.available_strategies()]
+    if name not in known or (name.startswith("fsdp") and name != STRATEGY):
+        raise ConfigError(f"unknown trainer.strategy={name}{trust.nearest(name, known[:3])}; strategies: auto, ddp, {STRATEGY}")
 
 
 def pick_device(device: str) -> str:

@@ -17,7 +17,7 @@ from steerfm.checkpoints import NETWORK_KIND, build_network, load_into, read_wei
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
 from steerfm.cli.loading import kept, load, plain, recipes
-from steerfm.cli.parts import check_logger, data_words, make_data, schedule
+from steerfm.cli.parts import check_trainer, data_words, make_data, schedule
 from steerfm.cli.runs import commit, inputs
 from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, jump_error, texture
@@ -38,7 +38,7 @@ def train(config: TrainConfig, command: str = "") -> None:
     asked."""
     from steerfm import training
 
-    check_logger(config.trainer.logger)
+    check_trainer(config.trainer)
     data = load_data(config)
     with global_stream(config.seed, "weights"):
         module, architecture = training_module(config, data)

@@ -101,6 +101,15 @@ def test_a_missing_package_is_named_before_the_work(command, tmp_path, monkeypat
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "finetune"])
+@pytest.mark.parametrize("strategy", ["fsdp", "dpp"])
+def test_a_strategy_that_there_is_not_is_named_before_the_work(command, strategy, tmp_path, capsys):
+    assert main([command, f"trainer.strategy={strategy}", f"out={tmp_path}"]) == 2
+    near = {"fsdp": "fsdp2", "dpp": "ddp"}[strategy]
+    assert f"unknown trainer.strategy={strategy} (did you mean '{near}'?)" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_unknown_logger_is_refused(tmp_path):
     with pytest.raises(ValueError, match="logger=mlflow: there are auto, csv, tensorboard, wandb"):
         train(tmp_path, 1, "mlflow")
