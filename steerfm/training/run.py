@@ -88,28 +88,29 @@ def fit(
     if module.steps < 1:
         raise NothingTrainedError(f"nothing was trained: optimizer.steps={module.steps}")
     kept = folder / "checkpoints"
-    with held() as pending, loggers(logger, folder, settings or {}) as places:
-        shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
-        trainer = L.Trainer(
-            **connection(devices, num_nodes, strategy, WholeCheckpoints()),
-            accelerator=accelerator,
-            precision=precision,
-            max_steps=module.steps,
-            max_epochs=-1,
-            gradient_clip_val=clip,
-            log_every_n_steps=log_every,
-            val_check_interval=validate_every or None,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            logger=places,
-            callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-        )
-        newest = of_first(lambda: newest_checkpoint(kept))
-        trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
-        save_checkpoint(trainer, kept)
+    with loggers(logger, folder, settings or {}) as places:
+        with held() as pending:
+            shown = RichProgressBar(refresh_rate=1) if progress else Lines(10 * log_every)
+            trainer = L.Trainer(
+                **connection(devices, num_nodes, strategy, WholeCheckpoints()),
+                accelerator=accelerator,
+                precision=precision,
+                max_steps=module.steps,
+                max_epochs=-1,
+                gradient_clip_val=clip,
+                log_every_n_steps=log_every,
+                val_check_interval=validate_every or None,
+                check_val_every_n_epoch=None,
+                num_sanity_val_steps=0,
+                logger=places,
+                callbacks=[*callbacks, shown, Checkpoints(kept, save_every, pending)],
+                enable_checkpointing=False,
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+            )
+            newest = of_first(lambda: newest_checkpoint(kept))
+            trainer.fit(module, data, ckpt_path=None if newest is None else str(newest), weights_only=True)
+            save_checkpoint(trainer, kept)
         if pending.number:  # it came in the last update
             raise Stopped(pending.number, f"all {module.steps} steps are in {kept}")
         if validate_every:
