@@ -65,7 +65,8 @@ def global_stream(seed: int, purpose: str, step: int = 0, row: int = 0) -> Itera
     """Inside, torch's own generators (of initial weights and of dropout) draw from this key; afterwards they are as before."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):
-        torch.manual_seed(int.from_bytes(_digest(seed, purpose, step, row, 7), "little"))  # of every device
+        if torch.accelerator.is_available():  # a millisecond, which an update of a small network on the CPU need not wait for
+            torch.manual_seed(int.from_bytes(_digest(seed, purpose, step, row, 7), "little"))  # of every device
         torch.set_rng_state(stream(seed, purpose, step, row).get_state())
         yield
 

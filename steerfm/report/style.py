@@ -37,7 +37,7 @@ def new_figure(height: float) -> Figure:
 def prepare(ax: Any, title: str, width: float = WIDTH - 1) -> None:
     """Axes with a title on the left, broken to ``width`` inches, and quiet lines."""
     text = wrap(title, width * 100, TEXT, lines=3)  # lettering counts a hundred pixels an inch
-    ax.set_title(text, fontsize=TEXT, color=INK, loc="left", parse_math=False)
+    ax.set_title(text, fontsize=TEXT, color=INK, loc="left", y=1.0, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(SOFT)
     ax.tick_params(which="both", labelsize=TEXT, color=SOFT, labelcolor=INK)
