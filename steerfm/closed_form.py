@@ -431,13 +431,16 @@ class MixtureFlowMap(FlowMap):
         # The mixture's quantile lies between those of its components, at scores between those that x has in them.
         low, high = (fixed[1] + fixed[2] * z.unsqueeze(-1) for z in z_x.detach().aminmax(dim=-1))
         low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
-        y = (low + high) / 2
+        y, narrowest = (low + high) / 2, fixed[2].amin(-1, keepdim=True)
         with torch.no_grad():
             for i in range(28):  # halving, then Newton steps as long as they stay in the bracket
                 residual, slope = h(y, *fixed)
                 low, high = torch.where(residual < 0, y, low), torch.where(residual < 0, high, y)
                 newton = y - residual / slope
                 inside = (newton >= low) & (newton <= high) & (i >= 16)
+                if i >= 16 and bool((inside & ((newton - y).abs() < 1e-9 * narrowest)).all()):
+                    y = newton  # their error is squared in every step
+                    break
                 y = torch.where(inside, newton, (low + high) / 2)
         # Implicit Newton steps leave the value and attach derivatives: one step the first, two steps up to the third.
         for _ in range(2):

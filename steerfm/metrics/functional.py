@@ -126,9 +126,11 @@ def mmd(
         bandwidths = [median / 2, median, 2 * median]
 
     def gaussian(x: Tensor, y: Tensor) -> Tensor:
-        squared = torch.cdist(x, y).square()
-        kernels = (torch.exp(squared / (-2 * h**2)) for h in bandwidths)
-        return sum(kernels, torch.zeros_like(squared)) / len(bandwidths)
+        squared = torch.cdist(x, y).square_()
+        total = torch.zeros_like(squared)
+        for h in bandwidths:
+            total += (squared / (-2 * h**2)).exp_()
+        return total.div_(len(bandwidths))
 
     return discrepancy(a, b, gaussian, weights_a, weights_b)
 

@@ -73,8 +73,11 @@ class Family:
         """log of sum_j base_j N(x; mean_j) / sum_j odds_j N(x; proposal_j), (n, k)."""
         out = []
         for x, mean, proposal, base, odds in zip(self.x, self.mean, self.proposal, self.log_base, self.log_odds):
-            far = (torch.cdist(x, at).square() / (2 * std**2) for at in (mean, proposal))
-            out.append(torch.logsumexp(base - next(far), 1) - torch.logsumexp(odds - next(far), 1))
+            near, away = (
+                torch.cdist(x, at).square().div_(-2 * std**2).add_(log_p).logsumexp(1)  # in place: k * m numbers each
+                for at, log_p in ((mean, base), (proposal, odds))
+            )
+            out.append(near - away)
         return torch.stack(out)
 
 
