@@ -12,8 +12,6 @@ from torch import Tensor
 from steerfm.cli.console import print_table
 from steerfm.held_out import IN_WORDS
 from steerfm.metrics import Difference
-from steerfm.report.pictures import picture_grid
-from steerfm.report.plots import cost_plot
 
 BASE, BASELINE = "unsteered, 4 jumps", "best_of_n"
 """Plain samples, of a model of four jumps (of others `Problem.unsteered` says it), and what every method is compared with."""
@@ -85,6 +83,9 @@ def draw(
     Args:
         title: of the problem. rows: all of it. first: the cells of the first seed at the budget, by method.
     """
+    from steerfm.report.pictures import picture_grid  # matplotlib, which workers that draw nothing need not import
+    from steerfm.report.plots import cost_plot
+
     counts = what_counts(rows)
     what = IN_WORDS[counts]
     plot = cost_plot(curves(rows), path.with_name(f"{path.name}.png"), title, what)

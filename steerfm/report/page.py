@@ -17,7 +17,6 @@ from steerfm import files
 from steerfm.report.formats import short
 from steerfm.report.palette import FIXED, NAMES, look, subject
 from steerfm.report.run_folder import RunFolder
-from steerfm.report.style import DPI, WIDTH
 
 
 def report(
@@ -103,6 +102,8 @@ summary { cursor: pointer; color: var(--soft); }
 def _figure(caption: str, file: Path) -> str:
     """A picture with its caption; a plot no larger than its texts need."""
     data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
+    from steerfm.report.style import DPI, WIDTH  # matplotlib: only a page of pictures waits for it
+
     plot = ' class="plot"' if int.from_bytes(data[16:20], "big") == round(WIDTH * DPI) else ""  # where a png says its width
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     image = f'<img{plot} src="{source}" alt="{_escape(caption)}">'

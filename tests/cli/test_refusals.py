@@ -219,12 +219,12 @@ def test_steer_runs_with_its_own_defaults(capsys, tmp_path, monkeypatch):
 def test_fine_tuning_takes_an_adapter_and_its_own_defaults(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fast = [
-        "batch_size=4", "watch.n=8", "watch.every=2", "optimizer.steps=2", "distil.steps=2", "distil.samples=8",
+        "batch_size=4", "watch.n=8", "watch.base=8", "watch.every=2", "optimizer.steps=2", "distil.steps=2", "distil.samples=8",
         "distil.batch_size=8", "lora.rank=2",
     ]  # fmt: skip
     code, out, err = run(capsys, "finetune", *fast, "out=a")
     assert code == 0 and "label=all" in out, err
-    code, _, err = run(capsys, "finetune", *fast, "watch.base=8", "reward=brightness", "model=a/adapter.safetensors", "out=b")
+    code, _, err = run(capsys, "finetune", *fast, "reward=brightness", "model=a/adapter.safetensors", "out=b")
     assert code == 0, err
     before, after = steerfm.load("a/adapter.safetensors"), steerfm.load("b/adapter-tuned.safetensors")
     for name in ("b/adapter-tuned.safetensors", "b/adapter.safetensors"):  # the base of both is the adapter
