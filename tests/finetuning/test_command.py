@@ -19,7 +19,7 @@ from steerfm.checkpoints import read_weights
 from steerfm.flowmap import NeuralFlowMap
 
 FAST = [
-    "batch_size=4", "watch.n=8", "watch.base=8", "watch.report=12", "watch.every=2", "optimizer.steps=4", "distil.steps=2",
+    "batch_size=4", "watch.n=8", "watch.base=8", "watch.report=2", "watch.every=2", "optimizer.steps=4", "distil.steps=2",
     "distil.samples=8", "distil.batch_size=8",
 ]  # fmt: skip
 BAG = ["finetune", "reward=classifier", "reward.target=Bag", *FAST]
@@ -58,7 +58,8 @@ def test_bad_input_is_one_line_that_names_the_fix(capsys, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(capsys, *BAG, "lora.rank=2", "out=tuned")
+    command = [*BAG, "watch.report=12", "lora.rank=2", "out=tuned"]
+    code, _, err = run(capsys, *command)
     assert code == 0, err
     folder = tmp_path / "tuned"
     for name in ("config.yaml", "result.json", "metrics.jsonl", "report.html", "grid.png", "frontier.png", "curves-tune.png"):
@@ -78,7 +79,7 @@ def test_a_run_leaves_a_map_that_every_command_takes(capsys, tmp_path, monkeypat
     base = steerfm.load("fashion")
     assert torch.allclose(tuned.with_strength(0).jump(x, 0.0, 1.0), base.jump(x, 0.0, 1.0), atol=5e-3)
     assert run(capsys, "sample", "model=tuned/fashion-tuned.safetensors", "n=2")[0] == 0
-    assert "finished already" in run(capsys, *BAG, "lora.rank=2", "out=tuned")[1]
+    assert "finished already" in run(capsys, *command)[1]
     code, _, err = run(capsys, *BAG, "out=tuned")
     assert code == 2 and "another configuration" in err
 
