@@ -50,7 +50,9 @@ class Cost:
         counts = (
             f"{value:,} {name.replace('_', ' ')}" for name, value in self.counts().items() if value
         )  # fmt: skip
-        return ", ".join((*counts, f"{self.seconds:.2f} s", f"{self.peak_bytes / 2**20:,.0f} MiB"))
+        mib = self.peak_bytes / 2**20
+        memory = f"{mib:.0f} MiB" if mib < 999.5 else f"{mib / 2**10:.1f} GiB"
+        return ", ".join((*counts, f"{self.seconds:.2f} s", memory))
 
     @property
     def evaluations(self) -> int:

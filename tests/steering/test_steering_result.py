@@ -314,6 +314,7 @@ def test_a_result_shows_itself_in_a_notebook(tmp_path):
 def test_cost_prints_what_was_spent():
     cost = steerfm.Cost(forwards=1200, reward_calls=3, seconds=1.5, peak_bytes=3 * 2**20)
     assert str(cost) == "1,200 forwards, 3 reward calls, 1.50 s, 3 MiB"
+    assert str(cost + steerfm.Cost(peak_bytes=1234 * 2**20)).endswith(", 1.2 GiB")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
