@@ -138,7 +138,9 @@ def checked_code(architecture: Mapping[str, Any], head: Mapping[str, Any], path:
     """What makes a network or a map of a file again; where its code is not at the place that it names, that beside the file.
 
     Args:
-        architecture: a name and its arguments. head: the JSON that it is from. path: of the weights.
+        architecture: a name and its arguments.
+        head: the JSON that it is from.
+        path: of the weights.
 
     Raises:
         ValueError: its code is gone, or has changed since the file was written.
@@ -192,7 +194,9 @@ def restore(head: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | 
     weights or the samples is refused before anything is allocated.
 
     Args:
-        head: its JSON, with the key network. weights: what it holds. path: its name, for errors.
+        head: its JSON, with the key network.
+        weights: what it holds.
+        path: its name, for errors.
         shape: of one sample or picture.
 
     Raises:

@@ -123,7 +123,8 @@ class MixtureBatch:
         point masses and B = 0 are not special.
 
         Args:
-            linear: a, (d,). quadratic: B, a symmetric (d, d), the diagonal (d,) or a number. None is zero.
+            linear: a, (d,).
+            quadratic: B, a symmetric (d, d), the diagonal (d,) or a number. None is zero.
             strength: multiplies the reward.
 
         Returns:
@@ -432,16 +433,18 @@ class MixtureFlowMap(FlowMap):
         low, high = (fixed[1] + fixed[2] * z.unsqueeze(-1) for z in z_x.detach().aminmax(dim=-1))
         low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
         y, narrowest = (low + high) / 2, fixed[2].amin(-1, keepdim=True)
+        settled = torch.zeros_like(y, dtype=torch.bool)  # each by itself, so that no row depends on others
         with torch.no_grad():
             for i in range(28):  # halving, then Newton steps as long as they stay in the bracket
                 residual, slope = h(y, *fixed)
                 low, high = torch.where(residual < 0, y, low), torch.where(residual < 0, high, y)
                 newton = y - residual / slope
                 inside = (newton >= low) & (newton <= high) & (i >= 16)
-                if i >= 16 and bool((inside & ((newton - y).abs() < 1e-9 * narrowest)).all()):
-                    y = newton  # their error is squared in every step
+                near = inside & ((newton - y).abs() < 1e-9 * narrowest)  # the error is squared in every step
+                y = torch.where(settled, y, torch.where(inside, newton, (low + high) / 2))
+                settled = settled | near
+                if i >= 16 and bool(settled.all()):
                     break
-                y = torch.where(inside, newton, (low + high) / 2)
         # Implicit Newton steps leave the value and attach derivatives: one step the first, two steps up to the third.
         for _ in range(2):
             residual, slope = h(y, tail_x, centre, g_t)

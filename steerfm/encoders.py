@@ -92,7 +92,9 @@ class OpenClip(nn.Module):
     """An open_clip model with its tokenizer and its preprocessing; frozen.
 
     Args:
-        model: the open_clip model. tokenizer: texts to (n, context) int64. preprocessing: of its pictures.
+        model: the open_clip model.
+        tokenizer: texts to (n, context) int64.
+        preprocessing: of its pictures.
         name: for messages.
     """
 

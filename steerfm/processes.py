@@ -38,7 +38,8 @@ class Group:
     """The processes of a run.
 
     Attributes:
-        rank: number of this one. size: how many there are.
+        rank: number of this one.
+        size: how many there are.
         words: the torch group in which they talk about what is on the CPU; None for the default one.
     """
 
@@ -60,7 +61,8 @@ class Group:
         """Rows (n, *shape) of all processes, one after the other: ``rows`` of them from each, to the bit.
 
         Args:
-            mine: those of this process, contiguous; None where it has none. like: what the rows have in common with another
+            mine: those of this process, contiguous; None where it has none.
+            like: what the rows have in common with another
                 tensor: type and device.
         """
         width = like.element_size() * torch.Size(shape).numel()
@@ -174,7 +176,8 @@ def share(
     Args:
         what: the name of the call, which all processes must make in the same order.
         parts: slices that cover all rows in order; part i is made by process i size // len(parts).
-        call: makes a part. inputs: (b, ...) each; gradients reach them where the rows that come out have one.
+        call: makes a part.
+        inputs: (b, ...) each; gradients reach them where the rows that come out have one.
         by_first: the first process makes all parts.
         in_step: all processes make as many calls; one that has no part left makes the first one again, for nothing.
 

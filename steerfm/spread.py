@@ -187,7 +187,8 @@ class Dealt(Reward):
     """The same reward, shared out over the processes; the first alone makes one that compares pictures, or that says so.
 
     Args:
-        reward: no sum. flow_map: says how rows are cut; None for one process that does not.
+        reward: no sum.
+        flow_map: says how rows are cut; None for one process that does not.
     """
 
     def __init__(self, reward: Reward, flow_map: Spread | None) -> None:

@@ -31,7 +31,9 @@ class Range:
     """What a number may be. A list of numbers is not empty, and each of them is in the range.
 
     Attributes:
-        least, most: included. above, below: not included. of: what is counted, for the message. off: also 0.
+        least, most: included. above, below: not included.
+        of: what is counted, for the message.
+        off: also 0.
         empty: what to say of an empty list.
     """
 

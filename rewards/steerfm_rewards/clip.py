@@ -168,7 +168,9 @@ def linear_layers(name: str, weights: Any, path: Path) -> nn.Sequential:
     """Matrices and biases as one network, in the order of their names; nothing is between them but dropout.
 
     Args:
-        name: of the reward, for messages. weights: by name. path: where they are from.
+        name: of the reward, for messages.
+        weights: by name.
+        path: where they are from.
 
     Raises:
         RewardError: no chain that ends in one number.

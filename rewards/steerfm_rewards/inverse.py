@@ -98,7 +98,8 @@ class TargetImage(Reward):
         operator: A: identity, inpaint, downsample, blur, or a function of your own (b, c, h, w) -> (b, ...).
         noise: standard deviation of the noise, in pixel values.
         mask: of inpaint: path or tensor, 1 where a pixel is known; default: all but the centre box.
-        factor: of downsample, default 2. sigma: of blur in pixels, default 1.
+        factor: of downsample, default 2.
+        sigma: of blur in pixels, default 1.
         measured: whether the target is y itself; otherwise it is a full picture, the ``truth``, and y is A of it.
         seed: adds noise of this seed to A of a full picture; None for no noise.
         size: side in pixels that a file is resized to, or [height, width]; None to take it as it is.

@@ -185,8 +185,10 @@ class Blip(nn.Module):
     """The release's network: vision tower, text encoder that attends to it, and head; frozen.
 
     Args:
-        vision, text: transformers' BlipVisionModel and BlipTextModel. head: features of the first token to (b, 1).
-        tokenizer: of the text encoder. size: side of its pictures.
+        vision, text: transformers' BlipVisionModel and BlipTextModel.
+        head: features of the first token to (b, 1).
+        tokenizer: of the text encoder.
+        size: side of its pictures.
     """
 
     mean, std = 0.16717362830052426, 1.0333394966054072  # of the release

@@ -87,7 +87,8 @@ class ImageTextHead(nn.Module):
     Args:
         size: side that pictures are resized to.
         hidden: width of the head.
-        trunk: which EfficientNet-Lite. text: ``minilm``, or a model of `encoders.open_clip`.
+        trunk: which EfficientNet-Lite.
+        text: ``minilm``, or a model of `encoders.open_clip`.
     """
 
     def __init__(self, size: int = 128, hidden: int = 512, trunk: int = 0, text: str = "minilm") -> None:

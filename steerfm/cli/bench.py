@@ -107,7 +107,8 @@ class Yardstick:
     """What diversity and distance are measured in.
 
     Attributes:
-        features: pictures or vectors to features (b, d). reference: mean and covariance of the data's, or None.
+        features: pictures or vectors to features (b, d).
+        reference: mean and covariance of the data's, or None.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -133,7 +134,9 @@ class Problem:
     """A model and what its outputs are asked for.
 
     Attributes:
-        name: of the problem in its suite. config: as for `steerfm steer`. reward: what methods see.
+        name: of the problem in its suite.
+        config: as for `steerfm steer`.
+        reward: what methods see.
         judge: what counts; None where there is none, and then the reward itself does.
         outputs: what they are asked for, a row each.
     """
@@ -203,7 +206,8 @@ def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int,
 
     Args:
         method: that fits itself; or one of your own, which gets the particles that the budget buys, where it is a dataclass.
-        evaluations: of one output, of a method. budget: the most of them.
+        evaluations: of one output, of a method.
+        budget: the most of them.
         steps: that a suite asks for, in place of those of the method's shape.
     """
     try:
@@ -252,7 +256,10 @@ class Plan:
     """The cells of a sweep, and where they are.
 
     Attributes:
-        folder: of the run. methods: by name, as they are configured. columns: of the table. seeds: of each column.
+        folder: of the run.
+        methods: by name, as they are configured.
+        columns: of the table.
+        seeds: of each column.
     """
 
     folder: RunFolder
@@ -295,7 +302,9 @@ class Plan:
         """Measure what has no file yet and nobody else is at; returns once nobody is.
 
         Args:
-            share: which part of the cells. tick: called with how many there are, and how many there will be. check: called
+            share: which part of the cells.
+            tick: called with how many there are, and how many there will be.
+            check: called
                 before a cell; raises to end all.
         """
         part, parts = share_of(share)

@@ -51,9 +51,12 @@ class Examiner:
     """What the samples of a model are held against.
 
     Attributes:
-        cond: n rows. names: of the rows, for pictures.
-        spaces: by the name of their network; the first is that of diversity. references: of the data, in some of them.
-        texture: mean of the data's, where they are known. agreement: with what was asked for.
+        cond: n rows.
+        names: of the rows, for pictures.
+        spaces: by the name of their network; the first is that of diversity.
+        references: of the data, in some of them.
+        texture: mean of the data's, where they are known.
+        agreement: with what was asked for.
         gaps: what cannot be measured, and why: a line each.
     """
 

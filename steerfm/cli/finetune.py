@@ -185,9 +185,12 @@ class Outcome:
     """What a fine-tuning came to.
 
     Attributes:
-        base, tuned: the maps; ``tuned`` is whole, adapters are merged into it. network: they are apart in it.
+        base, tuned: the maps; ``tuned`` is whole, adapters are merged into it.
+        network: they are apart in it.
         modules, monitors: of the tuning, "tune", and of what made one flow map of it, "distil", where that was needed.
-        panel: who judged. readings: by sampler. before: that of the base in its usual number of jumps.
+        panel: who judged.
+        readings: by sampler.
+        before: that of the base in its usual number of jumps.
         consistency: semigroup error of "base" and "tuned". moved: control cost.
     """
 

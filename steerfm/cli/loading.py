@@ -208,7 +208,8 @@ def _named(value: Any, what: str, key: str, schema: type, default: str = "") -> 
     """A `NAMED` key's value with its arguments as the named thing declares them.
 
     Args:
-        what: reward, judge or method. default: name where the value has none.
+        what: reward, judge or method.
+        default: name where the value has none.
     """
     if isinstance(value, list):
         return [_named(term, what, key, schema) for term in value]

@@ -81,7 +81,9 @@ def draw(
     """PATH.png, what counts by cost, and PATH-pictures.png, the outputs of the first seed at a budget.
 
     Args:
-        title: of the problem. rows: all of it. first: the cells of the first seed at the budget, by method.
+        title: of the problem.
+        rows: all of it.
+        first: the cells of the first seed at the budget, by method.
     """
     from steerfm.report.pictures import picture_grid  # matplotlib, which workers that draw nothing need not import
     from steerfm.report.plots import cost_plot

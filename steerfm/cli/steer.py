@@ -170,7 +170,9 @@ class Steered:
     Attributes:
         values: per output or particle, all outputs: rewards, log_weights, component.*, and log_z where there is one.
         scores, held_out, near: {"base", "steered"} to the reward (n,), the judge's, and distances to a known truth.
-        pictures: of the first outputs of the first prompts. first: the result of the first outputs. cost: of all.
+        pictures: of the first outputs of the first prompts.
+        first: the result of the first outputs.
+        cost: of all.
         diagnosis: what the strength did.
     """
 

@@ -40,8 +40,10 @@ def share_out(folder: Path, names: Sequence[str], make: Callable[[int], None], t
     """Make all pieces of work of a folder, each by one of the processes that are at it; returns when all are made.
 
     Args:
-        folder: of the lock file. names: of the pieces.
-        make: makes piece i, unless it is there. tick: called with how many are made, and how many there are.
+        folder: of the lock file.
+        names: of the pieces.
+        make: makes piece i, unless it is there.
+        tick: called with how many are made, and how many there are.
     """
     left = list(range(len(names)))
     with Claims(folder) as claims:
@@ -103,7 +105,8 @@ def run_workers(
     """Run workers until all of them end; one that was killed is replaced, and all end with this process.
 
     Args:
-        calls: "module:function" and its argument, of each. done: how many pieces of work there are by now, of ``total``.
+        calls: "module:function" and its argument, of each.
+        done: how many pieces of work there are by now, of ``total``.
         tick: called with both.
 
     Raises:

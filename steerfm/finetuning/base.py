@@ -63,12 +63,19 @@ class Update:
 
     Attributes:
         step, steps: of the run.
-        tuned: the map that is trained. averaged: with the averaged weights. reference: the frozen base.
-        reward: what is optimised. tasks: of these b rows. all_tasks: what rows are drawn from.
-        noise: b streams, one a row, from seeds that no person gives. generator: of what all rows share.
-        control: lambda. scale: spread of the reward under the reference.
+        tuned: the map that is trained.
+        averaged: with the averaged weights.
+        reference: the frozen base.
+        reward: what is optimised.
+        tasks: of these b rows.
+        all_tasks: what rows are drawn from.
+        noise: b streams, one a row, from seeds that no person gives.
+        generator: of what all rows share.
+        control: lambda.
+        scale: spread of the reward under the reference.
         memory: tensors that the method keeps from one update to the next, the same in all processes; they are part of a
-            checkpoint. own: likewise, but with a row for each of these b rows.
+            checkpoint.
+        own: likewise, but with a row for each of these b rows.
         seed: of the run.
 
     Where several processes tune, the global batch has B rows, of which each has b.

@@ -42,7 +42,8 @@ class Reading:
         diversity: mean distance of two samples of the same class, relative to the base's in that class.
         support: share of the samples that lie among the base's, of any class (precision, k = 5).
         distance: Fréchet distance of the features to the base's samples of the same classes in the same shares.
-        pictures: the samples, decoded. scores: (n,) what counts of them: the held-out rewards, or the rewards.
+        pictures: the samples, decoded.
+        scores: (n,) what counts of them: the held-out rewards, or the rewards.
     """
 
     reward: float
@@ -73,10 +74,12 @@ class Panel:
 
     Attributes:
         base: the map before tuning.
-        reward: what is optimised. judge: what is not; None for none, and then the reward is all that counts.
+        reward: what is optimised.
+        judge: what is not; None for none, and then the reward is all that counts.
         tasks: of the n samples, one each.
         support: tasks of the samples of the base that others are compared with, of every class that it knows.
-        features: pictures or vectors to (n, d). classes: to (n,) class indices, or None for one class.
+        features: pictures or vectors to (n, d).
+        classes: to (n,) class indices, or None for one class.
         seeds: of the samples; those of the comparison are others.
         jumps: that samples of the base take; None for as many as are usual for it.
 
@@ -215,7 +218,8 @@ class Monitor(L.Callback):
         base: the panel's reading of the base.
         folder: of the run; None to write nothing.
         every: steps.
-        floor: see above. patience: see above; 0 never stops and keeps the last model.
+        floor: see above.
+        patience: see above; 0 never stops and keeps the last model.
     """
 
     def __init__(

@@ -132,8 +132,10 @@ class Weighted(metaclass=Named):
         tasks, k = log_w.shape
         choice = update.common("choice")
         which = torch.randint(tasks, (update.size,), generator=choice)
-        rows = torch.multinomial(log_w.exp()[which], 1, generator=choice).squeeze(1)
-        terms = self.refit.loss(update, *_rows(update, which, which * k + rows))
+        upto = log_w.double().exp().cumsum(1)  # the rows of task i between i and i + 1, so that one search finds all
+        upto = (upto / upto[:, -1:] + torch.arange(tasks)[:, None]).flatten()
+        rows = torch.searchsorted(upto, which + torch.rand(update.size, generator=choice, dtype=upto.dtype), right=True)
+        terms = self.refit.loss(update, *_rows(update, which, rows.clamp_max(tasks * k - 1)))
         return terms | {name: update.memory[name].to(update.tuned.device) for name in ("reward", "strength", "ess")}
 
     def _sample(self, update: Update, number: int) -> None:

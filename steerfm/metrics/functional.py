@@ -384,7 +384,9 @@ class Difference:
     """By how much a is above b, from pairs.
 
     Attributes:
-        mean: of a - b. half: half the width of its 95% interval. pairs: how many there are.
+        mean: of a - b.
+        half: half the width of its 95% interval.
+        pairs: how many there are.
     """
 
     mean: float

@@ -33,7 +33,8 @@ class Reference:
     """What is known of the data in a space.
 
     Attributes:
-        mean, cov: (d,) and (d, d) of the data's features. count: of the data that they are of.
+        mean, cov: (d,) and (d, d) of the data's features.
+        count: of the data that they are of.
         rows: (m, d) of some of the data, in random order.
         texture: mean of the data's, see `steerfm.metrics.texture`, or None.
         apart: Fréchet distance between two large parts of the data, or None.
@@ -84,8 +85,10 @@ class Space:
         name: of the network.
         features: pictures to (b, d).
         reference: what is known of the data, or None.
-        logits: features (b, d) to logits (b, classes), of a network that knows classes. class_names: of these.
-        image: features (b, d) to embeddings (b, e) of length 1, of a network that knows words. text: prompts to (n, e).
+        logits: features (b, d) to logits (b, classes), of a network that knows classes.
+        class_names: of these.
+        image: features (b, d) to embeddings (b, e) of length 1, of a network that knows words.
+        text: prompts to (n, e).
         shape: (c, h, w) of the pictures that it takes; None for any of 1 or 3 channels.
     """
 

@@ -66,7 +66,8 @@ def write(of: Mapping[str, Tensor], path: Path, part: str = "") -> Path:
     """Write factors as diffusers has them, for ``pipe.load_lora_weights(path.parent, weight_name=path.name)``.
 
     Args:
-        of: the factors. path: of the file.
+        of: the factors.
+        path: of the file.
         part: what the pipeline calls its network; empty where names of layers begin with that.
     """
     part = f"{part}." if part else ""

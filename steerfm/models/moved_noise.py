@@ -24,7 +24,8 @@ class MovedNoise(Wrapped):
     It is a generator: there is no state between the noise and the data. (HyperNoise, Eyring et al. 2508.09968.)
 
     Args:
-        flow_map: Y, which may be sampled in several ``jumps``. adapter: whose network is trained, and saved.
+        flow_map: Y, which may be sampled in several ``jumps``.
+        adapter: whose network is trained, and saved.
         of: what `steerfm.load` makes Y by, as it is written to a file.
     """
 

@@ -101,7 +101,8 @@ def velocity(x: Tensor, t: Tensor, ends: Ends, first: float = 0.0, last: float =
     t data + (1 - t) x.
 
     Args:
-        x: (b, *d). t: our times, which broadcast against x.
+        x: (b, *d).
+        t: our times, which broadcast against x.
         ends: what the network says at t, or at the nearest time that it knows.
         first, last: the times that it knows, 0 <= first < last <= 1.
     """

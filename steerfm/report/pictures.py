@@ -77,8 +77,11 @@ class Plan:
     """Where things are in a grid, in pixels, its texts, broken into lines, and their size in points.
 
     Attributes:
-        left: of the first picture. inner: width of all pictures. height: of the whole.
-        tops: of each row of pictures. headings: the title and those above rows, each with its top.
+        left: of the first picture.
+        inner: width of all pictures.
+        height: of the whole.
+        tops: of each row of pictures.
+        headings: the title and those above rows, each with its top.
     """
 
     size: float

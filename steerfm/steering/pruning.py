@@ -44,7 +44,8 @@ class SeedPruning(Sampler):
     (docs/methods.md).
 
     Attributes:
-        particles: that end. steps: of all.
+        particles: that end.
+        steps: of all.
         first: seeds that begin.
         at: shares of the steps, in [0, 1), after which seeds are pruned.
     """

@@ -116,7 +116,8 @@ def distinct(w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     the expectation of each weight is what it was.
 
     Args:
-        w: (n, k) normalised weights. u: (n, m) uniform numbers, m < k; one of each row is used.
+        w: (n, k) normalised weights.
+        u: (n, m) uniform numbers, m < k; one of each row is used.
     """
     m = u.shape[1]
     heavy = w.sort(1, descending=True).values

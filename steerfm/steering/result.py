@@ -49,7 +49,8 @@ class SteeringResult(Outcome):
         log_weights: (n, k) with logsumexp = 0 over the particles of each output.
         log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None; its docstring says of which law,
             and whether it is unbiased.
-        trace: see `Trace`. cost: see `steerfm.cost.Cost`.
+        trace: see `Trace`.
+        cost: see `steerfm.cost.Cost`.
         strength: (n,) of the tilt.
         flow_map: the model, which decodes the samples; None where a file does not say how (see `load`).
         micro_batch: samples that are decoded at a time, unless a method says otherwise; None for all.

@@ -26,7 +26,8 @@ class Candidates:
         log_w: (n, k) log-weights.
         tilt: (n, k) strength * reward of the look-ahead, untempered: what a search ranks by.
         u: (n, k) uniform numbers.
-        step: transitions done. t: time.
+        step: transitions done.
+        t: time.
         parts: whether the next step has noise; without it copies stay copies.
     """
 

@@ -77,9 +77,11 @@ class State:
         times: that are visited; ``done`` steps are taken.
         x: (n k, *shape) the particles, in model space.
         now: what is known about them.
-        log_w: (n, k) log-weights. log_z: (n,) what resampling has moved out of them.
+        log_w: (n, k) log-weights.
+        log_z: (n,) what resampling has moved out of them.
         first: (n, k) strength * reward of the look-aheads at the start; zeros where nobody looked.
-        parents: the particles before the last selection. selected: who went on.
+        parents: the particles before the last selection.
+        selected: who went on.
         info: what the last step did, a row of the `Trace`.
     """
 

@@ -24,7 +24,8 @@ def require(holds: Any, wrong: str, mend: str) -> None:
 
     Args:
         holds: the condition.
-        wrong: what is wrong. mend: how to mend it.
+        wrong: what is wrong.
+        mend: how to mend it.
     """
     if not bool(holds):
         raise ContractError(f"{wrong}: {mend}")

@@ -24,7 +24,8 @@ class Probe:
     """A map, and what it is asked about.
 
     Attributes:
-        x: (N, *shape) states. s, t: (N,) times, s < t, different in every row. cond: one row per state, or None.
+        x: (N, *shape) states. s, t: (N,) times, s < t, different in every row.
+        cond: one row per state, or None.
     """
 
     flow_map: FlowMap

@@ -238,7 +238,9 @@ class Listing:
     """The pictures of a folder, by name; none is open yet.
 
     Attributes:
-        files: in order of their paths. labels: the class of each, or zeros. class_names: () where there are no class folders.
+        files: in order of their paths.
+        labels: the class of each, or zeros.
+        class_names: () where there are no class folders.
         captions: of each; [] where there are none.
     """
 

@@ -76,7 +76,8 @@ def loggers(logger: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[
     wandb's however often it was started.
 
     Args:
-        logger: one of `LOGGERS`. settings: what the run was asked for, shown beside its curves.
+        logger: one of `LOGGERS`.
+        settings: what the run was asked for, shown beside its curves.
 
     Raises:
         ValueError: as `check_logger`.

@@ -186,7 +186,10 @@ class Paths:
     """Trajectories of an ODE from noise.
 
     Attributes:
-        states: (steps + 1, m, *shape). times: (steps + 1, m). velocities: (steps, m, *shape). cond: m rows.
+        states: (steps + 1, m, *shape).
+        times: (steps + 1, m).
+        velocities: (steps, m, *shape).
+        cond: m rows.
     """
 
     states: Tensor

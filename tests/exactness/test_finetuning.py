@@ -84,7 +84,7 @@ def test_the_untuned_base_is_far_from_the_target(base, allowed):
 
 
 def test_weighted_refitting_reaches_the_tilt(base, allowed):
-    module = tuned(base, Weighted(rounds=2, samples=4_000, refit=Refit(0.3, ode=4)), steps=500, decay=0.5)
+    module = tuned(base, Weighted(rounds=2, samples=8_000, refit=Refit(0.3, ode=4)), steps=500, decay=0.5)
     assert float(module.memory["strength"]) == pytest.approx(1.0)
     for jumps in (1, 2, 4):
         assert distance(chain(jumps)(module.averaged()), TARGET, base) < allowed, jumps

@@ -50,7 +50,9 @@ class Emoji:
 
     Attributes:
         pictures: (n, 3, size, size) uint8, on white. concept, style, tone: (n,) int64; tone 0 is none.
-        names: of each concept. keywords: of each concept, without its name. held_out: (concepts,) bool.
+        names: of each concept.
+        keywords: of each concept, without its name.
+        held_out: (concepts,) bool.
     """
 
     pictures: Tensor
