@@ -170,6 +170,7 @@ class SpreadConfig:
 
     devices: str = option("auto", DEVICES_HERE, form=DEVICES)
     num_nodes: int | None = ranged(None, NODES, least=1)
+    strategy: str = choice("auto", "fsdp2", doc="fsdp2: the processes hold the model's weights together, if one has no room")
 
 
 MICRO = "rows of a call of the network, the decoder and the reward; null for what the model takes: memory grows with it"

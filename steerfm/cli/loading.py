@@ -193,7 +193,8 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             f.metadata["range"].check(value, key)
         if "choices" in f.metadata and value not in f.metadata["choices"]:
             choices, what = f.metadata["choices"], f.metadata["what"]
-            listed = f"{nearest(str(value), choices)}; {what or f.name}s: {', '.join(choices)}"
+            plural = re.sub("y$", "ie", what or f.name) + "s"
+            listed = f"{nearest(str(value), choices)}; {plural}: {', '.join(choices)}"
             raise ConfigError(f"unknown {what} {value!r}{listed}" if what else f"{key}={value}{listed}")
         if "form" in f.metadata and not re.fullmatch(f.metadata["form"][0], str(value)):
             raise ConfigError(f"{key}={value}: give {f.metadata['form'][1]}")

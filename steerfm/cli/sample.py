@@ -7,7 +7,7 @@ from steerfm.cli.console import console, progress
 from steerfm.cli.outputs import outputs_of
 from steerfm.cli.parts import autocast, load_model
 from steerfm.cli.runs import grid_rows, run_folder, stem
-from steerfm.cli.spread import on_processes
+from steerfm.cli.spread import on_processes, share_weights
 from steerfm.cost import Ledger
 from steerfm.flowmap import in_parts
 from steerfm.processes import first, of_first
@@ -29,6 +29,7 @@ def sample(config: SampleConfig, command: str = "") -> None:
 def work(config: SampleConfig, command: str) -> None:
     """What one of the processes does."""
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
+    share_weights(flow_map, config.trainer)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, negative=config.negative)
     steps = flow_map.steps if config.steps is None else config.steps
     check_fit(flow_map, usual(flow_map), grid_of(flow_map, steps))

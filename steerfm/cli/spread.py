@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from steerfm.cli.config import FinetuneConfig, SampleConfig, SteerConfig
+from steerfm.cli.config import FinetuneConfig, SampleConfig, SpreadConfig, SteerConfig
 from steerfm.cli.console import console
-from steerfm.processes import first
+from steerfm.flowmap import FlowMap
+from steerfm.processes import active, first
 from steerfm.values import ConfigError
 
 Config = TypeVar("Config", SteerConfig, SampleConfig, FinetuneConfig)
@@ -53,6 +54,26 @@ def on_processes(command: Callable[[Config, str], None], config: Config, line: s
         launch(_on_process, command, config, line, **where)
     except ChildProcessError as error:
         raise ChildProcessError(f"{error}; the same command continues where it was") from error
+
+
+def share_weights(flow_map: FlowMap, trainer: SpreadConfig) -> None:
+    """Let the processes hold the weights of a map together, where that is asked for.
+
+    Raises:
+        ConfigError: they cannot be shared out.
+    """
+    group = active()
+    if trainer.strategy == "auto" or group is None:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from steerfm.training.sharding import check_shardable, shard
+
+    try:
+        check_shardable(flow_map)
+    except ValueError as error:
+        raise ConfigError(f"trainer.{error}") from None
+    shard(flow_map.body, init_device_mesh(flow_map.device.type, (group.size,)))
 
 
 def _in_keys(text: str, key: str) -> str:

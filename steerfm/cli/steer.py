@@ -16,7 +16,7 @@ from steerfm.cli.console import console, print_table, progress
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import autocast, build_judge, build_method, build_reward, check_needs, fitting, load_model
 from steerfm.cli.runs import FINISHED, grid_rows, run_folder, slug, stem
-from steerfm.cli.spread import on_processes
+from steerfm.cli.spread import on_processes, share_weights
 from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import restoration
@@ -54,6 +54,7 @@ def work(config: SteerConfig, command: str) -> None:
     if (instead := fitting(config, method, flow_map, usual)) is not None:
         config, method = replace(config, method=instead), build_method(instead)
     check_method(method, flow_map)
+    share_weights(flow_map, config.trainer)
     default = f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
     held = build_judge(config, flow_map, reward)
     judge = held.judge

@@ -73,7 +73,8 @@ class State:
 
     Attributes:
         problem: what is steered, a row for each particle.
-        noise, looks: the streams of the path and of look-aheads that draw.
+        noise: the streams of the path.
+        looks: those of look-aheads that draw.
         times: that are visited; ``done`` steps are taken.
         x: (n k, *shape) the particles, in model space.
         now: what is known about them.

@@ -74,6 +74,11 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_with_another_number(
     assert main([*keys, many]) == 0  # the same run, on whatever number of processes
     assert "finished already" in capfd.readouterr().out
 
+    sharded = tmp_path / "sharded"  # convolutions round otherwise where their weights are shared out
+    assert main([*keys, f"out={sharded}", "trainer.devices=2", "trainer.strategy=fsdp2"]) == 0
+    got = load_file(sharded / "samples.safetensors")
+    torch.testing.assert_close(got["samples"], want["samples"], atol=1e-4, rtol=0)
+
 
 @pytest.mark.parametrize(
     ("keys", "words"),
@@ -89,6 +94,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_with_another_number(
         (["trainer.devices=2", "device=cuda"], "device=cuda: this machine has no CUDA device"),
         (["trainer.device=2"], "unknown key 'trainer.device' (did you mean 'devices'?)"),
         (["micro_batch=0"], "micro_batch=0: must be at least 1"),
+        (["trainer.strategy=fsdp"], "trainer.strategy=fsdp (did you mean 'fsdp2'?); strategies: auto, fsdp2"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_the_work(
