@@ -154,8 +154,7 @@ class TreeSearch(Sized, metaclass=Readable):
         particles: nodes of each tree.
         steps: transitions from t = 0 to t = 1; the tree branches at the root and at all of them but the last.
         width: children an iteration, which divides the particles; more make larger batches and see fewer updates.
-        branching: see above.
-        widening: see above; 0 gives every node the same number of children, rounded up to ``width``.
+        branching, widening: see above; widening = 0 gives every node the same number of children, rounded up to ``width``.
         gamma: of the transition `Renoise`, in (0, 1].
         greedy: walk to the best child.
     """
