@@ -148,8 +148,9 @@ def promise(flow_map: FlowMap, reward: Reward, z: Tensor, rows: Rows) -> Callabl
     if active() is None:
         waits = [looked(z[cut], rows[cut], reward) for cut in flow_map.cuts(len(z))]
         return lambda: Scores.join([wait() for wait in waits])
-    if any(map(_whole, terms(reward))):
-        return looked(z, rows, _dealt(reward, None if reward.groupwise else flow_map))
+    if any(map(by_one, terms(reward))):
+        how = None if reward.groupwise else flow_map  # what compares pictures is never cut, with all that is added to it
+        return looked(z, rows, each_term(reward, lambda term: Dealt(term, how)))
 
     def part(of: slice, z: Tensor) -> tuple[Tensor, list[str]]:
         return _as_rows(looked(z, rows[of], reward)())
@@ -170,20 +171,37 @@ def place(reward: Reward, device: torch.device) -> None:
             term.to(device)
 
 
-def _whole(reward: Reward) -> bool:
+def by_one(reward: Reward) -> bool:
     """Whether one process sees all pictures."""
     return reward.one_process or reward.groupwise
 
 
-def _dealt(reward: Reward, flow_map: Spread | None) -> Reward:
-    """The reward with each term shared out, or made by one process. What compares pictures is never cut, with all that is added
-    to it: there is no map that says how."""
+def each_term(reward: Reward, make: Callable[[Reward], Reward]) -> Reward:
+    """The reward with each term of a sum replaced by what is made of it; of one that is no sum, what is made of that."""
     if isinstance(reward, WeightedSum):
-        return WeightedSum([(weight, _dealt(part, flow_map)) for weight, part in reward.terms])
-    return Dealt(reward, flow_map)
+        return WeightedSum([(weight, each_term(term, make)) for weight, term in reward.terms])
+    return make(reward)
 
 
-class Dealt(Reward):
+class SameReward(Reward):
+    """A reward whose values are another one's, which processes make together. A call has all rows.
+
+    Args:
+        reward: no sum.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        super().__init__()
+        self.reward = reward
+        self.take_facts([reward])
+        self.name, self.batch_size = reward.name, None
+
+    @property
+    def spaces(self) -> frozenset[str]:
+        return self.reward.spaces
+
+
+class Dealt(SameReward):
     """The same reward, shared out over the processes; the first alone makes one that compares pictures, or that says so.
 
     Args:
@@ -192,15 +210,9 @@ class Dealt(Reward):
     """
 
     def __init__(self, reward: Reward, flow_map: Spread | None) -> None:
-        super().__init__()
-        self.reward, self.of = reward, flow_map
-        self.take_facts([reward])
-        self.name, self.batch_size = reward.name, None
-        self.elsewhere = reward.elsewhere and _whole(reward)
-
-    @property
-    def spaces(self) -> frozenset[str]:
-        return self.reward.spaces
+        super().__init__(reward)
+        self.of = flow_map
+        self.elsewhere = reward.elsewhere and by_one(reward)
 
     def raw_scores(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
@@ -224,7 +236,7 @@ class Dealt(Reward):
 
         cuts, parts = ([slice(0, n)], even(slice(0, n))) if self.of is None else (self.of.cuts(n), self.of.parts(n))
         both = [images] if latents is None else [images, latents]
-        one = _whole(self.reward)
+        one = by_one(self.reward)
 
         def wait() -> Scores:
             return _as_scores(*share(f"reward {self.name}", cuts if one else parts, part, both, by_first=one))

@@ -9,35 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerfm.processes import Group, active, alone, first, tell, together
-from steerfm.rewards import Reward, WeightedSum
+from steerfm.processes import Group, active, of_first, tell, together
+from steerfm.rewards import Reward
 from steerfm.rows import Rows
 from steerfm.scores import Prompts, Scores
+from steerfm.spread import SameReward, by_one, each_term
 
 
 def by_first(reward: Reward) -> Reward:
     """The reward with each term that compares pictures, or that one process makes, made by the first process for all rows."""
-    if isinstance(reward, WeightedSum):
-        return WeightedSum([(weight, by_first(term)) for weight, term in reward.terms])
-    return ByFirst(reward) if reward.groupwise or reward.one_process else reward
+    return each_term(reward, lambda term: ByFirst(term) if by_one(term) else term)
 
 
-class ByFirst(Reward):
-    """The same reward, made by the first process: the rows of all are brought there, and values and gradients back.
-
-    Args:
-        reward: no sum.
-    """
-
-    def __init__(self, reward: Reward) -> None:
-        super().__init__()
-        self.reward = reward
-        self.take_facts([reward])
-        self.name, self.batch_size = reward.name, None
-
-    @property
-    def spaces(self) -> frozenset[str]:
-        return self.reward.spaces
+class ByFirst(SameReward):
+    """The same reward, made by the first process: the rows of all are brought there, and values and gradients back."""
 
     def raw_scores(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
@@ -100,14 +85,7 @@ class _Job:
     def _told(self, make: Callable[[], Any], many: bool = False) -> Any:
         """Rows that the first process makes: those of this one."""
         with together(self.group):
-            value, error = None, None
-            if first():
-                try:
-                    with alone():
-                        value = make()
-                except Exception as raised:
-                    error = raised
-            value = tell(value, error)[0]
+            value = of_first(make)
         assert self.group is not None
         begin = sum(self.rows[: self.group.rank])
         mine = slice(begin, begin + self.rows[self.group.rank])
