@@ -66,7 +66,7 @@ PER_PROMPT = 8
 
 def finetune(config: FinetuneConfig, command: str = "") -> None:
     """Fine-tune a flow map towards a reward; the same command continues a killed run, on any number of processes."""
-    check_trainer(config.trainer)
+    check_trainer(config.trainer, "auto", "ddp", STRATEGY)
     on_processes(work, config, command)
 
 

@@ -57,20 +57,24 @@ def autocast(flow_map: FlowMap, precision: str) -> torch.autocast:
     return torch.autocast(flow_map.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def check_trainer(trainer: LightningConfig) -> None:
-    """Refuse a logger whose package is missing, or a strategy that there is not, before the work."""
+def check_trainer(trainer: LightningConfig, *strategies: str) -> None:
+    """Refuse a logger whose package is missing, or a strategy that there is not, before the work.
+
+    Args:
+        strategies: those that are offered; others of Lightning's are taken as they are, but for those that shard.
+    """
     from lightning.pytorch.strategies import StrategyRegistry
 
     from steerfm.training import check_logger
-    from steerfm.training.sharding import STRATEGY
 
     try:
         check_logger(trainer.logger)
     except ValueError as error:
         raise ConfigError(f"trainer.{error}") from None
-    name, known = trainer.strategy, ["auto", "ddp", STRATEGY, *StrategyRegistry.available_strategies()]
-    if name not in known or (name.startswith("fsdp") and name != STRATEGY):
-        raise ConfigError(f"unknown trainer.strategy={name}{trust.nearest(name, known[:3])}; strategies: auto, ddp, {STRATEGY}")
+    name, others = trainer.strategy, [name for name in StrategyRegistry.available_strategies() if not name.startswith("fsdp")]
+    if name not in (*strategies, *others):
+        near, offered = trust.nearest(name, strategies), ", ".join(strategies)
+        raise ConfigError(f"unknown trainer.strategy={name}{near}; strategies: {offered}")
 
 
 def pick_device(device: str) -> str:

@@ -38,7 +38,7 @@ def train(config: TrainConfig, command: str = "") -> None:
     asked."""
     from steerfm import training
 
-    check_trainer(config.trainer)
+    check_trainer(config.trainer, "auto", "ddp")
     data = load_data(config)
     with global_stream(config.seed, "weights"):
         module, architecture = training_module(config, data)

@@ -101,12 +101,16 @@ def test_a_missing_package_is_named_before_the_work(command, tmp_path, monkeypat
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["train", "finetune"])
-@pytest.mark.parametrize("strategy", ["fsdp", "dpp"])
-def test_a_strategy_that_there_is_not_is_named_before_the_work(command, strategy, tmp_path, capsys):
+@pytest.mark.parametrize(("command", "strategy", "words"), [
+    ("finetune", "fsdp", "fsdp (did you mean 'fsdp2'?); strategies: auto, ddp, fsdp2"),
+    ("finetune", "dpp", "dpp (did you mean 'ddp'?)"),
+    ("train", "dpp", "dpp (did you mean 'ddp'?); strategies: auto, ddp"),
+    ("train", "fsdp", "fsdp"),
+    ("train", "fsdp2", "fsdp2"),
+])  # fmt: skip
+def test_a_strategy_that_there_is_not_is_named_before_the_work(command, strategy, words, tmp_path, capsys):
     assert main([command, f"trainer.strategy={strategy}", f"out={tmp_path}"]) == 2
-    near = {"fsdp": "fsdp2", "dpp": "ddp"}[strategy]
-    assert f"unknown trainer.strategy={strategy} (did you mean '{near}'?)" in capsys.readouterr().err
+    assert f"unknown trainer.strategy={words}" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
