@@ -20,7 +20,7 @@ from steerfm.report.plots import cost_plot
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "methods", "emoji", "scaling")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("results/benchmarks", "results/methods", "emoji", "scaling")))
 BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLOTS = {  # (suite, problem) -> file and title
     ("fashion", "bright"): ("docs/frontier-bright.png", "a bright dress, from the model without a class"),

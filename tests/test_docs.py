@@ -105,7 +105,7 @@ def test_the_table_of_what_fits_which_map_is_current(capsys):
     assert table in (DOCS / "models.md").read_text(), "paste the output of `steerfm models --markdown` into docs/models.md"
 
 
-PAGES = [*sorted(DOCS.glob("*.md")), *(DOCS.parent / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
+PAGES = [*sorted(DOCS.rglob("*.md")), *(DOCS.parent / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
 
 
 def anchors(page: Path) -> set[str]:
@@ -115,7 +115,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
 def test_links_lead_somewhere_and_pictures_are_described(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for picture, words, target in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", text):

@@ -100,7 +100,7 @@ class Funnel(Steering):
     walks by jumps, which share none, ``particles`` fewer look.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
     dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
-    too high where the target is rare under the map (docs/benchmarks.md). `FeynmanKac` is nearer there.
+    too high where the target is rare under the map (docs/results/benchmarks.md). `FeynmanKac` is nearer there.
     log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
     Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight; below 32, where the reward has no
     gradient, all look and none walks; from 32 on, where it has one and no network, 9 steps, 17 from 256 on, of fewer
@@ -186,7 +186,7 @@ class FKSteering(Sampler):
     max or sum, multinomial resampling below ESS 1/2.
     Samples: yes, as `FeynmanKac`; here the base chain is the ancestral one, right only in the limit of many steps. The full
     reward at a blurry denoiser misleads: where the target is concentrated, exp of what the weights say of log Z is unbiased by
-    rare outputs only, and nearly all are too low (docs/benchmarks.md), so there is no log_z.
+    rare outputs only, and nearly all are too low (docs/results/benchmarks.md), so there is no log_z.
     Within a budget: 6 steps at 64 evaluations, 14 at 256, the rest particles (docs/methods.md).
     """
 
