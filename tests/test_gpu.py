@@ -158,7 +158,7 @@ def test_a_run_goes_on_with_fewer_rows_where_memory_is_short():
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3 * 2**30 / total))
     try:
-        with pytest.warns(UserWarning, match="out of memory: going on with"):
+        with pytest.warns(UserWarning, match="out of memory: continuing with"):
             result = steerfm.steer(wide, "brightness", {"name": "feynman_kac", "particles": 1024, "steps": 1}, n=1)
         assert bool(torch.isfinite(result.rewards).all())
     finally:

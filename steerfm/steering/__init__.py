@@ -1,4 +1,4 @@
-"""Steering: four orthogonal parts (look-ahead, value, transition, correction and selection), one engine, many presets."""
+"""Steering: independent parts (look-ahead, guidance, transition, correction, selection), one sampler, many presets."""
 
 from steerfm.steering.correction import Jarzynski, Marginal, Twisted, Uncorrected
 from steerfm.steering.guidance import EndpointAscent, EndpointGradient, FreeGradient, MapGradient, NoiseGradient

@@ -1,7 +1,7 @@
-"""Corrections: what makes a run of the engine sampling, search or ascent.
+"""Corrections: the log-weights that decide whether a run is sampling, or only a search or an ascent.
 
-The log-weights of a correction say what the particles are a weighted sample of. With base kernel N(mean, std^2 I) and
-guided proposal N(mean + shift, std^2 I), x' = mean + shift + std z.
+The log-weights determine the target of the weighted particles. The base kernel is N(mean, std^2 I), the guided proposal
+N(mean + shift, std^2 I): x' = mean + shift + std z.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from steerfm.transitions import Diffuse, Jump, Step, Transition
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a method, of which a correction says whether they fit."""
+    """The parts of a method. A correction checks whether they fit together."""
 
     lookahead: lookahead.Lookahead | None
     guidance: Guidance | None
@@ -52,14 +52,15 @@ class Move:
 
 @dataclass
 class Family:
-    """All that the particles of a step could have come from: those before the selection, whether they went on or not.
+    """All possible parents of the particles of a step: the particles before the selection, survivors or not.
 
     Attributes:
         x: (n, k, d) the particles after the step.
-        mean, proposal: (n, m, d) means of the base kernels and of the guided ones, from each of the m parents.
-        log_base: (n, m) log-weights of the parents, the twist taken off, with logsumexp = log of their mean weight.
-        log_odds: (n, m) log of the odds that a particle is the child of each.
-        log_w: (n, k) what the particles bring from the selection, with what it moved into log Z.
+        mean: (n, m, d) means of the base kernels, one from each of the m parents.
+        proposal: (n, m, d) means of the guided kernels.
+        log_base: (n, m) log-weights of the parents without the twist, with logsumexp = log of their mean weight.
+        log_odds: (n, m) log of the probability that a particle is the child of each parent.
+        log_w: (n, k) log-weights of the particles after the selection, plus what it moved into log Z.
     """
 
     x: Tensor
@@ -86,8 +87,8 @@ class Correction(Protocol):
 
     Attributes:
         samples: whether the weighted particles sample the tilted target.
-        looks_untempered: whether the look-ahead is needed even where its value is tempered to zero, as at t = 0.
-        differentiates: whether it takes gradients, so that the run may not be in inference mode.
+        looks_untempered: whether it needs the look-ahead even where the value is tempered to zero, as at t = 0.
+        differentiates: whether it takes gradients; if so, the run cannot use inference mode.
     """
 
     @property
@@ -99,11 +100,11 @@ class Correction(Protocol):
     def differentiates(self) -> bool: ...
 
     def check(self, parts: Parts) -> None:
-        """Raise a ValueError that says why, if the other parts do not fit."""
+        """Raise a ValueError with the reason if the other parts do not fit."""
         ...
 
     def remember(self, parts: Parts, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
-        """The evaluation ``after`` a step (or at the start), with what the correction carries along the path."""
+        """The evaluation ``after`` a step (or at the start), with the correction's ``memory`` of the path."""
         ...
 
     def start(self, evaluation: Evaluation) -> Tensor:
@@ -111,7 +112,7 @@ class Correction(Protocol):
         ...
 
     def increment(self, move: Move) -> Tensor:
-        """What one step adds to the log-weights, (b,)."""
+        """The change of the log-weights in one step, (b,)."""
         ...
 
     def guides(self, step: Step) -> bool:
@@ -156,7 +157,7 @@ class Twisted:
 
     U is a function of the path so far, by default the value V of its last point. Twisted diffusion sampling (Wu et al.
     2306.17775, equation 8); with the other potentials FK steering (2501.06848). Samples the tilt of the base chain's own law
-    for any look-ahead, however poor the map; the sum telescopes, so exp(log Z) is unbiased.
+    for any look-ahead and any map, however poor. The sum telescopes, so exp(log Z) is unbiased.
 
     Args:
         potential: a key of `POTENTIALS`.
@@ -204,16 +205,17 @@ class Twisted:
 
 @dataclass(frozen=True)
 class Marginal(Twisted):
-    """As `Twisted`, but a particle answers to all parents it could have had, and not to its own alone.
+    """As `Twisted`, but the weight of a particle takes all its possible parents into account, not only the actual one.
 
         log w = U + log sum_j (w_j exp(-U_j)) base(x'|x_j) - log sum_j odds_j proposal(x'|x_j)
 
-    over the particles j before the selection (the marginal particle filter; Klaas, de Freitas & Doucet, UAI 2005). What a
-    selection by the full reward leaves out still counts, as long as a step of those that went on reaches where it would have
-    led: a step that forgets does no harm. Where no step reaches another's place, as in many dimensions, it is `Twisted`.
+    over the particles j before the selection (the marginal particle filter; Klaas, de Freitas & Doucet, UAI 2005). A
+    particle that the selection removed still counts, as long as the children of the others reach the places where its own
+    would have been. So a step that forgets the past does no harm. In many dimensions the children of different parents are
+    far apart, and the weight is that of `Twisted`.
 
-    Holds where the kernels of all parents are known without network calls: transition `Renoise` (gamma = 1) with look-ahead
-    `Jump`, or `Bridge` with `Denoise`; elsewhere, and at steps without noise, it is `Twisted`. Costs k m distances a step.
+    This needs the kernels of all parents without further network calls: transition `Renoise` (gamma = 1) with look-ahead
+    `Jump`, or `Bridge` with `Denoise`. Otherwise, and at steps without noise, it is `Twisted`. Costs k m distances a step.
     """
 
     def __post_init__(self) -> None:
@@ -236,11 +238,12 @@ class Jarzynski:
         simple    log w += (beta_{i+1} - beta_i) strength r(X_{t_i,1}(x_i))                      (proposition 1)
         general   log w += h { d/dt V + b . grad V + chi [laplacian V + grad V . (s + grad V)] }
 
-    The simple weight is the general one where chi = 0 and d/dt X_{t,1} + b . grad X_{t,1} = 0: only for a true flow map's own
-    look-ahead. Both leave an error of order 1 / steps that more particles do not remove.
+    The simple weight equals the general one where chi = 0 and d/dt X_{t,1} + b . grad X_{t,1} = 0. That holds only for the
+    look-ahead of a true flow map. Both have an error of order 1 / steps that more particles do not remove.
 
     Args:
-        general: for any look-ahead and any extra ascent; costs the gradient in time, and with chi a second derivative.
+        general: use the general weight, for any look-ahead and any extra ascent. Costs the gradient in time, and with chi a
+            second derivative.
         probes: Rademacher probes of the laplacian (Hutchinson 1989); exact in one dimension.
     """
 
@@ -278,19 +281,19 @@ class Jarzynski:
             )
         if isinstance(guidance, MapGradient) and guidance.ascent is not None:
             raise ValueError(
-                "the simple Jarzynski weight does not pay for an extra ascent, which would bias the result: use correction "
-                "Jarzynski(general=True), or no ascent"
+                "the simple Jarzynski weight does not account for an extra ascent, which would bias the result: use "
+                "correction Jarzynski(general=True), or no ascent"
             )
 
     def remember(self, parts: Parts, before: Evaluation | None, after: Evaluation, view: View) -> Evaluation:
-        """Carries the rate of the weight where it is general: d log w / dt at this state."""
+        """Stores the rate of the general weight, d log w / dt at this state."""
         return replace(after, memory=self._rate(parts, view)) if self.general else after
 
     def _rate(self, parts: Parts, view: View) -> Tensor:
         flow_map, cond, guidance = view.problem.flow_map, view.problem.cond, parts.guidance
         chi = guidance.ascent(view.t) if isinstance(guidance, MapGradient) and guidance.ascent is not None else 0.0
         b = flow_map.velocity(view.x, view.t, cond)
-        with torch.enable_grad(), alone() if chi else nullcontext():  # what is derived twice is not shared out
+        with torch.enable_grad(), alone() if chi else nullcontext():  # second derivatives are not spread over devices
             x = view.x.detach().requires_grad_()
             t = torch.full((len(x),), view.t, dtype=x.dtype, device=x.device, requires_grad=True)
             tempering: Callable[[Any], Any] = parts.tempering  # here of a tensor, for its derivative
@@ -363,4 +366,4 @@ CORRECTIONS: dict[str, Correction] = {
     "jarzynski": Jarzynski(),
     "none": Uncorrected(),
 }
-"""Corrections by the name that configurations use."""
+"""Corrections by their names in configurations."""

@@ -1,4 +1,4 @@
-"""Guidance: how a step is pushed uphill, by the gradient of the value, at the endpoint only, or without any gradient."""
+"""Guidance: shifts of a step uphill, by the gradient of the value, by its gradient at the endpoint, or without a gradient."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from steerfm.steering.weights import log_mean_exp
 
 
 def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
-    """`Guidance.evaluate`, at most ``rows`` particles at a time where it follows a gradient: the graph of a part is freed
-    before the next one is built. A reward that compares particles sees them all, whatever ``rows``."""
+    """`Guidance.evaluate`, in parts of at most ``rows`` particles if the guidance follows a gradient: the graph of each part is
+    freed before the next one is built. Group-wise rewards always receive all particles, even when ``rows`` is set."""
     if rows is None or len(view.x) <= rows or not guidance.differentiates or view.problem.reward.groupwise:
         return guidance.evaluate(view)
     shared, parts = Shared(view.noise), []
@@ -35,15 +35,15 @@ def evaluate(guidance: Guidance, view: View, rows: int | None) -> Evaluation:
 
 
 def needs_gradient(guidance: Guidance | None) -> bool:
-    """Whether a reward without a gradient cannot be steered by it."""
+    """Whether this guidance only works with rewards that have a gradient."""
     return guidance is not None and guidance.differentiates and not (isinstance(guidance, Optional) and not guidance.required)
 
 
 class Guidance(Protocol):
-    """How a step is pushed uphill; any object with these members is one.
+    """A shift of each step uphill. Any object with these members is a guidance.
 
     Attributes:
-        differentiates: whether it follows the gradient of the reward. A guidance that does may also be `Optional`.
+        differentiates: whether it follows the gradient of the reward. If so, it may also be `Optional`.
     """
 
     differentiates: bool
@@ -55,13 +55,13 @@ class Guidance(Protocol):
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
     ) -> Tensor:
-        """What is added to the step's mean, (b, *shape)."""
+        """The shift of the step's mean, (b, *shape)."""
         ...
 
 
 @runtime_checkable
 class Optional(Protocol):
-    """A guidance by gradient that says whether a reward without one is an error; if not, it is steered without guidance."""
+    """A guidance by gradient. Unless it is ``required``, a reward without a gradient runs without guidance."""
 
     @property
     def required(self) -> bool: ...
@@ -69,10 +69,10 @@ class Optional(Protocol):
 
 @runtime_checkable
 class Tilting(Protocol):
-    """A guidance of the noise of a step, in place of its mean."""
+    """A guidance that changes the noise of a step, and not its mean."""
 
     def tilted(self, evaluation: Evaluation, z: Tensor) -> Tensor:
-        """Noise (b, *shape) in place of z, which is standard normal."""
+        """The noise (b, *shape) that replaces the standard normal z."""
         ...
 
 
@@ -85,12 +85,12 @@ class MapGradient:
     With `Posterior` endpoints this is MFM-G (2601.14430), with `Renoise` weighted Diamond guidance (2602.05993).
 
     Args:
-        scale: multiplies the shift; 1 is the theory's.
-        normalised: make the shift ``scale`` times as long as the step's displacement, whatever the reward's scale (FMRG).
+        scale: factor of the shift; 1 is the value from theory.
+        normalised: make the shift ``scale`` times as long as the step's displacement, for any scale of the reward (FMRG).
         cap: longest shift, relative to the displacement: gradients of look-aheads are heavy-tailed at basin borders.
-        ascent: chi(t), a further drift chi grad V (FMTT's extra ascent); a bias, unless the correction pays for it.
-        largest: cap of kappa, which is infinite at t = 0 (the releases cap it at 20 to 25). For an exact V it is a bias, since
-            kappa grad V is finite: take it large there.
+        ascent: chi(t), an additional drift chi grad V (FMTT's extra ascent); a bias, unless the correction accounts for it.
+        largest: cap of kappa, which is infinite at t = 0 (the releases cap it at 20 to 25). For an exact V the cap is a bias,
+            since kappa grad V is finite: make it large there.
     """
 
     scale: float = 1.0
@@ -121,14 +121,14 @@ class MapGradient:
 
 @dataclass(frozen=True)
 class EndpointGradient(MapGradient):
-    """As `MapGradient`, but the gradient stops at the endpoint: dz/dx is taken as the identity, no network backward.
+    """As `MapGradient`, but the gradient stops at the endpoint: dz/dx is replaced by the identity, without a network backward.
 
     FlowChef's approximation (2412.00100), good where trajectories are straight.
 
     Args:
-        required: whether a reward without a gradient is an error; if not, it is steered without one.
-        dimension: of states for which ``scale`` is meant; in larger ones it grows as sqrt(d / dimension), as the length of a
-            step does, and the gradient of a reward in nats does not.
+        required: whether a reward without a gradient is an error; if not, such a reward runs without guidance.
+        dimension: dimension of states for which ``scale`` holds. In larger states the scale grows as sqrt(d / dimension):
+            steps get longer with the dimension, the gradient of a reward in nats does not.
     """
 
     required: bool = True
@@ -150,13 +150,14 @@ class NoiseGradient:
 
         x' = mean + std (sqrt(share) w + sqrt(1 - share |w|^2 / d) z),      w the gradient, made `white`
 
-    so that states stay where the map knows them: as far from the mean as noise is, and without structure that noise has not.
-    The reward's scale and ``strength`` drop out; a row without a gradient keeps its noise. A step without noise, such as the
-    last one, is not guided. No correction has weights for it.
+    So states stay where the map was trained: as far from the mean as noise is, and without structure that noise lacks. The
+    result does not depend on the reward's scale or on ``strength``. A row without a gradient keeps its noise. A step without
+    noise, such as the last one, is not guided. No correction has weights for this guidance.
 
     Args:
-        share: of the noise's variance that the gradient takes, in (0, 1]; what whitening takes off, noise fills up.
-        through: whether the gradient goes through the map, as in the paper, or stops at the endpoint, as `EndpointGradient`.
+        share: of the noise's variance for the gradient, in (0, 1]; variance lost to whitening is replaced by noise.
+        through: whether the gradient goes through the map, as in the paper, or stops at the endpoint, as in
+            `EndpointGradient`.
     """
 
     share: float = 0.2
@@ -174,27 +175,28 @@ class NoiseGradient:
         """See `Tilting`."""
         assert evaluation.direction is not None
         w = white(evaluation.direction)
-        left = 1 - self.share * w.flatten(1).square().mean(1)
-        return self.share**0.5 * w + expand_time(left.clamp_min(0).sqrt(), z) * z
+        remaining = 1 - self.share * w.flatten(1).square().mean(1)
+        return self.share**0.5 * w + expand_time(remaining.clamp_min(0).sqrt(), z) * z
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
     ) -> Tensor:
-        """Nothing: the mean stays."""
+        """Zeros: the mean does not change."""
         return torch.zeros_like(mean)
 
 
 @dataclass(frozen=True)
 class FreeGradient:
-    """grad V without any derivative, so for black-box rewards too: MFM-GF (Potaptchik et al. 2601.14430).
+    """grad V without any derivative, for black-box rewards: MFM-GF (Potaptchik et al. 2601.14430).
 
         grad V = (alpha/sigma^2) (E_q[x_1 | x_t] - E[x_1 | x_t]) = (alpha/sigma^2) (sum_k softmax(log_w + beta r)_k z_k - mean)
 
-    exact for samples of the posterior as their number grows: use look-ahead `Posterior`, or `Renoise`; one endpoint has no
-    gradient at all.
+    This is exact for samples of the posterior as their number grows: use look-ahead `Posterior`, or `Renoise`. A single
+    endpoint gives no gradient.
 
     Args:
-        scale, cap: as in `MapGradient`.
+        scale: as in `MapGradient`.
+        cap: as in `MapGradient`.
     """
 
     scale: float = 1.0
@@ -202,11 +204,11 @@ class FreeGradient:
     differentiates = False
 
     def evaluate(self, view: View) -> Evaluation:
-        ends, found = view.judged()
-        moved = ((found.log_w + found.tempered).softmax(1) - found.log_w.softmax(1)).to(ends.z)
-        direction = torch.einsum("bk,bk...->b...", moved, ends.z)
-        value = log_mean_exp(found.log_w, found.tempered)
-        return Evaluation(value, found.tilt[:, 0], found.beta, ends.z[:, 0], direction, scores=found.scores)
+        ends, weights = view.judge()
+        change = ((weights.log_w + weights.tempered).softmax(1) - weights.log_w.softmax(1)).to(ends.z)
+        direction = torch.einsum("bk,bk...->b...", change, ends.z)
+        value = log_mean_exp(weights.log_w, weights.tempered)
+        return Evaluation(value, weights.tilt[:, 0], weights.beta, ends.z[:, 0], direction, scores=weights.scores)
 
     def shift(
         self, flow_map: FlowMap, evaluation: Evaluation, x: Tensor, mean: Tensor, s: float, t: float, std: float
@@ -222,7 +224,7 @@ class FreeGradient:
 
 @dataclass(frozen=True)
 class EndpointAscent:
-    """Improve the endpoint itself by a few reward-gradient steps, then move towards it (FMRG-E, 2604.27147).
+    """Improve the endpoint by a few reward-gradient steps, then move towards it (FMRG-E, 2604.27147).
 
         x' = X_{s,t}(x) + w (z_opt - z),      w = (1 - s) t, zero at both ends
 
@@ -246,9 +248,9 @@ class EndpointAscent:
         for _ in range(self.iterations):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
-                found = view.value(Endpoints(z.unsqueeze(1)))
-                gradient = gradient_of(view.problem, found.value, z)
-            first = first or found
+                evaluation = view.value(Endpoints(z.unsqueeze(1)))
+                gradient = gradient_of(view.problem, evaluation.value, z)
+            first = first or evaluation
             z = z.detach() + self.rate * _norm(start) * gradient / _norm(gradient).clamp_min(1e-12)
         assert first is not None
         return replace(first, value=first.value.detach(), direction=z - start)
@@ -267,38 +269,38 @@ GUIDANCES: dict[str, Any] = {
     "ascent": EndpointAscent(),
     "noise": NoiseGradient(),
 }
-"""Guidances by the name that configurations use."""
+"""Guidances by their names in configurations."""
 
 
 def through_map(view: View) -> Evaluation:
     """The value and its gradient in the state, through the reward, the decoder and the look-ahead."""
     with torch.enable_grad():
         x = view.x.detach().requires_grad_()
-        found = view.value(view.endpoints(x))
-        gradient = gradient_of(view.problem, found.value, x)
-    return replace(found, value=found.value.detach(), direction=gradient)
+        evaluation = view.value(view.endpoints(x))
+        gradient = gradient_of(view.problem, evaluation.value, x)
+    return replace(evaluation, value=evaluation.value.detach(), direction=gradient)
 
 
 def at_endpoint(view: View) -> Evaluation:
-    """The value and its gradient in the endpoints, their sum: through the reward and the decoder only."""
+    """The value, and the sum of its gradients at the endpoints: through the reward and the decoder only."""
     ends = view.endpoints(view.x)
     with torch.enable_grad():
         z = ends.z.detach().requires_grad_()
-        found = view.value(replace(ends, z=z))
-        gradient = gradient_of(view.problem, found.value, z)
-    return replace(found, value=found.value.detach(), direction=gradient.sum(1))
+        evaluation = view.value(replace(ends, z=z))
+        gradient = gradient_of(view.problem, evaluation.value, z)
+    return replace(evaluation, value=evaluation.value.detach(), direction=gradient.sum(1))
 
 
 SURE = 3.9
-"""Standard deviations of an order statistic within which that of noise is taken to be: one in 10,000 is not."""
+"""Order statistics of noise lie within this many standard deviations of their mean, all but one in 10,000."""
 
 
 def white(x: Tensor) -> Tensor:
-    """Rows (b, *shape) as noise of N(0, I) could be, in directions near to their own; zeros stay zeros.
+    """Whiten rows (b, *shape): return rows that could be draws of N(0, I), in similar directions. Zeros stay zeros.
 
-    A row is brought to the length of noise, sqrt(d). Then what is larger in its spectrum than white noise of that rank can be
-    is shortened to that, and so is what is larger among its values (2606.18066 projects on such limits of order statistics
-    from both sides, in more domains and in tiles). Structure makes a row shorter; noise itself stays nearly as it is.
+    Each row is first scaled to the length of noise, sqrt(d). Then every coefficient of its spectrum is limited to the largest
+    size that white noise has at that rank, and every value of the row likewise. (2606.18066 projects on such limits of order
+    statistics from both sides, in more domains and in tiles.) Structure makes a row shorter; noise hardly changes.
     """
     flat = x.flatten(1).float()
     x = x.float() * expand_time(flat.shape[1] ** 0.5 / flat.norm(dim=1).clamp_min(1e-30), x)
@@ -310,7 +312,7 @@ def white(x: Tensor) -> Tensor:
 
 
 def _shortening(sizes: Tensor, quantile: Callable[[Tensor], Tensor]) -> Tensor:
-    """Factors of at most 1 (b, *shape) that bring sizes to what the order statistics of a law can be."""
+    """Factors of at most 1, (b, *shape), that limit sizes to the order statistics of a distribution."""
     flat = sizes.flatten(1)
     d = flat.shape[1]
     share = torch.arange(1, d + 1, device=flat.device, dtype=torch.float64) / (d + 1)
@@ -320,7 +322,7 @@ def _shortening(sizes: Tensor, quantile: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def capped(shift: Tensor, displacement: Tensor, cap: float | None) -> Tensor:
-    """``shift`` with its norm, per row, cut at cap * displacement."""
+    """``shift`` with its norm, per row, limited to cap * displacement."""
     if cap is None:
         return shift
     return shift * (cap * displacement / _norm(shift).clamp_min(1e-12)).clamp_max(1.0)
@@ -335,16 +337,16 @@ FREE = "a gradient-free method (FeynmanKac with guidance=None, BestOfN)"
 
 
 def gradient_of(problem: Problem, v: Tensor, x: Tensor, instead: str = FREE) -> Tensor:
-    """The gradient (b, *shape) of values v (b,) in x, which the reward of a problem gave.
+    """The gradient (b, *shape) of values v (b,) with respect to x.
 
     Args:
-        problem: with a row for each of x, for errors.
-        v: (b,), with a graph to x where the reward has a gradient.
-        x: (b, *shape).
-        instead: methods that would work, for errors.
+        problem: with one row for each row of x; names the reward in errors.
+        v: (b,) values from the problem's reward, with a graph to x if the reward has a gradient.
+        x: (b, *shape) the variable.
+        instead: methods that would work, for the error message.
 
     Raises:
-        RewardError: there is none, or it is not finite.
+        RewardError: there is no gradient, or it is not finite.
     """
     gradient = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
     name = problem.reward.name

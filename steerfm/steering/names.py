@@ -31,15 +31,15 @@ def method(spec: str | Mapping[str, Any] | Method, /, **arguments: Any) -> Metho
     >>> steerfm.method("fmrg_j", stop=0.8).within(64)
 
     Args:
-        spec: a name of `methods`; ``FILE.py:NAME`` of a class of your own; {name: NAME, ...}; or a method.
+        spec: a name from `methods`; ``FILE.py:NAME`` for a class of your own; {name: NAME, ...}; or a method.
         arguments: of its class; a part by name or as a dictionary of its arguments.
 
     Raises:
-        ValueError: no such method or argument (with the nearest one).
+        ValueError: there is no such method or argument; the message suggests the nearest one.
     """
     return build(spec, METHOD, arguments)
 
 
 def methods() -> list[str]:
-    """The names of the steering methods; ``steering`` is a free mix of the parts."""
+    """The names of the steering methods; ``steering`` is a free combination of parts."""
     return list(METHODS)

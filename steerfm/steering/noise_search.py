@@ -2,9 +2,9 @@
 
     objective(x_0) = strength * r(X_{0,1}(x_0)) - prior * penalty(x_0)
 
-A flow map makes the whole generator one call, or a few, so it can be tried often or differentiated at once. Every output has
-``particles`` independent chains, each of which returns the best candidate that it has seen: results are searches, with
-uniform weights and no log Z. Candidates of all chains and outputs are evaluated as one batch.
+With a flow map the whole generator is one call, or a few. It can be tried often, or differentiated as a whole. Every output
+has ``particles`` independent chains, and each chain returns its best candidate. The results are those of a search: uniform
+weights and no log Z. The candidates of all chains and outputs are evaluated as one batch.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from steerfm.steering.value import Problem
 from steerfm.steering.weights import wide
 
 
-# --- what is found ---------------------------------------------------------------------------------------------------
+# --- candidates ------------------------------------------------------------------------------------------------------
 @dataclass
-class Found:
-    """One candidate a row.
+class Trials:
+    """One candidate per row.
 
     Attributes:
-        x: (b, *shape) what was searched: the initial noise, or a state on the way.
-        sample: (b, *shape) where it ends.
-        objective: (b,) what is compared, in the wide dtype.
-        reward: (b,) reward of the sample; components: raw value of every term by name, (b,) each.
+        x: (b, *shape) the searched variable: the initial noise, or a state on the path.
+        sample: (b, *shape) its endpoint.
+        objective: (b,) the number that is compared, in the wide dtype.
+        reward: (b,) reward of the sample.
+        components: raw value of every term, (b,) each, by name.
     """
 
     x: Tensor
@@ -52,13 +53,13 @@ class Found:
     reward: Tensor
     components: dict[str, Tensor]
 
-    def select(self, rows: Tensor) -> Found:
-        """The given rows."""
+    def select(self, rows: Tensor) -> Trials:
+        """These rows only."""
         components = {name: value[rows] for name, value in self.components.items()}
-        return Found(self.x[rows], self.sample[rows], self.objective[rows], self.reward[rows], components)
+        return Trials(self.x[rows], self.sample[rows], self.objective[rows], self.reward[rows], components)
 
     @classmethod
-    def interleave(cls, parts: Sequence[Found]) -> Found:
+    def interleave(cls, parts: Sequence[Trials]) -> Trials:
         """The first row of each part, then the second of each, and so on."""
 
         def rows(of: Sequence[Tensor]) -> Tensor:
@@ -72,10 +73,10 @@ class Found:
             components={name: rows([part.components[name] for part in parts]) for name in parts[0].components},
         )
 
-    def replaced(self, other: Found, rows: Tensor) -> Found:
+    def replace(self, other: Trials, rows: Tensor) -> Trials:
         """``other`` where ``rows`` (b,) is true, else this one."""
         wide_rows = expand_time(rows, self.x).bool()
-        return Found(
+        return Trials(
             torch.where(wide_rows, other.x, self.x),
             torch.where(wide_rows, other.sample, self.sample),
             torch.where(rows, other.objective, self.objective),
@@ -83,9 +84,9 @@ class Found:
             {name: torch.where(rows, other.components[name], value) for name, value in self.components.items()},
         )
 
-    def better(self, other: Found) -> Found:
-        """Row by row the one of higher objective; this one in a tie."""
-        return self.replaced(other, other.objective > self.objective)
+    def better(self, other: Trials) -> Trials:
+        """In every row the candidate of higher objective; in a tie, this one."""
+        return self.replace(other, other.objective > self.objective)
 
     def outcome(self, n: int, trace: Trace) -> Outcome:
         """The rows as equally weighted particles of ``n`` outputs."""
@@ -100,15 +101,19 @@ class Found:
         )
 
 
-def evaluate(problem: Problem, x: Tensor, hops: int, k: int = 1) -> Found:
-    """Where ``k`` noises of every row, x (b * k, *shape), end in so many equal jumps, and what that is worth."""
+def evaluate(problem: Problem, x: Tensor, hops: int, k: int = 1) -> Trials:
+    """The endpoints and rewards of ``k`` noises for every row, in ``hops`` equal jumps.
+
+    Args:
+        x: (b * k, *shape) the noises.
+    """
 
     def make(rows: slice) -> Tensor:
         noises = x[rows.start * k : rows.stop * k]
         return problem.flow_map.lookahead(noises, 0.0, repeat_rows(take_rows(problem.cond, rows), k), hops)
 
-    sample, scores = problem.made(make)
-    return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
+    sample, scores = problem.generate(make)
+    return Trials(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 
 def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
@@ -116,7 +121,7 @@ def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
 
     Args:
         values: (n, k) for every iteration: strength * reward of the best so far.
-        looks: (n, *shape) for every iteration: the first particle's best so far; empty where not asked for.
+        looks: (n, *shape) for every iteration: the first particle's best sample so far; empty if they are not recorded.
     """
     value = torch.stack(list(values))
     iterations, n, k = value.shape
@@ -131,14 +136,14 @@ def search_trace(values: Sequence[Tensor], looks: Sequence[Tensor]) -> Trace:
     )
 
 
-# --- what all of them share ------------------------------------------------------------------------------------------
+# --- the common loop -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class NoiseSearch(Sized, metaclass=Readable):
-    """The common loop; a method writes `_walk`, which yields its candidates at the start and after every iteration.
+    """The common loop. A method implements `_walk`, which yields candidates at the start and after every iteration.
 
     Attributes:
         particles: independent chains per output.
-        iterations: after the plain sample, which every chain starts from.
+        iterations: rounds of the search; every chain starts from the plain sample.
         hops: equal jumps from noise to data.
     """
 
@@ -153,14 +158,14 @@ class NoiseSearch(Sized, metaclass=Readable):
         at_least_one(particles=self.particles, iterations=self.iterations, hops=self.hops)
 
     def check(self, reward: Reward) -> None:
-        """Any reward will do."""
+        """Accepts any reward."""
 
     def sized(self, steps: int, number: int) -> Self:
         """See `Sized`; steps are iterations."""
         return replace(self, iterations=steps, particles=number)
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
-        """See `Choosy`: the generator is one jump, or several, which may be Euler steps."""
+        """See `Choosy`. The generator is one jump, or several jumps, which may be Euler steps."""
         if can(flow_map, "generator" if self.hops == 1 else "velocity"):
             return ""
         if can(flow_map, "velocity"):
@@ -174,18 +179,18 @@ class NoiseSearch(Sized, metaclass=Readable):
         with torch.no_grad():
             walk = self._walk(problem, noise, x)
             best = next(walk)
-            for i, found in enumerate(walk, 1):
-                best = best.better(found)
+            for i, trials in enumerate(walk, 1):
+                best = best.better(trials)
                 values.append((problem.strength * best.reward).view(n, -1))
                 if lookaheads:
                     looks.append(best.sample.unflatten(0, (n, -1))[:, 0])
                 tick(i, self.iterations)
         return best.outcome(n, search_trace(values, looks))
 
-    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Trials]:
         raise NotImplementedError
 
-    def _look(self, problem: Problem, x: Tensor, k: int = 1) -> Found:
+    def _look(self, problem: Problem, x: Tensor, k: int = 1) -> Trials:
         return evaluate(problem, x, self.hops, k)
 
 
@@ -196,17 +201,17 @@ class ZeroOrderSearch(NoiseSearch):
 
         neighbour = sqrt(1 - radius^2) pivot + radius z,      z ~ N(0, I)
 
-    This mix preserves the variance: if the pivot is a draw of N(0, I) so is its neighbour, so all candidates stay on the
-    shell that the map knows, where a sum pivot + radius z would leave it. Black-box rewards will do. The reward of the pivot
+    This mix preserves the variance: if the pivot is a draw of N(0, I), so is its neighbour. All candidates stay on the shell
+    on which the map was trained; a sum pivot + radius z would leave it. Black-box rewards work. The reward of the pivot
     never falls (for a positive strength; for a negative one it never rises).
 
     Costs an iteration: ``candidates`` x (``hops`` forwards, one decode, one reward call) per particle; and one at the start.
     Within a budget: one iteration at 64 evaluations, 3 at 256, the rest particles (docs/methods.md).
-    Samples: no. It is a search; selection by trial follows the reward wherever it leads.
+    Samples: no. It is a search: selection by trial follows the reward wherever it leads.
 
     Attributes:
         candidates: neighbours of each pivot an iteration.
-        radius: in (0, 1]; 1 forgets the pivot.
+        radius: size of a move, in (0, 1]; 1 forgets the pivot.
     """
 
     paper: ClassVar[str] = "2501.09732"
@@ -222,24 +227,24 @@ class ZeroOrderSearch(NoiseSearch):
         if not 0 < self.radius <= 1:
             raise ValueError(f"radius={self.radius}: must be in (0, 1]")
 
-    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Trials]:
         first = torch.arange(len(x), device=x.device) * self.candidates
         yield (pivot := self._look(problem, x))
         for _ in range(self.iterations):
             z = noise.normal((self.candidates, *problem.flow_map.shape), x)
             neighbours = math.sqrt(1 - self.radius**2) * pivot.x.unsqueeze(1) + self.radius * z
-            found = self._look(problem, neighbours.flatten(0, 1), self.candidates)
-            winner = found.objective.view(-1, self.candidates).argmax(1)
-            pivot = pivot.better(found.select(first + winner))
+            trials = self._look(problem, neighbours.flatten(0, 1), self.candidates)
+            winner = trials.objective.view(-1, self.candidates).argmax(1)
+            pivot = pivot.better(trials.select(first + winner))
             yield pivot
 
 
 @dataclass(frozen=True)
 class RandomSearch(ZeroOrderSearch):
-    """Rounds of fresh candidates, of which the best is kept (Ma et al. 2501.09732): best-of-n of 1 + iterations * candidates.
+    """Rounds of fresh candidates (Ma et al. 2501.09732): best-of-n with n = 1 + iterations * candidates.
 
-    It is `ZeroOrderSearch` at radius 1. Costs and rewards as there. Within a budget: as many candidates as it buys.
-    Samples: no. It is a search; the best of many candidates follows the reward, not the target.
+    It is `ZeroOrderSearch` at radius 1, with the same costs and rewards. Within a budget: as many candidates as it buys.
+    Samples: no. It is a search: the best of many candidates follows the reward, not the target.
     """
 
     radius: float = field(default=1.0, init=False)
@@ -252,14 +257,14 @@ class RandomSearch(ZeroOrderSearch):
 # --- by gradient -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class NoiseAscent(NoiseSearch):
-    """What the gradient methods share: the prior, and a limit on the length of a step.
+    """Common parts of the gradient methods: the prior, and a limit on the length of a step.
 
-    The penalty |x|^2/2 - (d - 1) log |x| is minus the log-density of the norm of x_0 ~ N(0, I), up to a constant: it holds x_0
+    The penalty |x|^2/2 - (d - 1) log |x| is minus the log-density of the norm of x_0 ~ N(0, I), up to a constant. It keeps x_0
     at the radius sqrt(d - 1) and leaves its direction free.
 
     Attributes:
-        prior: weight of the penalty; 1 is the weight that Bayes' rule gives it.
-        step: longest gradient step, as a share of sqrt(d), the typical norm of the noise: gradients through a flow map are
+        prior: weight of the penalty; 1 is its weight by Bayes' rule.
+        step: longest gradient step, as a share of sqrt(d), the typical norm of the noise. Gradients through a flow map are
             heavy-tailed.
     """
 
@@ -280,37 +285,39 @@ class NoiseAscent(NoiseSearch):
                 "RandomSearch or BestOfN"
             )
 
-    def _weigh(self, found: Found) -> Found:
-        """The candidates without their graph, the penalty taken off their objective."""
-        norm, d = _norm(found.x), found.x[0].numel()
-        objective = found.objective.detach() - self.prior * (0.5 * norm.square() - (d - 1) * norm.log())
-        return Found(found.x.detach(), found.sample.detach(), objective, found.reward.detach(), found.components)
+    def _weigh(self, trials: Trials) -> Trials:
+        """The candidates without their graph; the penalty is subtracted from the objective."""
+        norm, d = _norm(trials.x), trials.x[0].numel()
+        objective = trials.objective.detach() - self.prior * (0.5 * norm.square() - (d - 1) * norm.log())
+        return Trials(trials.x.detach(), trials.sample.detach(), objective, trials.reward.detach(), trials.components)
 
-    def _climb(self, problem: Problem, x: Tensor) -> tuple[Found, Tensor]:
-        """The candidates, and the gradient of their objective (b, *shape)."""
+    def _climb(self, problem: Problem, x: Tensor) -> tuple[Trials, Tensor]:
+        """The candidates, and the gradient of their objectives, (b, *shape)."""
         with torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            found = self._look(problem, x)
-            up = gradient_of(problem, found.objective, x, "ZeroOrderSearch, RandomSearch or BestOfN")
-        found = self._weigh(found)
-        pull = self.prior * (1 - (x[0].numel() - 1) / _norm(found.x).square())
-        return found, up - expand_time(pull, found.x) * found.x
+            trials = self._look(problem, x)
+            up = gradient_of(problem, trials.objective, x, "ZeroOrderSearch, RandomSearch or BestOfN")
+        trials = self._weigh(trials)
+        pull = self.prior * (1 - (x[0].numel() - 1) / _norm(trials.x).square())
+        return trials, up - expand_time(pull, trials.x) * trials.x
 
 
 @dataclass(frozen=True)
 class ReNO(NoiseAscent):
     """Reward-based noise optimisation (Eyring et al. 2406.04312): gradient ascent on x_0 with Nesterov momentum.
 
-    Gradients are clipped row by row, and the candidate of the best objective is kept. The defaults are the paper's for latents
-    of 16,384 entries (rate 5, gradients clipped at 0.1, prior 0.01, 50 iterations), with the clip made relative to sqrt(d).
-    Within a budget: 3 iterations at 64 evaluations, 5 at 256, of many chains, with steps as much longer (docs/methods.md).
+    Gradients are clipped row by row. The result is the candidate with the best objective. The defaults are the paper's for
+    latents of 16,384 entries (rate 5, gradients clipped at 0.1, prior 0.01, 50 iterations), with the clip made relative to
+    sqrt(d). Within a budget: 3 iterations at 64 evaluations, 5 at 256, of many chains, with proportionally longer steps
+    (docs/methods.md).
 
-    Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; at the end one
-    evaluation without backward.
-    Samples: no. It is an ascent; even with prior 1 it looks for the mode of the tilt, not for draws.
+    Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; one
+    evaluation without backward at the end.
+    Samples: no. It is an ascent: even with prior 1 it looks for the mode of the tilt, not for draws.
 
     Attributes:
-        rate: times the gradient is a step; momentum: share of the last step that is kept.
+        rate: step per gradient.
+        momentum: share of the last step that carries over, in (0, 1).
     """
 
     paper: ClassVar[str] = "2406.04312"
@@ -329,16 +336,16 @@ class ReNO(NoiseAscent):
             raise ValueError(f"momentum={self.momentum}: must be in (0, 1)")
 
     def sized(self, steps: int, number: int) -> Self:
-        """See `Sized`; fewer steps are longer, so that the way is as long."""
+        """See `Sized`; fewer steps are longer, so that the total distance stays the same."""
         return replace(super().sized(steps, number), step=self.step * self.iterations / steps)
 
-    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Trials]:
         velocity = torch.zeros_like(x)
         for _ in range(self.iterations):
-            found, gradient = self._climb(problem, x)
-            yield found
-            gradient = _shortened(gradient, self.step / self.rate)
-            velocity = self.momentum * velocity + gradient  # two lines; the first use of torch.optim imports its compiler
+            trials, gradient = self._climb(problem, x)
+            yield trials
+            gradient = _clip(gradient, self.step / self.rate)
+            velocity = self.momentum * velocity + gradient  # by hand: the first use of torch.optim imports its compiler
             x = x + self.rate * (gradient + self.momentum * velocity)
         yield self._weigh(self._look(problem, x))
 
@@ -348,16 +355,16 @@ class DFlow(NoiseAscent):
     """Differentiate through the flow (Ben-Hamu et al. 2402.14017, algorithm 1): L-BFGS on x_0 through several jumps.
 
     Rows are independent: each has its own curvature pairs, and each iteration tries one point for every row. A point that
-    gains enough (Armijo) is the row's next state; one that does not halves the row's step, so a row that searches its line
-    costs no more than its neighbours. The penalty and its weight are those of `ReNO`.
+    gains enough (Armijo) becomes the row's next state; any other point halves the row's step. So a line search in one row
+    costs the other rows nothing. The penalty and its weight are those of `ReNO`.
 
-    Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; at the end one
-    evaluation without backward.
+    Costs an iteration: ``hops`` forwards and backwards, one decode, one reward call and backward per particle; one
+    evaluation without backward at the end.
     Within a budget: 2 iterations at 64 evaluations, 5 at 256, the rest particles (docs/methods.md).
-    Samples: no. It is an ascent; even with prior 1 it looks for the mode of the tilt, not for draws.
+    Samples: no. It is an ascent: even with prior 1 it looks for the mode of the tilt, not for draws.
 
     Attributes:
-        memory: curvature pairs that are kept.
+        memory: number of curvature pairs.
     """
 
     paper: ClassVar[str] = "2402.14017"
@@ -372,30 +379,30 @@ class DFlow(NoiseAscent):
         if self.memory < 1:
             raise ValueError(f"memory={self.memory}: at least one pair is needed")
 
-    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Found]:
+    def _walk(self, problem: Problem, noise: Noise, x: Tensor) -> Iterator[Trials]:
         curvature = Curvature(self.memory)
         now, gradient = self._climb(problem, x)
         length = torch.ones_like(now.objective)
         yield now
         for i in range(self.iterations):
-            move = _scaled(_shortened(curvature.direction(gradient), self.step), length)
+            move = _scale(_clip(curvature.direction(gradient), self.step), length)
             if i + 1 == self.iterations:
                 yield self._weigh(self._look(problem, now.x + move))
                 return
             trial, gradient_there = self._climb(problem, now.x + move)
             yield trial
-            curvature.learn(trial.x - now.x, gradient - gradient_there)  # a rejected point tells the curvature as well
-            accepted = trial.objective - now.objective >= 1e-4 * _dot(gradient, move)
-            now = now.replaced(trial, accepted)
-            gradient = torch.where(expand_time(accepted, x).bool(), gradient_there, gradient)
-            length = torch.where(accepted, 1.0, 0.5 * length)
+            curvature.learn(trial.x - now.x, gradient - gradient_there)  # a rejected point informs the curvature as well
+            gains = trial.objective - now.objective >= 1e-4 * _dot(gradient, move)
+            now = now.replace(trial, gains)
+            gradient = torch.where(expand_time(gains, x).bool(), gradient_there, gradient)
+            length = torch.where(gains, 1.0, 0.5 * length)
 
 
 class Curvature:
     """The inverse curvature of every row, from its last moves: limited-memory BFGS (Nocedal & Wright 2006, algorithm 7.4).
 
     Args:
-        memory: moves that are kept.
+        memory: number of moves to remember.
     """
 
     def __init__(self, memory: int) -> None:
@@ -403,22 +410,27 @@ class Curvature:
         self.scale: Tensor | float = 1.0
 
     def learn(self, s: Tensor, y: Tensor) -> None:
-        """A move s and how much the gradient fell along it, y: (b, *shape) each. Rows that curve upwards are passed over."""
+        """Add a move. Rows that curve upwards are ignored.
+
+        Args:
+            s: (b, *shape) the move.
+            y: (b, *shape) the decrease of the gradient along it.
+        """
         bend, squares = _dot(s, y), _dot(y, y)
         concave = bend > torch.finfo(s.dtype).eps * (squares * _dot(s, s)).sqrt()
-        # a zero weight takes the pair out of a row's recursion, so that rows need no lists of their own
+        # a zero weight removes the pair from the row's recursion, so that all rows can share one list
         self.pairs.append((s, y, torch.where(concave, 1 / bend, 0.0)))
         self.scale = torch.where(concave, bend / squares, self.scale)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """The gradient times the inverse curvature, (b, *shape): where a quadratic objective would have its maximum."""
+        """The gradient times the inverse curvature, (b, *shape): the step to the maximum of a quadratic objective."""
         steps, q = [], gradient
         for s, y, weight in reversed(self.pairs):
             steps.append(weight * _dot(s, q))
-            q = q - _scaled(y, steps[-1])
-        q = _scaled(q, self.scale)
+            q = q - _scale(y, steps[-1])
+        q = _scale(q, self.scale)
         for (s, y, weight), step in zip(self.pairs, reversed(steps)):
-            q = q + _scaled(s, step - weight * _dot(y, q))
+            q = q + _scale(s, step - weight * _dot(y, q))
         return q
 
 
@@ -432,12 +444,12 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide(x.device))
 
 
-def _scaled(x: Tensor, factor: Tensor | float) -> Tensor:
-    """Every row times its factor (b,), in the dtype of x."""
+def _scale(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Multiply every row by its factor (b,), in the dtype of x."""
     return expand_time(factor, x) * x
 
 
-def _shortened(x: Tensor, step: float) -> Tensor:
-    """Rows of at most ``step`` sqrt(d)."""
+def _clip(x: Tensor, step: float) -> Tensor:
+    """Shorten the rows to a norm of at most ``step`` sqrt(d)."""
     longest = step * math.sqrt(x[0].numel())
-    return _scaled(x, (longest / _norm(x).clamp_min(1e-30)).clamp_max(1.0))
+    return _scale(x, (longest / _norm(x).clamp_min(1e-30)).clamp_max(1.0))

@@ -1,4 +1,4 @@
-"""Markov chains in the initial noise: samples of the tilt of a map's own law by trial alone, for any reward."""
+"""Markov chains in the initial noise: samples of the tilt of the map's own law, for any reward, without gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing_extensions import Self
 from steerfm.checks import at_least_one
 from steerfm.interpolant import expand_time
 from steerfm.sampling import Noise
-from steerfm.steering.noise_search import Found, NoiseSearch, evaluate, search_trace
+from steerfm.steering.noise_search import NoiseSearch, Trials, evaluate, search_trace
 from steerfm.steering.outcome import Outcome, Tick
 from steerfm.steering.value import Problem
 
@@ -25,23 +25,24 @@ class ParallelTempering(NoiseSearch):
         x' = sqrt(1 - radius_i^2) x + radius_i z    instead of x with probability min(1, exp(beta_i (V(x') - V(x))))
         neighbours i, i + 1 swap with probability   min(1, exp((beta_i - beta_{i+1}) (V(x_{i+1}) - V(x_i))))
 
-    over V = strength r(X_{0,1}(x)). The move preserves N(0, I) (Crank-Nicolson; Cotter et al. 1202.0709, section 5), so that
-    the rewards alone decide, and black boxes will do. At beta = 1 the coldest chain samples the tilt of what the map draws
-    from noise; the hottest, beta = 0, draws noise anew at every sweep, and what it meets can come down. Even and odd pairs
-    take turns (Syed et al. 1905.02939). PATHS starts particles that walk; here the map is the walk. Ours are the ladder
-    beta_i = (1 - i / (temperatures - 1))^power, radii radius^beta_i, and that nothing but the coldest chain is returned.
+    over V = strength r(X_{0,1}(x)). The move preserves N(0, I) (Crank-Nicolson; Cotter et al. 1202.0709, section 5), so
+    only the rewards decide, and black boxes work. The coldest chain, beta = 1, samples the tilt of the map's own law. The
+    hottest chain, beta = 0, draws fresh noise at every sweep; its good states can move down to colder chains. Even and odd
+    pairs take turns (Syed et al. 1905.02939). In PATHS the chains choose where particles start to walk; here the map replaces
+    the walk. Our own choices: the ladder beta_i = (1 - i / (temperatures - 1))^power, the radii radius^beta_i, and that only
+    the coldest chain is returned.
 
-    Costs a sweep: ``temperatures`` x (``hops`` forwards, one decode, one reward call) an output; and one sweep at the start.
+    Costs a sweep: ``temperatures`` x (``hops`` forwards, one decode, one reward call) per output; and one sweep at the start.
     Within a budget: 4 sweeps of warm-up at 64 evaluations, 16 at 256, the rest particles (docs/methods.md).
-    Samples: in the limit of many sweeps: the tilt of the map's own law, in as many jumps as ``hops``, for a reward that does
-    not compare particles; particles are equally weighted and follow each other, so that neighbours are alike or the same. Too
-    few sweeps stay near the noise that they began with. There is no log_z.
+    Samples: in the limit of many sweeps: the tilt of the map's own law, in ``hops`` jumps, for a reward that does
+    not compare particles. The particles are equally weighted successive states of a chain, so neighbours are similar or
+    equal. With too few sweeps they stay near the initial noise. There is no log_z.
 
     Attributes:
-        particles: states of the coldest chain that come out, one after the other.
-        iterations: sweeps from each particle to the next.
-        temperatures: chains of an output; with one alone, at beta = 1, nothing swaps.
-        warmup: sweeps before the first particle's own.
+        particles: successive states of the coldest chain to return.
+        iterations: sweeps between one particle and the next.
+        temperatures: chains per output; a single chain has beta = 1 and swaps with none.
+        warmup: sweeps before those of the first particle.
         radius: of the coldest chain's moves, in (0, 1]; 1 forgets the state.
         power: of the ladder, positive; above 1 more of the chains are hot.
     """
@@ -72,7 +73,7 @@ class ParallelTempering(NoiseSearch):
         return replace(self, warmup=steps, particles=number)
 
     def ladder(self) -> list[float]:
-        """The inverse temperatures, from 1 down to 0; 1 alone for one chain."""
+        """The inverse temperatures, from 1 down to 0; [1] for a single chain."""
         last = max(1, self.temperatures - 1)
         return [(1 - i / last) ** self.power for i in range(self.temperatures)]
 
@@ -80,8 +81,8 @@ class ParallelTempering(NoiseSearch):
         """See `Method.run`."""
         k, chains, sweeps = self.particles, self.temperatures, self.warmup + self.particles * self.iterations
         output = torch.arange(n, device=problem.strength.device)
-        problem, noise = problem.resized(noise, chains)
-        drawn: list[Found] = []
+        problem, noise = problem.resize(noise, chains)
+        states: list[Trials] = []
         values, looks = [], []
         with torch.inference_mode():
             state = evaluate(problem, noise.start(problem.flow_map), self.hops)
@@ -90,26 +91,34 @@ class ParallelTempering(NoiseSearch):
                 state = self._swap(self._move(problem, noise, state, u[:, 0]), u[:, 1], i % 2)
                 cold = state.select(output * chains)
                 if i >= self.warmup and (i + 1 - self.warmup) % self.iterations == 0:
-                    drawn.append(cold)
-                ahead = [cold] * (k - len(drawn))  # particles that are still to come are where the chain is
-                values.append(torch.stack([found.objective for found in [*drawn, *ahead]], 1))
+                    states.append(cold)
+                ahead = [cold] * (k - len(states))  # later particles: where the chain is now
+                values.append(torch.stack([trials.objective for trials in [*states, *ahead]], 1))
                 if lookaheads:
-                    looks.append([*drawn, cold][0].sample)
+                    looks.append([*states, cold][0].sample)
                 tick(i + 1, sweeps)
-        return Found.interleave(drawn).outcome(n, search_trace(values, looks))
+        return Trials.interleave(states).outcome(n, search_trace(values, looks))
 
-    def _move(self, problem: Problem, noise: Noise, state: Found, log_u: Tensor) -> Found:
-        """Every chain's state after its own move; log_u (n, chains)."""
+    def _move(self, problem: Problem, noise: Noise, state: Trials, log_u: Tensor) -> Trials:
+        """The states of all chains after one move each.
+
+        Args:
+            log_u: (n, chains) log of uniform numbers.
+        """
         n, ladder = len(log_u), self.ladder()
         radius = log_u.new_tensor([self.radius**beta for beta in ladder]).repeat(n)
         z = noise.normal(problem.flow_map.shape, state.x)
         near = expand_time((1 - radius**2).sqrt(), z) * state.x + expand_time(radius, z) * z
         trial = evaluate(problem, near, self.hops)
         gain = log_u.new_tensor(ladder).repeat(n) * (trial.objective - state.objective)
-        return state.replaced(trial, log_u.flatten() < gain)
+        return state.replace(trial, log_u.flatten() < gain)
 
-    def _swap(self, state: Found, log_u: Tensor, first: int) -> Found:
-        """The states after swaps of the pairs (first, first + 1), (first + 2, first + 3), ...; log_u (n, chains)."""
+    def _swap(self, state: Trials, log_u: Tensor, first: int) -> Trials:
+        """The states after swaps of the pairs (first, first + 1), (first + 2, first + 3), ...
+
+        Args:
+            log_u: (n, chains) log of uniform numbers.
+        """
         n, chains = log_u.shape
         beta, value = log_u.new_tensor(self.ladder()), state.objective.view(n, chains)
         at = torch.arange(chains, device=log_u.device)[first:-1:2]

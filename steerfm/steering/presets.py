@@ -1,8 +1,8 @@
-"""Presets: published methods as settings of the four parts. Each docstring gives the paper, the parts and what it samples.
+"""Presets: published methods as settings of the four parts. Each docstring gives the paper, the parts and the target.
 
-A preset takes what it has fields for, its own and those of `Sampler`, and derives the rest in ``parts``:
+The fields of a preset are its own and those of `Sampler`; the other parts are derived in ``parts``:
 ``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
-Methods that do not walk from noise to data once have files of their own: `noise_search.py`, `parallel_tempering.py` and
+Methods that do not walk from noise to data once are in other files: `noise_search.py`, `parallel_tempering.py` and
 `tree_search.py`.
 """
 
@@ -39,10 +39,10 @@ from steerfm.transitions import Jump as JumpTransition
 from steerfm.transitions import Renoise as RenoiseTransition
 
 LARGE = 64
-"""Numbers in a state above which no budget covers what a map makes: there a walk along a gradient, which keeps its sense
-however far one follows it where no network is behind it, is worth more than particles."""
+"""Numbers in a state above which no budget covers the map's distribution. Beyond that, a walk along the gradient of a reward
+that is no network, which can be followed far, is worth more than particles."""
 ANOTHER = 1 / 3
-"""`steerfm.metrics.jump_error` from which one jump shows another picture than comes out."""
+"""`steerfm.metrics.jump_error` above which one jump does not show the final picture."""
 
 
 # --- samplers --------------------------------------------------------------------------------------------------------
@@ -69,12 +69,12 @@ class BestOfN(Steering):
 class FeynmanKac(Steering):
     """Sequential Monte Carlo along the path of a flow map (FK steering 2501.06848 with the twisted weights of 2306.17775).
 
-    Parts: look-ahead jump, tempering linear, transition renoise, correction marginal (twisted where the kernels of all parents
-    are not known), systematic resampling below ESS 1/2; gradient-free, or twisted by a gradient with ``guidance="map"`` or
+    Parts: look-ahead jump, tempering linear, transition renoise, correction marginal (twisted if the kernels of all parents
+    are not available), systematic resampling below ESS 1/2; gradient-free, or twisted by a gradient with ``guidance="map"`` or
     ``"endpoint"``.
     Samples: yes, the tilt of the base chain's own law, for any look-ahead, as the particles grow; exp(log_z) is unbiased. With
-    ``correction="twisted"`` it is so by few large outputs where steps forget, and nearly all are too low. Without tempering
-    log_z is that of the first look, as in `Funnel`.
+    ``correction="twisted"`` and steps that forget the past, it is unbiased only through rare large values, and nearly all are
+    too low. Without tempering log_z comes from the first look, as in `Funnel`.
     Within a budget: 3 steps at 64 evaluations, 6 at 256, the rest particles (docs/methods.md).
     """
 
@@ -87,27 +87,27 @@ class FeynmanKac(Steering):
 
 @dataclass(frozen=True)
 class Funnel(Steering):
-    """Particles that look ahead first and walk later; the default (the funnel schedule of 2508.12361, for flow maps).
+    """Look ahead with many particles, walk with few; the default method (the funnel schedule of 2508.12361, for flow maps).
 
-    One jump shows the picture that a noise is going to become, so one call already tells good noise from bad: ``first``
-    particles spend it, and ``particles`` of them, drawn by their weights, take the steps.
+    One jump shows the final picture of a noise, so a single call can tell good noise from bad. ``first`` particles make that
+    jump; ``particles`` of them, drawn by their weights, take the steps.
 
     Parts: as `FeynmanKac`, with no tempering; the selection is `Narrow` before the first step, ``resampling`` later; the
-    gradient at the endpoint, if the reward has one (no network backward): more of it in more dimensions, at most half a step.
-    ``transition="auto"`` is renoise, but jumps without guidance where one jump of the map shows another picture than four
-    (`steerfm.metrics.jump_error` above 1/3, by its card) and the reward is a network (docs/emoji.md).
-    Costs: first + particles (steps - 1) network calls an output: the look-ahead is shared with the transition. Where it
-    walks by jumps, which share none, ``particles`` fewer look.
+    gradient at the endpoint, if the reward has one (no network backward), scaled with the dimension, at most half a step.
+    ``transition="auto"`` is renoise; but jump, without guidance, if one jump of the map shows another picture than four
+    (`steerfm.metrics.jump_error` above 1/3 on its card) and the reward is a network (docs/emoji.md).
+    Costs: first + particles (steps - 1) network calls per output, since the transition shares the look-ahead. A walk by jumps
+    cannot share it, so ``particles`` fewer look ahead.
     Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
-    dimensions a step forgets part of what the first look saw, and the weights then rest on few particles: their mean reward is
-    too high where the target is rare under the map (docs/results/benchmarks.md). `FeynmanKac` is nearer there.
-    log_z is that of the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, whatever the steps.
-    Within a budget: 4 steps at 8 evaluations, 5 from 32 on, a particle for every eight; below 32, where the reward has no
-    gradient, all look and none walks; from 32 on, where it has one and no network, 9 steps, 17 from 256 on, of fewer
-    particles, if a state has more than 64 numbers (docs/methods.md).
+    dimensions a step forgets part of the first look, and few particles carry the weight: their mean reward is too high if the
+    target is rare under the map (docs/results/benchmarks.md). `FeynmanKac` is closer there.
+    log_z comes from the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, for any steps.
+    Within a budget: 4 steps at 8 evaluations, 5 from 32 on, one particle per eight. Below 32, if the reward has no gradient,
+    all particles look and none walks. From 32 on, if the reward has a gradient but no network and a state has more than 64
+    numbers: 9 steps, 17 from 256 on, with fewer particles (docs/methods.md).
 
     Args:
-        calls: of the map, that `within` sized this for: the kind of reward then changes the shape; 0: the shape stands.
+        calls: budget of map calls, set by `within`; the shape then adapts to the kind of reward. 0: the shape is fixed.
     """
 
     samples: ClassVar[str] = "yes"
@@ -123,7 +123,7 @@ class Funnel(Steering):
 
     def __post_init__(self) -> None:
         if self.first < self.particles:
-            raise ValueError(f"first={self.first}: at least the particles={self.particles} that go on")
+            raise ValueError(f"first={self.first}: must be at least particles={self.particles}")
         super().__post_init__()
 
     @cached_property
@@ -132,8 +132,8 @@ class Funnel(Steering):
         return self.mix(self.correction, Narrow(self.particles, then))
 
     def fit(self, budget: int, evaluations: Evaluations, steps: int | None) -> Funnel:
-        """See `Sized`: a particle for every eight calls, which takes four steps after the first look, three below 32 calls;
-        below eight best-of-n by single jumps."""
+        """See `Sized`. One particle per eight calls, with four steps after the first look (three below 32 calls); below eight
+        calls best-of-n by single jumps."""
         call = evaluations(replace(self, particles=1, first=1, steps=1))
         calls = int(budget / call)
         if not calls:
@@ -146,14 +146,14 @@ class Funnel(Steering):
         )
 
     def fitted(self, problem: Problem) -> Sampler:
-        """As for other methods; by jumps where ``transition="auto"`` says so, see above."""
+        """As for other methods; ``transition="auto"`` can switch to jumps (see above)."""
         error, auto = problem.flow_map.jump_error, isinstance(self.transition, Auto)
         if auto and self.steps > 1 and error is not None and error > ANOTHER and has_weights(problem.reward):
-            k, spare = self.particles, self.first >= 2 * self.particles  # as many calls: a look serves no jump
+            k, spare = self.particles, self.first >= 2 * self.particles  # keep the number of calls: jumps share no look
             first, steps = max(k, self.first - k), self.steps if spare else max(1, self.steps - 1)
             return replace(self, first=first, steps=steps, transition=JumpTransition(), guidance=None)
         method, calls = super().fitted(problem), self.calls
-        if calls != self.first + self.particles * (self.steps - 1):  # another shape by now
+        if calls != self.first + self.particles * (self.steps - 1):  # the shape was changed since
             return method
         if 0 < calls < 32 and self.guidance is not None and method.guidance is None:
             return replace(self, guidance=None, particles=calls, first=calls, steps=1)
@@ -168,14 +168,14 @@ class Funnel(Steering):
         self, problem: Problem, noise: Noise, x: Tensor, times: Sequence[float], i: int, move: Move | None, log_w: Tensor,
         plain: bool = False,
     ) -> Evaluation:  # fmt: skip
-        """As for other methods; no look between jumps, where nobody would be selected by it."""
-        chosen = self.resampling is not None and self.resampling.prunes
-        if move is None or self.transition.stochastic or self.guidance is not None or chosen:
+        """As for other methods, but without a look between jumps, where it would select no particle."""
+        pruning = self.resampling is not None and self.resampling.prunes
+        if move is None or self.transition.stochastic or self.guidance is not None or pruning:
             return super()._look(problem, noise, x, times, i, move, log_w, plain)
         return replace(move.before, endpoint=None, scores=None)
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
-        return super().start(*problem.resized(noise, self.first), begin)
+        return super().start(*problem.resize(noise, self.first), begin)
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class FKSteering(Sampler):
     Parts: look-ahead denoise, no tempering, transition bridge (ancestral), correction twisted with ``potential`` difference,
     max or sum, multinomial resampling below ESS 1/2.
     Samples: yes, as `FeynmanKac`; here the base chain is the ancestral one, right only in the limit of many steps. The full
-    reward at a blurry denoiser misleads: where the target is concentrated, exp of what the weights say of log Z is unbiased by
-    rare outputs only, and nearly all are too low (docs/results/benchmarks.md), so there is no log_z.
+    reward at a blurry denoiser misleads: for a concentrated target, the weights' estimate of Z is unbiased only through rare
+    outputs, and nearly all are too low (docs/results/benchmarks.md). So there is no log_z.
     Within a budget: 6 steps at 64 evaluations, 14 at 256, the rest particles (docs/methods.md).
     """
 
@@ -236,8 +236,8 @@ class DAS(Steering):
 
     Parts: look-ahead denoise, gradient through the network, tempering exponential (``tempering="adaptive"``: the paper's other
     choice), transition bridge (ancestral), correction twisted, SSP resampling below ESS 1/2.
-    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. Where the tempering adapts, log Z is consistent, not
-    unbiased: too low with few particles.
+    Samples: yes, as `FeynmanKac`; the base chain is the ancestral one. With adaptive tempering log Z is consistent but
+    not unbiased: it is too low with few particles.
     Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
@@ -261,8 +261,8 @@ class FMTT(Steering):
     Parts: look-ahead jump, FMTT's drift (the gradient through the map at scale 1/2, uncapped), tempering linear, transition
     diffuse, correction jarzynski (simple), multinomial resampling below ESS 1/2.
     Samples: in the limit of many steps only, for a true flow map: an error of order 1 / steps that more particles do not
-    remove. No log_z: it would be a third too low on nine separate modes in 32 steps, and without bound where the drift, which
-    has no cap, runs away.
+    remove. No log_z: it would be a third too low on nine separate modes in 32 steps, and arbitrarily wrong where the drift,
+    which has no cap, diverges.
     Within a budget: 3 steps at 64 evaluations, 6 at 256, the rest particles (docs/methods.md).
     """
 
@@ -284,10 +284,10 @@ class FMTT(Steering):
 class DiamondSMC(Steering):
     """Particles on posterior samples (Diamond Maps 2602.05993, algorithm 2), with GLASS transitions.
 
-    Parts: look-ahead posterior (GLASS inner ODE), no tempering, transition bridge through the drawn endpoint, correction
+    Parts: look-ahead posterior (GLASS inner ODE), no tempering, transition bridge through the sampled endpoint, correction
     twisted, systematic resampling at every step.
-    Samples: yes, the tilt, as particles and inner steps grow, in any number of outer steps. No log_z: what the weights
-    say is low in nearly all outputs of few particles.
+    Samples: yes, the tilt, as particles and inner steps grow, for any number of outer steps. No log_z: with few
+    particles, the weights' estimate is too low in nearly all outputs.
     Within a budget: 2 steps at 64 evaluations, 4 at 256, the rest particles (docs/methods.md).
     """
 
@@ -305,7 +305,7 @@ class DiamondSMC(Steering):
 # --- guidance: one trajectory ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Ascent(Sampler):
-    """What the methods below share: one particle, the full reward from the start, deterministic jumps, no correction.
+    """Base of the methods below: one particle, the full reward from the start, deterministic jumps, no correction.
 
     Samples: no.
     """
@@ -319,9 +319,9 @@ class Ascent(Sampler):
 class DPS(Ascent):
     """Diffusion posterior sampling (Chung et al. 2209.14687, algorithm 1): gradient of the reward at the denoiser.
 
-    Parts: look-ahead denoise, gradient through the network, no tempering, transition bridge (ancestral, by that denoiser: one
-    call a step), correction none.
-    Samples: no. The denoiser stands in for the posterior, and nothing corrects it.
+    Parts: look-ahead denoise, gradient through the network, no tempering, transition bridge (ancestral, with the same
+    denoiser: one call per step), correction none.
+    Samples: no. The denoiser replaces the posterior, without a correction.
     Within a budget: 3 steps at 64 evaluations, 16 at 256, the rest particles (docs/methods.md).
     """
 
@@ -336,14 +336,14 @@ class DPS(Ascent):
 
 @dataclass(frozen=True)
 class NoiseTilt(Ascent):
-    """The gradient in the noise that a step draws, whitened, so that its mean stays (Hwang et al. 2606.18066).
+    """The whitened gradient as a part of a step's noise; its mean stays (Hwang et al. 2606.18066).
 
-    Parts: look-ahead jump, gradient at its endpoint in a share of the noise (the reward's scale and ``strength`` drop out),
-    no tempering, transition renoise (which shares the look-ahead), correction none. The last step has no noise, and is not
-    guided. In the paper the gradient goes through the network, ``guidance={"through": True}``, of a denoiser, with ancestral
-    steps: ``lookahead="denoise", transition="bridge"``; its whitening has more parts than `white`.
-    Samples: no. It is an ascent that keeps to the noise that the map knows.
-    Within a budget: 6 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
+    Parts: look-ahead jump, gradient at its endpoint as a share of the noise (independent of ``strength`` and the reward's
+    scale), no tempering, transition renoise (which shares the look-ahead), correction none. The last step has no noise and is
+    not guided. In the paper the gradient goes through the network, ``guidance={"through": True}``, of a denoiser, with
+    ancestral steps: ``lookahead="denoise", transition="bridge"``; its whitening has more parts than `white`. Samples: no. It
+    is an ascent within the noise on which the map was trained. Within a budget: 6 steps at 64 evaluations, 8 at 256, the rest
+    particles (docs/methods.md).
     """
 
     paper: ClassVar[str] = "2606.18066"
@@ -359,8 +359,9 @@ class LGDMC(Ascent):
     """Loss-guided diffusion by Monte Carlo (Song et al., ICML 2023, equation 11): the denoiser blurred by noise.
 
     Parts: look-ahead smooth (k endpoints of one call), gradient through the network, rescaled to half of the step's
-    displacement (the reward's scale and ``strength`` drop out), no tempering, transition bridge (ancestral), correction none.
-    Samples: no. A Gaussian stands in for the posterior.
+    displacement (independent of ``strength`` and the reward's scale), no tempering, transition bridge (ancestral), correction
+    none.
+    Samples: no. A Gaussian replaces the posterior.
     Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
@@ -375,11 +376,12 @@ class LGDMC(Ascent):
 
 @dataclass(frozen=True)
 class FreeDoM(Ascent):
-    """DPS with time travel (Yu et al. 2303.09833, algorithm 2): every step is taken ``recurrence`` times.
+    """DPS with time travel (Yu et al. 2303.09833, algorithm 2): every step is repeated ``recurrence`` times.
 
-    Parts: as `DPS`, the gradient rescaled to half of the step's displacement, as the release does (the reward's scale and
-    ``strength`` drop out); between the repeats the state is noised back.
-    Samples: no. It is an ascent whose repeats pull the state back to the data.
+    Parts: as `DPS`, the gradient rescaled to half of the step's displacement, as in the release (independent of ``strength``
+        and
+    the reward's scale); between repeats the state is noised back.
+    Samples: no. It is an ascent; the repeats pull the state back to the data.
     Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
 
@@ -414,9 +416,9 @@ class MPGD(Ascent):
 
 @dataclass(frozen=True)
 class WarmedAscent(Ascent):
-    """An ascent that starts with several particles, of which the best by look-ahead goes on alone after ``warmup`` steps.
+    """An ascent that starts with several particles; after ``warmup`` steps only the best by look-ahead continues.
 
-    Steps of the warm-up are guided; the look that chooses is plain, and the gradient after it is that of the one alone.
+    The steps of the warm-up are guided. The look that selects needs no gradient; later gradients are for one particle only.
     Samples: no.
     Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
     """
@@ -428,7 +430,7 @@ class WarmedAscent(Ascent):
 
     def check(self, reward: Reward) -> None:
         if self.warmup and self.particles == 1:
-            raise ValueError(f"warmup={self.warmup} does nothing with one particle: give particles=")
+            raise ValueError(f"warmup={self.warmup} does nothing with one particle: give particles=2 or more")
         super().check(reward)
 
     @cached_property
@@ -436,7 +438,7 @@ class WarmedAscent(Ascent):
         return self.mix(Uncorrected(), Window(TopK(1, prune=True), self.warmup) if self.warmup else None)
 
     def sized(self, steps: int, number: int) -> Self:
-        """See `Sized`; the number is that of particles, which warm up for at least one step."""
+        """See `Sized`; the number is that of particles, with at least one step of warm-up."""
         return replace(self, steps=steps, particles=number, warmup=self.warmup or 1)
 
     def least(self, steps: int) -> int:
@@ -447,9 +449,9 @@ class WarmedAscent(Ascent):
 class FMRGJ(WarmedAscent):
     """Flow map reward guidance through the map's Jacobian, FMRG-J (2604.27147).
 
-    Parts: look-ahead jump, gradient through the map, rescaled to the step's displacement (the reward's scale and
-    ``strength`` drop out), no tempering, transition jump, correction none. With several particles and ``warmup`` steps, the
-    best by look-ahead goes on alone after those; ``stop`` leaves a tail of the steps unguided.
+    Parts: look-ahead jump, gradient through the map, rescaled to the step's displacement (independent of ``strength``
+    and the reward's scale), no tempering, transition jump, correction none. With several particles, only the best by
+    look-ahead continues after ``warmup`` steps; ``stop`` leaves the last steps unguided.
     Samples: no. It is optimal control of one trajectory: an ascent.
     Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
     """
@@ -464,7 +466,7 @@ class FMRGE(WarmedAscent):
     """Flow map reward guidance at the endpoint, FMRG-E (2604.27147): no network backward.
 
     Parts: look-ahead jump, a few reward-gradient steps on the endpoint, x' = X_{s,t}(x) + (1 - s) t (z_opt - z), no
-    tempering, transition jump (two calls a step; ``transition=renoise`` jumps to the data and back, one call), correction
+    tempering, transition jump (two calls per step; ``transition=renoise`` jumps to the data and back, one call), correction
     none. ``warmup`` and ``stop`` as in `FMRGJ`.
     Samples: no. It is an ascent; good for measurements (inverse problems).
     Within a budget: 5 steps, the rest particles in one step of warm-up (docs/methods.md).
@@ -520,11 +522,12 @@ class MFMGF(MFMG):
 class WeightedDiamond(Ascent):
     """Weighted Diamond guidance (2602.05993): renoised look-aheads, importance-weighted, no further training.
 
-    Parts: look-ahead renoise, equally weighted (k = 1), gradient through it, rescaled to the step's displacement (the reward's
-    scale and ``strength`` drop out), no tempering, transition jump, correction none.
-    Samples: no. With ``lookahead={"name": "renoise", "k": 4}`` the endpoints have the paper's importance weights, right as k
-    grows; but these are of order d: in pictures they rest on one endpoint, and the gradient is that of the weights. The
-    release leaves them out as well.
+    Parts: look-ahead renoise, equally weighted (k = 1), gradient through it, rescaled to the step's displacement (independent
+        of
+    ``strength`` and the reward's scale), no tempering, transition jump, correction none.
+    Samples: no. With ``lookahead={"name": "renoise", "k": 4}`` the endpoints have the paper's importance weights, which are
+    exact as k grows. But log-weights are of order d: in pictures one endpoint has all the weight, and the gradient is that of
+    the weights. The paper's release omits them as well.
     Within a budget: 3 steps at 64 evaluations, 4 at 256, the rest particles (docs/methods.md).
     """
 
@@ -539,9 +542,9 @@ class WeightedDiamond(Ascent):
 # --- search: particles compete ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MultiRound(Sampler):
-    """Multi-round best-of-n: the best sample of a round is noised back, to start all of the next (the baseline of FMTT).
+    """Multi-round best-of-n: the best sample of a round is noised back and starts the next round (the baseline of FMTT).
 
-    Parts: look-ahead jump, transition renoise (shared with the look-ahead: one call a step), correction none, the best
+    Parts: look-ahead jump, transition renoise (shared with the look-ahead: one call per step), correction none, the best
     ``keep`` by look-ahead survive each round.
     Samples: no. It is a search.
     Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
@@ -598,10 +601,10 @@ class FMTTSearch(Sampler):
 
 @dataclass(frozen=True)
 class SVDD(Sampler):
-    """Soft value-based decoding (Li et al. 2408.08252, algorithm 1): every step, the best of ``children`` goes on.
+    """Soft value-based decoding (Li et al. 2408.08252, algorithm 1): at every step the best of ``children`` survives.
 
     Parts: look-ahead denoise, transition bridge (ancestral), correction none, the best child of each parent; ``soft`` draws
-    it with odds exp(strength r). ``particles`` counts children: 16 with 4 children are 4 parents.
+    it with probability proportional to exp(strength r). ``particles`` counts children: 16 with 4 children are 4 parents.
     Samples: no. The soft version would, for exact values and infinitely many children.
     Within a budget: 8 steps at 64 evaluations, 12 at 256, the rest particles (docs/methods.md).
     """
@@ -631,7 +634,7 @@ class SVDD(Sampler):
 class CoDe(SVDD):
     """Controlled denoising (Singh et al. 2502.00968): best of ``children`` over blocks of ``every`` steps.
 
-    Parts: as `SVDD`; one step a block is SVDD, all steps one block best-of-n.
+    Parts: as `SVDD`. With one step per block it is SVDD; with one block for all steps, best-of-n.
     Samples: no. It is a search.
     Within a budget: 5 steps at 64 evaluations, 8 at 256, the rest particles (docs/methods.md).
     """
@@ -677,4 +680,4 @@ METHODS: dict[str, type[Preset]] = {
     "parallel_tempering": ParallelTempering,
     "steering": Steering,
 }
-"""Presets by the name that configurations use; ``steering`` is a free mix of the parts."""
+"""Presets by their names in configurations; ``steering`` is a free combination of parts."""

@@ -1,4 +1,4 @@
-"""Methods that begin with many seeds and finish few: the better ones by look-ahead go on, uncopied and unweighted."""
+"""Methods that start many seeds and finish few: only the best by look-ahead continue, without copies or weights."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from steerfm.transitions import Jump as JumpTransition
 from steerfm.transitions import Transition
 
 OF_PARTICLES = ("value", "guidance_ratio", "gradient_norm")
-"""What a step tells of each particle."""
+"""Records of a step with a value for each particle."""
 
 
 @dataclass(frozen=True)
 class SeedPruning(Sampler):
-    """Progressive seed pruning (PSP, Guimaraes & Perona 2607.21591): many seeds walk, and at set steps the better ones go on.
+    """Progressive seed pruning (PSP, Guimaraes & Perona 2607.21591): many seeds start; fixed steps keep the best.
 
-    ``first`` seeds begin, ``particles`` of them end; in between their number falls by the same factor at each pruning. The
-    paper has 8 seeds, of which 4 go on after a quarter of the steps and 2 after half, by the reward of the denoiser:
+    ``first`` seeds start and ``particles`` of them finish; each pruning reduces their number by the same factor. The paper
+    starts 8 seeds, keeps 4 after a quarter of the steps and 2 after half, by the reward of the denoiser:
     ``SeedPruning(2, 64, first=8, at=(0.25, 0.5), lookahead="denoise", transition={"name": "bridge", "eta": 0.0})``. A jump
-    sees further, so here the first pruning is at once.
+    looks further ahead, so here the first pruning comes before the first step.
 
-    Parts: look-ahead jump, where seeds are pruned and nowhere else, no tempering, transition jump: a seed is a path, and what
-    a look says of it stays true; correction none, the best of each output at every pruning.
+    Parts: look-ahead jump, only at the prunings, no tempering, transition jump (a seed has one path, so a look stays valid),
+    correction none, the best seeds of each output at every pruning.
     Samples: no. It is a search.
-    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest particles, each the best of so many seeds as now
-    (docs/methods.md).
+    Within a budget: 4 steps at 64 evaluations, 8 at 256, the rest particles, with the same number of seeds per
+    particle (docs/methods.md).
 
     Attributes:
-        particles: that end.
-        steps: of all.
-        first: seeds that begin.
+        particles: seeds that finish.
+        steps: transitions from t = 0 to t = 1.
+        first: seeds that start.
         at: shares of the steps, in [0, 1), after which seeds are pruned.
     """
 
@@ -64,7 +64,7 @@ class SeedPruning(Sampler):
     def __post_init__(self) -> None:
         whole_numbers(first=self.first, particles=self.particles)
         if self.first < self.particles:
-            raise ValueError(f"first={self.first}: at least the particles={self.particles} that go on")
+            raise ValueError(f"first={self.first}: must be at least particles={self.particles}")
         if not self.at or not all(0 <= at < 1 for at in self.at) or list(self.at) != sorted(self.at):
             raise ValueError(f"at={list(self.at)}: ascending shares of the steps, in [0, 1)")
         super().__post_init__()
@@ -77,25 +77,25 @@ class SeedPruning(Sampler):
         return self.mix(Uncorrected(), Prune(at, keep))
 
     def sized(self, steps: int, number: int) -> Self:
-        """See `Sized`; the number is that of particles that end, of which so many times more begin as now."""
+        """See `Sized`; the number is that of particles that finish; the ratio of ``first`` to it stays."""
         return replace(self, steps=steps, particles=number, first=number * self.first // self.particles)
 
     def least(self, steps: int) -> int:
-        """One is enough where more begin."""
+        """One is enough, since more seeds start."""
         return 1
 
     def start(self, problem: Problem, noise: Noise, begin: Begin | None = None) -> State:
-        return super().start(*problem.resized(noise, self.first), begin)
+        return super().start(*problem.resize(noise, self.first), begin)
 
     def step(self, state: State) -> State:
-        """As of any `Sampler`; what it did is told of those that go on."""
+        """As in `Sampler`; the records are those of the survivors."""
         state = super().step(state)
         on = state.selected.ancestors
         state.info |= {name: state.info[name].gather(1, on) for name in OF_PARTICLES}
         return state
 
     def _outcome(self, state: State, records: list[dict[str, Tensor]]) -> Outcome:
-        """The trace is that of the paths that end."""
+        """As in `Sampler`; the trace is that of the paths that finish."""
         n, k = state.log_w.shape
         end = at = torch.arange(k, device=state.log_w.device).expand(n, k)
         for i, record in reversed(list(enumerate(records))):
@@ -107,14 +107,15 @@ class SeedPruning(Sampler):
 
 @dataclass(frozen=True)
 class Drafts(SeedPruning):
-    """Drafts before the real sampler (Flash-BoN, Rawal et al. 2607.04461): one jump drafts a seed, the best are sampled well.
+    """Drafts, then full sampling (Flash-BoN, Rawal et al. 2607.04461): one jump per draft; the best seeds get all steps.
 
-    Flash-BoN drafts with cached and skipped layers, chooses in a tournament of a vision-language model and resumes the best
-    from a state on the way; here a draft is one jump, the reward chooses, and the best begin again from the same noise.
+    Flash-BoN drafts with cached and skipped layers, selects by a tournament of a vision-language model and resumes the best
+    from an intermediate state. Here a draft is one jump, the reward selects, and the best start again from the same noise.
 
-    Parts: look-ahead jump, at t = 0 only, no tempering, transition jump, correction none, the best drafts go on. A cheaper
-    map drafts as a look-ahead of your own, an object whose ``endpoints`` asks that map (CONTRIBUTING.md).
-    Costs: first + particles * steps network calls an output.
+    Parts: look-ahead jump, at t = 0 only, no tempering, transition jump, correction none, the best drafts survive. To draft
+        with
+    a cheaper map, give a look-ahead of your own that calls it in ``endpoints`` (CONTRIBUTING.md).
+    Costs: first + particles * steps network calls per output.
     Samples: no. It is a search.
     Within a budget: 4 steps, a quarter of the evaluations for them, the rest drafts (docs/methods.md).
     """

@@ -1,6 +1,6 @@
-"""What `steer` returns: all particles with weights, rewards, trace and cost. It saves, loads, joins, draws and shows itself.
+"""The result of `steer`: all particles with weights, rewards, trace and cost. It can be saved, loaded, joined and drawn.
 
-As a file, and wherever results are joined or indexed, a result is a dictionary of tensors with one row per output.
+In files, and when results are joined or indexed, a result is a dictionary of tensors with one row per output.
 """
 
 from __future__ import annotations
@@ -30,30 +30,31 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FILE = "samples.safetensors"
-"""Of a result in a folder; `steerfm steer` writes the same."""
+"""File name of a result in a folder; the same as that of `steerfm steer`."""
 KIND = "steerfm.SteeringResult"
 SHOWN = 64
-"""Outputs that a grid draws at most."""
-OVER_TIME = "over time, from noise to picture: what the particles are worth, and how evenly their weights are spread"
+"""Most outputs in a grid."""
+OVER_TIME = "over time, from noise to picture: the value of the particles, and how even their weights are"
 """The caption of `SteeringResult.plot`."""
 
 
 @dataclass
 class SteeringResult(Outcome):
     """The result of `steer`. ``len(result)`` is the number of outputs; ``result[3]``, ``result[:8]`` and ``result[[2, 5]]`` are
-    the results of some of them, with the cost of the whole run.
+    results of some outputs, with the cost of the whole run.
 
     Attributes:
         samples: (n, k, *shape) all particles, in model space.
-        rewards: (n, k); components: {name: (n, k)} raw values of every term of the reward.
+        rewards: (n, k) rewards of the samples.
+        components: {name: (n, k)} raw values of every term of the reward.
         log_weights: (n, k) with logsumexp = 0 over the particles of each output.
-        log_z: (n,) estimate of log E exp(strength * r) where the method gives one, else None; its docstring says of which law,
-            and whether it is unbiased.
+        log_z: (n,) estimate of log E exp(strength * r); None if the method has no estimate. The method's docstring names the
+            law, and whether the estimate is unbiased.
         trace: see `Trace`.
         cost: see `steerfm.cost.Cost`.
         strength: (n,) of the tilt.
-        flow_map: the model, which decodes the samples; None where a file does not say how (see `load`).
-        micro_batch: samples that are decoded at a time, unless a method says otherwise; None for all.
+        flow_map: the model, which decodes the samples; None if a file was loaded without it (see `load`).
+        micro_batch: samples to decode at a time; None for all.
     """
 
     cost: Cost
@@ -66,24 +67,24 @@ class SteeringResult(Outcome):
         """(n, k, c, h, w) pictures in [0, 1], or (n, k, c, f, h, w) videos (vectors stay as they are).
 
         Args:
-            batch_size: samples that are decoded at a time, for memory; default as in the run.
+            batch_size: samples to decode at a time, to limit memory; default as in the run.
 
         Raises:
-            ValueError: the result was loaded without the model that knows how to decode its samples.
+            ValueError: the result was loaded without the model that decodes its samples.
         """
         n, k = self.samples.shape[:2]
         return self._decode(self.samples.flatten(0, 1), batch_size).unflatten(0, (n, k))
 
     def best(self) -> Tensor:
-        """(n, *shape): the particle of highest reward of each output, of the lowest where ``strength`` is negative.
+        """(n, *shape): the particle of highest reward of each output, or of lowest reward if ``strength`` is negative.
 
         This is a search, not a sample of the target.
         """
         return self.samples[torch.arange(len(self), device=self.samples.device), self.best_index()]
 
     def best_index(self) -> Tensor:
-        """(n,): which particle of each output `best` takes."""
-        return self._wanted().argmax(1)
+        """(n,): index of the particle that `best` returns."""
+        return self._utility().argmax(1)
 
     def resample(self, generator: torch.Generator) -> Tensor:
         """(n, k, *shape) equally weighted particles, drawn by systematic resampling.
@@ -98,14 +99,14 @@ class SteeringResult(Outcome):
 
     @property
     def diagnosis(self) -> Diagnosis:
-        """What the strength did to the particles, and whether their weights are to be trusted."""
+        """The effect of the strength on the particles, and whether their weights can be trusted."""
         return Diagnosis.of(self)
 
     def pil(self) -> list[Image]:
-        """The best of each output as a PIL picture, n of them, in the size of the model.
+        """The best particle of each output as a PIL picture, in the resolution of the model; n pictures.
 
         Raises:
-            ValueError: the samples are no pictures; see `images`.
+            ValueError: the samples are not pictures; or see `images`.
         """
         from PIL import Image
 
@@ -115,25 +116,28 @@ class SteeringResult(Outcome):
         return [Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture) for picture in pictures]
 
     def grid(self, path: str | Path, particles: int = 1, columns: int = 8) -> Path:
-        """Draw the pictures with their rewards, of the first 64 outputs; ``result[64:]`` has the next.
+        """Draw the pictures of the first 64 outputs with their rewards; use ``result[64:]`` for the next.
 
         Args:
             path: of the png.
-            particles: 1 for the best of each output, side by side; more for a row an output, the best first.
-            columns: pictures a row, where ``particles`` is 1.
+            particles: 1 for the best of each output, side by side; more for one row per output, the best first.
+            columns: pictures per row if ``particles`` is 1.
+
+        Returns:
+            The path.
 
         Raises:
-            ValueError: no such number of particles; the samples are no pictures; see `images`.
+            ValueError: ``particles`` or ``columns`` is out of range; the samples are not pictures; or see `images`.
         """
         from steerfm.report.pictures import picture_grid
 
         k = self.rewards.shape[1]
         if not 1 <= particles <= k:
-            raise ValueError(f"particles={particles}: there are {k} of each output")
+            raise ValueError(f"particles={particles}: each output has {k}; give a number from 1 to {k}")
         if columns < 1:
-            raise ValueError(f"columns={columns}: at least one picture a row")
+            raise ValueError(f"columns={columns}: must be at least 1")
         some = self[:SHOWN] if len(self) > SHOWN else self
-        order = some._wanted().argsort(dim=1, descending=True, stable=True)[:, :particles]
+        order = some._utility().argsort(dim=1, descending=True, stable=True)[:, :particles]
         rows = torch.arange(len(some), device=order.device).unsqueeze(1)
         pictures = self._pictures(some.samples[rows, order].flatten(0, 1)).float().cpu()
         captions = [f"{value:.4g}" for value in some.rewards.gather(1, order).flatten().tolist()]
@@ -151,13 +155,16 @@ class SteeringResult(Outcome):
         return picture_grid(pictures.unflatten(0, (-1, particles)), path, labels, texts, title)
 
     def plot(self, path: str | Path, method: str = "value", names: Sequence[str] = (), rewards: Tensor | None = None) -> Path:
-        """Draw how the run went: value, effective sample size and guidance over time, final rewards, look-ahead pictures.
+        """Draw the course of the run: value, effective sample size and guidance over time, final rewards, look-ahead pictures.
 
         Args:
             path: of the png.
-            method: whose colour the lines have.
-            names: what each output was asked for; outputs that were asked for different things are drawn apart.
-            rewards: (m, k) final rewards of these outputs and of further ones, which ``names`` then names, too.
+            method: name of the method; it sets the colour of the lines.
+            names: label or prompt of each output; different ones are drawn separately.
+            rewards: (m, k) final rewards of these outputs and of further ones; ``names`` then has m entries.
+
+        Returns:
+            The path.
         """
         from steerfm.report.trace import trace_plot
 
@@ -168,12 +175,12 @@ class SteeringResult(Outcome):
         return trace_plot(steps, path, method, names)
 
     def report(self, folder: str | Path, title: str = "Steered samples", method: str = "value") -> Path:
-        """Save into a folder, and leave a page to look at there: ``report.html``, beside ``grid.png`` and ``trace.png``.
+        """Save into a folder, together with a page, ``report.html``, and its pictures, ``grid.png`` and ``trace.png``.
 
         Args:
-            folder: made if missing.
+            folder: created if missing.
             title: of the page.
-            method: whose colour the lines of the plot have, such as "funnel".
+            method: name of the method, such as "funnel"; it sets the colour of the lines.
 
         Returns:
             The path of the page.
@@ -183,42 +190,44 @@ class SteeringResult(Outcome):
         folder, pictures = Path(folder), []
         self.save(folder)
         if self.flow_map is not None and self.samples.ndim == 5:
-            columns = 4  # can be read on a phone
+            columns = 4  # readable on a phone
             pictures.append(("the best particle of each output", self.grid(folder / "grid.png", columns=columns)))
         pictures.append((OVER_TIME, self.plot(folder / "trace.png", method)))
         return report(folder, title, self._summary(), pictures=pictures)
 
     # --- files ---------------------------------------------------------------------------------------------------
     def save(self, path: str | Path, **more: Tensor) -> Path:
-        """Write everything but the model, whole or not at all.
+        """Write everything but the model to a file. The write is atomic.
 
         Args:
-            path: a file, ``x.safetensors``, or a folder, which then holds ``samples.safetensors``.
-            more: further tensors (n, ...) to keep beside, which `load` leaves alone.
+            path: a file, ``x.safetensors``, or a folder, for ``samples.safetensors`` in it.
+            more: further tensors (n, ...) to save; `load` ignores them.
 
         Returns:
             The path of the file.
 
         Raises:
-            ValueError: a name that is taken, or another number of rows. OSError: no room.
+            ValueError: a name in ``more`` is in use, or a tensor has another number of rows.
+            OSError: the disk is full.
         """
         own = self._rows()
         if wrong := [name for name, value in more.items() if name in own or len(value) != len(self)]:
-            raise ValueError(f"{wrong[0]} cannot be kept beside: give another name, and {len(self)} rows, one per output")
+            raise ValueError(f"{wrong[0]} cannot be saved: give another name, and {len(self)} rows, one per output")
         # clone: safetensors refuses tensors that share memory, such as views of one batch
         rows = {name: value.detach().cpu().contiguous().clone() for name, value in (own | more).items()}
         return files.write_tensors(_file(path), rows, facts(self.cost, self.flow_map))
 
     @classmethod
     def load(cls, path: str | Path, flow_map: FlowMap | None = None) -> SteeringResult:
-        """Read what `save`, or `steerfm steer`, wrote.
+        """Read a file of `save`, or of `steerfm steer`.
 
         Args:
             path: the file, or its folder.
-            flow_map: the model; only one that decodes in its own way, as latent models do, is missed by `images`.
+            flow_map: the model; `images` only needs it if the model has its own decoder, as latent models do.
 
         Raises:
-            FileNotFoundError: there is none. ValueError: the file is torn, no such result, or of another shape than the model.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, not a steering result, or does not have the shape of the model.
         """
         file = _file(path)
         if not file.is_file():
@@ -228,32 +237,34 @@ class SteeringResult(Outcome):
                 facts = tensors.metadata() or {}
                 rows = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  no mapping
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is torn or no safetensors file ({error})") from None
+            raise ValueError(f"{file} is damaged or not a safetensors file ({error})") from None
         try:
             if facts["kind"] != KIND:
                 raise KeyError(facts["kind"])
             cost = Cost(**json.loads(facts["cost"]))
             if flow_map is None and facts["decode"] == "plain":
-                flow_map = FlowMap(rows["samples"].shape[2:])  # of a map, only what turns samples into pictures
+                flow_map = FlowMap(rows["samples"].shape[2:])  # only its decoder is needed
             n, k = rows["samples"].shape[:2]
             if any(len(value) != n for value in rows.values()) or rows["rewards"].shape != (n, k):
                 raise ValueError("rows")
-            made = cls._of(rows, cost, flow_map)
+            result = cls._of(rows, cost, flow_map)
         except (KeyError, TypeError, ValueError, IndexError):
-            raise ValueError(f"{file} holds no steering result: give a file that SteeringResult.save wrote") from None
+            raise ValueError(f"{file} is not a steering result: give a file that SteeringResult.save wrote") from None
         if flow_map is None:
-            return made
-        if tuple(flow_map.shape) != tuple(made.samples.shape[2:]):
-            raise ValueError(f"{file} holds samples of {tuple(made.samples.shape[2:])}, flow_map makes {tuple(flow_map.shape)}")
-        return made.to(flow_map.device)
+            return result
+        if tuple(flow_map.shape) != tuple(result.samples.shape[2:]):
+            raise ValueError(
+                f"{file} holds samples of {tuple(result.samples.shape[2:])}, flow_map makes {tuple(flow_map.shape)}"
+            )
+        return result.to(flow_map.device)
 
     @classmethod
     def cat(cls, results: Sequence[SteeringResult]) -> SteeringResult:
-        """Results of the same method on further outputs as one; costs add up, traces are put on the times of all of them. What
-        one of them lacks, such as look-ahead pictures, the whole lacks.
+        """Join results of the same method on different outputs. Costs add up; traces use the union of their times. Optional
+        tensors, such as look-ahead pictures, are dropped unless all results have them.
 
         Raises:
-            ValueError: none are given; they differ in particles, shape or terms of the reward.
+            ValueError: no results, or results that differ in particles, shape or terms of the reward.
         """
         if not results:
             raise ValueError("no results to join")
@@ -265,7 +276,7 @@ class SteeringResult(Outcome):
                     raise ValueError(f"results cannot be joined: {name} has {shapes[0]} and {different[0]} for each output")
         if different := [name for part in parts for name in part if name.startswith("component.") and name not in parts[0]]:
             raise ValueError(f"results cannot be joined: {different[0]} is not in all of them")
-        rows = {name: _joined([part[name] for part in parts]) for name in parts[0] if all(name in part for part in parts)}
+        rows = {name: _join([part[name] for part in parts]) for name in parts[0] if all(name in part for part in parts)}
         return cls._of(rows, sum((result.cost for result in results), Cost()), results[0].flow_map, results[0].micro_batch)
 
     def to(self, device: torch.device | str) -> SteeringResult:
@@ -279,13 +290,15 @@ class SteeringResult(Outcome):
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> SteeringResult:
         if isinstance(index, tuple):
-            raise TypeError(f"result[{', '.join(map(str, index))}]: give one index of outputs; particles: result.samples[...]")
-        if not isinstance(index, slice):  # on the CPU, from where it indexes tensors of any device
+            raise TypeError(
+                f"result[{', '.join(map(str, index))}]: give one index, of outputs; for particles use result.samples[...]"
+            )
+        if not isinstance(index, slice):  # an index on the CPU works on any device
             index = torch.as_tensor(index, device="cpu").reshape(-1)
-        picked = torch.arange(len(self))[index]
-        if not len(picked):
-            raise IndexError(f"no outputs left: there are {len(self)}")
-        rows = {name: value[picked.to(value.device)] for name, value in self._rows().items()}
+        outputs = torch.arange(len(self))[index]
+        if not len(outputs):
+            raise IndexError(f"no outputs selected: the result has {len(self)}")
+        rows = {name: value[outputs.to(value.device)] for name, value in self._rows().items()}
         return self._of(rows, self.cost, self.flow_map, self.micro_batch)
 
     def __iter__(self) -> Iterator[SteeringResult]:
@@ -312,28 +325,30 @@ class SteeringResult(Outcome):
         n, k, *shape = self.samples.shape
         best = self.rewards.gather(1, self.best_index().unsqueeze(1))
         values = [float(value) for value in self.strength.unique()]
-        told = {
+        rows = {
             "outputs": f"{n} of {k} particles, each {tuple(shape)} {str(self.samples.dtype).removeprefix('torch.')}",
             "reward": f"mean {self.rewards.mean():.4g}, best {best.mean():.4g} (of each output, mean over outputs)",
         }
         if len(self.components) > 1:
             terms = [f"{name} {value.float().mean():.4g}" for name, value in self.components.items()]
             more = f" and {len(terms) - 6} more" if len(terms) > 6 else ""
-            told["terms"] = f"mean {', '.join(terms[:6])}{more}"
-        told["strength"] = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
-        told |= self.diagnosis.in_words()
+            rows["terms"] = f"mean {', '.join(terms[:6])}{more}"
+        rows["strength"] = f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+        rows |= self.diagnosis.in_words()
         if self.log_z is not None:
-            told["log Z"] = f"{self.log_z.mean():.4g} (mean over outputs)"
-        return told | {"steps": str(len(self.trace.t)), "cost": str(self.cost)}
+            rows["log Z"] = f"{self.log_z.mean():.4g} (mean over outputs)"
+        return rows | {"steps": str(len(self.trace.t)), "cost": str(self.cost)}
 
     # --- pieces --------------------------------------------------------------------------------------------------
-    def _wanted(self) -> Tensor:
-        """(n, k) higher is better, also where the tilt is downwards."""
+    def _utility(self) -> Tensor:
+        """(n, k) rewards, with the sign changed where the strength is negative: higher is better."""
         return torch.where(self.strength.unsqueeze(1) < 0, -self.rewards, self.rewards)
 
     def _decode(self, z: Tensor, batch_size: int | None = None) -> Tensor:
         if self.flow_map is None:
-            raise ValueError("this result does not know how its model decodes: SteeringResult.load(path, flow_map=...)")
+            raise ValueError(
+                "this result was loaded without its model, which decodes the samples: SteeringResult.load(path, flow_map=...)"
+            )
         rows = self.micro_batch if batch_size is None else batch_size
         at_least_one(batch_size=1 if rows is None else rows)
         return in_parts(self.flow_map.decode, z, rows)
@@ -341,7 +356,7 @@ class SteeringResult(Outcome):
     def _pictures(self, z: Tensor) -> Tensor:
         pictures = self._decode(z)
         if pictures.ndim != 4:
-            raise ValueError(f"each sample is {tuple(pictures.shape[1:])}, not a picture (c, h, w): nothing to draw")
+            raise ValueError(f"each sample is {tuple(pictures.shape[1:])}, not a picture (c, h, w), so it cannot be drawn")
         return pictures
 
     def _rows(self) -> dict[str, Tensor]:
@@ -357,16 +372,16 @@ class SteeringResult(Outcome):
     def _of(
         cls, rows: Mapping[str, Tensor], cost: Cost, flow_map: FlowMap | None, micro_batch: int | None = None
     ) -> SteeringResult:
-        """The inverse of `_rows`; rows of other names are left alone."""
+        """The inverse of `_rows`; other names are ignored."""
 
-        def named(prefix: str) -> dict[str, Tensor]:
+        def with_prefix(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in rows.items() if name.startswith(prefix)}
 
-        steps = {name: value[0] if name == "t" else value.transpose(0, 1) for name, value in named("trace.").items()}
+        steps = {name: value[0] if name == "t" else value.transpose(0, 1) for name, value in with_prefix("trace.").items()}
         return cls(
             samples=rows["samples"],
             rewards=rows["rewards"],
-            components=named("component."),
+            components=with_prefix("component."),
             log_weights=rows["log_weights"],
             log_z=rows.get("log_z"),
             trace=Trace(**steps),
@@ -378,7 +393,7 @@ class SteeringResult(Outcome):
 
 
 def facts(cost: Cost, flow_map: FlowMap | None) -> dict[str, str]:
-    """What the file of a result says beside its tensors: the cost, and whether pictures are samples in [-1, 1]."""
+    """Metadata of a result's file: the cost, and whether samples are plain pictures in [-1, 1]."""
     while isinstance(flow_map, Wrapped):
         flow_map = flow_map.flow_map
     plain = flow_map is not None and type(flow_map).decode is FlowMap.decode
@@ -391,26 +406,26 @@ def _first(value: Tensor, n: int) -> Tensor:
 
 
 def _at_one_grid(parts: Sequence[dict[str, Tensor]]) -> Sequence[dict[str, Tensor]]:
-    """The same rows, their traces at the times of all of them; `Trace` says what stands where there was no step."""
+    """The same rows, with their traces on the union of all times; see `Trace` for the filling."""
     own = [part["trace.t"][0].tolist() for part in parts]
     if all(times == own[0] for times in own) or any(times != sorted(times) for times in own):
         return parts
-    grids = [[(time, times[:step].count(time)) for step, time in enumerate(times)] for times in own]  # a time may come twice
+    grids = [[(time, times[:step].count(time)) for step, time in enumerate(times)] for times in own]  # a time can occur twice
     whole = sorted({mark for grid in grids for mark in grid})
     times = torch.tensor([time for time, _ in whole], dtype=parts[0]["trace.t"].dtype)
     out = []
     for part, grid in zip(parts, grids):
         there = torch.tensor([mark in grid for mark in whole])
         rows = {
-            name: _spread(name, value, there) if name.startswith("trace.") and value.shape[1] == len(grid) else value
+            name: _fill_steps(name, value, there) if name.startswith("trace.") and value.shape[1] == len(grid) else value
             for name, value in part.items()
         }
         out.append(rows | {"trace.t": times.to(part["trace.t"].device).expand(len(part["trace.t"]), -1)})
     return out
 
 
-def _spread(name: str, value: Tensor, there: Tensor) -> Tensor:
-    """Records (n, steps, ...) as those of more steps, of which these are the ones that are ``there``."""
+def _fill_steps(name: str, value: Tensor, there: Tensor) -> Tensor:
+    """Spread records (n, steps, ...) over more steps: ``there`` marks the steps that have records."""
     there = there.to(value.device)
     if name == "trace.lookaheads":
         return value[:, (there.cumsum(0) - 1).clamp_min(0)]
@@ -422,8 +437,8 @@ def _spread(name: str, value: Tensor, there: Tensor) -> Tensor:
     return out
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other, out of inference mode, so that autograd takes them."""
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors, outside inference mode, so that autograd accepts them."""
     if len(parts) > 1:
         return torch.cat(list(parts))
     return parts[0].clone() if parts[0].is_inference() else parts[0]

@@ -20,15 +20,15 @@ EQUAL = 1 - 1e-12
 
 @dataclass
 class Candidates:
-    """What a selection sees of n outputs of k particles.
+    """The input of a selection: n outputs of k particles.
 
     Attributes:
         log_w: (n, k) log-weights.
-        tilt: (n, k) strength * reward of the look-ahead, untempered: what a search ranks by.
+        tilt: (n, k) strength * reward of the look-ahead, untempered; a search ranks by it.
         u: (n, k) uniform numbers.
-        step: transitions done.
-        t: time.
-        parts: whether the next step has noise; without it copies stay copies.
+        step: number of transitions so far.
+        t: the time.
+        parts: whether the next step has noise, so that copies part; without noise copies stay copies.
     """
 
     log_w: Tensor
@@ -41,11 +41,13 @@ class Candidates:
 
 @dataclass
 class Selected:
-    """ancestors: (n, k') indices into the particles of each output; resampled: (n,) where that was done.
+    """The output of a selection.
 
-    The weights of a resampled output start anew, from ``log_w`` (n, k') where that is given and from 0 where not. k' may be
-    smaller than k, where ``resampled`` holds for all outputs.
-    log_odds: (n, k) log of the odds that an ancestor is each of the particles; None where they are what came out.
+    Attributes:
+        ancestors: (n, k') indices into the particles of each output. k' may be smaller than k if all outputs are resampled.
+        resampled: (n,) whether the output was resampled.
+        log_odds: (n, k) log of the probability that a child descends from each particle; None for the shares in ``ancestors``.
+        log_w: (n, k') new log-weights of the resampled outputs; None for 0.
     """
 
     ancestors: Tensor
@@ -63,21 +65,21 @@ class Selected:
 
     @classmethod
     def none(cls, log_w: Tensor) -> Selected:
-        """Every particle (n, k) its own ancestor."""
+        """No selection: every particle (n, k) is its own ancestor."""
         n, k = log_w.shape
         stay = torch.arange(k, device=log_w.device).expand(n, k)
         return cls(stay, torch.zeros(n, dtype=torch.bool, device=log_w.device))
 
 
 class Selection(Protocol):
-    """Which particles go on; any object with these members is a selection.
+    """Decides which particles survive. Any object with these members is a selection.
 
     Attributes:
-        ranks: whether it looks at ``tilt``, so that a look-ahead is needed even where its value is tempered to zero.
-        prunes: whether it may leave fewer particles. The engine asks the others only before a step with noise: without
-            it, copies would stay copies.
+        ranks: whether it reads ``tilt``, so that it needs a look-ahead even where the value is tempered to zero.
+        prunes: whether it may leave fewer particles. Other selections are only used before a step with noise: without
+            noise, copies would stay copies.
 
-    One by weights may also be `Fair`; without that there is no log Z.
+    A selection by weights can also be `Fair`; otherwise the run has no log Z.
     """
 
     @property
@@ -91,7 +93,7 @@ class Selection(Protocol):
 
 @runtime_checkable
 class Fair(Protocol):
-    """A selection that says whether every particle has children in proportion to its weight on average."""
+    """A selection with the attribute ``unbiased``: on average, children are in proportion to weights."""
 
     @property
     def unbiased(self) -> bool: ...
@@ -99,42 +101,42 @@ class Fair(Protocol):
 
 @runtime_checkable
 class Leaving(Protocol):
-    """A selection by plain look-aheads that says beforehand how many it leaves: only those are worth a gradient."""
+    """A selection by plain look-aheads whose number of survivors is fixed in advance: only survivors need a gradient."""
 
     def leaves(self, step: int, t: float, k: int) -> int:
-        """How many of ``k`` particles go on, after so many steps, at time t."""
+        """How many of ``k`` particles survive after ``step`` steps, at time t."""
         ...
 
 
 @runtime_checkable
 class Timely(Protocol):
-    """A selection that looks at some steps only, and says when: elsewhere a look-ahead that only it would see is not made."""
+    """A selection that ranks particles at some steps only; at other steps it needs no look-ahead."""
 
     def looks(self, step: int, k: int) -> bool:
-        """Whether it ranks the ``k`` particles of an output, after so many steps."""
+        """Whether it ranks the ``k`` particles of an output after ``step`` steps."""
         ...
 
 
 @runtime_checkable
 class Grouping(Protocol):
-    """A selection within groups of so many particles: their number is a multiple of it."""
+    """A selection within groups of ``group`` particles; the number of particles is a multiple of it."""
 
     @property
     def group(self) -> int: ...
 
 
 def group(selection: Selection | None) -> int:
-    """Particles that a selection takes together; 1 where it takes any number."""
+    """Group size of a selection; 1 if it has no groups."""
     return selection.group if isinstance(selection, Grouping) else 1
 
 
 def ranking(selection: Selection | None, step: int, k: int) -> bool:
-    """Whether a selection ranks the ``k`` particles of an output by their look-aheads, after so many steps."""
+    """Whether a selection ranks the ``k`` particles of an output by their look-aheads after ``step`` steps."""
     return selection is not None and selection.ranks and (not isinstance(selection, Timely) or selection.looks(step, k))
 
 
 def unbiased(selection: Selection | None) -> bool:
-    """Whether the particles that go on have children in proportion to their weights on average."""
+    """Whether, on average, particles have children in proportion to their weights."""
     return selection is None or (isinstance(selection, Fair) and selection.unbiased)
 
 
@@ -144,7 +146,7 @@ class Resample:
 
     Args:
         scheme: a key of `SCHEMES`, or a function of the same signature.
-        threshold: 0 never, 1 (nearly) always.
+        threshold: share of the particles in [0, 1]; 0 never resamples, 1 (nearly) always.
     """
 
     scheme: str | Scheme = "systematic"
@@ -169,20 +171,20 @@ class Resample:
         return Selected(torch.where(rows, self.draw(log_w, candidates.u), stay.ancestors), low, odds)
 
     def draw(self, log_w: Tensor, u: Tensor) -> Tensor:
-        """Ancestors (n, k) of every output, whatever its ESS."""
+        """Ancestors (n, k) of every output, at any ESS."""
         scheme = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
         return scheme(log_w.softmax(1), u.to(log_w))
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """Before the first step, ``keep`` particles are drawn by the weights, and they alone go on.
+    """Before the first step, draw ``keep`` particles by their weights and drop the others.
 
-    Unbiased: the mean weight of the many goes into log Z. Equal weights choose nothing, and the first particles go on. Before a
+    Unbiased: the mean weight of all particles goes into log Z. If the weights are equal, the first particles survive. Before a
     step without noise no particle is drawn twice: see `distinct`.
 
     Args:
-        keep: particles that go on, at most those there are.
+        keep: number of survivors, at most the number of particles.
         then: selection before the later steps.
     """
 
@@ -204,16 +206,16 @@ class Narrow:
     def select(self, candidates: Candidates) -> Selected:
         log_w, k = candidates.log_w, candidates.log_w.shape[1]
         if candidates.step or k <= self.keep:
-            asked = candidates.parts or self.then.prunes
-            return self.then.select(candidates) if asked else Selected.none(log_w)
+            due = candidates.parts or self.then.prunes
+            return self.then.select(candidates) if due else Selected.none(log_w)
         w, u = log_w.softmax(1), candidates.u[:, : self.keep].to(log_w)
-        drawn, carried = (systematic(w, u), None) if candidates.parts else distinct(w, u)
-        first = torch.arange(self.keep, device=log_w.device).expand_as(drawn)
-        told_apart = (effective_sample_size(log_w) < EQUAL).unsqueeze(1)
-        kept = torch.where(told_apart, drawn, first)
-        carried = None if carried is None else torch.where(told_apart, carried, 0.0)
+        draws, log_v = (systematic(w, u), None) if candidates.parts else distinct(w, u)
+        first = torch.arange(self.keep, device=log_w.device).expand_as(draws)
+        unequal = (effective_sample_size(log_w) < EQUAL).unsqueeze(1)
+        ancestors = torch.where(unequal, draws, first)
+        log_v = None if log_v is None else torch.where(unequal, log_v, 0.0)
         resampled = torch.ones(len(log_w), dtype=torch.bool, device=log_w.device)
-        return Selected(kept, resampled, log_w.log_softmax(1), carried)
+        return Selected(ancestors, resampled, log_w.log_softmax(1), log_v)
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,8 @@ class TopK:
     """The best ``keep`` particles of each output by look-ahead reward, each copied equally often. Search, not sampling.
 
     Args:
-        keep: particles that survive, at most those there are.
-        prune: go on with those only, without copies.
+        keep: number of survivors, at most the number of particles.
+        prune: continue with the survivors only, without copies.
     """
 
     keep: int = 1
@@ -251,13 +253,13 @@ class TopK:
 
 @dataclass(frozen=True)
 class Prune:
-    """At some steps the best by look-ahead reward go on, and nobody is copied. Search, not sampling.
+    """At some steps only the best particles by look-ahead reward survive, without copies. Search, not sampling.
 
-    Equals stay in the order in which they are.
+    In a tie the first particles survive.
 
     Args:
-        at: steps done before each pruning, ascending.
-        keep: particles that go on from each, at most those there are.
+        at: steps before each pruning, ascending.
+        keep: survivors of each pruning, at most the number of particles.
     """
 
     at: Sequence[int] = (0,)
@@ -289,11 +291,11 @@ class Prune:
 
 @dataclass(frozen=True)
 class BestChild:
-    """Each group of ``children`` particles is followed by its best, by look-ahead reward (SVDD 2408.08252, algorithm 1).
+    """In each group of ``children`` particles the best by look-ahead reward survives (SVDD 2408.08252, algorithm 1).
 
     Args:
         children: group size; must divide the number of particles.
-        soft: draw the survivor with odds exp(strength r) instead (SVDD's soft version).
+        soft: draw the survivor with probability proportional to exp(strength r) (SVDD's soft version).
     """
 
     children: int = 4
@@ -324,12 +326,13 @@ class BestChild:
 
 @dataclass(frozen=True)
 class Window:
-    """A selection in a part of the run only.
+    """Apply a selection in a part of the run only.
 
     Args:
-        selection: what is done there.
-        every: steps from one selection to the next; the first is after as many.
-        start, stop: only at times start <= t <= stop.
+        selection: the selection.
+        every: steps between selections, and before the first one.
+        start: first time of the window.
+        stop: last time of the window.
     """
 
     selection: Selection
@@ -370,10 +373,10 @@ class Window:
 
 
 def with_threshold(selection: Selection | None, threshold: float) -> Selection:
-    """The selection, which resamples below another ESS.
+    """The same selection with another threshold for resampling.
 
     Raises:
-        ValueError: it has no threshold.
+        ValueError: the selection has no threshold.
     """
     if isinstance(selection, Resample):
         return replace(selection, threshold=threshold)

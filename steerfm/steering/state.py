@@ -1,4 +1,4 @@
-"""Where the particles are: at the beginning (`Begin`), and after each step (`State`)."""
+"""The particles at the beginning (`Begin`) and after each step (`State`)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from steerfm.steering.weights import effective_sample_size, normalise
 
 @dataclass(frozen=True, eq=False)
 class Begin:
-    """Where the particles begin, and the times that they visit; by default noise at t = 0, and the method's own grid.
+    """The initial particles and the times to visit; by default noise at t = 0 and the method's own grid.
 
     Attributes:
         x: (n, *shape), or (n, k, *shape) for each particle; None for noise.
         t: time of x.
-        noised: x is data, and particles begin at alpha_t x + sigma_t noise.
+        noised: whether x is data, to be noised to alpha_t x + sigma_t noise.
         times: ascending, from t to 1.
     """
 
@@ -32,25 +32,35 @@ class Begin:
     times: tuple[float, ...] | None = None
 
     def __getitem__(self, rows: slice) -> Begin:
-        """That of some outputs."""
+        """The beginning of some of the outputs."""
         return self if self.x is None else replace(self, x=self.x[rows])
 
     def states(self, problem: Problem, noise: Noise) -> Tensor:
-        """(n k, *shape) the particles at t."""
+        """The particles at t, (n k, *shape).
+
+        Raises:
+            ValueError: ``x`` has another number of particles than the method.
+        """
         flow_map, n, k = problem.flow_map, len(noise.seeds), noise.k
         if self.x is None:
             return noise.start(flow_map)
         x = self.x.to(flow_map.device, flow_map.state_dtype)
         x = x.unsqueeze(1) if x.ndim == len(flow_map.shape) + 1 else x
         if x.shape[1] not in (1, k):
-            raise ValueError(f"{x.shape[1]} particles to begin with, where the method begins with {k}: give (n, *shape) or {k}")
+            raise ValueError(
+                f"{x.shape[1]} particles per output in x0, but the method has {k}: give {k}, or one for all as (n, *shape)"
+            )
         x = x.expand(n, k, *flow_map.shape).flatten(0, 1)
         if not self.noised:
             return x.clone()
         return flow_map.interpolant.interpolate(noise.start(flow_map), x, self.t)
 
     def grid(self, times: list[float]) -> list[float]:
-        """The times to visit, where a method by itself visits ``times``."""
+        """The times to visit.
+
+        Args:
+            times: the method's own times, from 0 to 1.
+        """
         if self.times is not None:
             return list(self.times)
         return times if self.t == 0 else [self.t + (1 - self.t) * t for t in times]
@@ -58,7 +68,7 @@ class Begin:
 
 @dataclass
 class Parents:
-    """The particles before a selection, and who of them went on; without ``selected`` all did."""
+    """The particles before a selection, and the selection; without ``selected`` all of them continued."""
 
     x: Tensor
     now: Evaluation
@@ -72,18 +82,19 @@ class State:
     """All particles of all outputs of a batch, after a step and the selection that follows it.
 
     Attributes:
-        problem: what is steered, a row for each particle.
-        noise: the streams of the path.
-        looks: those of look-aheads that draw.
-        times: that are visited; ``done`` steps are taken.
+        problem: the problem, with one row for each particle.
+        noise: random streams of the path.
+        looks: random streams of look-aheads that draw.
+        times: all times to visit.
+        done: number of steps so far.
         x: (n k, *shape) the particles, in model space.
-        now: what is known about them.
+        now: their evaluation.
         log_w: (n, k) log-weights.
-        log_z: (n,) what resampling has moved out of them.
-        first: (n, k) strength * reward of the look-aheads at the start; zeros where nobody looked.
+        log_z: (n,) log of the weight that resampling has removed from them.
+        first: (n, k) strength * reward of the look-aheads at the start; zeros if there were none.
         parents: the particles before the last selection.
-        selected: who went on.
-        info: what the last step did, a row of the `Trace`.
+        selected: the last selection.
+        info: records of the last step, a row of the `Trace`.
     """
 
     problem: Problem
@@ -120,11 +131,11 @@ class State:
         return normalise(self.log_w)
 
     def images(self) -> Tensor:
-        """(n, k, c, h, w) the particles as they are, as pictures (vectors stay as they are)."""
+        """(n, k, c, h, w) the particles at their present time, decoded (vectors stay as they are)."""
         return self._pictures(self.x)
 
     def lookahead_images(self) -> Tensor:
-        """(n, k, c, h, w) pictures of where the particles are going; one network call each where the method did not look."""
+        """(n, k, c, h, w) pictures of the look-aheads; one network call per particle if the method did not look ahead."""
         z = self.now.endpoint
         return self._pictures(self.problem.flow_map.lookahead(self.x, self.t, self.problem.cond) if z is None else z)
 
@@ -134,4 +145,4 @@ class State:
 
 
 Callback = Callable[[State], Any]
-"""Sees the state after each step; what is true ends the run: a jump takes the particles to t = 1."""
+"""Called with the state after each step; a true return value ends the run: a jump takes the particles to t = 1."""

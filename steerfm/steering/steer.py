@@ -1,5 +1,4 @@
-"""Running a method on a problem: `steer`, `steer_batches`, which yields a batch of outputs at a time, and `steps`, which shows
-each step."""
+"""Run a method on a problem: `steer`; `steer_batches`, a batch of outputs at a time; and `steps`, one step at a time."""
 
 from __future__ import annotations
 
@@ -61,42 +60,43 @@ def steer(
 
     >>> steerfm.steer("fashion", "brightness", "funnel", n=2, label="Bag")
 
-    A map, a reward and a method may be given by name, as in configurations.
+    The map, the reward and the method can be objects or names, as in configurations.
 
     Args:
-        flow_map: the model, or its name, as `steerfm.load` takes it.
-        reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps); or its
-            name, {name: NAME, weight: ..., its arguments}, or a list of such terms, as `rewards.build` takes it.
-        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts; or its name, or {name:
-            NAME, its arguments}, as `steerfm.method` takes it; default that of `usual_method`: `Funnel()` for a flow map, which
-            takes any reward and costs 128 network calls an output; `Funnel.within(512)` for more.
-        n: outputs; each has its own particles.
+        flow_map: the model, or its name; see `steerfm.load`.
+        reward: a Reward, a composition, or a plain function of pictures (b, c, h, w) in [0, 1] (vectors for toy maps). Or a
+            name, {name: NAME, weight: ..., its arguments}, or a list of such terms; see `rewards.build`.
+        method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts. Or a name, or {name:
+            NAME, its arguments}; see `steerfm.method`. Default: `usual_method`. For a flow map that is `Funnel()`, which takes
+            any reward and costs 128 network calls per output; `Funnel.within(512)` for more.
+        n: number of outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
-        strength: of the tilt, finite; one number, or one per output. "auto": twice that at which the importance weights of
-            plain samples have an effective sample size of 1/e, so that a reward which is normal under the model is raised by
-            two standard deviations (`steerfm.steering.strength`); from 64 samples in four jumps, drawn beforehand, not in the
+        strength: of the tilt, finite; one number, or one per output. "auto": twice the strength at which the importance
+            weights of plain samples have an effective sample size of 1/e. It raises a reward that is normal under the model by
+            two standard deviations (`steerfm.steering.strength`). It needs 64 samples in four jumps, which are not part of the
             cost.
-        cond: one row per output, or a class name, index or prompt for all or for each.
-        label: in place of ``cond``: the class, by name or index, of all or of each.
-        negative: as ``cond``; what classifier-free guidance (`Guided`) leads away from, in place of nothing.
-        prompts: for rewards that read them; default what ``cond`` asks for, in words.
-        labels: (n,) for rewards that read them; default those that ``cond`` asks for.
-        batch_size: outputs at a time; the result does not depend on it.
-        micro_batch: rows per network call; the result does not depend on it. Default: all, but 128 pictures on a CPU, whose
-            caches do not hold more (4,096 rows at once take 1.5 times as long); where memory does not hold them, half as many.
+        cond: one row per output, or a class name, index or prompt for all outputs or for each.
+        label: in place of ``cond``: the class, by name or index, of all outputs or of each.
+        negative: as ``cond``; the condition that classifier-free guidance (`Guided`) leads away from; default none.
+        prompts: for rewards that read them; default the prompts in ``cond``.
+        labels: (n,) for rewards that read them; default the labels in ``cond``.
+        batch_size: outputs at a time; does not change the result.
+        micro_batch: rows per network call; does not change the result. Default: all, but 128 pictures on a CPU, whose caches
+            do not hold more (4,096 rows at once take 1.5 times as long). It is halved when memory runs out.
         lookaheads: keep the first particle's look-ahead pictures in the trace.
-        progress: called with (steps done, steps in all).
-        x0: (n, *shape) noise to begin with in place of that of the seeds, or (n, k, *shape) for each particle.
-        start: pictures in [0, 1], (n, c, h, w) or one for all (vectors for toy maps), and a time t in [0, 1): particles begin
-            at alpha_t picture + sigma_t noise; the later the time, the more of the picture stays.
+        progress: called with (steps done, total steps).
+        x0: (n, *shape) initial noise in place of that of the seeds, or (n, k, *shape), one for each particle.
+        start: (pictures, t): pictures in [0, 1], (n, c, h, w) or one for all (vectors for toy maps), and a time in [0, 1).
+            Particles begin at alpha_t picture + sigma_t noise; the later the time, the more of the picture stays.
         times: ascending, from 0 (or the time of ``start``) to 1, in place of the method's own grid.
-        callback: called with the `State` after each step; where it returns something true, one jump ends the run.
+        callback: called with the `State` after each step; if it returns a true value, one jump ends the run.
 
     Returns:
         A `SteeringResult` with all particles, their log-weights, the trace and the cost.
 
     Raises:
-        ValueError: naming what is wrong and the fix (`RewardError` where it is the reward).
+        ValueError: the input is invalid; the message names the fix.
+        RewardError: the reward is invalid, or fails.
     """
     results = steer_batches(
         flow_map, reward, method, n, seeds, strength, cond, label=label, negative=negative, prompts=prompts, labels=labels,
@@ -129,21 +129,21 @@ def steer_batches(
     callback: Callback | None = None,
     skip: Container[int] = (),
 ) -> Iterator[SteeringResult]:
-    """As `steer`, but the outputs come a batch at a time, each with its own cost, so that many of them need no more memory than
-    few: ``for part in steer_batches(...): part.save(...)``. What is wrong is said before the first batch.
+    """As `steer`, but yields the outputs a batch at a time, each with its own cost. Memory does not grow with ``n``:
+    ``for part in steer_batches(...): part.save(...)``. Invalid input raises before the first batch.
 
     Args:
-        skip: numbers of the batches to leave out, looked up when each one's turn comes. The others: see `steer`.
+        skip: numbers of the batches to leave out; read again before each batch. For the other arguments see `steer`.
 
     Yields:
-        A `SteeringResult` of ``batch_size`` outputs, the last one of those that are left over.
+        A `SteeringResult` of ``batch_size`` outputs; the last one may have fewer.
     """
     job = _Job.of(
         flow_map, reward, method, n, seeds, strength, cond, label, negative, prompts, labels, batch_size, micro_batch, x0,
         start, times,
         needs_states=callback is not None,
     )  # fmt: skip
-    watch = None if callback is None else _lent(callback)
+    watch = None if callback is None else _guard(callback)
 
     def batch(index: int, rows: slice) -> SteeringResult:
         def tick(done: int, steps: int) -> None:
@@ -159,7 +159,7 @@ def steer_batches(
             return job.method.run(problem, noise, many, lookaheads, tick, None if job.begin is None else job.begin[rows], watch)
 
         with Ledger() as ledger:
-            outcome, job.micro_batch = _fitting(run, job.problem(rows), job.micro_batch, job.exact)
+            outcome, job.micro_batch = _run_in_memory(run, job.problem(rows), job.micro_batch, job.exact)
         return job.result(outcome, rows, ledger.cost)
 
     return (batch(index, rows) for index, rows in enumerate(job.batches) if index not in skip)
@@ -183,7 +183,7 @@ def steps(
     start: tuple[Tensor, float] | None = None,
     times: Sequence[float] | None = None,
 ) -> Iterator[State]:
-    """Steer step by step: the `State` after each step, of all outputs at once. The arguments are those of `steer`.
+    """Steer step by step: yield the `State` of all outputs after each step. The arguments are those of `steer`.
 
     >>> for state in steerfm.steps(flow_map, reward, FeynmanKac(particles=16, steps=8), n=4):
     ...     print(state.t, state.ess, state.lookahead_images().shape)
@@ -198,8 +198,8 @@ def steps(
     return job.method.steps_of(problem, job.noise(rows), job.begin)
 
 
-def _lent(callback: Callback) -> Callback:
-    """The callback, which leaves the process as it was; what it says in the first of several processes counts in all."""
+def _guard(callback: Callback) -> Callback:
+    """Wrap a callback: it cannot change the random state, and its result in the first process counts in all processes."""
 
     def call(state: State) -> Any:
         with untouched():
@@ -211,7 +211,7 @@ def _lent(callback: Callback) -> Callback:
 
 @dataclass
 class _Job:
-    """What `steer` is asked for, checked: a row for each output, cut in batches."""
+    """The checked arguments of `steer`: one row per output, divided into batches."""
 
     flow_map: FlowMap
     reward: Reward
@@ -268,7 +268,7 @@ class _Job:
         micro_batch = flow_map.micro_batch if micro_batch is None else micro_batch
         whole_numbers(batch_size=size, micro_batch=1 if micro_batch is None else micro_batch)
         if size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least one output at a time")
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
         batches = cuts(n, size)
         exact = micro_batch is not None
         if not exact and flow_map.device.type == "cpu" and len(flow_map.shape) == 3 and size * k > CPU_ROWS:
@@ -279,29 +279,29 @@ class _Job:
         return Noise(self.seeds[rows], self.method.particles)
 
     def result(self, outcome: Outcome, rows: slice, cost: Cost) -> SteeringResult:
-        """That of some outputs, out of inference mode."""
-        made = SteeringResult(**vars(outcome), cost=cost, strength=self.strength[rows].clone(), flow_map=self.flow_map)
-        made.micro_batch = self.micro_batch
-        return SteeringResult.cat([made])
+        """The result of some outputs, outside inference mode."""
+        out = SteeringResult(**vars(outcome), cost=cost, strength=self.strength[rows].clone(), flow_map=self.flow_map)
+        out.micro_batch = self.micro_batch
+        return SteeringResult.cat([out])  # outside inference mode
 
     def problem(self, rows: slice) -> Problem:
-        """That of some outputs, a row for each particle."""
+        """The problem of some outputs, one row for each particle."""
         k, outputs = self.method.particles, self.rows[rows]
         outputs = replace(outputs, groups=torch.arange(outputs.n, device=self.flow_map.device))
         return Problem(self.flow_map, self.reward, self.strength[rows].repeat_interleave(k), outputs.repeat(k))
 
 
 def usual_method(flow_map: FlowMap) -> Method:
-    """The method that a map is steered by where nobody names one, by what the map can do.
+    """The default method for a map, chosen by its capabilities.
 
-    `Funnel` where it jumps to the data; `FeynmanKac` by denoiser and midpoint steps for a velocity; best-of-n, each one jump,
-    for a generator.
+    `Funnel` for a map that jumps to the data; `FeynmanKac` with denoiser and midpoint steps for a velocity; best-of-n of single
+    jumps for a generator.
     """
     return registry.build(usual(flow_map), METHOD)
 
 
 def usual(flow_map: FlowMap) -> dict[str, Any]:
-    """The name and the arguments of `usual_method`, as configurations have them."""
+    """The name and arguments of `usual_method`, as in configurations."""
     return dict(USUAL[next(name for name in USUAL if can(flow_map, name))])
 
 
@@ -310,14 +310,14 @@ USUAL: dict[str, dict[str, Any]] = {
     "velocity": {"name": "feynman_kac", "particles": 32, "lookahead": "denoise", "transition": "midpoint"},
     "generator": {"name": "best_of_n", "particles": 128, "steps": 1},
 }
-"""The usual method by the first of these that a map can do."""
+"""Default methods by capability; the first capability of the map counts."""
 
 
 def _strengths(flow_map: FlowMap, reward: Reward, rows: Rows, strength: Any) -> Tensor:
     """A strength for each output (n,).
 
     Raises:
-        ValueError: another number of them than outputs, or one that is not finite.
+        ValueError: the number of strengths differs from the number of outputs, or one is not finite.
     """
     if isinstance(strength, str):
         strength = automatic(flow_map, reward, rows, strength)
@@ -330,13 +330,13 @@ def _strengths(flow_map: FlowMap, reward: Reward, rows: Rows, strength: Any) -> 
 
 
 def _rows(flow_map: FlowMap, n: int, cond: Any, prompts: str | Sequence[str] | None, labels: Tensor | None) -> Rows:
-    """A row for each output.
+    """One row for each output.
 
     Raises:
-        ValueError: another number of rows than outputs, or an unknown class.
+        ValueError: the number of rows differs from the number of outputs, or a class is unknown.
     """
     if prompts is None and isinstance(flow_map.null, Mapping) and isinstance(cond, str | list | tuple):
-        prompts = [cond] if isinstance(cond, str) else [str(text) for text in cond]  # a reward may read what a map is asked
+        prompts = [cond] if isinstance(cond, str) else [str(text) for text in cond]  # a reward may read the prompts of the map
         prompts = prompts * n if len(prompts) == 1 else prompts
     texts = [prompts] * n if isinstance(prompts, str) else prompts
     if texts is not None and len(texts) != n:
@@ -348,15 +348,15 @@ def _rows(flow_map: FlowMap, n: int, cond: Any, prompts: str | Sequence[str] | N
 def _begin(
     flow_map: FlowMap, n: int, x0: Tensor | None, start: tuple[Tensor, float] | None, times: Sequence[float] | None
 ) -> Begin | None:
-    """Where the particles begin; None for noise of the seeds and the method's own times.
+    """Where the particles begin; None for noise from the seeds and the method's own times.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: an argument is invalid; the message names it.
     """
     if x0 is None and start is None and times is None:
         return None
     if x0 is not None and start is not None:
-        raise ValueError("x0 and start: give one, the noise or the pictures to begin with")
+        raise ValueError("x0 and start: give only one of them, the initial noise or the pictures")
     t, x = 0.0, None
     if start is not None:
         try:
@@ -378,7 +378,11 @@ def _begin(
 
 
 def _states(name: str, x: Tensor, flow_map: FlowMap, n: int, per_particle: bool) -> Tensor:
-    """(n, *shape), or (n, k, *shape), checked."""
+    """Check x and return it as (n, *shape) or (n, k, *shape).
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite.
+    """
     x, shape = torch.as_tensor(x), tuple(flow_map.shape)
     if tuple(x.shape) == shape or tuple(x.shape) == (1, *shape):
         x = x.reshape(1, *shape).expand(n, *shape)
@@ -393,17 +397,22 @@ def _states(name: str, x: Tensor, flow_map: FlowMap, n: int, per_particle: bool)
     return x
 
 
-def _fitting(run: Callable[[Problem], Outcome], problem: Problem, rows: int | None, exact: bool) -> tuple[Outcome, int | None]:
-    """The outcome, and the rows per network call that fitted in memory: half as many each time that they do not, from the start
-    of the batch, whose seeds give the same again."""
+def _run_in_memory(
+    run: Callable[[Problem], Outcome], problem: Problem, rows: int | None, exact: bool
+) -> tuple[Outcome, int | None]:
+    """Run the batch; each time memory runs out, halve the rows per network call and start the batch again from its seeds.
+
+    Returns:
+        The outcome, and the rows per network call that fitted.
+    """
     while True:
         try:
             return run(replace(problem, flow_map=spread(problem.flow_map, rows, exact))), rows
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
-            asked = len(problem.strength)
-            rows, exact = max(1, min(rows or asked, asked) // 2), True
-        warnings.warn(f"out of memory: going on with micro_batch={rows}", stacklevel=3)
+            total = len(problem.strength)
+            rows, exact = max(1, min(rows or total, total) // 2), True
+        warnings.warn(f"out of memory: continuing with micro_batch={rows}", stacklevel=3)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

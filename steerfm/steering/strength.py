@@ -1,4 +1,4 @@
-"""The strength that ``strength="auto"`` stands for: in spreads of the reward, aimed at an effective sample size."""
+"""The value of ``strength="auto"``, from the spread of the reward and a target effective sample size."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.steering.weights import effective_sample_size
 
 SPREADS = 2.0
-"""How far a reward that is normal under the model is raised, in standard deviations."""
+"""Increase of a reward that is normal under the model, in standard deviations."""
 PLAIN, KINDS = 64, 16
-"""Plain samples that tell the spread, and of how many conditions at most: four of each show how far one output's vary."""
+"""Plain samples for the spread, and most conditions among them: four samples of each show the spread within an output."""
 
 
 def automatic(flow_map: FlowMap, reward: Reward, rows: Rows, word: str) -> float:
-    """The strength that "auto" stands for, one for all outputs.
+    """The value of "auto", one for all outputs.
 
     Args:
+        flow_map: the model.
+        reward: the reward.
         rows: of the outputs.
         word: "auto".
 
     Raises:
-        ValueError: another word, or a reward that does not vary.
+        ValueError: another word, or the reward does not vary.
     """
     if word != "auto":
         raise ValueError(f"strength={word!r}: give a number, one per output, or 'auto'")
@@ -41,15 +43,17 @@ def automatic(flow_map: FlowMap, reward: Reward, rows: Rows, word: str) -> float
     values = plain_rewards(problem, [derive(0, "strength", 0, i) for i in range(PLAIN)])
     if not deviation(values):
         raise ValueError(
-            f"strength='auto': reward {reward.name!r} is {values[0].item():.4g} for all of {PLAIN} plain samples: give a number"
+            f"strength='auto': reward {reward.name!r} is {values[0].item():.4g} for all {PLAIN} plain samples: give a number"
         )
     return SPREADS * one_spread(within_groups(values.cpu(), turns))
 
 
 def one_spread(rewards: Tensor) -> float:
-    """The strength whose importance weights exp(strength r) have an effective sample size of 1/e among rewards (b,), and at
-    most 1 / their standard deviation. For normal rewards the two are the same; a heavy tail takes less, and the weights of a
-    reward of few values never fall so low."""
+    """The strength at which importance weights exp(strength r) have an effective sample size of 1/e, for rewards (b,).
+
+    It is at most 1 / their standard deviation. For normal rewards both are equal. With a heavy tail the strength is smaller;
+    with few distinct rewards the effective sample size never gets that low.
+    """
     low, high = 0.0, 1 / deviation(rewards)
     if _ess(rewards, high) < 1 / math.e:
         for _ in range(50):
@@ -63,8 +67,11 @@ def _ess(rewards: Tensor, strength: float) -> float:
 
 
 def within_groups(values: Tensor, groups: Tensor) -> Tensor:
-    """Values (b,) less the mean of their group, scaled so that their variance is that of one: a tilt acts within an output,
-    and what sets prompts apart is no spread of it. As they are where they do not vary within."""
+    """Values (b,) minus the mean of their group, rescaled to an unbiased variance.
+
+    A tilt acts within an output, so differences between prompts are not part of the spread. If values do not vary within
+    groups, they are returned unchanged.
+    """
     members = groups.bincount()
     means = torch.zeros(len(members), dtype=values.dtype).index_add(0, groups, values) / members
     apart = (values - means[groups]) * (members / (members - 1).clamp_min(1)).sqrt()[groups]

@@ -1,7 +1,7 @@
-"""Tempering: how hot the value is on the way.
+"""Tempering: the inverse temperature beta of the value along the path.
 
-beta(t) rises from 0 to 1, so that the particles are not all judged on a far look-ahead at the start. It is a function of
-time, or chosen per output as the run goes.
+beta(t) rises from 0 to 1, so that early, uncertain look-aheads do not decide everything. It is a function of time, or adapts
+to each output during the run.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ def untempered(t: float) -> float:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """beta as large as the particles bear: each step keeps this share of the effective sample size, per output.
+    """The largest beta at which each step keeps a given share of the effective sample size, per output.
 
-    Chosen by bisection (adaptive SMC, Del Moral et al. 2012; DAS 2501.05803). Zero at t = 0, never falling, one at t = 1.
-    Needs correction twisted. The choice depends on the particles, so log Z is consistent but no longer unbiased.
+    beta is found by bisection (adaptive SMC, Del Moral et al. 2012; DAS 2501.05803). It is 0 at t = 0, never falls, and is 1 at
+    t = 1. Needs correction twisted. beta depends on the particles, so log Z is consistent but no longer unbiased.
 
     Args:
-        ess: in (0, 1); what one step leaves of the ESS.
+        ess: share of the ESS that one step keeps, in (0, 1).
     """
 
     ess: float = 0.9
 
     def __post_init__(self) -> None:
         if not 0 < self.ess < 1:
-            raise ValueError(f"ess={self.ess}: a share, between 0 and 1")
+            raise ValueError(f"ess={self.ess}: must be between 0 and 1")
 
     def __call__(self, t: float) -> float:
-        """Its bounds: 0 at t = 0, at most 1 later."""
+        """The upper bound of beta: 0 at t = 0, 1 later."""
         return 0.0 if t <= 0 else 1.0
 
 
@@ -73,4 +73,4 @@ TEMPERINGS: dict[str, Tempering] = {
     "adaptive": Adaptive(),
     "none": untempered,
 }
-"""Temperings by the name that configurations use; a number p stands for t^p."""
+"""Temperings by their names in configurations; a number p stands for t^p."""

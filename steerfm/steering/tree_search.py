@@ -1,11 +1,11 @@
-"""Searches over paths in which outputs, and particles, stand at different times: a tree, and a budget that rolls over.
+"""Searches in which outputs and particles are at different times: a tree, and a budget that rolls over.
 
-Both grow states by one kernel, `transitions.Renoise` with a time for every row, and judge a state by one jump to the data:
+Both grow states by one kernel, `transitions.Renoise` with a time for every row. Both score a state by one jump to the data:
 
     x' = (alpha_t / alpha_r) X_{s,r}(x) + std z,      r = t + gamma (1 - t),      value strength * r(X_{t,1}(x'))
 
-so that every look-ahead is a finished sample, and with gamma = 1 it is also what the next states are grown from, for free.
-Time t = 0 is reached from a root before it, whose children are the noise N(0, I) itself.
+Every look-ahead is a finished sample. With gamma = 1 it is also the start of the next states, at no further cost. The noise
+at t = 0 has a root as its parent: the children of the root are draws of N(0, I).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from steerfm.registry import Readable
 from steerfm.rewards import Reward
 from steerfm.rows import take_rows
 from steerfm.sampling import Noise
-from steerfm.steering.noise_search import Found, search_trace
+from steerfm.steering.noise_search import Trials, search_trace
 from steerfm.steering.outcome import Outcome, Tick
 from steerfm.steering.resampling import multinomial
 from steerfm.steering.size import Sized
@@ -35,25 +35,25 @@ from steerfm.steering.value import Problem
 from steerfm.steering.weights import effective_sample_size, normalise, wide
 
 
-def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, gamma: float, z: Tensor) -> Found:
+def grow(problem: Problem, x: Tensor, endpoint: Tensor, s: Tensor, t: Tensor, gamma: float, z: Tensor) -> Trials:
     """Children of the states x (b, *shape) at the times s (b,): states at the times t (b,), their look-aheads and rewards.
 
     Args:
         endpoint: (b, *shape) X_{s,1}(x).
-        gamma: of `Renoise`; 1 saves the network call that finds the kernel's mean.
+        gamma: of `Renoise`; 1 saves the network call for the kernel's mean.
         z: (b, *shape) standard normal.
     """
     flow_map = problem.flow_map
     r = 1 - (1 - gamma) * (1 - t)
-    reached = endpoint if gamma == 1 else flow_map.jump(x, s, r, problem.cond)
+    ahead = endpoint if gamma == 1 else flow_map.jump(x, s, r, problem.cond)
     scale, std = flow_map.interpolant.renoise(r, t)
-    x = expand_time(scale, x) * reached + expand_time(std, x) * z
-    sample, scores = problem.made(lambda rows: flow_map.jump(x[rows], t[rows], 1.0, take_rows(problem.cond, rows)))
-    return Found(x, sample, problem.tilt(scores.total), scores.total, scores.components)
+    x = expand_time(scale, x) * ahead + expand_time(std, x) * z
+    sample, scores = problem.generate(lambda rows: flow_map.jump(x[rows], t[rows], 1.0, take_rows(problem.cond, rows)))
+    return Trials(x, sample, problem.tilt(scores.total), scores.total, scores.components)
 
 
 def _lacks(flow_map: FlowMap, steps: int, gamma: float) -> str:
-    """What a map lacks to grow states by `grow` in so many steps, and what to take instead; "" where it fits."""
+    """What the map lacks for `grow` in this many steps, and what to use instead; "" if it lacks nothing."""
     if can(flow_map, "two_time") or can(flow_map, "endpoint" if gamma == 1 else "two_time"):
         return ""
     if can(flow_map, "velocity"):
@@ -64,18 +64,21 @@ def _lacks(flow_map: FlowMap, steps: int, gamma: float) -> str:
 
 
 RECORDS = 64
-"""Records in the trace of a tree, at most: each holds all particles."""
+"""Most records in the trace of a tree; each one holds all particles."""
 
 
 # --- a tree ----------------------------------------------------------------------------------------------------------
 @dataclass
 class Tree:
-    """One tree per output, all in the same tensors: node 0 is the root, and node j + 1 is the j-th that was grown.
+    """One tree per output, all in the same tensors: node 0 is the root, node j + 1 is the j-th to grow.
 
     Attributes:
         x, endpoint: (n, nodes, *shape) states and their look-aheads.
-        value: (n, nodes) soft value, -inf where there is no node yet.
-        parent, level, visits, children: (n, nodes); level 0 is the root, level i + 1 is time t_i; no parent is -1.
+        value: (n, nodes) soft value; -inf where there is no node yet.
+        parent: (n, nodes) index of the parent; -1 for none.
+        level: (n, nodes) 0 for the root, i + 1 for time t_i.
+        visits: (n, nodes) paths through the node.
+        children: (n, nodes) number of children.
     """
 
     x: Tensor
@@ -87,24 +90,28 @@ class Tree:
     children: Tensor
 
     @classmethod
-    def rooted(cls, n: int, nodes: int, like: Tensor) -> Tree:
-        """Trees of a root alone, with room for ``nodes``; ``like`` (b, *shape) gives shape, dtype and device."""
+    def of_roots(cls, n: int, nodes: int, like: Tensor) -> Tree:
+        """Trees of a root only, with room for ``nodes`` nodes.
+
+        Args:
+            like: (b, *shape) a tensor with the shape, dtype and device of the states.
+        """
         x = like.new_zeros(n, nodes, *like.shape[1:])
         value = torch.full((n, nodes), -math.inf, dtype=wide(x.device), device=x.device)
         level = torch.zeros(n, nodes, dtype=torch.long, device=x.device)
         return cls(x, x.clone(), value, level - 1, level, level.clone(), level.clone())
 
     def values_below(self, node: Tensor) -> Tensor:
-        """Values of the children of one node (n,) of each tree, (n, nodes); -inf for all other nodes."""
+        """Values (n, nodes) of the children of one node (n,) of each tree; -inf for all other nodes."""
         return self.value.masked_fill(self.parent != node.unsqueeze(1), -math.inf)
 
-    def add(self, begin: int, parent: Tensor, found: Found) -> None:
-        """Children (n * width rows) of one node (n,) of each tree, as the nodes from ``begin`` on."""
+    def add(self, begin: int, parent: Tensor, children: Trials) -> None:
+        """Add children (n * width rows) to one node (n,) of each tree, as nodes ``begin`` and following."""
         row, n = torch.arange(len(parent), device=parent.device), len(parent)
-        width = len(found.reward) // n
+        width = len(children.reward) // n
         new = slice(begin, begin + width)
-        self.x[:, new], self.endpoint[:, new] = found.x.unflatten(0, (n, width)), found.sample.unflatten(0, (n, width))
-        self.value[:, new] = found.objective.view(n, width)
+        self.x[:, new], self.endpoint[:, new] = children.x.unflatten(0, (n, width)), children.sample.unflatten(0, (n, width))
+        self.value[:, new] = children.objective.view(n, width)
         self.parent[:, new] = parent.unsqueeze(1)
         self.level[:, new] = self.level[row, parent].unsqueeze(1) + 1
         self.children[row, parent] += width
@@ -114,13 +121,13 @@ class Tree:
         row = torch.arange(len(path), device=path.device)
         for node in path.flip(1).T:
             self.value[row, node] = self.values_below(node).logsumexp(1) - self.children[row, node].log()
-        self.visits.scatter_(1, path, self.visits.gather(1, path) + 1)  # a path that ends early repeats its end: counts once
+        self.visits.scatter_(1, path, self.visits.gather(1, path) + 1)  # early ends repeat; they count once
 
     def log_weights(self, depth: int) -> Tensor:
         """Log-weights of all nodes but the root, (n, nodes - 1), with logsumexp = the root's value.
 
-        A leaf has its value times the chance of a walk from the root that takes every child equally often; inner nodes,
-        which their children stand for, have none.
+        A leaf has its value times the probability that a random walk from the root reaches it. Inner nodes have no weight:
+        their children represent them.
         """
         above = self.parent.clamp_min(0)
         step = torch.where(self.parent < 0, 0.0, -self.children.gather(1, above).clamp_min(1).to(self.value).log())
@@ -134,29 +141,29 @@ class Tree:
 class TreeSearch(Sized, metaclass=Readable):
     """Diffusion tree sampling (DTS, 2506.20701, algorithm 1): one jump completes a node of any depth (cf. BFMT 2607.02915).
 
-    One tree per output over the states at t_0 = 0, ..., t_{steps-1}. Each iteration walks from the root to a child with
-    probability proportional to exp(value), until it meets a node with fewer than branching * visits^widening children or one
-    of the last time; grows ``width`` children there; and backs up v = log mean exp v(children). A node without children has
-    the value strength * r of its look-ahead, which is exact at t_{steps-1}, where the step into the data is that same jump.
+    One tree per output over the states at t_0 = 0, ..., t_{steps-1}. Each iteration walks down from the root, to each child
+    with probability proportional to exp(value). It stops at a node with fewer than branching * visits^widening children, or
+    at the last time. It grows ``width`` children there and backs up v = log mean exp v(children). A node without children has
+    the value strength * r of its look-ahead. That is exact at t_{steps-1}, where the step to the data is the same jump.
 
-    Returns every look-ahead as a particle, leaves weighted by what they contribute to the root's value, inner nodes by zero.
+    Returns every look-ahead as a particle. A leaf's weight is its contribution to the root's value; inner nodes weigh zero.
 
     Costs an iteration: ``width`` forwards, decodes and reward calls per output; twice the forwards with gamma < 1. Within a
     budget: 8 steps (docs/methods.md).
     Samples: in the limit only: the tilt of the base chain's own law, for a bounded reward and 0 < widening < 1, as the
-    particles grow without end, and with them the visits of every node. No for a given number: lucky nodes grow first and
-    regress to their mean, so the root's value is too low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and
-    0.01 at 256; by 0.7 on nine separate modes, four steps, 512 particles), and log_z is there for steps = 1 only, which is
-    plain importance sampling. `FeynmanKac` has no such bias. With widening = 0, or greedy = True (DTS*: a search with
-    uniform weights), no, in the limit too.
+    number of particles goes to infinity. No for any finite number: lucky nodes grow first and regress to their mean, so the
+    root's value is too low (one Gaussian, two steps, strength 1: by 0.02 at 64 particles and 0.01 at 256; by 0.7 on nine
+    separate modes, four steps, 512 particles). So log_z is only returned for steps = 1, which is plain importance sampling.
+    `FeynmanKac` has no such bias. With widening = 0, or greedy = True (DTS*: a search with uniform weights): never.
 
     Attributes:
         particles: nodes of each tree.
-        steps: transitions from t = 0 to t = 1; the tree branches at the root and at all of them but the last.
-        width: children an iteration, which divides the particles; more make larger batches and see fewer updates.
-        branching, widening: see above; widening = 0 gives every node the same number of children, rounded up to ``width``.
+        steps: transitions from t = 0 to t = 1; the tree branches at the root and at all steps but the last.
+        width: children per iteration; must divide ``particles``. More make larger batches with fewer updates.
+        branching: see above.
+        widening: see above; 0 gives every node the same number of children, rounded up to ``width``.
         gamma: of the transition `Renoise`, in (0, 1].
-        greedy: walk to the best child.
+        greedy: always walk to the best child.
     """
 
     samples: ClassVar[str] = "in the limit only"
@@ -185,7 +192,7 @@ class TreeSearch(Sized, metaclass=Readable):
             raise ValueError(f"gamma={self.gamma}: must be in (0, 1]; without noise a tree has no branches")
 
     def check(self, reward: Reward) -> None:
-        """Any reward will do."""
+        """Accepts any reward."""
 
     def sized(self, steps: int, number: int) -> Self:
         """See `Sized`; the number is that of iterations."""
@@ -203,13 +210,13 @@ class TreeSearch(Sized, metaclass=Readable):
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         flow_map, k, width = problem.flow_map, self.particles, self.width
         z = noise.start(flow_map)
-        tree, z = Tree.rooted(n, k + 1, z), z.unflatten(0, (n, k))
+        tree, z = Tree.of_roots(n, k + 1, z), z.unflatten(0, (n, k))
         iterations, row = k // width, torch.arange(n, device=z.device)
         u = noise.uniform(iterations * self.steps, z.device).view(n, iterations, self.steps)
         times = torch.tensor([0.0, *flow_map.grid(self.steps)[:-1]], dtype=z.dtype, device=z.device)  # of the levels
         problem = problem.select((row.unsqueeze(1) * k + torch.arange(width, device=z.device)).flatten())
         strength, every = problem.strength.view(n, width)[:, :1], math.ceil(iterations / RECORDS)
-        parts: list[Found] = []
+        parts: list[Trials] = []
         values, looks, shares = [], [], []
         for i in range(iterations):
             path = self._walk(tree, u[:, i])
@@ -217,16 +224,16 @@ class TreeSearch(Sized, metaclass=Readable):
             level = tree.level[row, node].repeat_interleave(width)
             x, endpoint = (field[row, node].repeat_interleave(width, 0) for field in (tree.x, tree.endpoint))
             begin, end = i * width, (i + 1) * width
-            found = grow(problem, x, endpoint, times[level], times[level + 1], self.gamma, z[:, begin:end].flatten(0, 1))
-            tree.add(1 + begin, node, found)
+            children = grow(problem, x, endpoint, times[level], times[level + 1], self.gamma, z[:, begin:end].flatten(0, 1))
+            tree.add(1 + begin, node, children)
             tree.back_up(path)
-            parts.append(found)
+            parts.append(children)
             if end % (every * width) == 0 or end == k:
-                known = strength * torch.cat([part.reward.view(n, width) for part in parts], 1)
-                values.append(torch.cat([known, tree.value[:, :1].expand(n, k - end)], 1))
+                tilts = strength * torch.cat([part.reward.view(n, width) for part in parts], 1)
+                values.append(torch.cat([tilts, tree.value[:, :1].expand(n, k - end)], 1))
                 shares.append(effective_sample_size(tree.log_weights(self.steps)))
                 if lookaheads:
-                    looks.append(tree.endpoint[row, 1 + known.argmax(1)])
+                    looks.append(tree.endpoint[row, 1 + tilts.argmax(1)])
             tick(i + 1, iterations)
         log_w = tree.log_weights(self.steps)
         names = parts[0].components
@@ -240,20 +247,20 @@ class TreeSearch(Sized, metaclass=Readable):
         )
 
     def _log_z(self, root: Tensor) -> Tensor | None:
-        """log Z (n,) from the values of the roots, where they are an unbiased estimate."""
+        """log Z (n,) from the values of the roots; None where that estimate is biased."""
         return root if self.steps == 1 and not self.greedy else None
 
     def _walk(self, tree: Tree, u: Tensor) -> Tensor:
-        """Paths from the roots to the nodes that are to grow, (n, steps), by uniform numbers (n, steps)."""
+        """Paths (n, steps) from the roots to the nodes that will grow, by uniform numbers (n, steps)."""
         row, node = torch.arange(len(u), device=u.device), torch.zeros(len(u), dtype=torch.long, device=u.device)
-        arrived, path = torch.zeros_like(node, dtype=torch.bool), [node]
+        stop, path = torch.zeros_like(node, dtype=torch.bool), [node]
         for i in range(self.steps - 1):
             children = tree.children[row, node]
             room = children < self.branching * tree.visits[row, node] ** self.widening
-            arrived = arrived | room | (children == 0)
+            stop = stop | room | (children == 0)
             values = tree.values_below(node)
-            drawn = values.argmax(1) if self.greedy else multinomial(values.softmax(1), u[:, i : i + 1].to(values)).squeeze(1)
-            node = torch.where(arrived, node, drawn)
+            child = values.argmax(1) if self.greedy else multinomial(values.softmax(1), u[:, i : i + 1].to(values)).squeeze(1)
+            node = torch.where(stop, node, child)
             path.append(node)
         return torch.stack(path, 1)
 
@@ -263,23 +270,22 @@ class TreeSearch(Sized, metaclass=Readable):
 class BudgetForcing(Sized, metaclass=Readable):
     """Rollover budget forcing (RBF, 2503.19385): advance at the first child that beats the best so far.
 
-    The budget is shared equally between the times t_0 = 0, ..., t_{steps-1}. At t_0 all of the share is drawn from N(0, I),
-    and the best noise is taken. From then on a particle draws ``width`` children of its state at a time, by `Renoise`; as
-    soon as the look-ahead of one beats the best reward so far it moves there, and what is left of its share rolls over to
-    the next time; else, with the share spent, it moves to the best of the children. Particles stand at different times; only
-    those that are still on their way cost anything. Returned is the best look-ahead of all: each is a finished sample.
+    The budget is divided equally between the times t_0 = 0, ..., t_{steps-1}. At t_0 the whole share goes into draws from
+    N(0, I), and the best noise wins. From then on a particle draws ``width`` children of its state at a time, by `Renoise`.
+    As soon as the look-ahead of a child beats the best reward so far, the particle moves there, and the rest of its share
+    rolls over to the next time. If the share runs out first, the particle moves to the best of the children. At the last
+    time the whole remaining budget is used. Particles can be at different times; a finished particle costs nothing. Returns
+    the best look-ahead of each particle: every look-ahead is a finished sample.
 
-    What is left at the last time is spent there.
-
-    Costs a child: one forward, decode and reward call; with gamma < 1 two forwards. ``budget`` children a particle.
+    Costs a child: one forward, decode and reward call; two forwards with gamma < 1. ``budget`` children per particle.
     Within a budget: 3 steps at 64 evaluations, 8 at 256, the rest children (docs/methods.md).
-    Samples: no. It is a search, which keeps what the reward likes best.
+    Samples: no. It is a search: it keeps the samples of highest reward.
 
     Attributes:
         particles: independent chains per output.
-        steps: transitions from t = 0 to t = 1, of which the last is the look-ahead's own jump.
-        budget: children that a chain looks at, at least one for each step.
-        width: children at a time; more make larger batches and save less.
+        steps: transitions from t = 0 to t = 1, the last of them the look-ahead's own jump.
+        budget: children per chain, at least one for each step.
+        width: children at a time; more make larger batches and save fewer evaluations.
         gamma: of the transition `Renoise`, in (0, 1].
     """
 
@@ -302,14 +308,14 @@ class BudgetForcing(Sized, metaclass=Readable):
             raise ValueError(f"gamma={self.gamma}: must be in (0, 1]; without noise all children are the same")
 
     def check(self, reward: Reward) -> None:
-        """Any reward will do."""
+        """Accepts any reward."""
 
     def sized(self, steps: int, number: int) -> Self:
         """See `Sized`; the number is that of children."""
         return replace(self, steps=steps, budget=number)
 
     def least(self, steps: int) -> int:
-        """A child for each step."""
+        """One child for each step."""
         return steps
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
@@ -324,33 +330,33 @@ class BudgetForcing(Sized, metaclass=Readable):
     def _run(self, problem: Problem, noise: Noise, n: int, lookaheads: bool, tick: Tick) -> Outcome:
         flow_map, width = problem.flow_map, self.width
         x = torch.zeros(len(problem.strength), *flow_map.shape, dtype=flow_map.state_dtype, device=flow_map.device)
-        times = torch.tensor([0.0, *flow_map.grid(self.steps)[:-1]], dtype=x.dtype, device=x.device)  # before each, and of it
+        times = torch.tensor([0.0, *flow_map.grid(self.steps)[:-1]], dtype=x.dtype, device=x.device)  # before and at each level
         edges = torch.arange(self.steps + 1, device=x.device) * self.budget // self.steps
         shares = torch.cat([edges.diff(), edges[:1]])  # nothing more at the end
         endpoint, level = x, torch.zeros(len(x), dtype=torch.long, device=x.device)
-        left, slots = shares[level], torch.arange(width, device=x.device)
-        bar = problem.strength.new_full((len(x),), math.inf)  # nothing ends the draw of the first noise early
-        best = here = None  # of all levels, and of the children of the present state
+        remaining, slots = shares[level], torch.arange(width, device=x.device)
+        bar = problem.strength.new_full((len(x),), math.inf)  # the search for the first noise never ends early
+        best = here = None  # over all levels, and over the children of the present state
         values, looks = [], []
-        # each level may end on a round that is not full
+        # each level may end with a round that is not full
         iterations = (self.budget + self.steps * (width - 1)) // width
         for i in range(iterations):
-            tried = (slots < left.unsqueeze(1)) & (level < self.steps).unsqueeze(1)
-            if bool(tried.any()):
-                rows = tried.nonzero()[:, 0]
-                z = noise.normal((width, *flow_map.shape), x)[tried]
+            active = (slots < remaining.unsqueeze(1)) & (level < self.steps).unsqueeze(1)
+            if bool(active.any()):
+                rows = active.nonzero()[:, 0]
+                z = noise.normal((width, *flow_map.shape), x)[active]
                 s, t = times[level[rows]], times[level[rows] + 1]
-                trial = _best_of(grow(problem.select(rows), x[rows], endpoint[rows], s, t, self.gamma, z), tried)
+                trial = _best_of(grow(problem.select(rows), x[rows], endpoint[rows], s, t, self.gamma, z), active)
                 best, here = (part.better(trial) if part else trial for part in (best, here))
-                left = left - tried.sum(1)
-                early = (here.objective > bar) & (level < self.steps - 1)  # nothing is left to roll over to after the last time
-                moves = (level < self.steps) & (early | (left == 0))
+                remaining = remaining - active.sum(1)
+                early = (here.objective > bar) & (level < self.steps - 1)  # the last time has no next one
+                moves = (level < self.steps) & (early | (remaining == 0))
                 wide_moves = expand_time(moves, x).bool()
                 x, endpoint = torch.where(wide_moves, here.x, x), torch.where(wide_moves, here.sample, endpoint)
                 bar = torch.where(moves, best.objective, bar)
                 here = replace(here, objective=here.objective.masked_fill(moves, -math.inf))
                 level = level + moves.long()
-                left = left + moves * shares[level]
+                remaining = remaining + moves * shares[level]
             assert best is not None
             values.append((problem.strength * best.reward).view(n, -1))
             if lookaheads:
@@ -360,10 +366,10 @@ class BudgetForcing(Sized, metaclass=Readable):
         return best.outcome(n, search_trace(values, looks))
 
 
-def _best_of(found: Found, tried: Tensor) -> Found:
-    """The best child of every row, of the children that ``tried`` (b, width) counts; -inf for a row without any."""
-    value = found.objective.new_full(tried.shape, -math.inf)
-    value[tried] = found.objective
-    number = (tried.flatten().cumsum(0) - 1).clamp_min(0).view_as(tried)
+def _best_of(children: Trials, active: Tensor) -> Trials:
+    """The best child of every row, among those that ``active`` (b, width) marks; objective -inf for a row without children."""
+    value = children.objective.new_full(active.shape, -math.inf)
+    value[active] = children.objective
+    number = (active.flatten().cumsum(0) - 1).clamp_min(0).view_as(active)
     top, slot = value.max(1)
-    return replace(found.select(number.gather(1, slot.unsqueeze(1)).squeeze(1)), objective=top)
+    return replace(children.select(number.gather(1, slot.unsqueeze(1)).squeeze(1)), objective=top)

@@ -31,12 +31,13 @@ Beta = Callable[[Endpoints, Tensor], Tensor]
 # --- the problem -----------------------------------------------------------------------------------------------------
 @dataclass
 class Problem:
-    """What is steered: the map, the reward, and one row per particle of everything that depends on the output.
+    """The problem to steer: the map, the reward, and one row per particle of everything that depends on the output.
 
     Attributes:
-        flow_map, reward: as given.
+        flow_map: the model.
+        reward: the reward.
         strength: (b,) strength of the tilt per particle.
-        rows: what each particle is asked for.
+        rows: condition, prompt and labels of each particle.
     """
 
     flow_map: FlowMap
@@ -54,10 +55,10 @@ class Problem:
         return self.promise(z, k)()
 
     def promise(self, z: Tensor, k: int = 1) -> Callable[[], Scores]:
-        """Begin to score b * k endpoints in model space, ``k`` for each particle, and return what waits for the scores.
+        """Start to score b * k endpoints in model space, ``k`` for each particle, and return a function that waits.
 
-        They are decoded, unless the reward reads nothing but the model's space, and scored, as many at a time as the map takes;
-        a reward that compares them sees all at once.
+        The endpoints are decoded (unless the reward reads the model's space) and scored, at most ``micro_batch`` at a time. A
+        reward that compares them receives all of them at once.
         """
         rows, most = self.rows if k == 1 else self.rows.repeat(k), self.flow_map.micro_batch
         if most is None or len(z) <= most or self.reward.groupwise:
@@ -68,10 +69,14 @@ class Problem:
                 waits[part.start] = promise(self.flow_map, self.reward, z[part], rows[part])
         return lambda: joined(waits)
 
-    def made(self, make: Callable[[slice], Tensor]) -> tuple[Tensor, Scores]:
-        """Endpoints (b * k, *shape) and their scores, where ``make`` makes those of some of the particles, (b' * k, *shape).
+    def generate(self, make: Callable[[slice], Tensor]) -> tuple[Tensor, Scores]:
+        """Generate endpoints (b * k, *shape) and score them.
 
-        All at once; for a reward that is elsewhere in `parts`: while one is scored, the map makes the next.
+        This happens in one piece, or in `parts` if the reward runs elsewhere: the map then makes one part while the part before
+        it is scored.
+
+        Args:
+            make: returns the endpoints (b' * k, *shape) of some of the particles.
         """
         parts = self.parts()
         if len(parts) == 1:
@@ -86,7 +91,7 @@ class Problem:
         return torch.cat(ends), joined(waits)
 
     def parts(self) -> list[slice]:
-        """How the particles are cut to be made: as many at a time as the map takes, or `LEAST`, if the reward is elsewhere."""
+        """The parts in which `generate` works: one, or several (see `even`) if the reward runs elsewhere."""
         n, most = len(self.strength), self.flow_map.micro_batch
         if not self.reward.elsewhere or self.reward.groupwise:
             return [slice(0, n)]
@@ -96,7 +101,7 @@ class Problem:
         """strength * r of rewards (b * k,), ``k`` for each particle, in the wide dtype.
 
         Raises:
-            RewardError: a product that is not finite.
+            RewardError: the product is not finite.
         """
         strength = self.strength.to(wide(r.device)).repeat_interleave(len(r) // len(self.strength))
         tilt = strength * r.to(strength)
@@ -110,7 +115,7 @@ class Problem:
         return tilt
 
     def has_gradient(self) -> bool:
-        """Whether the reward has a gradient, tried on one picture: a plain function does not say it of itself."""
+        """Whether the reward has a gradient. It is tried on one picture, since a plain function does not declare it."""
         if not self.reward.differentiable:
             return False
         one = self.select(slice(0, 1))
@@ -118,7 +123,7 @@ class Problem:
             z = self.probe().requires_grad_()
             try:
                 total = one.score(z).total
-            except Exception:  # what is wrong with the reward, the run without a gradient will say
+            except Exception:  # the run without a gradient will raise it again
                 return False
             return total.requires_grad and torch.autograd.grad(total.sum(), z, allow_unused=True)[0] is not None
 
@@ -128,17 +133,17 @@ class Problem:
         return z.to(self.flow_map.device, self.flow_map.state_dtype)
 
     def select(self, rows: slice | Tensor) -> Problem:
-        """The problem of the given particles, a slice or (b',)."""
+        """The problem of some of the particles, by a slice or indices (b',)."""
         return replace(self, strength=self.strength[rows], rows=self.rows[rows])
 
-    def resized(self, noise: Noise, k: int) -> tuple[Problem, Noise]:
-        """The same outputs with ``k`` particles each, in place of those of the noise; before anything is drawn."""
+    def resize(self, noise: Noise, k: int) -> tuple[Problem, Noise]:
+        """The same outputs with ``k`` particles each, in place of ``noise.k``. Call it before anything is drawn."""
         first = torch.arange(0, len(self.strength), noise.k, device=self.strength.device)
         return self.select(first.repeat_interleave(k)), noise.of(k)
 
 
 def plain_rewards(problem: Problem, seeds: Sequence[int]) -> Tensor:
-    """Rewards (b,) of unsteered samples, one for each row of a problem and each of the seeds; in float64."""
+    """Rewards (b,), in float64, of unsteered samples: one sample per row of the problem, each with its own seed."""
     flow_map = problem.flow_map
     with torch.no_grad():
         x = walk(flow_map, Noise(seeds), flow_map.grid(flow_map.steps), problem.cond, usual(flow_map))
@@ -152,7 +157,11 @@ def deviation(rewards: Tensor) -> float:
 
 
 def joined(waits: Mapping[int, Callable[[], Scores]]) -> Scores:
-    """The scores of consecutive endpoints, by the number of each part's first, once they are there."""
+    """Wait for the scores of consecutive parts and join them.
+
+    Args:
+        waits: the function that waits for each part, by the index of the part's first endpoint.
+    """
     parts = []
     for begin, wait in waits.items():
         with counted_from(begin):
@@ -163,16 +172,16 @@ def joined(waits: Mapping[int, Callable[[], Scores]]) -> Scores:
 # --- the value -------------------------------------------------------------------------------------------------------
 @dataclass
 class Evaluation:
-    """What is known about the particles at one time.
+    """The evaluation of the particles at one time.
 
     Attributes:
         value: (b,) V_t(x), tempered, in the wide dtype.
         tilt: (b,) strength * r of the first endpoint, untempered.
         beta: (b,) inverse temperature of the value.
         endpoint: (b, *shape) the first endpoint.
-        direction: (b, *shape) what a guidance adds to the state, before its coefficient; None without guidance.
-        memory: (b,) what a correction carries along the path; None where it carries nothing.
-        scores: of the first endpoint, where that was scored.
+        direction: (b, *shape) direction of the guidance, before its coefficient; None without guidance.
+        memory: (b,) a correction's memory of the path; None if it has none.
+        scores: of the first endpoint; None if it was not scored.
     """
 
     value: Tensor
@@ -187,18 +196,25 @@ class Evaluation:
     def join(cls, parts: Sequence[Evaluation]) -> Evaluation:
         """The evaluations of consecutive particles as one."""
         first = parts[0]
-        named = {k: torch.cat([vars(p)[k] for p in parts]) for k, value in vars(first).items() if isinstance(value, Tensor)}
-        return replace(first, **named, scores=first.scores and Scores.join([p.scores for p in parts if p.scores]))
+        tensors = {k: torch.cat([vars(p)[k] for p in parts]) for k, value in vars(first).items() if isinstance(value, Tensor)}
+        return replace(first, **tensors, scores=first.scores and Scores.join([p.scores for p in parts if p.scores]))
 
     def select(self, rows: Tensor) -> Evaluation:
-        """The evaluations of the given particles (b',)."""
+        """The evaluations of some of the particles, by indices (b',)."""
         parts = {name: part[rows] for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts, scores=None if self.scores is None else self.scores[rows])
 
 
 @dataclass
-class Weighed:
-    """Endpoints judged: log_w, tilt (b, k) log-weights and strength * r; beta (b,); scores of the first endpoints, (b,)."""
+class Weights:
+    """Weights of the endpoints.
+
+    Attributes:
+        log_w: (b, k) log-weights of the look-ahead.
+        tilt: (b, k) strength * r.
+        beta: (b,) inverse temperature.
+        scores: (b,) of the first endpoints.
+    """
 
     log_w: Tensor
     tilt: Tensor
@@ -212,11 +228,14 @@ class Weighed:
 
 @dataclass
 class View:
-    """One look at the particles: the problem, how to look, where, and how hot.
+    """One look at the particles: the problem, the look-ahead, the states and the temperature.
 
     Attributes:
-        x: (b, *shape) at time t.
-        noise: a stream of its own for look-aheads that draw.
+        problem: with one row per particle.
+        lookahead: the look-ahead.
+        noise: a separate stream for look-aheads that draw.
+        x: (b, *shape) the states at time t.
+        t: the time.
         beta: see `Beta`.
     """
 
@@ -230,8 +249,8 @@ class View:
     def endpoints(self, x: Tensor) -> Endpoints:
         return self.lookahead.endpoints(self.problem.flow_map, x, self.t, self.problem.cond, self.noise)
 
-    def judged(self) -> tuple[Endpoints, Weighed]:
-        """The endpoints and what they are worth, made as `Problem.made` says; without a gradient."""
+    def judge(self) -> tuple[Endpoints, Weights]:
+        """The endpoints and their weights, generated as in `Problem.generate`; without a gradient."""
         shared, ends = Shared(self.noise), []
 
         def make(rows: slice) -> Tensor:
@@ -240,50 +259,47 @@ class View:
             ends.append(part.endpoints(self.x[rows]))
             return ends[-1].z.flatten(0, 1)
 
-        z, scores = self.problem.made(make)
+        z, scores = self.problem.generate(make)
         log_w = [end.log_w for end in ends if end.log_w is not None]
         every = Endpoints(z.unflatten(0, (len(self.x), -1)), torch.cat(log_w) if log_w else None)
-        return every, self._weighed(every, scores)
+        return every, self._weights(every, scores)
 
-    def weigh(self, ends: Endpoints) -> Weighed:
+    def weigh(self, ends: Endpoints) -> Weights:
         """Score all endpoints in one call; differentiable in ``ends`` where gradients are on."""
-        return self._weighed(ends, self.problem.score(ends.z.flatten(0, 1), ends.z.shape[1]))
+        return self._weights(ends, self.problem.score(ends.z.flatten(0, 1), ends.z.shape[1]))
 
-    def _weighed(self, ends: Endpoints, scores: Scores) -> Weighed:
+    def _weights(self, ends: Endpoints, scores: Scores) -> Weights:
         b, k = ends.z.shape[:2]
         tilt = self.problem.tilt(scores.total).view(b, k)
         log_w = torch.zeros_like(tilt) if ends.log_w is None else ends.log_w.to(tilt)
-        return Weighed(log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach()), scores[::k])
+        return Weights(log_w, tilt, self.beta(replace(ends, log_w=log_w.detach()), tilt.detach()), scores[::k])
 
     def value(self, ends: Endpoints) -> Evaluation:
-        """V and what it is made of; differentiable in ``ends`` where gradients are on."""
+        """The evaluation of the endpoints; differentiable in ``ends`` where gradients are on."""
         return self._value(ends, self.weigh(ends))
 
     def look(self) -> Evaluation:
-        """V at x, without a direction; without a gradient."""
-        return self._value(*self.judged())
+        """The evaluation at x, without a direction and without a gradient."""
+        return self._value(*self.judge())
 
-    def _value(self, ends: Endpoints, found: Weighed) -> Evaluation:
-        value = log_mean_exp(found.log_w, found.tempered)
-        return Evaluation(value, found.tilt[:, 0].detach(), found.beta, ends.z[:, 0].detach(), scores=found.scores)
+    def _value(self, ends: Endpoints, weights: Weights) -> Evaluation:
+        value = log_mean_exp(weights.log_w, weights.tempered)
+        return Evaluation(value, weights.tilt[:, 0].detach(), weights.beta, ends.z[:, 0].detach(), scores=weights.scores)
 
 
 class Shared(Noise):
-    """A stream of noise whose draws are made once, for all rows, and handed out in parts."""
+    """A stream of noise that draws once for all rows and returns the rows of each part."""
 
-    def __init__(self, noise: Noise, drawn: list[Tensor] | None = None, rows: slice = slice(None)) -> None:
+    def __init__(self, noise: Noise, draws: list[Tensor] | None = None, rows: slice = slice(None)) -> None:
         super().__init__(noise.seeds, noise.k)
-        self.noise, self.drawn, self.rows, self.next = noise, [] if drawn is None else drawn, rows, 0
+        self.noise, self.draws, self.rows, self.next = noise, [] if draws is None else draws, rows, 0
 
     def part(self, rows: slice) -> Shared:
-        return Shared(self.noise, self.drawn, rows)
+        return Shared(self.noise, self.draws, rows)
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """As `Noise.normal`, of these rows."""
-        if self.next == len(self.drawn):
-            self.drawn.append(self.noise.normal(shape, like))
+        """As `Noise.normal`, for these rows."""
+        if self.next == len(self.draws):
+            self.draws.append(self.noise.normal(shape, like))
         self.next += 1
-        return self.drawn[self.next - 1][self.rows]
-
-
-# --- guidance --------------------------------------------------------------------------------------------------------
+        return self.draws[self.next - 1][self.rows]

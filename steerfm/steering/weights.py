@@ -1,4 +1,4 @@
-"""Log-weights (n, k) of n outputs of k particles, and what is said of them: in log space, on the device."""
+"""Functions of log-weights (n, k), for n outputs of k particles: in log space, on their device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The dtype of log-weights and of sums: float64, where the device has it."""
+    """The dtype of log-weights and sums: float64, or float32 on devices without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -31,19 +31,26 @@ def effective_sample_size(log_w: Tensor) -> Tensor:
 
 
 LOW = 0.25
-"""Share of the particles below which `ess_in_words` says what to change."""
+"""ESS below which `ess_in_words` gives advice."""
 
 
 def ess_in_words(log_w: Tensor) -> dict[str, str]:
-    """What weights (n, k) at the end of a run mean, by name, a line each; where they are uneven, also what to change."""
+    """Summary of log-weights (n, k) at the end of a run, one line each, by name; with advice if they are uneven."""
     share = effective_sample_size(log_w)
-    said = f"{share.mean():.0%} of the particles carry the weight at the end (mean over outputs; lowest {share.min():.0%})"
-    advice = "a few particles stand for all: lower the strength, or take more particles or steps"
-    return {"ESS": said} | ({"low ESS": advice} if share.mean() < LOW else {})
+    summary = f"{share.mean():.0%} of the particles carry the weight at the end (mean over outputs; lowest {share.min():.0%})"
+    advice = "few particles have all the weight: lower the strength, or use more particles or steps"
+    return {"ESS": summary} | ({"low ESS": advice} if share.mean() < LOW else {})
 
 
 def largest(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, halvings: int = 30) -> Tensor:
-    """The largest value from ``low``, where it holds, to ``high`` at which it still holds, entry by entry, by bisection."""
+    """The largest value between ``low`` and ``high`` at which a condition holds, entry by entry, by bisection.
+
+    Args:
+        holds: the condition of values (b,); it is true at ``low`` and changes at most once.
+        low: (b,) lower bounds.
+        high: (b,) upper bounds.
+        halvings: steps of the bisection.
+    """
     low = torch.where(holds(high), high, low)
     for _ in range(halvings):
         middle = (low + high) / 2
@@ -57,6 +64,3 @@ def log_mean_exp(log_w: Tensor, values: Tensor) -> Tensor:
     if values.shape[-1] == 1:
         return values.squeeze(-1)
     return torch.logsumexp(log_w + values, -1) - torch.logsumexp(log_w, -1)
-
-
-# --- selection -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def test_terminal_page_and_repr_say_the_same(tmp_path, monkeypatch, capsys, stre
     )
     for name, sentence in words.items():
         assert f"{name}: {sentence}\n" in shown and f"<dt>{name}</dt><dd>{sentence}</dd>" in page and sentence in repr(result)
-    assert ("lower the strength, or take more particles or steps" in shown) == is_low
+    assert ("lower the strength, or use more particles or steps" in shown) == is_low
 
 
 @pytest.mark.parametrize("k", [1, 4, 64])

@@ -151,7 +151,7 @@ def test_extra_ascent_is_a_bias_that_the_general_weight_cures():
     biased = tilted_mean(fmtt(100, chi, Careless()))
     print("extra ascent, simple weight", biased)
     assert biased[0] > want + 0.08
-    with pytest.raises(ValueError, match="does not pay for an extra ascent"):
+    with pytest.raises(ValueError, match="does not account for an extra ascent"):
         fmtt(10, chi)
 
 

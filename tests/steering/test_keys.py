@@ -82,7 +82,7 @@ def test_every_key_changes_the_run_or_is_refused(name):
     [
         (FeynmanKac(stop=0.5), "stop=0.5 does nothing in this FeynmanKac: nothing is guided"),
         (MultiRound(tempering="none"), "tempering=.* does nothing in this MultiRound"),
-        (FeynmanKac(transition="jump", resampling="ssp"), "resampling=.* does nothing .* steps with noise only"),
+        (FeynmanKac(transition="jump", resampling="ssp"), "resampling=.* does nothing .* copied before steps with noise"),
         (FMRGJ(warmup=2), "warmup=2 does nothing with one particle"),
     ],
 )

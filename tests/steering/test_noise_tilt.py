@@ -138,7 +138,7 @@ def test_the_trace_tells_how_much_the_noise_moves_a_step():
 def test_what_it_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"share=0.0: of the noise's variance, in \(0, 1\]"):
         NoiseGradient(share=0.0)
-    with pytest.raises(ValueError, match="needs steps with noise: take transition=renoise"):
+    with pytest.raises(ValueError, match="needs steps with noise: use transition=renoise"):
         NoiseTilt(transition="jump")
     for correction in ("twisted", "marginal"):
         with pytest.raises(ValueError, match="no weight for tilted noise: use correction none"):

@@ -194,7 +194,7 @@ def test_a_size_keeps_the_number_of_seeds_for_each_that_ends():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"first": 1}, "first=1: at least the particles=4 that go on"),
+        ({"first": 1}, "first=1: must be at least particles=4"),
         ({"first": 2.5}, "first=2.5: give a whole number"),
         ({"at": ()}, r"at=\[\]: ascending shares of the steps"),
         ({"at": (0.5, 0.2)}, r"at=\[0.5, 0.2\]: ascending shares"),

@@ -104,7 +104,7 @@ def test_steps_that_are_too_dear_are_halved():
 
 
 def test_what_cannot_be_so_cheap_says_so():
-    with pytest.raises(ValueError, match="budget=4: DiamondSMC needs more network evaluations an output than that"):
+    with pytest.raises(ValueError, match="budget=4: DiamondSMC needs more network evaluations per output than that"):
         steerfm.DiamondSMC.within(4)
     with pytest.raises(ValueError, match="budget=0: at least one is needed"):
         steerfm.BestOfN().within(0)

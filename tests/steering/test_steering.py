@@ -331,7 +331,7 @@ def test_a_funnel_keeps_the_resampling_it_was_given():
 
 
 def test_a_funnel_does_not_widen():
-    with pytest.raises(ValueError, match="at least the particles=16"):
+    with pytest.raises(ValueError, match="must be at least particles=16"):
         Funnel(16, first=8)
     with pytest.raises(ValueError, match="budget=0"):
         Funnel.within(0)
@@ -896,7 +896,7 @@ def test_fewer_rows_where_memory_is_short(method, micro_batch):
             return self.flow_map.average_velocity(x, s, t, cond)
 
     whole = steerfm.steer(wide_map(), reward, method, n=6)
-    with pytest.warns(UserWarning, match=r"going on with micro_batch=(3|4)"):
+    with pytest.warns(UserWarning, match=r"continuing with micro_batch=(3|4)"):
         small = steerfm.steer(Small(wide_map()), reward, method, n=6, batch_size=4, micro_batch=micro_batch)
     same(whole, small)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="micro_batch=1"):

@@ -147,7 +147,7 @@ def foreign(tmp_path):
 def test_a_foreign_file_is_refused_in_a_line(tmp_path):
     for _ in foreign(tmp_path):
         with pytest.raises(
-            ValueError, match=r"holds no steering result: give a file that SteeringResult\.save wrote"
+            ValueError, match=r"is not a steering result: give a file that SteeringResult\.save wrote"
         ) as caught:
             SteeringResult.load(tmp_path / "x.safetensors")
         assert "\n" not in str(caught.value)
@@ -160,7 +160,7 @@ def test_more_tensors_are_kept_beside(tmp_path):
     file = result.save(tmp_path, base=torch.arange(4))
     assert load_file(file)["base"].tolist() == [0, 1, 2, 3] and same(SteeringResult.load(file), result)
     for wrong in ({"samples": torch.zeros(4)}, {"base": torch.zeros(3)}):
-        with pytest.raises(ValueError, match="cannot be kept beside"):
+        with pytest.raises(ValueError, match="cannot be saved"):
             result.save(tmp_path, **wrong)
     assert same(SteeringResult.load(file), result)
 

@@ -197,9 +197,9 @@ X = torch.zeros(2, 2)
     [
         ({"x0": torch.zeros(3, 2)}, r"x0 has shape \(3, 2\) for n=2 outputs"),
         ({"x0": torch.zeros(2, 3)}, "x0 has shape"),
-        ({"x0": torch.zeros(2, 3, 2)}, "3 particles to begin with, where the method begins with 4"),
+        ({"x0": torch.zeros(2, 3, 2)}, "3 particles per output in x0, but the method has 4"),
         ({"x0": torch.full((2, 2), torch.nan)}, "x0 is not finite"),
-        ({"x0": X, "start": (X, 0.5)}, "x0 and start: give one"),
+        ({"x0": X, "start": (X, 0.5)}, "x0 and start: give only one of them"),
         ({"start": X[:, :1]}, "start"),
         ({"start": (X, 1.0)}, r"a time in \[0, 1\)"),
         ({"start": (X, -0.1)}, r"a time in \[0, 1\)"),

@@ -10,7 +10,7 @@ from kinds import a, sure
 import steerfm
 from steerfm import GaussianMixture
 from steerfm.rewards import Reward
-from steerfm.steering.noise_search import Found
+from steerfm.steering.noise_search import Trials
 from steerfm.steering.tree_search import BudgetForcing, Tree, TreeSearch
 
 # one Gaussian, r = 1.2 x - .25 x^2: elementwise and exact
@@ -91,12 +91,12 @@ def test_constant_reward_gives_log_z_and_the_weights_of_the_tree():
 
 def test_weights_by_hand():
     """Root with children 1, 2; node 1 with children 3, 4, 5: v_1 = log mean of its three, leaves weigh 1/2 and 1/6 each."""
-    tree = Tree.rooted(1, 6, torch.zeros(1, 1))
+    tree = Tree.of_roots(1, 6, torch.zeros(1, 1))
     root, first = torch.tensor([0]), torch.tensor([1])
 
     def found(*values):
         value = torch.tensor(values, dtype=torch.float64)
-        return Found(torch.zeros(len(value), 1), torch.zeros(len(value), 1), value, value, {})
+        return Trials(torch.zeros(len(value), 1), torch.zeros(len(value), 1), value, value, {})
 
     tree.add(1, root, found(1.0, 2.0))
     tree.back_up(torch.tensor([[0, 0, 0]]))
