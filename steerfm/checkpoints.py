@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steerfm import files, registry, shipped, trust
-from steerfm.encoders import stored
+from steerfm.encoders import for_file
 from steerfm.interpolant import Interpolant, Trigonometric
 from steerfm.networks import NETWORKS
 
@@ -246,7 +246,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: str | Path, head: Mapping
     """Write tensors to ``path`` (safetensors), as float16 by default, and ``head`` to the JSON beside it."""
     path = weights_file(path)
     files.write(path.with_suffix(".json"), json.dumps(head, indent=2) + "\n")
-    files.write_tensors(path, stored(tensors, half))  # last: a model is there once its weights are
+    files.write_tensors(path, for_file(tensors, half))  # last: a model is there once its weights are
 
 
 def read_weights(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Encoders of prompts and pictures: any open_clip model, shipped or your own, and what plug-ins bring.
+"""Encoders of prompts and pictures: any open_clip model, shipped or your own, and those of plug-ins.
 
 >>> clip = encoders.open_clip("emoji-clip")                          # shipped; or a folder with open_clip_config.json
 >>> clip = encoders.open_clip("ViT-B-32", "laion2b_s34b_b79k")       # an architecture and a tag, or a file of weights
@@ -28,16 +28,22 @@ from steerfm import files, plugins
 from steerfm.randomness import untouched
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of red, green and blue that CLIP, BLIP and what came of them normalise with."""
+"""Mean and standard deviation of red, green and blue in CLIP, BLIP and their successors."""
 
 
 @dataclass
 class Preprocessing:
-    """What a model asks of its pictures, as open_clip's ``preprocess_cfg``.
+    """The preprocessing of a model's pictures, as in open_clip's ``preprocess_cfg``.
 
     Attributes:
-        eight_bits: score what a file would hold: pictures are rounded to 8 bits, as Pillow does before and after each pass, and
-            gradients pass as if they were not. Networks react to single levels, so without it scores differ by 1e-2.
+        size: (height, width) of the input.
+        mean: of red, green and blue.
+        std: of red, green and blue.
+        interpolation: "bilinear" or "bicubic".
+        resize_mode: "shortest" or "longest" side to ``size``, or "squash".
+        fill_color: of the border, 0 to 255.
+        eight_bits: round pictures to 8 bits, as in a file, and as Pillow does before and after each pass. Gradients pass
+            through the rounding. Networks react to single levels, so without it scores differ by 1e-2.
     """
 
     size: tuple[int, int]
@@ -67,12 +73,12 @@ class Preprocessing:
             )
         else:
             new = (round(h * min(ratios)), round(w * min(ratios)))
-        x = self._rounded(x)
+        x = self._round(x)
         if new != (h, w):
             mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
             columns_first = new[0] < h and new[0] * w < 0.95 * new[1] * h  # Pillow shrinks the longer side first
             for side in ((new[0], w) if columns_first else (h, new[1]), new):
-                x = self._rounded(F.interpolate(x, side, mode=mode, antialias=True, align_corners=False).clamp(0, 1))
+                x = self._round(F.interpolate(x, side, mode=mode, antialias=True, align_corners=False).clamp(0, 1))
         dh, dw = self.size[0] - new[0], self.size[1] - new[1]
         if dh or dw:  # negative padding crops to the centre
             top, left = _half(dh), _half(dw)
@@ -80,7 +86,7 @@ class Preprocessing:
         mean, std = (torch.as_tensor(v, dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _round(self, x: Tensor) -> Tensor:
         return x + ((x * 255).round() / 255 - x).detach() if self.eight_bits else x
 
 
@@ -102,7 +108,7 @@ class OpenClip(nn.Module):
         super().__init__()
         self.model: Any
         self.model, self.tokenizer, self.preprocessing, self.name = model, tokenizer, preprocessing, name
-        self.warned = False
+        self.has_warned = False
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> OpenClip:
@@ -114,14 +120,14 @@ class OpenClip(nn.Module):
         return float(self.model.logit_scale.exp())
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to embeddings (n, d) of length 1, without a gradient. Those that are too long are cut: a warning, once."""
+        """Prompts to embeddings (n, d) of length 1, without a gradient. Long prompts are cut, with one warning."""
         device = next(self.model.parameters()).device
         tokens = self.tokenizer(list(prompts))
-        if not self.warned:
+        if not self.has_warned:
             for prompt, row in zip(prompts, tokens):
-                if bool(row[-1] != 0) and _cut(self.tokenizer, prompt, tokens.shape[1]):
+                if bool(row[-1] != 0) and _is_too_long(self.tokenizer, prompt, tokens.shape[1]):
                     warnings.warn(f"{self.name} reads {tokens.shape[1]} tokens: the rest of {prompt!r} is cut", stacklevel=3)
-                    self.warned = True
+                    self.has_warned = True
                     break
         with torch.no_grad():
             return F.normalize(self.model.encode_text(tokens.to(device)).float(), dim=-1)
@@ -135,7 +141,7 @@ class OpenClip(nn.Module):
 
 
 class ReadsTexts(Protocol):
-    """What puts texts into a space."""
+    """An encoder of texts."""
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to embeddings (n, d) of length 1."""
@@ -143,16 +149,16 @@ class ReadsTexts(Protocol):
 
 
 def text_encoders() -> dict[str, Callable[[], ReadsTexts]]:
-    """Encoders of texts alone that plug-ins bring, by name; nothing is loaded before one is called."""
-    brought = {name: point.load() for name, point in plugins.encoders().items()}
-    return {name: make for name, make in brought.items() if hasattr(make, "encode_text") and not hasattr(make, "encode_image")}
+    """Text-only encoders of plug-ins, by name; they load when they are called."""
+    plug_ins = {name: point.load() for name, point in plugins.encoders().items()}
+    return {name: make for name, make in plug_ins.items() if hasattr(make, "encode_text") and not hasattr(make, "encode_image")}
 
 
 class TextEncoder:
-    """The prompts of a flow map to the rows of its condition, by an encoder that is loaded on first use.
+    """Encodes the prompts of a flow map as its condition; the encoder loads on first use.
 
     Args:
-        model: of `open_clip`: a shipped name or a folder; or one of `text_encoders`.
+        model: a shipped name or a folder for `open_clip`, or a name in `text_encoders`.
         width: size d of its embeddings.
     """
 
@@ -162,26 +168,26 @@ class TextEncoder:
 
     @classmethod
     def of(cls, model: str) -> TextEncoder:
-        """An encoder whose width is that of its model."""
+        """The encoder of a model, with the model's width."""
         encoder = cls(model, 1)
         encoder.width = encoder([""]).shape[1]
         return encoder
 
     @property
     def has_image_tower(self) -> bool:
-        """Whether its model knows pictures too: those of `open_clip` do, sentence encoders do not."""
+        """Whether its model encodes pictures as well, as those of `open_clip` do."""
         return self.model not in text_encoders()
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(n, d) float32 on the CPU, entries of unit mean square; zeros for the empty prompt: the null condition."""
-        with torch.inference_mode(False):  # rows are kept, for runs with a gradient too
+        with torch.inference_mode(False):  # the rows may be used later in runs with a gradient
             if self._encoder is None:
                 self._encoder = text_encoders().get(self.model, partial(open_clip, self.model))()
             rows = self._encoder.encode_text(prompts) * self.width**0.5
             return rows * torch.tensor([[float(bool(prompt.strip()))] for prompt in prompts])
 
 
-def _cut(tokenizer: Any, prompt: str, length: int) -> bool:
+def _is_too_long(tokenizer: Any, prompt: str, length: int) -> bool:
     encode = getattr(tokenizer, "encode", None)
     return encode is None or len(encode(prompt)) + 2 > length
 
@@ -191,18 +197,18 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
 
     Args:
         model: a shipped name (``emoji-clip``), a folder with ``open_clip_config.json``, or an architecture of open_clip.
-        pretrained: with an architecture: a tag of open_clip (fetched once, where there is a network) or a file of weights.
-        device: where to put it.
+        pretrained: with an architecture: a tag of open_clip (downloaded once) or a file of weights.
+        device: of the model.
 
     Raises:
-        FileNotFoundError: the weights cannot be had; the message says which file to put where.
-        ValueError: no such architecture or tag; with those there are.
+        FileNotFoundError: the weights are missing; the message says which file to put where.
+        ValueError: there is no such architecture or tag; the message lists the nearest ones.
     """
     import open_clip as oc
 
     places = (plugins.model_folder(model), Path(model.removeprefix("local-dir:")))
     folder = next((f for f in places if f is not None and (f / "open_clip_config.json").is_file()), None)
-    with quiet(), untouched():  # first weights are drawn, then replaced
+    with quiet(), untouched():  # random weights are drawn, then replaced
         if folder is not None:
             return _own_open_clip(oc, folder, device, model)
         _check_architecture(oc, model, pretrained)
@@ -211,17 +217,18 @@ def open_clip(model: str, pretrained: str | None = None, device: str | torch.dev
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise FileNotFoundError(
-                f"cannot load the weights {pretrained!r} of {model} ({type(error).__name__}: {reason}): where there is no "
-                "network, get that tag's open_clip_model.safetensors elsewhere, and pass its path as pretrained="
+                f"cannot load the weights {pretrained!r} of {model} ({type(error).__name__}: {reason}): without "
+                "internet access, get that tag's open_clip_model.safetensors elsewhere, and pass its path as pretrained="
             ) from None
-        return OpenClip(net, oc.get_tokenizer(model), preprocessing(_told(net)), f"{model}/{pretrained}")
+        return OpenClip(net, oc.get_tokenizer(model), preprocessing(_preprocess_cfg(net)), f"{model}/{pretrained}")
 
 
 def _own_open_clip(oc: Any, folder: Path, device: str | torch.device, name: str) -> OpenClip:
-    """The model of a folder; open_clip itself takes one whose weights are missing, and leaves it random.
+    """The model of a folder. open_clip itself would accept missing weights and leave them random.
 
     Raises:
-        FileNotFoundError: no weights. ValueError: what is there does not fit, or is not finite.
+        FileNotFoundError: there are no weights.
+        ValueError: the weights do not fit, or are not finite.
     """
     file = folder / "open_clip_model.safetensors"
     if not file.is_file():
@@ -230,7 +237,7 @@ def _own_open_clip(oc: Any, folder: Path, device: str | torch.device, name: str)
     _check_config(folder / "open_clip_config.json")
     try:
         net = oc.create_model(source, device=str(device))
-        weights, tokens, prepare = load_file(file), oc.get_tokenizer(source), preprocessing(_told(net))
+        weights, tokens, prepare = load_file(file), oc.get_tokenizer(source), preprocessing(_preprocess_cfg(net))
         state = net.state_dict()
         unfit = [key for key in state.keys() ^ weights.keys() if not (key.endswith(("position_ids", "num_batches_tracked")))]
         unfit += [key for key in state.keys() & weights.keys() if state[key].shape != weights[key].shape]
@@ -243,7 +250,7 @@ def _own_open_clip(oc: Any, folder: Path, device: str | torch.device, name: str)
 
 
 def _check_config(file: Path) -> None:
-    """What open_clip would only stumble over later, or do at a file's word.
+    """Check values that would fail only later in open_clip, or that would make it download or run code.
 
     Raises:
         ValueError: naming the file and the key.
@@ -261,21 +268,21 @@ def _check_config(file: Path) -> None:
         return good and all(isinstance(n, int | float) and not isinstance(n, bool) and least < n < 1e6 for n in value)
 
     try:
-        told = json.loads(file.read_text(), parse_constant=number)
+        config = json.loads(file.read_text(), parse_constant=number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"corrupt model {file}: {' '.join(str(error).split())}") from None
-    parts: dict[str, Any] = {"": told}
+    parts: dict[str, Any] = {"": config}
     for key in ("model_cfg", "preprocess_cfg", "model_cfg.vision_cfg", "model_cfg.text_cfg"):
         above, _, last = key.rpartition(".")
         parts[key] = parts[above].get(last, {} if key == "preprocess_cfg" else None) if isinstance(parts[above], dict) else None
         if not isinstance(parts[key], dict):
-            raise ValueError(f"corrupt model {file}: {key} is {json.dumps(parts[key])[:80]}, it should hold keys of its own")
+            raise ValueError(f"corrupt model {file}: {key} is {json.dumps(parts[key])[:80]}, it should be a dictionary")
     vision, prepare, text = parts["model_cfg.vision_cfg"], parts["preprocess_cfg"], parts["model_cfg.text_cfg"]
     checks = {
-        "vision_cfg.image_size": (sizes(vision.get("image_size", 224)), "a side of at most 4096, or height and width"),
+        "vision_cfg.image_size": (sizes(vision.get("image_size", 224)), "one side of at most 4096, or height and width"),
         "vision_cfg.timm_model_name": (":" not in str(vision.get("timm_model_name")), "the name of a network, not an address"),
-        "text_cfg.tokenizer_kwargs": ("trust_remote_code" not in json.dumps(text), "free of trust_remote_code"),
-        "preprocess_cfg.size": (sizes(prepare.get("size", 224)), "a side of at most 4096, or height and width"),
+        "text_cfg.tokenizer_kwargs": ("trust_remote_code" not in json.dumps(text), "without trust_remote_code"),
+        "preprocess_cfg.size": (sizes(prepare.get("size", 224)), "one side of at most 4096, or height and width"),
         "preprocess_cfg.mean": (numbers(prepare.get("mean", [0, 0, 0]), -1e6), "three numbers"),
         "preprocess_cfg.std": (numbers(prepare.get("std", [1, 1, 1]), 0), "three numbers above 0"),
         "preprocess_cfg.resize_mode": (
@@ -288,39 +295,46 @@ def _check_config(file: Path) -> None:
 
 
 def nearest(word: str, choices: Sequence[str], n: int = 3, cutoff: float = 0.3) -> str:
-    """The choices most like a word, for a message: at most n, of a likeness above cutoff (0 to 1)."""
+    """The choices nearest to a word, as a text.
+
+    Args:
+        word: the word.
+        choices: the valid words.
+        n: most choices to return.
+        cutoff: least similarity, from 0 to 1.
+    """
     return ", ".join(difflib.get_close_matches(word, choices, n, cutoff)) or "none"
 
 
 def shipped() -> list[str]:
-    """The open_clip models that plug-ins bring."""
+    """The names of the open_clip models in plug-ins."""
     return [path.parent.name for folder in plugins.folders() for path in folder.glob("*/open_clip_config.json")]
 
 
 def _check_architecture(oc: Any, model: str, pretrained: str | None) -> None:
     if "/" in model or model.startswith("local-dir:"):
-        raise FileNotFoundError(f"no open_clip_config.json in {model}: pass a folder that open_clip wrote, or an architecture")
+        raise FileNotFoundError(f"no open_clip_config.json in {model}: give a folder that open_clip wrote, or an architecture")
     if model not in oc.list_models():
-        brought = [*shipped(), *text_encoders()]
-        near = nearest(model, [*brought, *oc.list_models()])
-        raise ValueError(f"unknown open_clip model {model!r}; nearest: {near}; shipped: {', '.join(brought)}")
+        names = [*shipped(), *text_encoders()]
+        near = nearest(model, [*names, *oc.list_models()])
+        raise ValueError(f"unknown open_clip model {model!r}; nearest: {near}; shipped: {', '.join(names)}")
     if not pretrained:
         tags = oc.list_pretrained_tags_by_model(model)
         raise ValueError(
             f"open_clip model {model!r} needs weights: pretrained=TAG or a file; tags: {', '.join(tags) or 'none'}"
         )
-    looks_like_file = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained
-    if looks_like_file and not Path(pretrained).is_file():
-        raise FileNotFoundError(f"no file {pretrained}: put the weights of {model} there, or name a tag of open_clip")
+    is_file_name = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained
+    if is_file_name and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"no file {pretrained}: put the weights of {model} there, or give a tag of open_clip")
     tags = oc.list_pretrained_tags_by_model(model)
-    if not looks_like_file and pretrained not in tags:
+    if not is_file_name and pretrained not in tags:
         raise ValueError(
             f"open_clip model {model!r} has no tag {pretrained!r}; nearest: {nearest(pretrained, tags)}; or pass a file"
         )
 
 
 class quiet:
-    """Without what others log: open_clip says what it does to the root logger, at every load."""
+    """A context without logging: open_clip writes to the root logger at every load."""
 
     def __enter__(self) -> None:
         self.before = logging.root.manager.disable
@@ -330,18 +344,18 @@ class quiet:
         logging.disable(self.before)
 
 
-def _told(net: Any) -> Mapping[str, Any]:
+def _preprocess_cfg(net: Any) -> Mapping[str, Any]:
     return net.visual.preprocess_cfg
 
 
 def build(model_cfg: Mapping[str, Any]) -> nn.Module:
-    """An open_clip model of a custom configuration, with random weights but for a trunk that a plug-in brings by timm's name.
+    """An open_clip model of a custom configuration, with random weights; its trunk is pretrained if a plug-in has it.
 
     Args:
         model_cfg: open_clip's ``model_cfg``: embed_dim, vision_cfg, text_cfg.
 
     Raises:
-        ImportError: naming the package that carries the trunk's weights.
+        ImportError: the package with the trunk's weights is missing; the message names it.
     """
     import open_clip as oc
 
@@ -350,8 +364,8 @@ def build(model_cfg: Mapping[str, Any]) -> nn.Module:
         net: Any = oc.CLIP(**arguments)
     trunk = plugins.encoders().get(model_cfg["vision_cfg"].get("timm_model_name"))
     if trunk is not None:
-        carried, own = trunk.load()().state_dict(), net.visual.trunk.state_dict()
-        net.visual.trunk.load_state_dict({key: carried[key] for key in own})
+        weights, own = trunk.load()().state_dict(), net.visual.trunk.state_dict()
+        net.visual.trunk.load_state_dict({key: weights[key] for key in own})
     return net
 
 
@@ -362,17 +376,17 @@ def tokenizer(model_cfg: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
     return oc.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
 
 
-def preprocessing(told: Mapping[str, Any]) -> Preprocessing:
-    """From open_clip's ``preprocess_cfg``."""
-    size = told["size"]
+def preprocessing(config: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing of open_clip's ``preprocess_cfg``."""
+    size = config["size"]
     return Preprocessing(
-        (size, size) if isinstance(size, int) else tuple(size), told["mean"], told["std"], told["interpolation"],
-        told["resize_mode"], told.get("fill_color", 0),
+        (size, size) if isinstance(size, int) else tuple(size), config["mean"], config["std"], config["interpolation"],
+        config["resize_mode"], config.get("fill_color", 0),
     )  # fmt: skip
 
 
-def stored(tensors: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """Tensors as a file holds them: on the CPU, contiguous, floats as float16 where ``half``."""
+def for_file(tensors: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
+    """Tensors ready for a file: on the CPU, contiguous, floats as float16 if ``half``."""
     weights = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     return {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
 
@@ -380,24 +394,24 @@ def stored(tensors: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
 def save_open_clip(
     model: nn.Module, folder: str | Path, model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], half: bool = True
 ) -> Path:
-    """Write a folder that ``open_clip.create_model("local-dir:<folder>")`` takes; returns it."""
+    """Write a folder for ``open_clip.create_model("local-dir:<folder>")``, and return it."""
     folder = Path(folder)
-    files.write_tensors(folder / "open_clip_model.safetensors", stored(model.state_dict(), half))
-    told = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
-    files.write(folder / "open_clip_config.json", json.dumps(told, indent=2) + "\n")
+    files.write_tensors(folder / "open_clip_model.safetensors", for_file(model.state_dict(), half))
+    config = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
+    files.write(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
 
-class Remembered:
-    """A frozen function of pictures, (b, c, h, w) to (b, d), computed once for each picture: for training on top of it."""
+class Cached:
+    """A frozen function of pictures, (b, c, h, w) to (b, d), with a cache: each picture is computed once."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function, self.known = function, {}
+        self.function, self.features = function, {}
 
     def __call__(self, pictures: Tensor) -> Tensor:
         keys = [hash(picture.cpu().numpy().tobytes()) for picture in pictures]
-        new = [i for i, key in enumerate(keys) if key not in self.known]
+        new = [i for i, key in enumerate(keys) if key not in self.features]
         if new:
             with torch.no_grad():
-                self.known |= dict(zip((keys[i] for i in new), self.function(pictures[new])))
-        return torch.stack([self.known[key] for key in keys])
+                self.features |= dict(zip((keys[i] for i in new), self.function(pictures[new])))
+        return torch.stack([self.features[key] for key in keys])

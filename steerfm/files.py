@@ -1,7 +1,7 @@
-"""Files that are whole or not there, folders that one process writes, and what a file holds.
+"""Atomic writes, locks of folders, and digests of files.
 
-A kill, a full disk or a second process may come at any moment: a file is written beside its place, flushed to disk and
-renamed, so a reader sees the old one or the new one, never a part.
+A kill, a full disk or a second process can interrupt at any moment. So a file is written to a temporary name, flushed to disk
+and renamed: a reader sees the old file or the new one, never a part.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 HERE = re.sub(r"\W", "-", platform.node())[:32] or "here"
-"""This machine, in the names of temporary files: of a folder that several of them write."""
+"""The name of this machine in temporary files, for folders that several machines write to."""
 _CLAIMS: dict[Path, int] = {}
-"""Folders that this process writes, each with the descriptor that holds its lock."""
+"""Folders that this process has locked, each with the descriptor of its lock."""
 LIST = ".files"
-"""In a run folder: the files that its runs wrote, a line each, so that nobody else's are deleted with them."""
-_LISTED: dict[Path, set[str]] = {}
-"""Folders of which this process keeps such a list, with the lines that are in it."""
-UNLISTED = [
+"""A file in a run folder that lists the files of its runs, one per line, so that `clear` deletes no other files."""
+_LISTS: dict[Path, set[str]] = {}
+"""Folders for which this process writes such a list, with its lines."""
+PATTERNS = [
     f"{stage}{name}" for stage in ("", "tune/", "distil/")
     for name in (
         "metrics.jsonl", "checkpoints/*.ckpt", "tensorboard/events.out.tfevents.*", "tensorboard/hparams.yaml",
         "wandb/**/*", "wandb-id",
     )
 ] + ["parts/*-[0-9]*.safetensors", "result.json", "inputs.json", "config.yaml"]  # fmt: skip
-"""Files of a run that are appended to or renamed, and those of a run without a list, of an earlier version. The last ones make
-it that run: they go last."""
+"""Files of a run that are appended to or renamed, and files of an earlier version, which wrote no list. The last ones identify
+the run, so they are deleted last."""
 
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write; at the end it takes its place at ``path``, after an error it is gone.
+    """A context with a temporary file to write. At the end it is renamed to ``path``; after an error it is deleted.
 
     Args:
-        path: of the file; its folder is made if missing, an earlier file is replaced.
+        path: of the file; its folder is created if missing, an existing file is replaced.
 
     Raises:
-        OSError: naming ``path``: no room, no permission, a name that is too long.
+        OSError: the disk is full, permission is missing, or the name is too long; it names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def write(path: str | Path, content: bytes | str | Iterable[bytes]) -> Path:
-    """Write bytes, parts of them, or a text (UTF-8), whole or not at all."""
+    """Write bytes, parts of bytes, or a text (UTF-8), in one atomic step."""
     if isinstance(content, str):
         content = content.encode()
     with whole(path) as temporary, temporary.open("wb") as file:
@@ -75,34 +75,39 @@ def write(path: str | Path, content: bytes | str | Iterable[bytes]) -> Path:
     return Path(path)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> Path:
-    """Write contiguous tensors that share no memory (safetensors), whole or not at all.
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write contiguous tensors that share no memory (safetensors), in one atomic step.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: texts by name, for the header.
 
     Raises:
-        OSError: no room.
+        OSError: the disk is full.
     """
     with whole(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, None if told is None else dict(told))
+            save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from None
     return Path(path)
 
 
 def drop_cut_line(path: str | Path) -> None:
-    """Drop the last line of a file where a kill cut it."""
+    """Remove the last line of a file if it is incomplete, after a kill."""
     path = Path(path)
     if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         write(path, content[: content.rfind(b"\n") + 1])
 
 
 def claim(folder: str | Path) -> None:
-    """Make this process the only one that writes to a folder, until `release` or its end; a killed one leaves no lock.
+    """Lock a folder for this process, until `release` or its end; a killed process leaves no lock.
 
-    Of several ranks of one run, the first claims. Where the file system has no locks, nothing is claimed.
+    Of several ranks of one run, only the first takes the lock. Without locks in the file system this does nothing.
 
     Raises:
-        ValueError: another process writes it.
+        ValueError: another process holds the lock.
     """
     try:
         import fcntl
@@ -113,31 +118,31 @@ def claim(folder: str | Path) -> None:
         return
     try:
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:  # a folder that cannot be written: the first write says so
+    except OSError:  # the folder is not writable: the first write will raise the error
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise ValueError(f"{folder} is being written by another process: wait for it, or choose another out=") from None
+        raise ValueError(f"{folder} is in use by another process: wait for it, or choose another out=") from None
     except OSError:
         os.close(lock)
         return
     _CLAIMS[folder] = lock
-    for left in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+    for file in folder.rglob(".*.tmp"):  # left by a killed process
+        file.unlink(missing_ok=True)
 
 
 class Claims:
-    """Pieces of work of a folder that several processes share: what one of them claims is nobody else's until it is done with
-    it or has ended, on whatever machine.
+    """Locks for pieces of work that several processes share, on one or more machines. A process holds a piece until it
+    releases it or ends.
 
-    A piece is a byte of one lock file. Locks of bytes (POSIX) reach from machine to machine on NFS, Lustre and GPFS, where
-    those of whole files often do not, and the system takes them from a process that ends, so none is ever stale. Where the
-    file system has no locks, every piece is free to everybody.
+    A piece is one byte of a lock file. Byte locks (POSIX) work between machines on NFS, Lustre and GPFS, where whole-file
+    locks often do not. The system releases them when a process ends, so none is ever stale. Without locks in the file system
+    every piece is free for every process.
 
     Args:
-        folder: that all processes see; made if missing.
+        folder: a folder that all processes see; created if missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -146,7 +151,7 @@ class Claims:
 
     def __enter__(self) -> Claims:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # a folder that cannot be written: the first write says so
+        with suppress(OSError):  # the folder is not writable: the first write will raise the error
             self.lock = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         return self
 
@@ -156,10 +161,11 @@ class Claims:
 
     @contextmanager
     def of(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Inside, whether the piece of this name is this process's.
+        """A context that tries to lock a piece; its value says whether this process holds it.
 
         Args:
-            wait: until it is.
+            name: of the piece.
+            wait: until the lock is free.
         """
         try:
             import fcntl
@@ -182,29 +188,29 @@ class Claims:
 
 
 def sweep(folder: str | Path) -> None:
-    """Delete the temporary files in a folder that others may write of those processes of this machine that have ended."""
-    if os.name != "posix":  # elsewhere a process cannot be asked for without ending it
+    """Delete temporary files of ended processes of this machine, in a folder that other processes may write to."""
+    if os.name != "posix":  # on other systems os.kill would end the process
         return
-    for left in Path(folder).rglob(f".*.{HERE}.*.tmp"):
-        number = left.suffixes[-2][1:]
+    for file in Path(folder).rglob(f".*.{HERE}.*.tmp"):
+        number = file.suffixes[-2][1:]
         try:
             os.kill(int(number), 0)
         except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (OSError, ValueError):  # somebody else's, or no number
+            file.unlink(missing_ok=True)
+        except (OSError, ValueError):  # another user's process, or not a number
             continue
 
 
 def keep_list(folder: str | Path) -> None:
-    """List from now on the files that this process writes into a folder."""
+    """Start to list the files that this process writes into a folder."""
     folder = Path(folder).resolve()
     file = folder / LIST
-    _LISTED[folder] = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
+    _LISTS[folder] = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
 
 
 def _list(path: Path) -> None:
-    """Put a file that is about to appear on the list of its folder."""
-    for folder, lines in _LISTED.items():
+    """Add a file to the list of its folder."""
+    for folder, lines in _LISTS.items():
         if (where := path.resolve()).is_relative_to(folder):
             line = json.dumps(where.relative_to(folder).as_posix())
             if line not in lines:
@@ -213,49 +219,49 @@ def _list(path: Path) -> None:
                     file.write(f"{line}\n")
 
 
-def listed(folder: str | Path) -> list[Path]:
-    """The files of a folder that its runs wrote, in the order in which to delete them; nothing outside it."""
+def run_files(folder: str | Path) -> list[Path]:
+    """The files that runs wrote into a folder, in the order of deletion; never files outside it."""
     folder = Path(folder).resolve()
     file = folder / LIST
     names = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with suppress(ValueError):  # a line that a kill cut
+        with suppress(ValueError):  # an incomplete line, after a kill
             names.append(str(json.loads(line)))
-    last = [path for pattern in UNLISTED for path in sorted(folder.glob(pattern))]
+    last = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
     paths = [path for name in sorted(names) if (path := folder / name) not in last] + last
     return [path for path in paths if (path.is_file() or path.is_symlink()) and path.parent.resolve().is_relative_to(folder)]
 
 
 def clear(folder: str | Path) -> None:
-    """Delete what its runs wrote into a folder, and the folders in it that this leaves empty: nobody else's files."""
+    """Delete the files that runs wrote into a folder, and subfolders that become empty. Other files stay."""
     folder = Path(folder).resolve()
-    paths = listed(folder)
+    paths = run_files(folder)
     for path in paths:
         path.unlink(missing_ok=True)
-    emptied = {parent for path in paths for parent in path.parents if folder in parent.parents}
-    emptied |= {inner for outer in emptied for inner in outer.rglob("*") if inner.is_dir()}  # wandb makes some ahead
-    for inner in sorted(emptied, key=lambda inner: len(inner.parts), reverse=True):
-        with suppress(OSError):  # somebody else's files are in it
+    folders = {parent for path in paths for parent in path.parents if folder in parent.parents}
+    folders |= {inner for outer in folders for inner in outer.rglob("*") if inner.is_dir()}  # wandb creates some in advance
+    for inner in sorted(folders, key=lambda inner: len(inner.parts), reverse=True):
+        with suppress(OSError):  # it holds other files
             inner.rmdir()
     (folder / LIST).unlink(missing_ok=True)
     keep_list(folder)
 
 
-def claimed() -> list[Path]:
-    """Folders that this process claimed, as seen from where it runs."""
+def claimed_folders() -> list[Path]:
+    """The folders that this process has locked, relative to the working directory."""
     here = Path.cwd()
     return [path.relative_to(here) if path.is_relative_to(here) else path for path in _CLAIMS]
 
 
 def release() -> None:
-    """Give up all folders that this process claimed."""
-    _LISTED.clear()
+    """Release all folders that this process has locked."""
+    _LISTS.clear()
     while _CLAIMS:
         os.close(_CLAIMS.popitem()[1])
 
 
 def digest(path: str | Path) -> str:
-    """What a file holds, as SHA-256; read once while it stays as it is."""
+    """SHA-256 of a file's content; cached while the file does not change."""
     stat = os.stat(path)
     return _digest(os.path.abspath(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
@@ -267,11 +273,11 @@ def _digest(path: str, *_: int) -> str:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Where data are kept: ``root``, else $STEERFM_DATA, else ~/.cache/steerfm."""
+    """The folder of data sets: ``root``, else $STEERFM_DATA, else ~/.cache/steerfm."""
     return Path(root or os.environ.get("STEERFM_DATA") or Path.home() / ".cache" / "steerfm")
 
 
 def where_set(root: str | Path | None = None) -> str:
-    """What an error about missing data says of $STEERFM_DATA, where it decides."""
+    """A remark about $STEERFM_DATA for errors about missing data; "" if it is not set or not used."""
     own = os.environ.get("STEERFM_DATA")
-    return f" (STEERFM_DATA={own} is set: no other folder is looked in)" if own and not root else ""
+    return f" (STEERFM_DATA={own} is set: no other folder is searched)" if own and not root else ""

@@ -1,11 +1,11 @@
-"""The Reward contract: what a person writes, and everything the library does around it.
+"""The Reward contract: the hook that users write, and everything that the library does around it.
 
 >>> def red(images):                             # a plain function is a reward: (b, c, h, w) in [0, 1] -> (b,)
 ...     return images[:, 0].mean((1, 2))
 >>> rw = 1.0 * steerfm.reward(red) + 0.2 * steerfm.reward("sharpness")
 >>> rw(images)                                   # checked, micro-batched, counted; (b,) float32, higher is better
 
-Rewards are found by entry point (group ``steerfm.rewards``), by ``pkg.mod:Name`` or by ``path/to/file.py:name``.
+Rewards can be named by entry point (group ``steerfm.rewards``), by ``pkg.mod:Name`` or by ``path/to/file.py:name``.
 """
 
 from __future__ import annotations
@@ -31,27 +31,29 @@ from steerfm.scores import MODEL, PICTURES, Prompts, RewardError, Scores, as_num
 
 
 class Reward(nn.Module):
-    """A scalar per picture, higher is better. Subclasses set the class facts and write `score`.
+    """A scalar per picture, higher is better. Subclasses set the class attributes and implement `score`.
 
-    Class facts:
-        name: for logs and errors. unit: of the value, e.g. "log-probability". range: (lowest, highest) possible value.
-        differentiable: whether gradients reach the pictures; a black box says False.
-        needs: of {"labels", "prompts"}, what `score` cannot work without.
+    Attributes:
+        name: for logs and errors.
+        unit: of the value, e.g. "log-probability".
+        range: (lowest, highest) possible value.
+        differentiable: whether gradients reach the pictures; False for a black box.
+        needs: required inputs of `score`, a subset of {"labels", "prompts"}.
         batch_size: pictures per call of `score`; None for all at once.
-        groupwise: whether a value depends on the other pictures of a group (the particles of an output): `score` then sees all
-            pictures at once and takes ``groups`` (b,), the number of each one's group, or None for one group.
-        space: what it reads: "pictures" (or the vectors of a map of vectors), "video" (b, c, f, h, w), or "model": samples as
-            the model has them, of any shape, for which nothing is decoded.
-        packages: modules that must be installed before the first call, beside those that steerfm needs.
-        elsewhere: whether the numbers come from another machine: it then writes `send` in place of `score`, and a run goes on
-            with its network while it waits.
-        one_process: whether of several processes (`steerfm.distributed`) only the first makes it, for all; in a configuration
-            ``one_process=true``: a network too large to copy, or a server that only one can reach.
-        truth: picture (c, h, w) in [0, 1] that was measured, where it is known: `steerfm steer` says how near samples come.
+        groupwise: whether a value depends on the other pictures of a group (the particles of an output). `score` then receives
+            all pictures at once and takes ``groups`` (b,), the group number of each picture, or None for one group.
+        space: input of `score`: "pictures" (or the vectors of a map of vectors), "video" (b, c, f, h, w), or "model": samples
+            in the model's space, of any shape, without decoding.
+        packages: modules that must be installed before the first call, in addition to those of steerfm.
+        elsewhere: whether another machine computes the values. Such a reward implements `send` in place of `score`, and the
+            network works on while the run waits for the values.
+        one_process: whether only the first of several processes (`steerfm.distributed`) computes it, for all; in a
+            configuration ``one_process=true``. For a network too large to copy, or a server that only one process can reach.
+        truth: (c, h, w) in [0, 1], the true picture behind a measurement, if known; `steerfm steer` reports the distance to it.
 
-    Facts that depend on the arguments are set on the instance. A reward stays in evaluation mode, whatever is trained.
-    What `score` is given is lent: it gets copies of its own, and what it does to torch's defaults or to a global random state
-    is undone, so that it may write where it likes. It draws the same at every call, unless from a generator of its own.
+    Attributes that depend on the arguments are set on the instance. A reward always stays in evaluation mode. `score` gets
+    copies of its inputs, and its changes to torch's defaults and to global random states are undone, so it may write to all of
+    them. It draws the same random numbers in every call, unless it has its own generator.
     """
 
     name: str = ""
@@ -66,45 +68,54 @@ class Reward(nn.Module):
     space: str = PICTURES
     packages: ClassVar[tuple[str, ...]] = ()
     truth: Tensor | None = None
-    _fits: int | None = None  # pictures a call, where memory did not hold more
+    _fits: int | None = None  # pictures per call that fit in memory
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "name" not in cls.__dict__:
             cls.name = cls.__name__.lower()
 
-    def __init__(self) -> None:  # nn.Module's own takes anything, so that a misspelt argument would pass the check
+    def __init__(self) -> None:  # that of nn.Module accepts anything, and a misspelt argument would pass the check
         super().__init__()
 
     def train(self, mode: bool = True) -> Reward:
-        return super().train(False)  # a reward inside a training module must not get dropout or batch statistics back
+        return super().train(False)  # also inside a module in training mode
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
-        """The hook that authors write: images (b, c, h, w) in [0, 1] or vectors (b, d), float32 or float64, to (b,)."""
+        """The hook to implement.
+
+        Args:
+            images: (b, c, h, w) in [0, 1], or vectors (b, d); float32 or float64.
+            prompts: b texts, or None.
+            labels: (b,) class indices, or None.
+
+        Returns:
+            Values (b,).
+        """
         if self.elsewhere:
             return self.send(images, prompts, labels)()
         raise NotImplementedError(f"reward {self.name!r} does not define score(images)")
 
     def send(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Callable[[], Tensor]:
-        """The hook of a reward that is ``elsewhere``: as `score`, but it only begins, and returns what waits for the (b,)."""
+        """The hook of a reward that is ``elsewhere``: start to `score`, and return a function that waits for the values."""
         raise NotImplementedError(f"reward {self.name!r} is elsewhere and does not define send(images)")
 
     def late_networks(self) -> Sequence[nn.Module | str]:
-        """Networks that it scores with and that are no attribute of it, loaded by this call; of one that runs elsewhere, where
-        and which. A judge that has one of them is not held out (`steerfm.held_out`)."""
+        """Networks of the reward that are not its attributes; this call loads them. A network that runs elsewhere is a text with
+        its place and name. A judge with one of them is not held out (`steerfm.held_out`)."""
         return ()
 
     def __call__(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """Checked value, (b,) float32 on the device of the images.
 
         Args:
-            images: what its ``space`` says: (b, c, h, w) in [0, 1], or (b, d) for maps of vectors; video; or states.
-            prompts: one string per row, where the reward reads prompts.
-            labels: (b,) class indices, where the reward reads labels.
+            images: depends on ``space``: (b, c, h, w) in [0, 1], or (b, d) for maps of vectors; video; or states.
+            prompts: one string per row, if the reward reads prompts.
+            labels: (b,) class indices, if the reward reads labels.
 
         Raises:
-            RewardError: images out of shape or range; a missing need; an exception, with its file and line; a result that is
-                not (b,) finite numbers.
+            RewardError: images of wrong shape or range; a missing input; an exception, with its file and line; a result that
+                is not (b,) finite numbers.
         """
         return self.evaluate(images, prompts, labels).total
 
@@ -116,15 +127,15 @@ class Reward(nn.Module):
         groups: Tensor | None = None,
         latents: Tensor | None = None,
     ) -> Scores:
-        """As calling the reward, with the raw value of every component beside the total.
+        """As a call of the reward, but with the raw value of every component as well.
 
         Args:
             images: as for a call.
             prompts: as for a call.
             labels: as for a call.
             groups: see ``groupwise``.
-            latents: (b, ...) the same samples in the model's space: read in place of images by rewards of that space, and
-                needed beside images by sums of both.
+            latents: (b, ...) the same samples in the model's space. Rewards of that space read them in place of images; sums
+                of both kinds need both.
         """
         return self.promise(images, prompts, labels, groups, latents)()
 
@@ -136,7 +147,9 @@ class Reward(nn.Module):
         groups: Tensor | None = None,
         latents: Tensor | None = None,
     ) -> Callable[[], Scores]:
-        """Begin what `evaluate` does, and return what waits for it: for rewards that are ``elsewhere``; others are done now."""
+        """Start `evaluate`, and return a function that waits for the result. Only rewards that are ``elsewhere`` run on; others
+        finish here.
+        """
         if self.space == MODEL and latents is not None:
             images = latents
         self._check_input(images, latents, prompts, labels)
@@ -146,20 +159,20 @@ class Reward(nn.Module):
         with torch.set_grad_enabled(graph):
             wait = self.begin(images, prompts, labels, groups, latents)
 
-        def waited() -> Scores:
+        def finish() -> Scores:
             with torch.set_grad_enabled(graph):
                 scores = wait()
             count_backward("reward_backwards", len(images), scores.total)
             return scores
 
         if self.elsewhere:
-            return waited
-        scores = waited()
+            return finish
+        scores = finish()
         return lambda: scores
 
     @property
     def spaces(self) -> frozenset[str]:
-        """All that it reads: its space, for a sum those of its terms."""
+        """The space that it reads; for a sum the spaces of all its terms."""
         return frozenset({self.space})
 
     def raw_scores(
@@ -171,63 +184,71 @@ class Reward(nn.Module):
         size, begin, parts = min(size, self._fits or size), 0, []
         while begin < len(images):
             rows = slice(begin, begin + size)
-            given = [None if context is None else context[rows] for context in (prompts, labels, groups)]
+            contexts = [None if context is None else context[rows] for context in (prompts, labels, groups)]
             try:
-                parts.append(self._lent(images[rows], *given, begin))  # type: ignore[arg-type]
+                parts.append(self._score_part(images[rows], *contexts, begin))  # type: ignore[arg-type]
             except torch.OutOfMemoryError:
                 if self.groupwise or size == 1:
                     raise
                 self._fits = size = -(-min(size, len(images)) // 2)
-                warnings.warn(f"out of memory: reward {self.name!r} goes on with {size} pictures a call", stacklevel=2)
+                warnings.warn(f"out of memory: reward {self.name!r} continues with {size} pictures per call", stacklevel=2)
                 continue
             begin += size
-        return self._joined(parts, images)
+        return self._join(parts, images)
 
     def begin(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
     ) -> Callable[[], Scores]:
-        """Begin `raw_scores`, and return what waits for them."""
+        """Start `raw_scores`, and return a function that waits for them."""
         if not self.elsewhere:
             scores = self.raw_scores(images, prompts, labels, groups, latents)
             return lambda: scores
         images, size = self._own(images, latents)
         waits = []
         for rows in cuts(len(images), size):
-            given = [None if context is None else context[rows] for context in (prompts, labels, groups)]
-            waits.append(self._sent(images[rows], *given, rows.start))  # type: ignore[arg-type]
-        return lambda: self._joined([wait() for wait in waits], images)
+            contexts = [None if context is None else context[rows] for context in (prompts, labels, groups)]
+            waits.append(self._send_part(images[rows], *contexts, rows.start))  # type: ignore[arg-type]
+        return lambda: self._join([wait() for wait in waits], images)
 
     def _own(self, images: Tensor, latents: Tensor | None) -> tuple[Tensor, int]:
-        """What it reads, and how many of them at a time."""
+        """The input that it reads, and its rows per call."""
         images = images if self.space != MODEL or latents is None else latents
         return images, max(1, len(images)) if self.groupwise or not self.batch_size else self.batch_size
 
-    def _joined(self, parts: Sequence[Tensor], images: Tensor) -> Scores:
+    def _join(self, parts: Sequence[Tensor], images: Tensor) -> Scores:
         total = torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.float32, device=images.device)
         return Scores(total, {self.name: total.detach()})
 
-    def _lent(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, begin: int) -> Tensor:
-        """Checked values of the pictures from ``begin`` on."""
-        value = self._guarded(self._given(self.score, images, prompts, labels, groups), images, begin)
+    def _score_part(self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, begin: int) -> Tensor:
+        """Values of some pictures, checked.
+
+        Args:
+            images: as in `score`.
+            prompts: as in `score`.
+            labels: as in `score`.
+            groups: as in `evaluate`.
+            begin: number of the first picture, for errors.
+        """
+        value = self._call(self._bind(self.score, images, prompts, labels, groups), images, begin)
         return self._check_output(value, images, begin)
 
-    def _sent(
+    def _send_part(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, begin: int
     ) -> Callable[[], Tensor]:
-        """As `_lent`, of a reward that is elsewhere: what waits for the values."""
-        wait = self._guarded(self._given(self.send, images, prompts, labels, groups), images, begin)
-        return lambda: self._check_output(self._guarded(wait, images, begin), images, begin)
+        """As `_score_part`, for a reward that is elsewhere: returns a function that waits for the values."""
+        wait = self._call(self._bind(self.send, images, prompts, labels, groups), images, begin)
+        return lambda: self._check_output(self._call(wait, images, begin), images, begin)
 
-    def _given(
+    def _bind(
         self, hook: Callable[..., Any], images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None
     ) -> Callable[[], Any]:
-        """A hook of its author's, with its arguments: copies."""
+        """A hook of the user, bound to copies of its arguments."""
         context = {"groups": None if groups is None else groups.clone()} if self.groupwise else {}
         texts, classes = None if prompts is None else list(prompts), None if labels is None else labels.clone()
         return partial(hook, images.clone(), prompts=texts, labels=classes, **context)
 
-    def _guarded(self, call: Callable[[], Any], images: Tensor, begin: int) -> Any:
-        """What its author's code returns for the pictures from ``begin`` on; what it raises names the reward."""
+    def _call(self, call: Callable[[], Any], images: Tensor, begin: int) -> Any:
+        """Call the user's code; an exception becomes a `RewardError` that names the reward and the picture."""
         try:
             with untouched():
                 return call()
@@ -242,18 +263,18 @@ class Reward(nn.Module):
             raise RewardError(self._failure(error, images)) from error
 
     def _failure(self, error: Exception, images: Tensor) -> str:
-        """What went wrong in `score`, and where: in one line."""
+        """One line with the error in `score` and its place."""
         frames, file = traceback.extract_tb(error.__traceback__), self._file()
         frame = ([frame for frame in frames if frame.filename == file] or frames)[-1]
         text = textwrap.shorten(" ".join(str(error).split()), 300, placeholder=" ...")
-        fix = "; without a gradient, say so: differentiable = False" if images.requires_grad and "grad" in text else ""
+        fix = "; if it has no gradient, set differentiable = False" if images.requires_grad and "grad" in text else ""
         return (
             f"reward {self.name!r} failed for images of shape {tuple(images.shape)}: {type(error).__name__}: {text} "
             f"({frame.filename}, line {frame.lineno}){fix}"
         )
 
     def _file(self) -> str | None:
-        """The file of the code that its author wrote."""
+        """The file of the user's code."""
         return (type(self).send if self.elsewhere else type(self).score).__code__.co_filename
 
     def _check_input(self, images: Any, latents: Any, prompts: Prompts, labels: Tensor | None) -> None:
@@ -263,11 +284,11 @@ class Reward(nn.Module):
                 fix = "evaluate(images, latents=states) takes both"
                 raise RewardError(f"reward {self.name!r} reads {self.space} and the model's space: {fix}")
             check_samples(self.name, MODEL, latents)
-        for need, given in (("labels", labels), ("prompts", prompts)):
-            if need in self.needs and given is None:
+        for need, value in (("labels", labels), ("prompts", prompts)):
+            if need in self.needs and value is None:
                 raise RewardError(f"reward {self.name!r} needs {need}: condition the model, or pass {need}=")
-            if given is not None and len(given) != len(images):
-                raise RewardError(f"reward {self.name!r} got {len(given)} {need} for {len(images)} images")
+            if value is not None and len(value) != len(images):
+                raise RewardError(f"reward {self.name!r} got {len(value)} {need} for {len(images)} images")
 
     def _check_output(self, value: Any, images: Tensor, begin: int) -> Tensor:
         if isinstance(value, list | tuple | np.ndarray):
@@ -282,23 +303,25 @@ class Reward(nn.Module):
                 f"reward {self.name!r} returned shape {tuple(value.shape)} for {len(images)} images: "
                 f"return one value per image, shape ({len(images)},)"
             )
-        value = value.to(images.device, torch.float32, copy=True)  # its author may use the memory again
+        value = value.to(images.device, torch.float32, copy=True)  # the user's code may reuse the memory
         check_finite(value, f"reward {self.name!r} returned", begin)
         return value
 
     def take_facts(self, members: Sequence[Reward]) -> None:
-        """Set the facts of a reward that is made of others: what holds for one of them holds for it.
+        """Set the attributes of a reward that consists of others.
 
         Raises:
-            RewardError: members that read what cannot be had together.
+            RewardError: the members read spaces that cannot be combined.
         """
         spaces = frozenset().union(*(member.spaces for member in members))
-        seen = sorted(spaces - {MODEL})
-        if len(seen) > 1:
-            raise RewardError(f"rewards of {' and of '.join(seen)} in one: put reward=frames around those of pictures")
-        self.space = seen[0] if seen else MODEL if spaces else PICTURES
+        readable = sorted(spaces - {MODEL})
+        if len(readable) > 1:
+            raise RewardError(
+                f"rewards of {' and of '.join(readable)} cannot be combined: put reward=frames around those of pictures"
+            )
+        self.space = readable[0] if readable else MODEL if spaces else PICTURES
         if self.spaces != spaces and members:
-            raise RewardError(f"rewards of {seen[0]} and of the model's space in one: add them up, only a sum takes both")
+            raise RewardError(f"rewards of {readable[0]} and of the model's space cannot be combined here: use a sum, a + b")
         self.differentiable = all(member.differentiable for member in members)
         self.needs = frozenset().union(*(member.needs for member in members))
         self.groupwise = any(member.groupwise for member in members)
@@ -306,7 +329,7 @@ class Reward(nn.Module):
         self.truth = next((member.truth for member in members if member.truth is not None), None)
         self.batch_size = min((member.batch_size for member in members if member.batch_size), default=None)
 
-    def __repr__(self) -> str:  # not what it is made of, as nn.Module does
+    def __repr__(self) -> str:  # nn.Module would print all submodules
         reads = "" if self.space == PICTURES else f"reads {self.space}" if self.space != MODEL else "reads the model's space"
         facts = [
             self.unit,
@@ -314,8 +337,8 @@ class Reward(nn.Module):
             "" if self.differentiable else "a black box",
             *(f"needs {need}" for need in sorted(self.needs)),
         ]
-        told = ", ".join(fact for fact in facts if fact)
-        return f"<{type(self).__name__} {self.name!r}{': ' if told else ''}{told}>"
+        text = ", ".join(fact for fact in facts if fact)
+        return f"<{type(self).__name__} {self.name!r}{': ' if text else ''}{text}>"
 
     # --- composition ---------------------------------------------------------------------------------------------
     def __add__(self, other: Reward | Callable[..., Any]) -> WeightedSum:
@@ -336,10 +359,10 @@ class Reward(nn.Module):
 class WeightedSum(Reward):
     """sum_i weight_i reward_i; keeps every component's raw value. Written ``1.0 * a + 0.2 * b``.
 
-    Differentiable if every term is: part of a gradient is not the gradient. A call counts once, not once per term.
+    It is differentiable only if every term is. A call counts as one reward call, not one per term.
 
     Args:
-        terms: (weight, reward) pairs. Components of equal names are numbered; the first known truth is the sum's.
+        terms: (weight, reward) pairs. Components with equal names are numbered; ``truth`` is that of the first term with one.
     """
 
     def __init__(self, terms: Iterable[tuple[float, Reward]]) -> None:
@@ -370,23 +393,33 @@ class WeightedSum(Reward):
     def begin(
         self, images: Tensor, prompts: Prompts, labels: Tensor | None, groups: Tensor | None, latents: Tensor | None = None
     ) -> Callable[[], Scores]:
-        """See `Reward.begin`: what is elsewhere begins first, and is waited for last."""
-        given = (images, prompts, labels, groups, latents)
-        sent = {number: reward.begin(*given) for number, (_, reward) in enumerate(self.terms) if reward.elsewhere}
-        made = {number: reward.raw_scores(*given) for number, (_, reward) in enumerate(self.terms) if not reward.elsewhere}
-        if not sent:
-            scores = self._added(made, images, latents)
+        """See `Reward.begin`: terms that are elsewhere start first and are awaited last."""
+        inputs = (images, prompts, labels, groups, latents)
+        waits = {number: reward.begin(*inputs) for number, (_, reward) in enumerate(self.terms) if reward.elsewhere}
+        scores_here = {
+            number: reward.raw_scores(*inputs) for number, (_, reward) in enumerate(self.terms) if not reward.elsewhere
+        }
+        if not waits:
+            scores = self._add_up(scores_here, images, latents)
             return lambda: scores
-        return lambda: self._added(made | {number: wait() for number, wait in sent.items()}, images, latents)
+        return lambda: self._add_up(scores_here | {number: wait() for number, wait in waits.items()}, images, latents)
 
-    def _added(self, parts: Mapping[int, Scores], images: Tensor, latents: Tensor | None) -> Scores:
-        """The sum of the scores of all terms, by their numbers."""
+    def _add_up(self, parts: Mapping[int, Scores], images: Tensor, latents: Tensor | None) -> Scores:
+        """The weighted sum of the scores of all terms.
+
+        Args:
+            parts: the scores of each term, by its number.
+            images: as in `evaluate`.
+            latents: as in `evaluate`.
+        """
         total, components = torch.zeros(len(images), dtype=torch.float32, device=images.device), {}
         for number, (weight, reward) in enumerate(self.terms):
             scores = parts[number]
-            seen = images if reward.space != MODEL or latents is None else latents
-            if seen.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
-                raise RewardError(f"reward {reward.name!r} has no gradient, a term of a sum: set its differentiable = False")
+            source = images if reward.space != MODEL or latents is None else latents
+            if source.requires_grad and torch.is_grad_enabled() and not scores.total.requires_grad:
+                raise RewardError(
+                    f"reward {reward.name!r} has no gradient, but is a term of a sum: set its differentiable = False"
+                )
             total = total + weight * scores.total
             for name, value in scores.components.items():
                 copy = 2
@@ -399,12 +432,13 @@ class WeightedSum(Reward):
 
 
 class FunctionReward(Reward):
-    """A plain function f(images) -> (b,) as a reward; ``prompts`` and ``labels`` are passed if the function names them,
-    and needed if it gives them no default.
+    """A plain function f(images) -> (b,) as a reward.
+
+    It gets ``prompts`` and ``labels`` if it has such parameters; they are required if these have no default.
 
     Args:
-        function: may carry the attributes ``name``, ``differentiable``, ``batch_size``, ``space`` of its own.
-        arguments: bound to the function.
+        function: the function; its attributes ``name``, ``differentiable``, ``batch_size`` and ``space`` are used if present.
+        arguments: further arguments of the function.
     """
 
     def __init__(self, function: Callable[..., Any], **arguments: Any) -> None:
@@ -417,12 +451,12 @@ class FunctionReward(Reward):
         self.batch_size = getattr(function, "batch_size", None)
         self.space = getattr(function, "space", PICTURES)
         self.function = partial(function, **arguments)
-        self.passed = tuple(context)
+        self.context_names = tuple(context)
         self.needs = frozenset(key for key, parameter in context.items() if parameter.default is parameter.empty)
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         context = {"prompts": prompts, "labels": labels}
-        return self.function(images, **{key: context[key] for key in self.passed})
+        return self.function(images, **{key: context[key] for key in self.context_names})
 
     def _file(self) -> str | None:
         function = inspect.unwrap(self.function.func)
@@ -431,20 +465,22 @@ class FunctionReward(Reward):
 
 
 def _wide(samples: Tensor) -> Tensor:
-    """In float32 or more: half precision is too coarse for sums."""
+    """The samples in float32 or wider: half precision is too coarse for sums."""
     return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
 
 def _after_images(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a function after the one that takes the images."""
+    """The parameters of a function after the first one, which takes the images."""
     name = getattr(function, "__name__", type(function).__name__)
     try:
         parameters = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        raise RewardError(f"{name!r} does not say which arguments it takes: wrap it, def reward(images): ...") from None
+        raise RewardError(f"{name!r} has no readable signature: wrap it, def reward(images): ...") from None
     first = next(iter(parameters.values()), None)
     if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
-        raise RewardError(f"{name!r} is not a function of pictures: its first argument must take them, def {name}(images)")
+        raise RewardError(
+            f"{name!r} is not a function of pictures: its first argument must take the pictures, def {name}(images)"
+        )
     return dict(list(parameters.items())[1:])
 
 
@@ -452,15 +488,15 @@ def _terms(reward: Reward) -> list[tuple[float, Reward]]:
     return reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]
 
 
-# --- finding rewards -------------------------------------------------------------------------------------------------
+# --- rewards by name -------------------------------------------------------------------------------------------------
 GROUP = "steerfm.rewards"
 
 
 def as_reward(reward: Any) -> Reward:
-    """A Reward from a Reward or a plain function.
+    """Turn a plain function into a Reward; a Reward stays as it is.
 
     Raises:
-        RewardError: anything else.
+        RewardError: it is neither.
     """
     if isinstance(reward, Reward):
         return reward
@@ -472,15 +508,15 @@ def as_reward(reward: Any) -> Reward:
 
 
 def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
-    """Find and build a reward.
+    """Build a reward from a name, a function or a class.
 
     Args:
         spec: the name of an installed plug-in, ``pkg.mod:Name``, ``path/to/file.py:name``, a function, a Reward or its class.
-        arguments: of the reward's class or function; ``offload=True`` moves its network to the CPU between calls, and with
-            ``one_process=True`` only the first of several processes makes it.
+        arguments: of the reward's class or function. ``offload=True`` moves its network to the CPU between calls; with
+            ``one_process=True`` only the first of several processes computes it.
 
     Raises:
-        RewardError: unknown name or argument (with the nearest valid one), or a file that cannot be imported.
+        RewardError: an unknown name or argument (the message suggests the nearest one), or a file that cannot be imported.
     """
     target = find(spec) if isinstance(spec, str) else spec
     if isinstance(target, Reward):
@@ -489,56 +525,58 @@ def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
         return target
     if "one_process" in arguments and "one_process" not in inspect.signature(target).parameters:
         if not isinstance(one := arguments.pop("one_process"), bool):
-            raise RewardError(f"reward {spec!r}: one_process={one!r}: true or false")
-        made = reward(spec, **arguments)
-        made.one_process = one
-        return made
+            raise RewardError(f"reward {spec!r}: one_process={one!r}: give true or false")
+        built = reward(spec, **arguments)
+        built.one_process = one
+        return built
     if isinstance(target, type) and issubclass(target, Reward):
-        return _built(target, arguments)
+        return _build_class(target, arguments)
     if isinstance(target, type) or not callable(target):
         raise RewardError(f"reward {spec!r} is a {type(target).__name__}, not a function or a Reward")
     if isinstance(spec, str) and ":" in spec and not trust.is_own(spec):
-        raise RewardError(f"reward {spec!r} is a function of an installed package: of those only a Reward can be named")
+        raise RewardError(f"reward {spec!r} is a function of an installed package: only a Reward class can be named there")
     return FunctionReward(target, **arguments)
 
 
 @runtime_checkable
 class Offloading(Protocol):
-    """A reward that can free the accelerator between calls that need no gradient: where ``offloads``."""
+    """A reward that can move its network to the CPU between calls without a gradient, if ``offloads``."""
 
     offloads: bool
 
     def offload(self) -> None: ...
 
 
-def _built(target: type[Reward], arguments: dict[str, Any]) -> Reward:
+def _build_class(target: type[Reward], arguments: dict[str, Any]) -> Reward:
     takes = inspect.signature(target).parameters
     offloads = "offload" in arguments and "offload" not in takes and arguments.pop("offload")
     check_arguments(target.name, takes, arguments)
-    made = target(**arguments)
+    built = target(**arguments)
     if offloads:
-        if not isinstance(made, Offloading):
-            raise RewardError(f"reward {target.name!r} has no network that is loaded on its first call: leave offload out")
-        made.offloads = True
-    return made
+        if not isinstance(built, Offloading):
+            raise RewardError(
+                f"reward {target.name!r} cannot be offloaded, no network of it is loaded on the first call: remove offload"
+            )
+        built.offloads = True
+    return built
 
 
 def build(value: Any) -> Reward:
-    """A reward as configurations write it.
+    """Build a reward from a configuration.
 
     Args:
-        value: a name; {name: ..., weight: ..., arguments of the reward}, whose weight is that of the term in the total, in a
-            list or alone; a list of such terms; or a Reward or function.
+        value: a name; {name: ..., weight: ..., arguments of the reward}, with the weight of the term in the total; a list of
+            such terms; or a Reward or function.
 
     Raises:
-        RewardError: no name, no term, a weight that is no finite number; else as `reward`.
+        RewardError: there is no name or no term, or a weight is not a finite number; else as `reward`.
     """
     if isinstance(value, list | tuple):
         if not value:
             raise RewardError("reward is an empty list: name at least one")
         return WeightedSum([_term(part) for part in value])
-    weight, made = _term(value)
-    return made if weight == 1 else weight * made
+    weight, built = _term(value)
+    return built if weight == 1 else weight * built
 
 
 def _term(value: Any) -> tuple[float, Reward]:
@@ -557,15 +595,19 @@ def _term(value: Any) -> tuple[float, Reward]:
 
 
 def available() -> dict[str, EntryPoint]:
-    """Installed reward plug-ins by name; nothing is imported."""
+    """Installed reward plug-ins by name, without importing them."""
     return {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
 
 
 def find(spec: str, what: str = "reward") -> Any:
-    """The class or function behind a name, ``pkg.mod:Name`` or ``path/to/file.py:name``; ``what`` it is, for the message.
+    """The class or function of a name.
+
+    Args:
+        spec: the name of a plug-in, ``pkg.mod:Name`` or ``path/to/file.py:name``.
+        what: kind of object, for the message.
 
     Raises:
-        RewardError: naming what was looked for and what there is.
+        RewardError: there is none; the message lists the names.
     """
     if ":" not in spec:
         points = available()
@@ -588,21 +630,21 @@ def find(spec: str, what: str = "reward") -> Any:
 
 
 def check_arguments(name: str, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> None:
-    """Compare arguments with a signature before the call.
+    """Check arguments against a signature before the call.
 
     Raises:
-        RewardError: an unknown argument (naming the nearest one), or a missing one.
+        RewardError: an unknown argument (the message suggests the nearest one), or a missing one.
     """
     kinds = {parameter.kind for parameter in parameters.values()}
-    known = {
+    names = {
         key: parameter
         for key, parameter in parameters.items()
         if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
-    listed = f"arguments: {', '.join(known) or 'none'}"
+    choices = f"arguments: {', '.join(names) or 'none'}"
     for key in arguments:
-        if key not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise RewardError(f"reward {name!r} has no argument {key!r}{trust.nearest(key, known)}; {listed}")
-    for key, parameter in known.items():
+        if key not in names and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise RewardError(f"reward {name!r} has no argument {key!r}{trust.nearest(key, names)}; {choices}")
+    for key, parameter in names.items():
         if parameter.default is parameter.empty and key not in arguments:
-            raise RewardError(f"reward {name!r} is missing its argument {key!r}: pass {key}=...; {listed}")
+            raise RewardError(f"reward {name!r} is missing its argument {key!r}: pass {key}=...; {choices}")

@@ -1,4 +1,4 @@
-"""What goes into a reward and what comes out of it: pictures, video, vectors or states of the model; checked numbers."""
+"""Inputs and outputs of rewards, with their checks: pictures, video, vectors or states of the model; scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPACES = {
     VIDEO: "float video (b, c, f, h, w) in [0, 1]",
     MODEL: "float samples (b, ...) of the model's own space",
 }
-"""What a reward may read, by the name that its ``space`` has."""
+"""Inputs of rewards, by their ``space``."""
 AXES = {PICTURES: (2, 4), VIDEO: (5,)}
 
 
@@ -27,7 +27,7 @@ class RewardError(ValueError):
     """A reward broke its contract; the message names the reward and the fix.
 
     Attributes:
-        sample: number of the picture that it broke at, where it was one.
+        sample: number of the picture with the error; None if it is not about one.
     """
 
     def __init__(self, message: str, sample: int | None = None) -> None:
@@ -40,7 +40,7 @@ class RewardError(ValueError):
 
 @contextmanager
 def counted_from(begin: int) -> Iterator[None]:
-    """Inside, the pictures are those from ``begin`` on of a larger number: so counts what goes wrong with one of them."""
+    """A context in which errors count pictures from ``begin`` on: the pictures are part of a larger batch."""
     try:
         yield
     except RewardError as error:
@@ -50,30 +50,40 @@ def counted_from(begin: int) -> Iterator[None]:
 
 @dataclass
 class Scores:
-    """total: (b,) float32, what is optimised; components: raw value of every term by name, (b,) each, no graph."""
+    """The values of a reward.
+
+    Attributes:
+        total: (b,) float32, the value to optimise.
+        components: raw value of every term, (b,) each, by name, without a graph.
+    """
 
     total: Tensor
     components: dict[str, Tensor]
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
-        """Those of consecutive pictures as one."""
+        """Join the scores of consecutive pictures."""
         components = {name: torch.cat([part.components[name] for part in parts]) for name in parts[0].components}
         return cls(torch.cat([part.total for part in parts]), components)
 
     def __getitem__(self, rows: Tensor | slice) -> Scores:
-        """Of the given rows, without a graph."""
+        """The scores of some rows, without a graph."""
         return Scores(self.total[rows].detach(), {name: value[rows] for name, value in self.components.items()})
 
 
 def check_samples(name: str, space: str, samples: Any) -> None:
-    """Refuse what a reward of this name cannot read.
+    """Check the input of a reward.
+
+    Args:
+        name: of the reward, for the message.
+        space: a key of `SPACES`.
+        samples: the input.
 
     Raises:
-        RewardError: no float tensor, another number of axes than its space has, pictures out of [0, 1], or NaN.
+        RewardError: not a float tensor, a wrong number of axes, pictures outside [0, 1], or numbers that are not finite.
     """
     if space not in SPACES:
-        raise RewardError(f"reward {name!r} has space = {space!r}: it reads one of {', '.join(map(repr, SPACES))}")
+        raise RewardError(f"reward {name!r} has space = {space!r}: it must be one of {', '.join(map(repr, SPACES))}")
     floats = isinstance(samples, Tensor) and samples.is_floating_point()
     if not floats or samples.ndim not in AXES.get(space, range(2, samples.ndim + 1)):
         got = f"{samples.dtype} {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
@@ -92,14 +102,14 @@ def check_samples(name: str, space: str, samples: Any) -> None:
 
 def _mend(space: str, axes: int) -> str:
     if space == PICTURES and axes == 5:
-        return ', a video: score its frames by reward=frames reward.reward=NAME, or set its space = "video" if it reads video'
+        return ', a video: score its frames with reward=frames reward.reward=NAME, or set its space = "video" if it reads video'
     if space == VIDEO and axes == 4:
         return ", pictures: use it with a model of video"
     return ""
 
 
 def check_finite(value: Tensor, what: str, begin: int) -> None:
-    """Raise a RewardError that names the first of the values (b,) that is infinite or NaN."""
+    """Raise a RewardError with the number of the first value (b,) that is infinite or NaN."""
     finite = torch.isfinite(value.detach())
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
@@ -107,7 +117,7 @@ def check_finite(value: Tensor, what: str, begin: int) -> None:
 
 
 def as_numbers(value: Any) -> Any:
-    """A tensor of a list or array of numbers; a list of tensors keeps their graph. As it was, where it is no such thing."""
+    """Convert a list or array of numbers to a tensor; a list of tensors keeps its graph. Other values stay unchanged."""
     if isinstance(value, list | tuple) and any(isinstance(number, Tensor) for number in value):
         numbers = [torch.as_tensor(number) for number in value]
         return torch.stack(numbers) if len({number.shape for number in numbers}) == 1 else value

@@ -1,4 +1,4 @@
-"""Values of configurations: what may be written for a key, by its type and its range, in yaml and on the command line."""
+"""Values of configurations, in yaml and on the command line, with checks of their types and ranges."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ import yaml
 Section = TypeVar("Section")
 
 Words = str | list[str] | None
-"""Texts that are asked for: always taken as they stand; on the command line ``[a, b]`` is a list of them."""
+"""One text or several, never converted; on the command line ``[a, b]`` is a list of texts."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line and names the fix."""
+    """An invalid configuration; the message is one line and names the fix."""
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Range:
-    """What a number may be. A list of numbers is not empty, and each of them is in the range.
+    """The valid numbers of a key. A list of numbers must not be empty, and each number must be in the range.
 
     Attributes:
-        least, most: included. above, below: not included.
-        of: what is counted, for the message.
-        off: also 0.
-        empty: what to say of an empty list.
+        least: lower bound, included.
+        most: upper bound, included.
+        above: lower bound, not included.
+        below: upper bound, not included.
+        of: name of the counted things, for the message.
+        off: whether 0 is valid as well.
+        empty: message for an empty list.
     """
 
     least: float = -math.inf
@@ -46,14 +49,14 @@ class Range:
     empty: str = "name at least one"
 
     def check(self, value: Any, key: str) -> None:
-        """Raise a ConfigError unless the number, or every one of a list or dictionary, is in the range."""
+        """Raise a ConfigError unless the number, or every number of a list or dictionary, is in the range."""
         if value == []:
             raise ConfigError(f"{key}=[]: {self.empty}")
         if isinstance(value, list | dict):
             for item in value.values() if isinstance(value, dict) else value:
                 self.check(item, key)
             return
-        if value is None or isinstance(value, str) or (self.off and value == 0):  # a text: a word that the type allows
+        if value is None or isinstance(value, str) or (self.off and value == 0):  # a text is a word that the type allows
             return
         if not math.isfinite(value):
             raise ConfigError(f"{key}={value}: must be finite")
@@ -61,7 +64,7 @@ class Range:
             raise ConfigError(f"{key}={value}: {self.words()}")
 
     def words(self) -> str:
-        """The range in words, for who is outside of it."""
+        """The range in words, for a message."""
         if self.of:
             return f"at least one {self.of} is needed" if self.least == 1 else f"at least {self.least:g} {self.of} are needed"
         return f"must be {self.limits()}"
@@ -84,9 +87,9 @@ def option(default: Any, doc: str, **metadata: Any) -> Any:
     """A key of a configuration.
 
     Args:
-        default: its value where none is given; of lists and dictionaries every configuration gets a copy.
-        doc: what it means, in a line, with its unit. Its type, range and default are said beside it, see `config.explain`.
-        metadata: what else it has to be, see `config.make`.
+        default: its default; every configuration gets its own copy of lists and dictionaries.
+        doc: its meaning, in one line, with the unit. `config.explain` adds type, range and default.
+        metadata: further conditions, see `config.make`.
     """
     metadata = {"doc": doc, **metadata}
     if isinstance(default, list | dict):
@@ -95,7 +98,7 @@ def option(default: Any, doc: str, **metadata: Any) -> Any:
 
 
 def section(kind: type[Section]) -> Section:
-    """Keys that stand together, under one name; they are explained as their class is."""
+    """A section of keys under one name; its documentation is that of its class."""
     return field(default_factory=kind, metadata={"doc": kind.__doc__})
 
 
@@ -105,7 +108,7 @@ def ranged(default: Any, doc: str, **limits: Any) -> Any:
 
 
 def count(default: int, of: str, doc: str, least: int = 1) -> Any:
-    """A key that counts things, of which there is at least one."""
+    """A key that is a number of things, at least ``least``."""
     return ranged(default, doc, least=least, of=of)
 
 
@@ -141,7 +144,7 @@ def seed_field(doc: str = "of all random numbers") -> Any:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 class Raw(str):
-    """What stands behind ``key=`` on the command line: the type of the key says how it is read."""
+    """The text after ``key=`` on the command line; the type of the key decides how to read it."""
 
 
 def parse(override: str) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def parse(override: str) -> dict[str, Any]:
 
 
 def flow(text: str, key: str) -> Any:
-    """A list or dictionary that is written out on the command line."""
+    """A list or dictionary on the command line."""
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -164,7 +167,7 @@ def flow(text: str, key: str) -> Any:
 
 
 def scalar(text: str, key: str) -> Any:
-    """A value of a key of unknown type: null, true, false, a number, [...], {...}, or else a text."""
+    """The value of a key of unknown type: null, true, false, a number, [...], {...}, or else a text."""
     words = {"null": None, "true": True, "True": True, "false": False, "False": False}
     if text in words:
         return words[text]
@@ -180,12 +183,12 @@ SWITCH = {word: on for on, words in {True: "true yes on 1", False: "false no off
 
 
 def text_list(text: str, key: str) -> list[str] | None:
-    """The texts of ``[a, b]``, None where the whole is one text: it does not start with [ and end with ].
+    """The texts of ``[a, b]``; None if the whole is one text, without [ at the start and ] at the end.
 
-    Commas part the texts; one that holds a comma or a quote, or starts or ends with a space, is written in quotes, as in JSON.
+    Commas separate the texts. A text with a comma or a quote, or with a space at either end, needs quotes, as in JSON.
 
     Raises:
-        ConfigError: an empty list or text.
+        ConfigError: the list or a text is empty.
     """
     if not (len(text) > 1 and text[0] == "[" and text[-1] == "]"):
         return None
@@ -198,7 +201,7 @@ def text_list(text: str, key: str) -> list[str] | None:
     items, rest = [], text[1:-1].strip()
     while True:
         match = ITEM.match(rest)
-        assert match is not None  # it takes anything up to a comma
+        assert match is not None  # it matches anything up to a comma
         quoted = match[1] or match[2]
         items.append((quoted or match[3]).strip() if quoted is None else quoted[1:-1].replace(quoted[0] * 2, quoted[0]))
         if match.end() == len(rest) and not match[0].endswith(","):
@@ -210,7 +213,7 @@ def text_list(text: str, key: str) -> list[str] | None:
 
 
 ITEM = re.compile(r"""\s*(?:("(?:[^"]|"")*")|('(?:[^']|'')*')|([^,]*?))\s*(?:,|$)""")
-"""One text of a list, with the comma behind it."""
+"""One text of a list, with the comma after it."""
 
 
 # --- by type ---------------------------------------------------------------------------------------------------------
@@ -220,16 +223,16 @@ def members(kind: Any) -> set[Any]:
 
 
 def convert(value: Any, kind: Any, key: str, words: bool = False) -> Any:
-    """A value as its type wants it.
+    """Convert a value to the type of its key.
 
     Args:
         value: from yaml, from Python, or `Raw` from the command line.
-        kind: a type or a union; Any, and classes that cannot be written down, take what there is.
-        key: for errors.
-        words: nothing but text: on the command line ``null`` is a word, and numbers in yaml are refused.
+        kind: a type or a union; Any, and classes without a written form, accept every value.
+        key: name of the key, for errors.
+        words: accept texts only: ``null`` on the command line is a word, and numbers in yaml are refused.
 
     Raises:
-        ConfigError: another type.
+        ConfigError: the value has another type.
     """
     kinds = members(kind)
     lists = {get_args(one)[0]: one for one in kinds if get_origin(one) in (list, Sequence) and get_args(one)}
@@ -251,7 +254,7 @@ def convert(value: Any, kind: Any, key: str, words: bool = False) -> Any:
             value = scalar(text, key)
     if isinstance(value, str) and any(value in _words_of(one) for one in kinds):
         return str(value)
-    known = {int, float, bool, str, type(None), *lists.values(), *(one for one in kinds if _words_of(one))}
+    types = {int, float, bool, str, type(None), *lists.values(), *(one for one in kinds if _words_of(one))}
     if isinstance(value, Mapping) and any(get_origin(one) is dict for one in kinds):
         item = next(get_args(one)[1] for one in kinds if get_origin(one) is dict)
         return {str(name): convert(entry, item, f"{key}.{name}") for name, entry in value.items()}
@@ -271,14 +274,14 @@ def convert(value: Any, kind: Any, key: str, words: bool = False) -> Any:
             if not value and str in kinds:
                 raise ConfigError(f"{key}=[]: name at least one")
             (item,) = lists
-            numbered = bool(kinds & {int, float})  # one value or a list of them: say which one it is
-            return [convert(entry, item, f"{key}[{i}]" if numbered else key, words) for i, entry in enumerate(value)]
+            with_index = bool(kinds & {int, float})  # a message about a list of numbers names the entry
+            return [convert(entry, item, f"{key}[{i}]" if with_index else key, words) for i, entry in enumerate(value)]
         if not kinds & {str, int, float}:
             (item,) = lists
             return [convert(value, item, key, words)]
-    if not kinds <= known and not any(get_origin(one) is dict for one in kinds):
+    if not kinds <= types and not any(get_origin(one) is dict for one in kinds):
         return untyped(value, key)
-    raise ConfigError(f"{key}={shown(value)}: {wanted(kinds)}")
+    raise ConfigError(f"{key}={as_yaml(value)}: {advice(kinds)}")
 
 
 def _number(text: str, whole: bool) -> int | float | None:
@@ -291,7 +294,7 @@ def _number(text: str, whole: bool) -> int | float | None:
 
 
 def untyped(value: Any, key: str) -> Any:
-    """A value of unknown type, with what came from the command line read."""
+    """A value of unknown type, with texts from the command line converted."""
     if isinstance(value, Raw):
         value = scalar(str(value), key)
     if isinstance(value, Mapping):
@@ -309,13 +312,13 @@ def _utf8(text: str, key: str) -> str:
     return text
 
 
-def shown(value: Any) -> str:
-    """A value as yaml has it."""
+def as_yaml(value: Any) -> str:
+    """A value in the notation of yaml."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def wanted(kinds: set[Any]) -> str:
-    """What to write instead."""
+def advice(kinds: set[Any]) -> str:
+    """The advice for a value of the wrong type."""
     if str in kinds:
         return "not a text: write it in quotes"
     names = {int: "a whole number", float: "a number", bool: "true or false"}
@@ -333,7 +336,7 @@ def wanted(kinds: set[Any]) -> str:
 
 
 def _words_of(kind: Any) -> tuple[str, ...]:
-    """The words that a type consists of, ``Literal["auto"]``; of another type none."""
+    """The words of a type such as ``Literal["auto"]``; none for other types."""
     words = get_args(kind) if get_origin(kind) is Literal else ()
     return words if all(isinstance(word, str) for word in words) else ()
 
@@ -357,17 +360,17 @@ def type_words(kind: Any, limits: Range | None = None) -> str:
             words += _words_of(one)
         else:
             words.append(names.get(one, "name, or {name: NAME, ...}"))
-    said = _either(words)
+    text = _either(words)
     if limits is not None and math.isfinite(limits.least) and math.isfinite(limits.most):
-        said += f", {limits.least:g} to {_bound(limits.most)}"
+        text += f", {limits.least:g} to {_bound(limits.most)}"
     elif limits is not None and limits.limits():
-        said += f", {limits.limits()}"
-    return f"{said}, or null" if type(None) in members(kind) else said
+        text += f", {limits.limits()}"
+    return f"{text}, or null" if type(None) in members(kind) else text
 
 
 # --- yaml ------------------------------------------------------------------------------------------------------------
 LEAVES = 100_000
-"""Values that a file may unfold to: anchors can make a few lines endless."""
+"""Most values in a file: with anchors, a few lines can expand without end."""
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -379,19 +382,19 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 class Loader(yaml.SafeLoader):
-    """Numbers as people write them (``1e-3``; ``007`` and ``12:30`` are texts), keys as they stand, none of them twice."""
+    """Reads numbers as people write them (``1e-3``; ``007`` and ``12:30`` are texts). Keys are texts, and none occurs twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) < len(node.value) or len(set(keys)) < len(keys):
-            problem = "a key is a text" if len(keys) < len(node.value) else "a key that is there already"
+            problem = "a key must be a text" if len(keys) < len(node.value) else "a key occurs twice"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what this or any other reader would take for something else than a text."""
+    """Quotes every text that this or another reader would not read as a text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -416,27 +419,27 @@ Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^[yYnN]$"), 
 
 
 def read_yaml(path: Path) -> Any:
-    """What a yaml file holds; an empty one an empty dictionary.
+    """The content of a yaml file; an empty dictionary for an empty file.
 
     Raises:
-        ConfigError: not yaml.
+        ConfigError: the file is not valid yaml.
     """
     try:
         content = yaml.load(path.read_bytes(), Loader)
         if sum(1 for _ in islice(_leaves(content), LEAVES)) == LEAVES:
-            raise ValueError(f"it unfolds to more than {LEAVES:,} values")
+            raise ValueError(f"it expands to more than {LEAVES:,} values")
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # yaml's own errors have several lines
         raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from None
     return {} if content is None else content
 
 
 def write_yaml(value: Any) -> str:
-    """Dictionaries, lists and scalars as yaml that any reader takes for the same."""
+    """Write dictionaries, lists and scalars as yaml that every reader understands in the same way."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def line(value: Any) -> str:
-    """A value as it may be written behind ``key=``, in one line."""
+    """A value in one line, as it can follow ``key=``."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=math.inf).split(
         "\n"
     )[0]

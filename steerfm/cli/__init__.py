@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             return _main(options, extra, argv)
     except (Stopped, KeyboardInterrupt) as stop:
         where = stop.where if isinstance(stop, Stopped) else ""
-        if not where and (files := sys.modules.get("steerfm.files")) and (folders := files.claimed()):
+        if not where and (files := sys.modules.get("steerfm.files")) and (folders := files.claimed_folders()):
             where = f"what is done is in {folders[0]}"
         print(said(where), file=sys.stderr)
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)

@@ -34,10 +34,10 @@ from steerfm.values import (
     parse,
     read_yaml,
     scalar,
-    shown,
+    as_yaml,
     type_words,
     untyped,
-    wanted,
+    advice,
     write_yaml,
 )
 
@@ -184,7 +184,9 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             value = {name: _named(told, of, f"{key}.{name}", schema, name) for name, told in value.items()}
             for name, told in value.items():
                 if not (told is None or isinstance(told, str | Mapping)):
-                    raise ConfigError(f"{key}.{name}={shown(told)}: give a method's name, or {{name: NAME, ...its arguments}}")
+                    raise ConfigError(
+                        f"{key}.{name}={as_yaml(told)}: give a method's name, or {{name: NAME, ...its arguments}}"
+                    )
         elif of is not None:
             value = {name: _section(of, told, f"{key}.{name}") for name, told in value.items()}
         else:
@@ -328,7 +330,7 @@ def _checked(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
         if is_dataclass(kind):
             value = _checked(value, kind, f"{prefix}{key}.")
         elif get_origin(kind) is dict and not isinstance(value, Mapping):
-            raise ConfigError(f"{prefix}{key}={shown(value)}: {wanted({kind})}")
+            raise ConfigError(f"{prefix}{key}={as_yaml(value)}: {advice({kind})}")
         out[key] = value
     return out
 

@@ -284,7 +284,7 @@ def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tup
     options = options | {"noise": o.noise}
     if config.network.get("name") == "image_text_head":
         head = plugins.image_text_head()(**architecture)
-        return training.ContrastiveTraining(head, list, encoders.Remembered(head.features), **options), architecture
+        return training.ContrastiveTraining(head, list, encoders.Cached(head.features), **options), architecture
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
         raise ConfigError(
             "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"
@@ -296,7 +296,7 @@ def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tup
         load_into(network, encoders.open_clip(config.init).model.state_dict(), config.init)
     if not o.teacher:
         return training.ContrastiveTraining(network, words, prepare, **options), architecture
-    teacher = encoders.Remembered(zoo.load_image_text_head(o.teacher).encode_image)
+    teacher = encoders.Cached(zoo.load_image_text_head(o.teacher).encode_image)
     samples = _captioned_samples(o.samples, data, config.seed) if o.samples else None
     return training.RobustTraining(network, words, prepare, teacher, o.radius, samples, **options), architecture
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: make a flow map keep a reward. A method says how; `FineTuning` is the module that Lightning trains."""
+"""Fine-tune a flow map on a reward, by a choice of methods; `FineTuning` is the Lightning module."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Adjoint matching: the velocity of the tilted law, from the reward's gradient, by a regression."""
+"""Adjoint matching: learn the velocity of the tilted law by a regression on the reward's gradient."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from steerfm.transitions import Bridge
 class Adjoint:
     """Lean adjoint matching on the memoryless process (Domingo-Enrich et al. 2409.08861, equations 38 to 40), in discrete time.
 
-    Steps are those of DDPM, N(m(x), s^2 I) with the mean of the denoiser: memoryless, so that the optimum tilts p exactly and
-    its velocity is that of the tilted law's own path. The adjoint goes backwards through the reference only,
+    The steps are those of DDPM, N(m(x), s^2 I), with the denoiser's mean. They are memoryless, so that the optimum tilts p
+    exactly, and its velocity is that of the tilted law's own path. The adjoint goes backwards through the reference only,
 
         a_N = strength grad r(x_N),   a_k = (d m_ref / d x_k)^T a_{k+1}
         loss = sum_k w_k |D(x_k) - D_ref(x_k) - sigma_k^2 / alpha_k a_k|^2
 
-    where w_k |D - D_ref|^2 is the divergence of a step from the reference's, and is exact as the steps grow. What is learnt is
-    a velocity: the jumps are distilled from it afterwards.
+    where w_k |D - D_ref|^2 is the divergence between a step and the reference's. It is exact as the number of steps grows. This
+    trains a velocity; the jumps are distilled from it afterwards.
 
     Args:
         steps: of the process.
-        trained: steps fitted in an update, drawn anew each time; None for all.
-        ode: steps of the law that is learnt, where it is sampled.
+        trained: number of random steps to fit in an update; None for all.
+        ode: steps of the ODE that samples the result.
     """
 
     steps: int = 20
@@ -39,7 +39,7 @@ class Adjoint:
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.ode < 1 or (self.trained is not None and self.trained < 1):
-            raise ValueError("steps is at least 2, ode and trained at least 1")
+            raise ValueError("steps must be at least 2, ode and trained at least 1")
 
     def loss(self, update: Update) -> Terms:
         move, times, problem = Bridge(1.0), update.tuned.grid(self.steps), update.problem
@@ -62,7 +62,7 @@ class Adjoint:
                 endpoint = update.reference.denoise(state, s, cond)
                 step = move.step(update.reference, state, s, t, cond, endpoint)
                 (before,) = torch.autograd.grad(step.mean, state, adjoint)
-            if step.std:  # Tweedie: a slope a of the value moves the denoiser by sigma^2/alpha a; at s = 0 that of t is taken
+            if step.std:  # Tweedie: a slope a of the value moves the denoiser by sigma^2/alpha a; s = 0 uses the slope at t
                 at, slope = (s, before) if s > 0 else (t, adjoint)
                 states_at.append((state.detach(), s))
                 endpoints.append(endpoint.detach() + path.sigma(at) ** 2 / path.alpha(at) * slope)
@@ -70,13 +70,13 @@ class Adjoint:
                 weights.append(share**2 / (2 * std**2))
             adjoint = before
         count = len(states_at) if self.trained is None else min(self.trained, len(states_at))
-        chosen = torch.randperm(len(states_at), generator=update.generator)[:count].tolist()
+        selection = torch.randperm(len(states_at), generator=update.generator)[:count].tolist()
         b = len(x)
-        xs = torch.cat([states_at[i][0] for i in chosen])
-        at = torch.tensor([states_at[i][1] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
-        weight = torch.tensor([weights[i] for i in chosen], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
-        repeated = update.tasks[torch.arange(b).repeat(count)].problem(update.tuned, update.reward).cond
-        miss = update.tuned.denoise(xs, at, repeated) - torch.cat([endpoints[i] for i in chosen])
+        xs = torch.cat([states_at[i][0] for i in selection])
+        at = torch.tensor([states_at[i][1] for i in selection], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
+        weight = torch.tensor([weights[i] for i in selection], device=xs.device, dtype=xs.dtype).repeat_interleave(b)
+        conditions = update.tasks[torch.arange(b).repeat(count)].problem(update.tuned, update.reward).cond
+        miss = update.tuned.denoise(xs, at, conditions) - torch.cat([endpoints[i] for i in selection])
         losses = weight * miss.square().flatten(1).sum(1)
         return {"loss": losses.sum() / b * len(states_at) / count / x[0].numel(), "reward": r.detach().mean()}
 

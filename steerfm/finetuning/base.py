@@ -1,10 +1,10 @@
-"""What every fine-tuning method shares: its tasks, the frozen reference, what it sees of an update, what it is refused for.
+"""The common parts of fine-tuning methods: tasks, the input of an update, the method protocol, and checks.
 
-    loss = -mean r(x_1) / scale + control * penalty      # a method says how x_1 comes about and what is penalised
+    loss = -mean r(x_1) / scale + control * penalty      # a method defines the sampling of x_1 and the penalty
 
-``scale`` is the reward's spread under the reference, so that one ``control`` (lambda) means the same for every reward: methods
-that tilt aim at q proportional to p(x) exp(r(x) / (control * scale)). Random numbers belong to a row of the global batch and to
-a step, never to a process: a continued run draws on, and two processes draw what one would.
+``scale`` is the reward's spread under the reference, so that a value of ``control`` (lambda) means the same for every reward.
+Methods that tilt aim at q proportional to p(x) exp(r(x) / (control * scale)). Random numbers depend on the row of the global
+batch and on the step, never on the process. So a resumed run, or a run with more processes, draws the same numbers.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from steerfm.steering.value import Problem, deviation, plain_rewards
 from steerfm.transitions import Transition, usual
 
 Law = Callable[[Noise, Condition], Tensor]
-"""How samples are drawn: noise of b rows and their condition to (b, *shape)."""
+"""A sampler: the noise of b rows and their condition to samples (b, *shape)."""
 
 
-# --- what is asked for -----------------------------------------------------------------------------------------------
+# --- tasks -----------------------------------------------------------------------------------------------------------
 class Tasks(Rows):
-    """What the model is asked for, one row each; one row where there is no condition."""
+    """Conditions, prompts and labels to train on, one per row; a single row without a condition."""
 
     def score(self, flow_map: FlowMap, reward: Reward, x: Tensor) -> Tensor:
-        """Rewards (n,) of samples (n, *shape), one of each row, 256 at a time; all at once where the reward compares them."""
+        """Rewards (n,) of samples (n, *shape), one per row: 256 at a time, or all at once for a group-wise reward."""
         rows = torch.arange(self.n).split(self.n if reward.groupwise else 256)
         return torch.cat([self[some].problem(flow_map, reward).score(x[some.to(x.device)]).total for some in rows])
 
     def problem(self, flow_map: FlowMap, reward: Reward) -> Problem:
-        """The reward of these rows, for samples of the map; strength 1."""
+        """The problem of these rows, with strength 1."""
         rows = replace(self, groups=self.alike()) if reward.groupwise else self
         device = flow_map.device
         return Problem(flow_map, reward, torch.ones(self.n, device=device), rows.to(device))
 
     def alike(self) -> Tensor:
-        """(n,): rows that are asked for the same share a number."""
+        """(n,) group numbers: rows with the same label and prompt share one."""
         labels = [None] * self.n if self.labels is None else self.labels.tolist()
         numbers: dict[Any, int] = {}
         return torch.tensor([numbers.setdefault(key, len(numbers)) for key in zip(labels, self.prompts or [None] * self.n)])
@@ -59,26 +59,26 @@ class Tasks(Rows):
 # --- one update ------------------------------------------------------------------------------------------------------
 @dataclass
 class Update:
-    """What a method sees of one update.
+    """The input of a method for one update.
 
     Attributes:
-        step, steps: of the run.
-        tuned: the map that is trained.
-        averaged: with the averaged weights.
+        step: number of this update.
+        steps: updates of the run.
+        tuned: the map to train.
+        averaged: the same map with the averaged weights.
         reference: the frozen base.
-        reward: what is optimised.
+        reward: the reward to optimise.
         tasks: of these b rows.
-        all_tasks: what rows are drawn from.
-        noise: b streams, one a row, from seeds that no person gives.
-        generator: of what all rows share.
+        all_tasks: all tasks of the run.
+        noise: b streams, one per row, with seeds that users cannot give.
+        generator: for random numbers that all rows share.
         control: lambda.
         scale: spread of the reward under the reference.
-        memory: tensors that the method keeps from one update to the next, the same in all processes; they are part of a
-            checkpoint.
-        own: likewise, but with a row for each of these b rows.
+        memory: tensors that the method passes from one update to the next, equal in all processes; part of checkpoints.
+        own: likewise, but with one row for each of these b rows.
         seed: of the run.
 
-    Where several processes tune, the global batch has B rows, of which each has b.
+    With several processes, the global batch has B rows, and each process has b of them.
     """
 
     step: int
@@ -99,7 +99,7 @@ class Update:
 
     @property
     def processes(self) -> int:
-        """How many tune."""
+        """Number of processes."""
         group = active()
         return 1 if group is None else group.size
 
@@ -109,20 +109,20 @@ class Update:
         return len(self.noise.seeds) * self.processes
 
     def part(self, n: int) -> slice:
-        """Which of n rows are those of this process; all processes have some where n is a multiple of their number."""
+        """The rows of this process among n; they are divided equally if n is a multiple of the number of processes."""
         return part(n, active())
 
     def all_rows(self, x: Tensor) -> Tensor:
-        """The rows (B, ...) of the global batch, from those (b, ...) of each process; without a gradient."""
+        """Gather the rows (B, ...) of the global batch from the rows (b, ...) of each process; without a gradient."""
         x = x.detach()
-        return x if active() is None else torch.cat([told.to(x.device) for told in tell(x.cpu())])
+        return x if active() is None else torch.cat([rows.to(x.device) for rows in tell(x.cpu())])
 
     def common(self, purpose: str) -> torch.Generator:
-        """A stream of this update, the same in all processes: for draws of all B rows."""
+        """A generator of this update, equal in all processes: for draws of all B rows."""
         return stream(derive(self.seed, "training", self.step), purpose)
 
     def as_one(self) -> AbstractContextManager[None]:
-        """Inside, all processes make the same calls, whose rows maps made by `shared_out` share; they are counted once."""
+        """A context for calls that all processes make together: maps from `shared_out` divide the rows; costs count once."""
         return nullcontext() if first() else aside(Ledger())
 
     @property
@@ -131,7 +131,7 @@ class Update:
 
     @property
     def strength(self) -> float:
-        """Of the tilt that this control stands for."""
+        """Strength of the tilt that corresponds to this control."""
         return 1 / (self.control * self.scale)
 
     def normal(self) -> Tensor:
@@ -139,31 +139,31 @@ class Update:
         return self.noise.start(self.tuned)
 
     def uniform(self) -> float:
-        """Uniform on [0, 1), the same for all rows and processes."""
+        """A uniform number in [0, 1), the same for all rows and processes."""
         return torch.rand((), generator=self.generator).item()
 
 
 def part(n: int, group: Group | None) -> slice:
-    """Which of n rows are those of this process."""
+    """The rows of this process among n."""
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     return slice(rank * n // size, (rank + 1) * n // size)
 
 
 Terms = dict[str, Tensor]
-"""Scalars to log; ``loss`` is the one that is minimised. Each is a mean over rows, or the same in all processes."""
+"""Scalars to log; ``loss`` is minimised. Each is a mean over rows, or equal in all processes."""
 
 
 class Method(Protocol):
-    """A way to fine-tune; any object with these members is one.
+    """A fine-tuning method: any object with these members.
 
     Attributes:
         differentiates: whether it follows the gradient of the reward.
-        tilts: whether it aims at the tilted law, so that control = 0 has no meaning.
+        tilts: whether its target is the tilted law, so that control = 0 has no meaning.
         group: rows of a batch that share a task.
-        law_is_map: whether the trained network is itself the flow map of what was learnt; if not, it is distilled.
-        law_is_velocity: whether its velocity is that of what was learnt, so that only its jumps have to be distilled.
+        law_is_map: whether the trained network is itself the tuned flow map; if not, the result is distilled.
+        law_is_velocity: whether the network's velocity is that of the result, so that only the jumps need distillation.
 
-    One that uses its samples for several updates is also `Reusing`, one that does not fit every map `Choosy`.
+    A method that uses its samples for several updates is also `Reusing`; one that does not fit every map is `Choosy`.
     """
 
     differentiates: bool
@@ -173,24 +173,28 @@ class Method(Protocol):
     law_is_velocity: bool
 
     def loss(self, update: Update) -> Terms:
-        """Scalars of one update of b rows: ``loss`` is minimised, all are logged. A broken reward raises `RewardError`."""
+        """Scalars of one update of b rows. ``loss`` is minimised, all are logged.
+
+        Raises:
+            RewardError: the reward fails.
+        """
         ...
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
-        """How samples of what was learnt are drawn."""
+        """The sampler of the tuned model."""
         ...
 
 
 @runtime_checkable
 class Reusing(Protocol):
-    """A method that uses its samples for ``reuse`` updates: these get the same tasks and noise."""
+    """A method that uses its samples for ``reuse`` updates, which get the same tasks and noise."""
 
     @property
     def reuse(self) -> int: ...
 
 
 def chain(steps: int | None = None, transition: Transition | None = None) -> Callable[[FlowMap], Law]:
-    """The law of a map sampled in ``steps`` transitions on its own grid; by default as many, and such, as are usual for it."""
+    """The law of a map in ``steps`` transitions on its own grid; by default the map's usual number and kind."""
 
     def of(flow_map: FlowMap) -> Law:
         times = flow_map.grid(flow_map.steps if steps is None else steps)
@@ -201,7 +205,7 @@ def chain(steps: int | None = None, transition: Transition | None = None) -> Cal
 
 
 def ode(flow_map: FlowMap, steps: int) -> Law:
-    """The law of a map's velocity: its ODE by the midpoint rule, two calls a step."""
+    """The law of a map's velocity: its ODE by the midpoint rule, two calls per step."""
     times = flow_map.grid(steps)
 
     def law(noise: Noise, cond: Condition) -> Tensor:
@@ -232,7 +236,7 @@ class NothingToLearnError(RewardError):
 
 
 def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: int = 0) -> float:
-    """Standard deviation of the reward over ``n`` samples of the map, tasks in turn.
+    """Standard deviation of the reward over ``n`` samples of the map, cycling through the tasks.
 
     Raises:
         NothingToLearnError: the reward is constant there.
@@ -241,30 +245,32 @@ def spread(flow_map: FlowMap, reward: Reward, tasks: Tasks, n: int = 256, seed: 
     values = plain_rewards(rows.problem(shared_out(flow_map), reward), [derive(seed, "scale", 0, i) for i in range(n)])
     if not (std := deviation(values)):
         raise NothingToLearnError(
-            f"reward {reward.name!r} is {values[0].item():.4g} for all of {n} samples: there is nothing to learn"
+            f"reward {reward.name!r} is {values[0].item():.4g} for all {n} samples: there is nothing to learn"
         )
     return std
 
 
 def by_velocity(flow_map: FlowMap) -> str:
-    """What a map lacks for a method that trains its velocity, and what to take in place of it."""
+    """What the map lacks for a method that trains its velocity, and what to use instead; "" if it lacks nothing."""
     if can(flow_map, "velocity"):
         return ""
     return needs("velocity", "take draft_k, or policy with transition=renoise" if can(flow_map, "endpoint") else ONE_JUMP)
 
 
 ONE_JUMP = "take noise, or direct with jumps=1 and trained=null"
-"""What fits a generator."""
+"""Advice for a generator."""
 
 
 def check(method: Method, reward: Reward, control: float, flow_map: FlowMap | None = None) -> None:
-    """Refuse what cannot work, before anything is run; see `FineTuning` for the errors."""
+    """Check the arguments before the run; see `FineTuning` for the errors."""
     if flow_map is not None:
         check_method(method, flow_map)
     if not (math.isfinite(control) and control >= 0):
-        raise ValueError(f"control={control}: must be finite and at least 0 (it is lambda: larger stays nearer to the base)")
+        raise ValueError(
+            f"control={control}: must be finite and at least 0 (it is lambda: larger values stay closer to the base)"
+        )
     if control == 0 and method.tilts:
-        raise ValueError("control=0 asks for an infinite tilt: give a positive one")
+        raise ValueError("control=0 means an infinite tilt: give a positive number")
     if method.differentiates and not reward.differentiable:
         raise RewardError(
             f"reward {reward.name!r} is a black box and {type(method).__name__} follows its gradient: use weighted or policy"
@@ -272,7 +278,7 @@ def check(method: Method, reward: Reward, control: float, flow_map: FlowMap | No
 
 
 def check_weights(flow_map: FlowMap) -> None:
-    """Refuse a map without weights.
+    """Check that a map has weights.
 
     Raises:
         ValueError: it has none.
@@ -284,15 +290,15 @@ def check_weights(flow_map: FlowMap) -> None:
 
 
 def ask_for_a_gradient(one: Problem) -> None:
-    """Refuse a reward without a gradient before the first update: a plain function does not say it of itself.
+    """Check before the first update that the reward has a gradient, since a plain function does not declare it.
 
     Raises:
-        RewardError: it has none; or what is wrong with it.
+        RewardError: it has none, or it fails.
     """
     if one.has_gradient():
         return
     with torch.no_grad():
-        one.score(one.probe())  # a reward that fails says so itself
+        one.score(one.probe())  # a broken reward raises its own error
     raise RewardError(
-        f"reward {one.reward.name!r} has no gradient: use weighted or policy, which follow none, and say differentiable = False"
+        f"reward {one.reward.name!r} has no gradient: use weighted or policy, which need none, and set differentiable = False"
     )

@@ -1,11 +1,12 @@
-"""Backpropagation of the reward through a few jumps, and the published methods that are choices of its knobs.
+"""Backpropagation of the reward through a few jumps, and published methods as settings of it.
 
     x_{i+1} = X_{t_i, t_{i+1}}(x_i),   maximise  r(x_K) / scale - control/2 sum_i h_i mean |u(x_i) - u_ref(x_i)|^2
 
-(the mean is over entries, so that one control serves every size of picture; it bounds a transport distance, not a divergence).
+The mean is over entries, so that one control works for every picture size; it bounds a transport distance, not a divergence.
 
-Which jump is trained decides whether the reward is hacked: training the last one adds the reward's gradient to the picture, an
-adversarial change; training the first and freezing the last, with the gradient passing through it, keeps pictures on the data.
+The choice of the trained jump decides whether the reward gets hacked. Training the last jump adds the reward's gradient to the
+picture, an adversarial change. Training the first jump, with the gradient passing through a frozen last jump, keeps pictures
+on the data.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ class Direct:
 
     Args:
         jumps: K, from t = 0 to t = 1.
-        trained: indices of the jumps that are trained, -1 the last; None for all. The others are the reference's, and the
+        trained: indices of the jumps to train, -1 for the last; None for all. The other jumps use the reference, and the
             gradient passes through them.
-        truncate: the gradient goes back through the last jumps only, at most this many; [low, high] to draw their number anew
-            each update; None for all. Earlier jumps are the trained map's, without a gradient.
-        jitter: interior times are (i + jitter U(-1, 1)) / K, drawn anew each update, in [0, .5).
-        power: of the times, as in `time_grid`; below 1 they lie later.
-        mix: a: the network sees a x + (1 - a) sg(x); 1 differentiates through the path, 0 trains each jump by itself.
-        averages: of this many renoised copies of the sample, each brought back by the last jump; 0 for none.
-        ceiling: rewards above it do not count, in the reward's own units.
-        checkpoint: forget what a trained jump computed and compute it again on the way back, as frozen jumps always are: less
-            memory, one more forward.
+        truncate: most jumps, from the last one back, that get a gradient; [low, high] to draw their number in each update;
+            None for all. Earlier jumps use the trained map without a gradient.
+        jitter: interior times are (i + jitter U(-1, 1)) / K, drawn in each update; in [0, .5).
+        power: of the times, as in `time_grid`; below 1 they are later.
+        mix: a: the input of the network is a x + (1 - a) sg(x); 1 differentiates through the path, 0 trains each jump
+            separately.
+        averages: number of renoised copies of the sample, each denoised by the last jump, to average over; 0 for none.
+        ceiling: rewards are capped here, in the reward's own units.
+        checkpoint: recompute trained jumps in the backward pass, as frozen jumps always are: less memory, one more forward.
     """
 
     jumps: int = 2
@@ -60,7 +61,7 @@ class Direct:
 
     def __post_init__(self) -> None:
         if self.jumps < 1:
-            raise ValueError(f"jumps={self.jumps}: at least one")
+            raise ValueError(f"jumps={self.jumps}: must be at least 1")
         if not 0 <= self.jitter < 0.5:
             raise ValueError(f"jitter={self.jitter}: must be in [0, 0.5), so that times stay in order")
         if not 0 <= self.mix <= 1:
@@ -68,15 +69,17 @@ class Direct:
         if not self.power > 0:
             raise ValueError(f"power={self.power}: must be positive")
         if self.averages < 0:
-            raise ValueError(f"averages={self.averages}: at least 0")
+            raise ValueError(f"averages={self.averages}: must be at least 0")
         for i in self.trained or ():
             if not -self.jumps <= i < self.jumps:
-                raise ValueError(f"trained={list(self.trained or ())}: there is no jump {i} among {self.jumps}")
+                raise ValueError(f"trained={list(self.trained or ())}: there is no jump {i}, jumps={self.jumps}")
         low, high = self._truncation()
         if not 1 <= low <= high:
             raise ValueError(f"truncate={self.truncate}: at least one jump, and low <= high")
-        if self.jumps - high > max(self._trained()):
-            raise ValueError(f"truncate={self.truncate} leaves no gradient for the trained jumps {sorted(self._trained())}")
+        if self.jumps - high > max(self._trained_jumps()):
+            raise ValueError(
+                f"truncate={self.truncate} leaves no gradient for the trained jumps {sorted(self._trained_jumps())}"
+            )
 
     def loss(self, update: Update) -> Terms:
         tuned, reference, cond = update.tuned, update.reference, update.problem.cond
@@ -90,25 +93,25 @@ class Direct:
                 with torch.no_grad():
                     step = usual(tuned).step(tuned, x, s, t, cond)
                 x = step.mean
-            elif i not in self._trained():
+            elif i not in self._trained_jumps():
                 step = self._step(reference, x, s, t, cond, again=True)
                 x = step.mean
             else:
-                start, seen = x, torch.lerp(x.detach(), x, self.mix) if self.mix < 1 else x
-                step = self._step(tuned, seen, s, t, cond)
-                moved = step.mean - seen  # h u(x)
-                x = start + moved
+                start, into = x, torch.lerp(x.detach(), x, self.mix) if self.mix < 1 else x
+                step = self._step(tuned, into, s, t, cond)
+                change = step.mean - into  # h u(x)
+                x = start + change
                 if update.control:
                     with torch.no_grad():
-                        moved_ref = usual(reference).step(reference, start.detach(), s, t, cond).mean - start.detach()
-                    control = control + (moved - moved_ref).square().flatten(1).mean(1) / (2 * (t - s))
+                        change_ref = usual(reference).step(reference, start.detach(), s, t, cond).mean - start.detach()
+                    control = control + (change - change_ref).square().flatten(1).mean(1) / (2 * (t - s))
             x = Step(x, step.std).sample(update.normal() if step.std else None)
         if self.averages:
-            return self._averaged(update, x.detach(), times[-2], control)
+            return self._over_copies(update, x.detach(), times[-2], control)
         return self._terms(update, update.problem.score(x).total, control)
 
-    def _averaged(self, update: Update, x1: Tensor, s: float, control: Tensor) -> Terms:
-        """DRaFT-LV: the reward of several noisy copies of the same sample, each brought back by the last jump."""
+    def _over_copies(self, update: Update, x1: Tensor, s: float, control: Tensor) -> Terms:
+        """DRaFT-LV: the reward of several noisy copies of the same sample, each denoised by the last jump."""
         n, b, path = self.averages, len(x1), update.tuned.interpolant
         noise = torch.cat([update.normal() for _ in range(n)])
         rows = torch.arange(b).repeat(n)
@@ -118,14 +121,15 @@ class Direct:
         return self._terms(update, problem.score(back.mean).total, control)
 
     def _terms(self, update: Update, r: Tensor, control: Tensor) -> Terms:
-        counted = r if self.ceiling is None else r.clamp(max=self.ceiling)
-        loss = -counted.mean() / update.scale + update.control * control.mean()
+        capped = r if self.ceiling is None else r.clamp(max=self.ceiling)
+        loss = -capped.mean() / update.scale + update.control * control.mean()
         return {"loss": loss, "reward": r.mean(), "control_cost": control.mean()}
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         times = self.times([0.0] * (self.jumps - 1), tuned.grid(self.jumps))
         maps = [
-            tuned if i in self._trained() or i < self.jumps - self._truncation()[0] else reference for i in range(self.jumps)
+            tuned if i in self._trained_jumps() or i < self.jumps - self._truncation()[0] else reference
+            for i in range(self.jumps)
         ]
 
         def law(noise: Noise, cond: Condition) -> Tensor:
@@ -138,12 +142,12 @@ class Direct:
         return law
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
-        """See `Choosy`: a chain of which all steps are trained is one of steps that are right for any map."""
+        """See `Choosy`: if all jumps are trained, any map will do."""
         if not can(flow_map, "endpoint") and not can(flow_map, "velocity") and self.jumps > 1:
             return needs("endpoint", "take jumps=1 and trained=null")
-        if can(flow_map, "two_time") or len(self._trained()) == self.jumps:
+        if can(flow_map, "two_time") or len(self._trained_jumps()) == self.jumps:
             return ""
-        return "jumps that stay frozen are made one with the others by a distillation, which " + needs(
+        return "frozen and trained jumps are merged by a distillation, which " + needs(
             "two_time", f"take trained=null, or draft_k, with jumps={flow_map.steps}"
         )
 
@@ -152,13 +156,13 @@ class Direct:
 
         Args:
             shifts: in [-1, 1], of the interior times.
-            grid: that of the map; times lie between its own as they would between equal steps.
+            grid: of the map; the times are interpolated on it.
         """
         inner = [((i + 1 + self.jitter * shift) / self.jumps) ** self.power for i, shift in enumerate(shifts)]
         return [0.0, *(between(grid, u) for u in inner), 1.0]
 
     def _step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, again: bool = False) -> Step:
-        """The usual step of a map; ``again`` computes it a second time on the way back, as `checkpoint` does for all."""
+        """The usual step of a map; with ``again`` it is recomputed in the backward pass, as ``checkpoint`` does for all."""
         move = usual(flow_map)
         if not (again or self.checkpoint):
             return move.step(flow_map, x, s, t, cond)
@@ -170,11 +174,11 @@ class Direct:
             std = step.std
             return step.mean
 
-        moved = checkpointed(mean, x, use_reentrant=False)
-        assert isinstance(moved, Tensor)
-        return Step(moved, std)
+        end = checkpointed(mean, x, use_reentrant=False)
+        assert isinstance(end, Tensor)
+        return Step(end, std)
 
-    def _trained(self) -> set[int]:
+    def _trained_jumps(self) -> set[int]:
         return set(range(self.jumps)) if self.trained is None else {i % self.jumps for i in self.trained}
 
     def _truncation(self) -> tuple[int, int]:
@@ -185,7 +189,7 @@ class Direct:
 
 
 def between(grid: list[float], u: float) -> float:
-    """The time at u in [0, 1] of a grid, which equal steps would reach at i / steps; u itself where its steps are equal."""
+    """The time at position u in [0, 1] of a grid, by linear interpolation; u itself if the steps of the grid are equal."""
     if grid == time_grid(len(grid) - 1):
         return u
     i = min(int(u * (len(grid) - 1)), len(grid) - 2)
@@ -194,7 +198,7 @@ def between(grid: list[float], u: float) -> float:
 
 @dataclass(frozen=True)
 class DRaFT(Direct):
-    """DRaFT (Clark et al. 2309.17400, section 4): the whole chain is trained, its gradient goes through every step."""
+    """DRaFT (Clark et al. 2309.17400, section 4): all steps are trained, with a gradient through every step."""
 
     jumps: int = 4
     trained: tuple[int, ...] | None = None
@@ -203,21 +207,21 @@ class DRaFT(Direct):
 
 @dataclass(frozen=True)
 class DRaFTK(DRaFT):
-    """DRaFT-K (2309.17400, section 4.1): the gradient goes through the last K steps only, ``truncate``; theirs is 1."""
+    """DRaFT-K (2309.17400, section 4.1): the gradient goes through the last K = ``truncate`` steps only; 1 in the paper."""
 
     truncate: int | tuple[int, int] | None = 1
 
 
 @dataclass(frozen=True)
 class DRaFTLV(DRaFTK):
-    """DRaFT-LV (2309.17400, section 4.1): DRaFT-1, its gradient averaged over renoised copies of the sample; theirs are 2."""
+    """DRaFT-LV (2309.17400, section 4.1): DRaFT-1, averaged over renoised copies of the sample; 2 in the paper."""
 
     averages: int = 2
 
 
 @dataclass(frozen=True)
 class AlignProp(DRaFT):
-    """AlignProp (Prabhudesai et al. 2310.03739, section 4): truncated backpropagation, the number of steps drawn at random."""
+    """AlignProp (Prabhudesai et al. 2310.03739, section 4): truncated backpropagation with a random number of steps."""
 
     truncate: int | tuple[int, int] | None = (1, 4)
 
@@ -226,7 +230,7 @@ class AlignProp(DRaFT):
 class ReFL(Direct):
     """ReFL (Xu et al. 2304.05977, algorithm 1): stop at a late random time, look ahead with a gradient, and train that jump.
 
-    Rewards above ``ceiling`` do not count; theirs is 2, in their reward's units.
+    Rewards are capped at ``ceiling``; 2 in the paper, in the units of its reward.
     """
 
     trained: tuple[int, ...] | None = (-1,)
@@ -236,7 +240,7 @@ class ReFL(Direct):
 
 @dataclass(frozen=True)
 class DRTune(Direct):
-    """DRTune (Wu et al. 2405.00760, algorithm 1): no gradient into the network's input; every step is supervised by itself."""
+    """DRTune (Wu et al. 2405.00760, algorithm 1): no gradient into the network's input; every step gets its own."""
 
     jumps: int = 4
     trained: tuple[int, ...] | None = None

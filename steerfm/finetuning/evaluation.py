@@ -1,4 +1,4 @@
-"""How a fine-tuning run is watched: the same seeds and tasks for every model, a held-out reward, a guard against hacking."""
+"""Evaluation during fine-tuning: fixed seeds and tasks, a held-out reward, and a guard against reward hacking."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass
 class Reading:
-    """What a law was found to be, on the panel.
+    """Metrics of one sampler on the fixed evaluation seeds.
 
     Attributes:
-        reward, held_out: means; held_out is None where there is no judge.
-        diversity: mean distance of two samples of the same class, relative to the base's in that class.
-        support: share of the samples that lie among the base's, of any class (precision, k = 5).
-        distance: Fréchet distance of the features to the base's samples of the same classes in the same shares.
-        pictures: the samples, decoded.
-        scores: (n,) what counts of them: the held-out rewards, or the rewards.
+        reward: mean reward.
+        held_out: mean held-out reward; None without a judge.
+        diversity: mean distance of two samples of the same class, divided by that of the base in that class.
+        support: share of the samples among those of the base, of any class (precision, k = 5).
+        distance: Fréchet distance of the features to samples of the base with the same classes in the same shares.
+        pictures: the decoded samples.
+        scores: (n,) the score that counts: held-out rewards, or rewards without a judge.
     """
 
     reward: float
@@ -59,29 +60,29 @@ class Reading:
         return {name: value for name, value in vars(self).items() if isinstance(value, float)}
 
     def over(self, other: Reading) -> tuple[float, float]:
-        """Mean difference of what counts to another law's on the same seeds and tasks, and half its 95% interval."""
+        """Mean difference of `scores` to another sampler on the same seeds and tasks, and half its 95% interval."""
         return interval(self.scores - other.scores)
 
     @property
     def counts(self) -> float:
-        """The mean of what counts."""
+        """The mean of the score that counts."""
         return self.reward if self.held_out is None else self.held_out
 
 
 @dataclass
 class Panel:
-    """Judges laws on fixed seeds and tasks.
+    """Evaluates samplers on fixed seeds and tasks.
 
     Attributes:
         base: the map before tuning.
-        reward: what is optimised.
-        judge: what is not; None for none, and then the reward is all that counts.
+        reward: the reward to optimise.
+        judge: the held-out reward; None: the reward itself counts.
         tasks: of the n samples, one each.
-        support: tasks of the samples of the base that others are compared with, of every class that it knows.
-        features: pictures or vectors to (n, d).
-        classes: to (n,) class indices, or None for one class.
-        seeds: of the samples; those of the comparison are others.
-        jumps: that samples of the base take; None for as many as are usual for it.
+        support: tasks of the base's samples for comparison, with all classes of the base.
+        features: maps pictures or vectors to features (n, d).
+        classes: maps pictures to class indices (n,); None for one class.
+        seeds: first seed of the samples; the base's samples have other seeds.
+        jumps: number of jumps of the base's samples; None for its default.
 
     Raises:
         RewardError: the judge is the reward itself, or shares weights with it.
@@ -96,14 +97,14 @@ class Panel:
     classes: Features | None = None
     seeds: int = 0
     jumps: int | None = None
-    _known: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _base_features: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_held_out(self.reward, self.judge)
 
     @property
     def counts(self) -> str:
-        """The name of what counts: "held_out", or "reward" where there is no judge."""
+        """The name of the score that counts: "held_out", or "reward" without a judge."""
         return "reward" if self.judge is None else "held_out"
 
     def place(self, device: torch.device | str) -> None:
@@ -114,7 +115,7 @@ class Panel:
                 place(reward, torch.device(device))
 
     def measure(self, law: Law, k: int = 1) -> Reading:
-        """Judge a law; with k > 1 the best of k samples by the reward, of each task and seed."""
+        """Evaluate a sampler; with k > 1 the best of k samples by the reward, for each task and seed."""
         base = shared_out(self.base)
         x = draw(law, self.tasks, base, [self.seeds + i for i in range(self.tasks.n)], k)
         with torch.no_grad():
@@ -123,25 +124,26 @@ class Panel:
                 best = r.view(-1, k).argmax(1)
                 rows = torch.arange(self.tasks.n, device=x.device) * k + best
                 x, r = x[rows], r[rows]
-            held = None if self.judge is None else self._score(self.judge, x)
+            judge_scores = None if self.judge is None else self._score(self.judge, x)
             pictures = base.decode(x)
             f, c = self._look(pictures, self.tasks)
-        known, classes = self._reference()
+        base_features, classes = self._reference()
         return Reading(
-            r.mean().item(), None if held is None else held.mean().item(), self._diversity(f, c), precision(f, known),
-            self._distance(f, c, known, classes), pictures.cpu(), (r if held is None else held).cpu(),
+            r.mean().item(), None if judge_scores is None else judge_scores.mean().item(), self._diversity(f, c),
+            precision(f, base_features), self._distance(f, c, base_features, classes), pictures.cpu(),
+            (r if judge_scores is None else judge_scores).cpu(),
         )  # fmt: skip
 
     def _score(self, reward: Reward, x: Tensor, k: int = 1) -> Tensor:
         return self.tasks.repeat(k).score(shared_out(self.base), reward, x)
 
     def _look(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
-        """Features and classes, which the first process makes for all: what they decide is the same everywhere."""
+        """Features and classes, computed by the first process for all, so that all take the same decisions."""
         return of_first(lambda: self._features(pictures, tasks))
 
     def _features(self, pictures: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
-        """Features and classes; without a classifier a class is what was asked for, in words, or everything."""
-        pictures = pictures.cpu().float().clone()  # lent
+        """Features and classes; without a classifier, samples of one prompt are a class, or all samples."""
+        pictures = pictures.cpu().float().clone()  # user code may write into them
         f = torch.cat([self.features(part).flatten(1) for part in pictures.split(256)])
         if self.classes is not None:
             return f, torch.cat([self.classes(part) for part in pictures.split(256)])
@@ -152,42 +154,42 @@ class Panel:
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """Features and classes of the base's samples."""
-        if self._known is None:
+        if self._base_features is None:
             seeds = [derive(self.seeds, "support", 0, i) for i in range(self.support.n)]
             with torch.no_grad():
                 base = shared_out(self.base)
                 x = draw(chain(self.jumps)(base), self.support, base, seeds)
-                self._known = self._look(base.decode(x), self.support)
-        return self._known
+                self._base_features = self._look(base.decode(x), self.support)
+        return self._base_features
 
     def _diversity(self, f: Tensor, c: Tensor) -> float:
-        """Over all pairs of the same class; NaN where there is none."""
-        known, classes = self._reference()
-        found = expected = 0.0
+        """Relative diversity over all pairs of the same class; NaN if there are none."""
+        base_features, classes = self._reference()
+        total = expected = 0.0
         for label in c.unique():
-            mine, theirs = f[c == label], known[classes == label]
+            mine, theirs = f[c == label], base_features[classes == label]
             if len(mine) >= 2 and len(theirs) >= 2:
                 pairs = len(mine) * (len(mine) - 1)
-                found, expected = found + pairs * pairwise_diversity(mine), expected + pairs * pairwise_diversity(theirs)
-        return found / expected if expected else float("nan")
+                total, expected = total + pairs * pairwise_diversity(mine), expected + pairs * pairwise_diversity(theirs)
+        return total / expected if expected else float("nan")
 
     @staticmethod
-    def _distance(f: Tensor, c: Tensor, known: Tensor, classes: Tensor) -> float:
+    def _distance(f: Tensor, c: Tensor, base_features: Tensor, classes: Tensor) -> float:
         present = [label for label in c.unique() if (classes == label).sum() >= 4]
         if not present:
             return float("inf")
         least = min(int((classes == label).sum()) * len(c) / int((c == label).sum()) for label in present)
-        parts = []  # as many of each class as keeps the shares of the tuned samples
+        parts = []  # base samples with the class shares of the tuned samples
         for label in present:
             share = int((c == label).sum()) / len(c)
-            parts.append(known[classes == label][: max(2, round(share * least))])
+            parts.append(base_features[classes == label][: max(2, round(share * least))])
         return sample_distance(f, torch.cat(parts))
 
 
 def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0) -> float:
     """Mean over samples of sum_i h_i |u(x_i) - u_base(x_i)|^2 / 2 along the tuned map's jumps, mean over entries.
 
-    u is that of the jump from one time to the next; of a map that jumps to the data only, that of the jump there.
+    u is the velocity of the jump between consecutive times; for a map that only jumps to the data, of that jump.
     """
     cond = move_condition(tasks.cond, tuned.device)
     total, velocity = 0.0, can(tuned, "velocity")
@@ -207,17 +209,17 @@ def control_cost(tuned: FlowMap, base: FlowMap, tasks: Tasks, seeds: int = 0) ->
 
 
 class Monitor(L.Callback):
-    """Judges the averaged map every ``every`` steps, keeps the best that is neither narrower nor off the data, and stops.
+    """Evaluates the averaged map every ``every`` steps, keeps the best good one, and stops the run early.
 
-    A model may be kept while its diversity and support are at least ``floor`` times those of the base (1 where the base,
-    without a class, is more diverse in a class than the samples that are asked for it). The run stops after ``patience``
-    judgements in a row that brought no better one. Files: ``samples/<step>.png``, ``averaged/<step>.safetensors``.
+    A model is good if its diversity and support are at least ``floor`` times those of the base. (The base's diversity counts
+    as at most 1.) The run stops after ``patience`` evaluations in a row without a better good model. Files:
+    ``samples/<step>.png``, ``averaged/<step>.safetensors``.
 
     Args:
-        panel: what judges.
+        panel: evaluates the models.
         base: the panel's reading of the base.
-        folder: of the run; None to write nothing.
-        every: steps.
+        folder: of the run; None to write no files.
+        every: steps between evaluations.
         floor: see above.
         patience: see above; 0 never stops and keeps the last model.
     """
@@ -231,11 +233,13 @@ class Monitor(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if is_derived(self.panel.seeds + self.panel.tasks.n - 1):
-            raise ValueError(f"panel seeds from {self.panel.seeds}: seeds of 128 bits are trained on, hold out smaller ones")
+            raise ValueError(
+                f"panel seeds from {self.panel.seeds}: training uses seeds of 128 bits, so give smaller ones to the panel"
+            )
         with pl_module.together():
             pl_module.place(pl_module.device)
             self.panel.place(pl_module.device)
-        if self.reason:  # a run that was stopped and started again
+        if self.reason:  # the run had stopped before it was started again
             trainer.should_stop = True
         elif not self.rows:
             self._judge(trainer, pl_module)
@@ -253,17 +257,17 @@ class Monitor(L.Callback):
             if can(self.panel.base, "two_time"):
                 numbers["semigroup"] = semigroup_error(shared_out(module.averaged()), tasks.n, tasks.cond)
         module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
-        spent = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
-        spent["evaluations"] = float(module.spent.evaluations)
-        kept = not self._off(numbers)
-        self.rows.append({"step": float(step), **numbers, **spent, "kept": float(kept)})
+        cost = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
+        cost["evaluations"] = float(module.spent.evaluations)
+        is_good = not self._off(numbers)
+        self.rows.append({"step": float(step), **numbers, **cost, "kept": float(is_good)})
         counts = self.panel.counts
         best = next((row[counts] for row in self.rows if row["step"] == self.best_step), None)
-        if not self.patience or best is None or (kept and numbers[counts] > best):  # at first it is the base itself
+        if not self.patience or best is None or (is_good and numbers[counts] > best):  # the first is the base itself
             self.best_step = step
             self.best_weights = {name: value.cpu().clone() for name, value in module.learnt().items()}
-        waited = sum(row["step"] > self.best_step for row in self.rows)
-        if self.patience and waited >= self.patience and step < module.steps:
+        without_gain = sum(row["step"] > self.best_step for row in self.rows)
+        if self.patience and without_gain >= self.patience and step < module.steps:
             last = [row for row in self.rows if row["step"] > self.best_step]
             off = self._off(last[-1])
             fell = ", ".join(f"{name} fell to {last[-1][name]:.2f}" for name in off)
@@ -275,10 +279,10 @@ class Monitor(L.Callback):
             self._write(trainer, reading, weights)
 
     def _off(self, numbers: dict[str, float]) -> list[str]:
-        """What is too low; what cannot be told, for want of samples, is not."""
+        """Names of the metrics that are too low; NaN does not count."""
         n, share = self.panel.tasks.n, self.base.support
         least = {"diversity": self.floor * min(1.0, self.base.diversity), "support": self.floor * share}
-        least["support"] -= (share * (1 - share) / n) ** 0.5  # it is a share of n samples: a standard error
+        least["support"] -= (share * (1 - share) / n) ** 0.5  # minus a standard error, as a share of n samples
         return [name for name, value in least.items() if numbers[name] < value]
 
     def _write(self, trainer: L.Trainer, reading: Reading, weights: Mapping[str, Tensor]) -> None:
@@ -294,20 +298,20 @@ class Monitor(L.Callback):
             write_tensors(self.folder / "samples" / f"{step:06d}.safetensors", some)
 
     def restore(self, module: FineTuning) -> None:
-        """Put the best averaged weights back; everything moves to where Lightning leaves the module."""
+        """Restore the best averaged weights, and move everything to the device of the module."""
         module.place(module.device)
         self.panel.place(module.device)
         if self.best_weights:
             put(module.ema, self.best_weights)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """The state before the step that failed is what a later start goes on from."""
+        """Save the state before the step that failed, so that a later start can resume."""
         if isinstance(exception, RewardError) and self.folder is not None and trainer.global_step:
             save_checkpoint(trainer, self.folder / "checkpoints")
 
     @property
     def kept_base(self) -> bool:
-        """Whether nothing that was learnt was better than the base."""
+        """Whether no tuned model was better than the base."""
         return self.patience > 0 and self.best_step <= 0
 
     def state_dict(self) -> dict[str, Any]:

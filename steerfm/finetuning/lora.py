@@ -1,6 +1,6 @@
-"""Low-rank adapters by peft: an optional way to train, for every method.
+"""Low-rank adapters by peft: an option for every method.
 
-The adapters are saved apart, as plain products, so that a tuned map loads without peft: W = W_base + strength * B A.
+The adapters are saved separately, as plain products, so that a tuned map loads without peft: W = W_base + strength * B A.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class LoRA:
     Args:
         rank: of the adapters.
         alpha: their scale is alpha / rank; default 2 rank.
-        layers: ends of the names of the layers to adapt, such as ["conv1", "conv2"]; None for all but the embeddings and
-            convolutions in groups, whose factors could not be added to their weights.
+        layers: last parts of the names of the layers to adapt, such as ["conv1", "conv2"]. None for all, except embeddings and
+            grouped convolutions, to whose weights the factors could not be added.
     """
 
     rank: int = 4
@@ -38,13 +38,13 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank}: at least 1")
+            raise ValueError(f"lora.rank={self.rank}: must be at least 1")
 
     def targets(self, network: nn.Module) -> list[str]:
-        """Names of the layers that are adapted.
+        """Names of the layers to adapt.
 
         Raises:
-            ValueError: a name that no layer has.
+            ValueError: no layer has a name in ``layers``.
         """
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         names = [name for name, layer in network.named_modules() if isinstance(layer, kinds) and not _grouped(layer)]
@@ -59,7 +59,7 @@ class LoRA:
         return [name for name in names if any(name == layer or name.endswith(f".{layer}") for layer in self.layers)]
 
     def inject(self, network: nn.Module, seed: int = 0) -> None:
-        """Put adapters into a network, in place; only they are trained, and nothing changes until they are."""
+        """Add adapters to a network, in place. Only they are trained; at first they do not change the output."""
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
@@ -70,7 +70,7 @@ class LoRA:
         generator = stream(seed, "adapters")
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(PREFIX in name)
-            if f"{PREFIX}A" in name:  # peft draws from the global generator
+            if f"{PREFIX}A" in name:  # peft would draw from the global generator
                 bound = parameter[0].numel() ** -0.5
                 parameter.data.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
@@ -80,7 +80,7 @@ def _grouped(layer: nn.Module) -> bool:
 
 
 class LoRAOff(Wrapped):
-    """The map of an adapted network with its adapters switched off: the base, without a second copy of its weights."""
+    """The map of an adapted network with its adapters off: the base, without a second copy of its weights."""
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         with switched_off(self.flow_map.body):
@@ -93,7 +93,7 @@ class LoRAOff(Wrapped):
 
 @contextmanager
 def switched_off(network: nn.Module) -> Iterator[None]:
-    """Adapters off. Unlike peft's own switch this leaves requires_grad alone, so gradients may pass through."""
+    """Disable the adapters. Unlike peft's own switch, this does not change requires_grad, so gradients can pass through."""
     layers: list = [layer for _, layer in adapted(network)]
     for layer in layers:
         layer._disable_adapters = True

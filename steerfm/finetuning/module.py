@@ -1,4 +1,4 @@
-"""The module that Lightning trains by a fine-tuning method, and the tasks of its batches."""
+"""The Lightning module of fine-tuning, and the tasks of its batches."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from steerfm.training.sharding import check_shardable
 
 
 class TaskData(L.LightningDataModule):
-    """Endless batches of rows of `Tasks`: which of them each row of the global batch is asked for.
+    """Endless batches of indices into `Tasks`, one for each row of the global batch.
 
     Args:
         n: number of tasks.
-        batch_size: rows of the global batch; consecutive ``group`` rows share a task.
-        reuse: updates in a row that are asked for the same.
-        seed: of the choice.
+        batch_size: rows of the global batch.
+        group: consecutive rows that share a task.
+        reuse: consecutive updates with the same tasks.
+        seed: of the draw.
     """
 
     def __init__(self, n: int, batch_size: int, group: int = 1, reuse: int = 1, seed: int = 0) -> None:
@@ -61,20 +62,20 @@ class FineTuning(Trained):
     """Fine-tunes a flow map by a method. Precision, devices and strategy are the Lightning Trainer's own arguments.
 
     Args:
-        flow_map: the base; it is copied, never changed. What is frozen in it stays so, unless all of it is.
-        reward: what is optimised.
-        method: how.
-        tasks: what the model is asked for.
-        batch_size: rows of the global batch, shared out over the processes.
+        flow_map: the base; it is copied and never changed. Its frozen parameters stay frozen, unless all are frozen.
+        reward: the reward to optimise.
+        method: the fine-tuning method.
+        tasks: conditions, prompts and labels to train on.
+        batch_size: rows of the global batch, divided between the processes.
         control: lambda, at least 0.
-        scale: spread of the reward; None to measure it on the base; 1 for a reward in units of its own.
-        lora: train low-rank adapters only; the base with them switched off is then the reference, without a copy.
-        start: weights to start from, default the base's.
+        scale: spread of the reward; None: measured on the base; 1: the reward keeps its own units.
+        lora: train low-rank adapters only. The reference is then the base without them, so that no copy is needed.
+        start: weights to start from; default those of the base.
         options: arguments of `Trained`.
 
     Raises:
-        ValueError: no weights, a control that is negative, or 0 for a method that tilts; RewardError: a black box where the
-            method needs a gradient.
+        ValueError: the map has no weights, or control is negative, or 0 for a method that tilts.
+        RewardError: the reward is a black box, and the method needs its gradient.
     """
 
     def __init__(
@@ -104,13 +105,13 @@ class FineTuning(Trained):
         tuned = flow_map.with_network(self.network)
         reference = flow_map if lora is None or start is not None else LoRAOff(tuned)
         self.base = (flow_map,)
-        self.maps = (tuned, reference)  # in a tuple: the trained network is registered once, the frozen ones never
+        self.maps = (tuned, reference)  # in a tuple, so that torch does not register them
         self.judged = (reward,)
         self.method, self.tasks, self.batch_size = method, tasks or Tasks(), batch_size
         self.control, self.scale, self.lora = control, scale, lora
         self.memory: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
-        self.group: Group | None = None  # the processes that tune, once they are connected
+        self.group: Group | None = None  # the processes of this run, once they are connected
         self.spent = Cost()
 
     @property
@@ -127,11 +128,11 @@ class FineTuning(Trained):
         return self.maps[0].with_network(self.ema.eval())
 
     def law(self) -> Law:
-        """How samples of what was learnt are drawn, with the averaged weights; several processes share its calls."""
+        """The sampler of the tuned model, with the averaged weights; processes share its calls."""
         return self.method.law(shared_out(self.averaged()), shared_out(self.reference))
 
     def data(self) -> TaskData:
-        """The batches that this module trains on."""
+        """The training batches of this module."""
         return TaskData(self.tasks.n, self.batch_size, self.method.group, _reuse(self.method), self.seed)
 
     def on_train_start(self) -> None:
@@ -145,13 +146,13 @@ class FineTuning(Trained):
                 self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
 
     def together(self) -> AbstractContextManager[None]:
-        """Inside, the processes that tune share the calls of maps made by `shared_out`."""
+        """A context in which the processes share the calls of maps from `shared_out`."""
         if self.group is None and self.trainer.world_size > 1:
             self.group = active() or distributed.connected()
         return together(self.group)
 
     def place(self, device: torch.device | str) -> None:
-        """Move the frozen parts, which Lightning does not know of."""
+        """Move the frozen parts, which Lightning does not register."""
         for flow_map in self.maps:
             flow_map.to(device)
         place(self.judged[0], torch.device(device))
@@ -161,12 +162,12 @@ class FineTuning(Trained):
         mine = part(self.batch_size, self.group)
         step, tuned = self.global_step, self.maps[0]
         reuse = _reuse(self.method)
-        drawn = step // reuse * reuse
+        first_use = step // reuse * reuse
         reward = self.judged[0] if self.group is None else by_first(self.judged[0])
         assert self.scale is not None
         return Update(
             step, self.steps, tuned, self.averaged(), self.reference, reward, self.tasks[rows[mine].cpu()],
-            self.tasks, Noise([derive(self.seed, "training", drawn, row) for row in range(mine.start, mine.stop)]),
+            self.tasks, Noise([derive(self.seed, "training", first_use, row) for row in range(mine.start, mine.stop)]),
             stream(self.seed, "update", step), self.control, self.scale, self.memory, self.seed, self.own,
         )  # fmt: skip
 
@@ -176,12 +177,12 @@ class FineTuning(Trained):
             try:
                 with counted_from(part(self.batch_size, self.group).start):
                     terms = self.method.loss(self.update(rows))
-            except Exception as raised:
-                error = raised
-            said = tell({name: value.detach().float().cpu() for name, value in terms.items()}, error)
-        self._ledger = ledger  # its backward calls are still to come
-        for name in terms:  # those of the global batch
-            value = torch.stack([each[name] for each in said]).mean()
+            except Exception as failure:
+                error = failure
+            all_terms = tell({name: value.detach().float().cpu() for name, value in terms.items()}, error)
+        self._ledger = ledger  # its backward calls come later
+        for name in terms:  # mean over the global batch
+            value = torch.stack([each[name] for each in all_terms]).mean()
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "reward"))
         return terms["loss"]
 
@@ -192,10 +193,10 @@ class FineTuning(Trained):
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         with self.together():
-            said = tell(self._ledger.cost.counts())
-        total = Cost(**{name: sum(counts[name] for counts in said) for name in said[0]})
+            all_counts = tell(self._ledger.cost.counts())
+        total = Cost(**{name: sum(counts[name] for counts in all_counts) for name in all_counts[0]})
         cost = replace(total, seconds=time.perf_counter() - self._started, peak_bytes=self._ledger.cost.peak_bytes)
-        self.spent = self.spent + cost  # here, since a callback that saves a checkpoint runs before later hooks
+        self.spent = self.spent + cost  # here: checkpoint callbacks run before later hooks
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
@@ -217,17 +218,17 @@ class FineTuning(Trained):
 
 
 def check_shares(batch_size: int, group: int, processes: int) -> None:
-    """Refuse a global batch that cannot be shared out.
+    """Check that the processes can divide a global batch.
 
     Raises:
-        ValueError: naming it.
+        ValueError: they cannot; the message has sizes that work.
     """
     if processes == 1 and (batch_size < 1 or batch_size % group):
         raise ValueError(f"batch_size={batch_size} must be a positive multiple of the group of {group}")
     if batch_size % (processes * group):
         groups = f" in groups of {group}" if group > 1 else ""
         raise ValueError(
-            f"batch_size={batch_size} cannot be shared out over {processes} processes{groups}: take a multiple of "
+            f"batch_size={batch_size} cannot be divided between {processes} processes{groups}: use a multiple of "
             f"{processes * group}"
         )
 

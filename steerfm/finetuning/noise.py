@@ -1,4 +1,4 @@
-"""A noise-space adapter: the generator stays as it is, only what it starts from changes."""
+"""A noise-space adapter: the generator stays the same, only its initial noise changes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from steerfm.sampling import Noise
 
 @dataclass(frozen=True)
 class HyperNoise:
-    """HyperNoise (Eyring et al. 2508.09968, equation 9): x_0 + f(x_0) through the frozen map, held by mean f^2 / 2.
+    """HyperNoise (Eyring et al. 2508.09968, equation 9): x_0 + f(x_0) through the frozen map, with penalty mean f^2 / 2.
 
-    f is how far the trained network's velocity at t = 0 has moved from the base's, so it starts at zero and knows pictures. The
-    penalty drops the log-determinant of the exact divergence between noises, so it over-tilts: take a larger control.
+    f is the trained network's velocity at t = 0 minus that of the base, so it starts at zero from a pretrained network. The
+    penalty omits the log-determinant of the exact divergence between noises, so it over-tilts: use a larger control.
 
-    The trained network alone is no map of what was learnt: `whole` is, in one step, to be sampled, steered and saved.
+    The trained network alone is not the tuned map; `whole` returns that map, which can be sampled, steered and saved.
 
     Args:
-        jumps: of the frozen map.
+        jumps: number of jumps of the frozen map.
     """
 
     jumps: int = 1
@@ -36,7 +36,7 @@ class HyperNoise:
 
     def __post_init__(self) -> None:
         if self.jumps < 1:
-            raise ValueError(f"jumps={self.jumps}: at least one")
+            raise ValueError(f"jumps={self.jumps}: must be at least 1")
 
     def loss(self, update: Update) -> Terms:
         x0, cond = update.normal(), update.problem.cond
@@ -52,7 +52,7 @@ class HyperNoise:
         return self._field(tuned, x0, cond) - base
 
     def _field(self, flow_map: FlowMap, x0: Tensor, cond: Condition) -> Tensor:
-        """What the network says of the noise: its velocity, or where it has none that of the jump."""
+        """The network's output for the noise: its velocity, or without one that of the jump."""
         return flow_map.velocity(x0, 0.0, cond) if can(flow_map, "velocity") else flow_map.jump(x0, 0.0, 1.0, cond) - x0
 
     def _generate(self, reference: FlowMap, x: Tensor, cond: Condition) -> Tensor:
@@ -62,7 +62,7 @@ class HyperNoise:
         return x
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
-        """See `Choosy`: the generator is one jump, or several, which may be Euler steps."""
+        """See `Choosy`. The generator is one jump, or several jumps, which may be Euler steps."""
         if can(flow_map, "generator" if self.jumps == 1 else "velocity"):
             return ""
         if can(flow_map, "velocity"):
@@ -70,7 +70,13 @@ class HyperNoise:
         return f"with jumps={self.jumps} " + needs("two_time", "take jumps=1")
 
     def whole(self, tuned: FlowMap, reference: FlowMap, of: str | Mapping[str, Any] = "") -> MovedNoise:
-        """What was learnt as a map; ``of`` is what `steerfm.load` makes the reference by."""
+        """The tuned model as a map.
+
+        Args:
+            tuned: the map with the trained network.
+            reference: the frozen base.
+            of: name of the base, as in `steerfm.load`.
+        """
         return MovedNoise(reference, tuned, self.jumps, of)
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:

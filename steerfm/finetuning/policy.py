@@ -24,16 +24,16 @@ class Policy(metaclass=Named):
 
         -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + control * KL(pi | pi_ref),      rho = pi(x'|x) / pi_old(x'|x)
 
-    A is the reward, less its mean over the samples of the same task, over their standard deviation. `Renoise` keeps the
-    marginals of an exact map in any number of steps, so four are enough. The last, deterministic step has no probability and is
-    not trained by itself.
+    The advantage A is the reward, standardised over the samples of the same task. `Renoise` preserves the marginals of an exact
+    map in any number of steps, so four are enough. The last step is deterministic and has no probability, so it is not trained
+    directly.
 
     Args:
         steps: transitions from noise to data; all but the last are trained.
         transition: the sampler; any stochastic one, or its name.
-        group: samples of a task that are compared with each other.
+        group: samples per task to compare with each other.
         clip: eps.
-        reuse: updates from the same samples; at 1 the ratio is always 1.
+        reuse: updates per set of samples; with 1 the ratio is always 1.
         within: divide by the standard deviation within the group (GRPO), or over the batch.
     """
 
@@ -47,15 +47,15 @@ class Policy(metaclass=Named):
     differentiates, tilts, law_is_map, law_is_velocity = False, False, False, False
 
     @classmethod
-    def resolve(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments with objects in place of names."""
-        return objects(cls, given, {"transition": TRANSITIONS})
+        return objects(cls, arguments, {"transition": TRANSITIONS})
 
     def __post_init__(self) -> None:
         if not self.transition.stochastic:
             raise ValueError("policy gradients need a stochastic transition: renoise, diffuse or bridge")
         if self.steps < 2 or self.group < 2 or self.reuse < 1 or not self.clip > 0:
-            raise ValueError("steps and group are at least 2, reuse at least 1, clip is positive")
+            raise ValueError("steps and group must be at least 2, reuse at least 1, clip positive")
 
     def loss(self, update: Update) -> Terms:
         if update.step % self.reuse == 0:
@@ -72,8 +72,8 @@ class Policy(metaclass=Named):
             ratio = (step.log_prob(states[i + 1]) - old[i]).exp().float()
             clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
             gain = gain + torch.minimum(ratio * advantage, clipped * advantage).mean()
-            moved = (step.mean - reference).square().flatten(1).sum(1)
-            divergence = divergence + moved.mean() / (2 * step.std**2)
+            distance = (step.mean - reference).square().flatten(1).sum(1)
+            divergence = divergence + distance.mean() / (2 * step.std**2)
             ratios.append(ratio.detach())
         off = (update.all_rows(torch.stack(ratios, 1)) - 1).abs()
         return {
@@ -115,7 +115,13 @@ class Policy(metaclass=Named):
 
 
 def advantages(r: Tensor, group: int, within: bool = True) -> Tensor:
-    """Rewards (b,) less their group's mean, over the standard deviation within the group or of all."""
+    """Rewards (b,) minus their group's mean, divided by the standard deviation within the group or of all rewards.
+
+    Args:
+        r: (b,) rewards; consecutive ``group`` rows are a group.
+        group: group size.
+        within: use the standard deviation within the group.
+    """
     groups = r.view(-1, group)
     spread = groups.std(1, keepdim=True) if within else groups.std()
     return ((groups - groups.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
@@ -123,7 +129,7 @@ def advantages(r: Tensor, group: int, within: bool = True) -> Tensor:
 
 @dataclass(frozen=True)
 class FlowGRPO(Policy):
-    """Flow-GRPO (Liu et al. 2505.05470): the same on the stochastic Euler steps of the velocity; 10 to train."""
+    """Flow-GRPO (Liu et al. 2505.05470): `Policy` on the stochastic Euler steps of the velocity; 10 in training."""
 
     steps: int = 10
     transition: Transition = field(default_factory=Diffuse)
@@ -145,15 +151,15 @@ class NFT:
 
         o |v_+ - v|^2 + (1 - o) |v_- - v|^2 + control |v_theta - v_ref|^2,    v_+- = v_old +- beta (v_theta - v_old)
 
-    v is the conditional velocity at a sample of the averaged map, o in [0, 1] how good that sample is among those of its task:
-    1/2 + clip(A / range)/2. Good samples attract, bad ones repel. A velocity is learnt; the jumps are distilled from it.
+    v is the conditional velocity at a sample of the averaged map. o in [0, 1] rates that sample among those of its task:
+    1/2 + clip(A / range)/2. Good samples attract, bad ones repel. This trains a velocity; the jumps are distilled from it.
 
     Args:
-        ode: steps of the ODE that samples are drawn by, two calls each.
-        group: samples of a task that are compared with each other.
-        reuse: updates from the same samples, each with other noise and times.
-        beta: how far the two velocities lie apart, above 0.
-        range: advantage, in standard deviations, from which a sample is wholly good or bad.
+        ode: steps of the ODE for samples, two calls each.
+        group: samples per task to compare with each other.
+        reuse: updates per set of samples, each with new noise and times.
+        beta: distance between the two velocities, above 0.
+        range: advantage, in standard deviations, above which a sample counts as fully good, or below minus which as bad.
     """
 
     ode: int = 6
@@ -166,7 +172,7 @@ class NFT:
 
     def __post_init__(self) -> None:
         if min(self.ode, self.reuse) < 1 or self.group < 2 or not (self.beta > 0 and self.range > 0):
-            raise ValueError("ode and reuse are at least 1, group at least 2, beta and range positive")
+            raise ValueError("ode and reuse must be at least 1, group at least 2, beta and range positive")
 
     def loss(self, update: Update) -> Terms:
         memory, problem, path = update.memory, update.problem, update.tuned.interpolant
@@ -181,17 +187,17 @@ class NFT:
         t, x0 = self.draws(update)
         t_ = expand_time(t, x1)
         x, v = path.interpolate(x0, x1, t_), path.conditional_velocity(x0, x1, t_)
-        found = update.tuned.velocity(x, t, problem.cond)
+        velocity = update.tuned.velocity(x, t, problem.cond)
         with torch.no_grad():
             old = update.averaged.velocity(x, t, problem.cond)
             reference = update.reference.velocity(x, t, problem.cond)
-        step = self.beta * (found - old)
+        step = self.beta * (velocity - old)
         fit = good * mean_square(old + step - v) + (1 - good) * mean_square(old - step - v)
-        control = mean_square(found - reference).mean()
+        control = mean_square(velocity - reference).mean()
         return {"loss": fit.mean() / self.beta + update.control * control, "reward": memory["reward"], "control_cost": control}
 
     def draws(self, update: Update) -> tuple[Tensor, Tensor]:
-        """Times (b,), uniform, and noise (b, *shape) of this update, other than those that the samples came from."""
+        """Uniform times (b,) and noise (b, *shape) of this update, independent of those of the samples."""
         noise = update.noise.other(f"fit {update.step % self.reuse}")
         x0 = noise.start(update.tuned)
         return noise.uniform(1, x0.device).squeeze(1).to(x0), x0

@@ -55,7 +55,7 @@ def test_a_tuning_whose_process_was_killed_goes_on_with_another_number(
         many = f"out={tmp_path / 'many'}"
         assert main([*keys, many, "trainer.devices=2", "batch_size=6"]) == 2
         printed = capfd.readouterr()
-        assert "batch_size=6 cannot be shared out over 2 processes in groups of 2: take a multiple of 4" in printed.err
+        assert "batch_size=6 cannot be divided between 2 processes in groups of 2: use a multiple of 4" in printed.err
         assert not (tmp_path / "many").exists()
 
         deadly.touch()

@@ -72,7 +72,7 @@ def test_each_process_scores_its_rows_but_the_first_what_compares_them(runs: dic
 
 def test_what_breaks_in_one_process_is_said_in_all(runs: dict[str, Any]):
     assert runs["refused"]["rows"] == (
-        "ValueError: batch_size=6 cannot be shared out over 2 processes in groups of 2: take a multiple of 4"
+        "ValueError: batch_size=6 cannot be divided between 2 processes in groups of 2: use a multiple of 4"
     )
     assert runs["refused"]["row"].startswith("RewardError") and "sample 6" in runs["refused"]["row"]
 
