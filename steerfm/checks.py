@@ -1,4 +1,4 @@
-"""Checks of arguments that many functions take."""
+"""Checks of common arguments."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def whole_numbers(**counts: Any) -> None:
-    """Refuse what is no whole number, by name.
+    """Check that the arguments are whole numbers.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: one is not; the message names it.
     """
     for name, count in counts.items():
         if isinstance(count, bool) or not hasattr(type(count), "__index__"):
@@ -17,10 +17,10 @@ def whole_numbers(**counts: Any) -> None:
 
 
 def at_least_one(**counts: int) -> None:
-    """Refuse counts below one, and what is no whole number, by name.
+    """Check that the arguments are whole numbers of at least one.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: one is not; the message names it.
     """
     whole_numbers(**counts)
     for name, count in counts.items():

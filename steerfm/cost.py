@@ -1,11 +1,11 @@
-"""The ledger: what a run costs, counted where it happens.
+"""The ledger: counts the cost of a run.
 
 >>> with Ledger() as ledger:
 ...     samples = steerfm.sample(flow_map, n=64, steps=4)
->>> ledger.cost.forwards                      # 256: summed over samples, so that batch sizes do not matter
+>>> ledger.cost.forwards                      # 256: summed over samples, for any batch size
 256
 
-`FlowMap` and `Reward` report to the active ledger themselves, so a user's own look-ahead or method is counted too.
+`FlowMap` and `Reward` report to the active ledger, so the cost of a user's own look-ahead or method counts as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass
 class Cost:
-    """What a run cost. Counts are summed over samples: 64 particles, one call each, are 64 forwards.
+    """The cost of a run. Counts are summed over samples: one call for each of 64 particles is 64 forwards.
 
     Attributes:
         forwards: network evaluations.
@@ -31,7 +31,7 @@ class Cost:
         reward_backwards: backward passes of the reward.
         decodes: conversions from model space to pictures.
         seconds: wall time.
-        peak_bytes: peak memory of the accelerator, or of the process where there is none.
+        peak_bytes: peak memory of the accelerator, or of the process without one.
     """
 
     forwards: int = 0
@@ -56,14 +56,14 @@ class Cost:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations, a backward pass counted as two: what methods are compared at."""
+        """Network evaluations, with a backward pass counted as two; methods are compared at equal numbers of these."""
         return self.forwards + 2 * self.backwards
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
     def counts(self) -> dict[str, int]:
-        """What is counted, without time and memory."""
+        """The counts, without time and memory."""
         return {name: int(value) for name, value in asdict(self).items() if name not in ("seconds", "peak_bytes")}
 
 
@@ -71,7 +71,7 @@ _active: ContextVar[Ledger | None] = ContextVar("steerfm_ledger", default=None)
 
 
 class Ledger:
-    """Context manager that collects the `Cost` of everything inside it; ledgers nest, and the outer one sees all."""
+    """Context manager that collects the `Cost` of all work inside it. Ledgers nest; the outer one counts everything."""
 
     def __init__(self) -> None:
         self.cost = Cost()
@@ -82,7 +82,7 @@ class Ledger:
         self._parent = _active.get()
         self._token = _active.set(self)
         self._started = time.perf_counter()
-        if self._parent is not None:  # the reset below must not hide the outer ledger's peak so far
+        if self._parent is not None:  # keep the outer ledger's peak before the reset below
             self._parent.cost.peak_bytes = max(self._parent.cost.peak_bytes, _peak_bytes())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -109,7 +109,7 @@ def current() -> Ledger | None:
 
 @contextmanager
 def aside(ledger: Ledger) -> Iterator[None]:
-    """Inside, costs are counted in this ledger, and in no other."""
+    """A context whose costs are counted in this ledger only."""
     token = _active.set(ledger)
     try:
         yield
@@ -118,16 +118,16 @@ def aside(ledger: Ledger) -> Iterator[None]:
 
 
 def count(name: str, amount: int) -> None:
-    """Add ``amount`` to the field ``name`` of the active ledger; nothing happens outside a ledger."""
+    """Add ``amount`` to the field ``name`` of the active ledger, if there is one."""
     ledger = _active.get()
     if ledger is not None:
         ledger.add(name, amount)
 
 
 def count_backward(name: str, amount: int, output: Tensor) -> None:
-    """Count ``amount`` when a backward pass reaches ``output``; free where no graph is kept.
+    """Count ``amount`` when a backward pass reaches ``output``; no cost without a graph.
 
-    The ledger is looked up now, since on an accelerator the backward pass runs in another thread.
+    The ledger is looked up at once, since on an accelerator the backward pass runs in another thread.
     """
     ledger = _active.get()
     if ledger is not None and output.requires_grad:

@@ -25,8 +25,8 @@ from steerfm.checkpoints import (
     HEAD_TEXT,
     INTERPOLANTS,
     check_head,
-    checked_code,
     code_of,
+    locate_code,
     read_weights,
     restore,
     save_weights,
@@ -434,7 +434,7 @@ class NeuralFlowMap(FlowMap):
         flow_map = cls(network, head["shape"], interpolant, head["class_names"], head["mean"], head["std"], text)
         card = head.get("card")
         flow_map.card = card if isinstance(card, Mapping) else {}
-        flow_map.architecture = checked_code(head["network"], head, path)
+        flow_map.architecture = locate_code(head["network"], head, path)
         return flow_map.eval().requires_grad_(False)
 
 

@@ -1,9 +1,9 @@
-"""Is a judge held out? What a reward and the reward that judges it have in common: networks, weights, arithmetic.
+"""Check that a judge is held out: that it shares no networks, weights or arithmetic with the reward.
 
-Both are walked through, whatever holds their parts: sums, ensembles, wrappers, containers, functions with what they close over
-or name. Weights in common are found by their memory, and by their values, so that two names of one file, a copy in another
-precision and a lightly tuned one are the same. Networks that a reward loads late are loaded. Rewards without weights are the
-same where their type, or their function, and their arguments are.
+The search visits all parts of both: sums, ensembles, wrappers, containers, and functions with their closures and globals.
+Shared weights are detected by memory and by value. So two names of one file, a copy in another precision and a lightly tuned
+copy count as the same network. Networks that a reward loads late are loaded for the check. Rewards without weights are the
+same if their type, or their function, and their arguments are the same.
 """
 
 from __future__ import annotations
@@ -21,63 +21,63 @@ from steerfm.flowmap import FlowMap
 from steerfm.rewards import Reward, RewardError
 
 NEAR = 0.01
-"""Weights that differ by less, as a share of how far they lie from their mean, are the same: so far go copies in bfloat16."""
+"""Weights count as equal below this difference, relative to their spread: as much as copies in bfloat16 differ."""
 SHARE = 0.01
-"""Share of the smaller network that makes two networks one: tables of positions are alike in networks that never met."""
+"""Networks count as shared above this share of the smaller one: tables of positions are equal in unrelated networks."""
 SAMPLE = 64
-"""Entries of each tensor that are compared first."""
+"""Entries of each tensor for a first comparison."""
 MODULE = set(vars(nn.Module()))
-"""What every module has of its own."""
+"""Attributes that every module has."""
 IDLE = MODULE | {"name", "batch_size", "_fits"}
-"""Attributes of a reward that its values do not depend on."""
+"""Attributes of a reward that do not affect its values."""
 IN_WORDS = {"held_out": "held-out reward", "reward": "reward"}
-"""What counts, as tables and reports say it: the judge's, or the reward's where there is no judge."""
+"""Names of the score that counts, for tables and reports."""
 Key = Hashable
 
 
 def check_held_out(reward: Reward, judge: Reward | None) -> None:
-    """Refuse a judge that is the reward itself, or that shares weights with it.
+    """Check that a judge is not the reward itself and shares no weights with it.
 
     Raises:
-        RewardError: with what they have in common, and what to do.
+        RewardError: it is, or does; the message names the fix.
     """
     if judge is not None and (why := in_common(reward, judge)):
         raise RewardError(
-            f"judge={judge.name}: it {why}, and nothing would be held out: judge=null for none, or a reward that is no part "
+            f"judge={judge.name}: it {why}, so nothing would be held out: judge=null for none, or a reward that is no part "
             f"of {reward.name!r} and shares no network with it"
         )
 
 
 def in_common(reward: Reward, judge: Reward) -> str | None:
-    """Why a judge is not held out from a reward, in words that follow its name; None where it is.
+    """Why a judge is not held out, as a text after its name; None if it is held out.
 
-    A term without weights may be in both where the judge has another one besides: a brightness that is asked for is no
-    secret, and a network of its own still judges the picture.
+    A term without weights may occur in both if the judge has another term as well: its other terms, such as a separate
+    network, still judge independently.
     """
     if judge is reward:
         return "is the reward itself"
     mine, its = list(_walk(reward)), list(_walk(judge))
     if _share(mine, its):
         return "shares weights with the reward"
-    known, asked = ({_leaf_key(leaf) for leaf in _leaves(parts)} for parts in (mine, its))
-    if asked <= known:
-        return "is the reward itself" if asked == known else "is a part of the reward"
+    reward_keys, judge_keys = ({_leaf_key(leaf) for leaf in _leaves(parts)} for parts in (mine, its))
+    if judge_keys <= reward_keys:
+        return "is the reward itself" if judge_keys == reward_keys else "is a part of the reward"
     return None
 
 
 def share_weights(a: Any, b: Any) -> bool:
-    """Whether two rewards, networks, or what else holds some, have weights in common."""
+    """Whether two rewards, networks or other objects share weights."""
     return _share(list(_walk(a)), list(_walk(b)))
 
 
 def has_weights(reward: Reward) -> bool:
-    """Whether a network is in it, as far as can be seen: one that runs elsewhere is not."""
+    """Whether a reward has a network in this process."""
     return any(isinstance(part, nn.Parameter | _Late) for part in _walk(reward))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 def _share(mine: Sequence[Any], its: Sequence[Any]) -> bool:
-    """Whether two lists of parts have a network in common; those that come late are loaded where both have networks."""
+    """Whether two lists of parts share a network; late networks are loaded if both sides have networks."""
     if not all(any(isinstance(part, nn.Parameter | _Late) for part in parts) for parts in (mine, its)):
         return False
     (a, names), (b, others) = _networks(mine), _networks(its)
@@ -88,46 +88,46 @@ def _share(mine: Sequence[Any], its: Sequence[Any]) -> bool:
 
 
 class _Late:
-    """The networks of a reward that are no submodules of it, not loaded yet."""
+    """A reward with networks that are no submodules of it and load late."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
 
 
 def _networks(parts: Iterable[Any]) -> tuple[list[Tensor], set[str]]:
-    """The weights of all networks, and the names of those that run elsewhere."""
+    """The weights of all networks, and the names of networks that run elsewhere."""
     weights, names = {}, set()
     for part in parts:
         late = part.reward.late_networks() if isinstance(part, _Late) else ()
         names |= {network for network in late if isinstance(network, str)}
-        found = [part] if isinstance(part, nn.Parameter) else []
+        parameters = [part] if isinstance(part, nn.Parameter) else []
         for network in late:
-            found += [inner for inner in _walk(network) if isinstance(inner, nn.Parameter)]
-        weights |= {id(weight): weight.detach() for weight in found if weight.is_floating_point() and not weight.is_meta}
+            parameters += [inner for inner in _walk(network) if isinstance(inner, nn.Parameter)]
+        weights |= {id(weight): weight.detach() for weight in parameters if weight.is_floating_point() and not weight.is_meta}
     return list(weights.values()), names
 
 
 def _numbers_in_common(a: Sequence[Tensor], b: Sequence[Tensor]) -> int:
-    """How many numbers of ``a`` are those of ``b``: in the same memory, or in a tensor of the same shape and nearly the same
-    values."""
+    """Number of weights in ``a`` that are also in ``b``: in the same memory, or in a tensor of the same shape with nearly the
+    same values."""
     memory = {weight.untyped_storage().data_ptr() for weight in b} - {0}
     shapes: dict[torch.Size, list[Tensor]] = {}
     for weight in b:
         shapes.setdefault(weight.shape, []).append(weight)
-    found = 0
+    total = 0
     for shape in {weight.shape for weight in a}:
         own, others = [weight for weight in a if weight.shape == shape], shapes.get(shape, [])
         near = _near(torch.stack([_sample(w) for w in own]), torch.stack([_sample(w) for w in others])) if others else None
         for i, weight in enumerate(own):
-            held = weight.untyped_storage().data_ptr() in memory
+            same_memory = weight.untyped_storage().data_ptr() in memory
             rows = [] if near is None else near[i].nonzero().flatten().tolist()
-            if held or any(bool(_near(_flat(weight)[None], _flat(others[j])[None])) for j in rows):
-                found += weight.numel()
-    return found
+            if same_memory or any(bool(_near(_flat(weight)[None], _flat(others[j])[None])) for j in rows):
+                total += weight.numel()
+    return total
 
 
 def _near(a: Tensor, b: Tensor) -> Tensor:
-    """Whether rows (p, d) are those of (q, d) up to rounding, (p, q); rows of one value are like none."""
+    """Whether rows (p, d) equal rows (q, d) up to rounding, (p, q); constant rows equal none."""
     spread = (a - a.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") < NEAR * spread
 
@@ -143,13 +143,13 @@ def _sample(weight: Tensor) -> Tensor:
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 def _walk(start: Any) -> Iterator[Any]:
-    """All that a reward computes with: rewards, parameters and what else is reachable; a flow map is nobody's judge."""
-    waiting, seen = [start], {}
+    """All objects that a reward can reach: rewards, parameters and others. Flow maps are skipped."""
+    waiting, visited = [start], {}
     while waiting:
         part = waiting.pop()
-        if id(part) in seen or isinstance(part, FlowMap | ModuleType | type | str | bytes | int | float | None):
+        if id(part) in visited or isinstance(part, FlowMap | ModuleType | type | str | bytes | int | float | None):
             continue
-        seen[id(part)] = part  # held, so that no other object gets its number
+        visited[id(part)] = part  # a reference, so that no other object gets this id
         yield part
         if isinstance(part, Reward) and type(part).late_networks is not Reward.late_networks:
             yield _Late(part)
@@ -157,7 +157,7 @@ def _walk(start: Any) -> Iterator[Any]:
 
 
 def _inside(part: Any) -> list[Any]:
-    """What an object holds, or a function closes over and names."""
+    """The contents of an object, or the closure and globals of a function."""
     if isinstance(part, Mapping):
         return list(part.values())
     if isinstance(part, list | tuple | set | frozenset):
@@ -167,8 +167,8 @@ def _inside(part: Any) -> list[Any]:
     if isinstance(part, MethodType):
         return [part.__self__, part.__func__]
     if isinstance(part, FunctionType):
-        named = _named(part).values()
-        return [*_closed(part).values(), *(value for value in named if isinstance(value, nn.Module | partial | FunctionType))]
+        values = _globals(part).values()
+        return [*_closure(part).values(), *(value for value in values if isinstance(value, nn.Module | partial | FunctionType))]
     if (
         isinstance(part, Tensor)
         or not hasattr(part, "__dict__")
@@ -179,13 +179,13 @@ def _inside(part: Any) -> list[Any]:
 
 
 def _of_class(kind: type) -> list[Any]:
-    """Networks and functions that a class of a reward, or of what one calls, holds for all."""
+    """Networks and functions in the attributes of a user's class."""
     own = [cls for cls in kind.__mro__ if cls.__module__.split(".")[0] not in ("builtins", "torch", "steerfm", "abc", "typing")]
     return [value for cls in own for value in vars(cls).values() if isinstance(value, nn.Module | FunctionType)]
 
 
-def _closed(function: FunctionType) -> dict[str, Any]:
-    """What a function closes over, and its defaults."""
+def _closure(function: FunctionType) -> dict[str, Any]:
+    """The closure and the defaults of a function."""
     out: dict[str, Any] = dict(function.__kwdefaults__ or {})
     out |= {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
@@ -196,12 +196,12 @@ def _closed(function: FunctionType) -> dict[str, Any]:
     return out
 
 
-def _named(function: FunctionType) -> dict[str, Any]:
-    """The globals that a function names; of functions only those of its own file."""
+def _globals(function: FunctionType) -> dict[str, Any]:
+    """The globals that a function uses; only those functions that are in its own file."""
     names = {name for code in _codes(function.__code__) for name in code.co_names}
-    found = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
+    values = {name: function.__globals__[name] for name in sorted(names) if name in function.__globals__}
     return {
-        name: value for name, value in found.items()
+        name: value for name, value in values.items()
         if not isinstance(value, FunctionType) or value.__globals__ is function.__globals__
     }  # fmt: skip
 
@@ -215,19 +215,23 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 # --- rewards without weights -----------------------------------------------------------------------------------------
 def _leaves(parts: Sequence[Any]) -> list[Reward]:
-    """The rewards of a walk that are not made of others."""
+    """The rewards among the parts that contain no other rewards."""
     rewards = [part for part in parts if isinstance(part, Reward)]
     return [reward for reward in rewards if not any(isinstance(part, Reward) for part in _walk(reward) if part is not reward)]
 
 
 def _leaf_key(leaf: Reward) -> Key:
-    """Of one that has networks, itself: others are told by their weights."""
+    """Identity of a reward with networks, which are compared by weights; else its value."""
     return id(leaf) if any(isinstance(part, nn.Parameter | _Late) for part in _walk(leaf)) else _key(leaf, {})
 
 
 def _key(part: Any, seen: dict[int, int]) -> Key:
-    """What an object is and holds, by value: equal for two that were made alike, from the same code in the same file.
-    ``seen``: the objects around it."""
+    """A key of an object's value: equal for two objects with the same arguments and the same code in the same file.
+
+    Args:
+        part: the object.
+        seen: numbers of the enclosing objects, by id.
+    """
     if isinstance(part, str | bytes | int | float | complex | None):
         return ("value", part)
     if id(part) in seen:
@@ -248,25 +252,25 @@ def _key(part: Any, seen: dict[int, int]) -> Key:
         return ("method", _key(part.__func__, seen), _key(part.__self__, seen))
     if isinstance(part, FunctionType):
         plain = str | int | float | Tensor | FunctionType
-        named = {name: value for name, value in _named(part).items() if isinstance(value, plain)}
+        used = {name: value for name, value in _globals(part).items() if isinstance(value, plain)}
         place = (part.__code__.co_filename, part.__qualname__, _code_key(part.__code__))
-        return ("function", place, _key(_closed(part), seen), _key(named, seen))
+        return ("function", place, _key(_closure(part), seen), _key(used, seen))
     if isinstance(part, type) or not hasattr(part, "__dict__"):
         return ("kind", part.__module__, part.__qualname__) if isinstance(part, type) else ("a", type(part).__qualname__)
     return ("object", _class_key(type(part)), _key(_state(part), seen))
 
 
 def _state(part: Any) -> dict[str, Any]:
-    """The attributes of an object that its values depend on."""
+    """The attributes of an object that affect its values."""
     if not isinstance(part, nn.Module):
         return dict(sorted(vars(part).items()))
-    held = {name: value for name, value in vars(part).items() if name not in IDLE}
-    return dict(sorted({**held, **dict(part.named_buffers(recurse=False)), **dict(part.named_children())}.items()))
+    attributes = {name: value for name, value in vars(part).items() if name not in IDLE}
+    return dict(sorted({**attributes, **dict(part.named_buffers(recurse=False)), **dict(part.named_children())}.items()))
 
 
 def _class_key(kind: type) -> Key:
-    """A class by its name, and by the files and code of its functions: files of one's own are run anew for each name in them,
-    and then the class is another object."""
+    """A key of a class: its name, and the files and code of its functions. A user's file runs again for each name in it, which
+    makes new class objects."""
     own = {name: value.__code__ for name, value in vars(kind).items() if isinstance(value, FunctionType)}
     return (kind.__qualname__, tuple((name, code.co_filename, _code_key(code)) for name, code in sorted(own.items())))
 

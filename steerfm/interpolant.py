@@ -1,13 +1,13 @@
 """The probability path between noise and data, and every conversion along it.
 
-One convention, used everywhere and translated only in adapters: ``t = 0`` is noise, ``t = 1`` is data,
+One convention, used everywhere but in adapters: ``t = 0`` is noise, ``t = 1`` is data,
 
     x_t = alpha_t x_1 + sigma_t x_0,      x_0 ~ N(0, I).
 
 >>> path = Interpolant()                      # the linear path: alpha = t, sigma = 1 - t
 >>> x1 = path.denoise(x, velocity, t)         # E[x_1 | x_t = x] from the velocity b(x, t)
 
-Times are floats or tensors that broadcast against ``x``; `FlowMap` does that broadcasting once.
+Times are floats, or tensors that broadcast against ``x``; `FlowMap` broadcasts them once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def expand_time(t: float | Tensor, x: Tensor) -> Tensor:
 
     Args:
         t: a float, a scalar tensor or one time per row, shape (b,).
-        x: a batch, shape (b, *d); gives the shape, dtype and device.
+        x: (b, *d) a batch with the shape, dtype and device of the result.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.ndim == 0:

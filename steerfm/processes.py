@@ -1,8 +1,8 @@
-"""Several processes on one run: who they are, what one says to all, and calls whose rows they share.
+"""Several processes in one run: the group, its messages, and calls with shared rows.
 
-Every process runs the same program and has all states. Of a call, each makes some parts, and all get all of its rows: the same
-bits everywhere. A part is never cut, so what is computed does not depend on the number of processes. `steerfm.distributed`
-starts them; without it nothing here does anything.
+Every process runs the same program and has all states. Each process computes some parts of a call, and all processes get all
+rows, with the same bits. Parts are never divided further, so results do not depend on the number of processes.
+`steerfm.distributed` starts the processes; without it this module has no effect.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from steerfm.cost import Ledger, aside, current
 from steerfm.scores import counted_from
 
 HEAD = 2040
-"""Bytes that every message has room for; a longer one costs a second exchange."""
+"""Bytes of a message in the first exchange; longer messages need a second one."""
 Value = TypeVar("Value")
 Part = Callable[..., tuple[Tensor, Any]]
-"""What makes some rows: called with a slice of all rows and with the inputs' rows, it returns rows (b, ...) and a note, the
-same for all parts."""
+"""A function of a slice and of those rows of the inputs; it returns rows (b, ...) and a note, the same for all parts."""
 
 
 class Lost(BaseException):
-    """Another process is gone, so this one cannot go on. No `Exception`: nobody is to take it for a fault of a model."""
+    """Another process has ended, so this one cannot continue. Not an `Exception`: no handler of a model may catch it."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +37,33 @@ class Group:
     """The processes of a run.
 
     Attributes:
-        rank: number of this one.
-        size: how many there are.
-        words: the torch group in which they talk about what is on the CPU; None for the default one.
+        rank: number of this process.
+        size: number of processes.
+        words: torch group for data on the CPU; None for the default group.
     """
 
     rank: int
     size: int
     words: Any = None
 
-    def exchange(self, told: Any) -> list[Any]:
-        """What every process tells, in the order of their ranks."""
-        said = pickle.dumps(told)
-        heads = self._all(_bytes(len(said).to_bytes(8, "little") + said[:HEAD], HEAD + 8))
+    def exchange(self, value: Any) -> list[Any]:
+        """Send a value to all processes; returns the values of all, in the order of their ranks."""
+        data = pickle.dumps(value)
+        heads = self._all(_bytes(len(data).to_bytes(8, "little") + data[:HEAD], HEAD + 8))
         sizes = [int.from_bytes(head[:8].numpy().tobytes(), "little") for head in heads]
         texts = [head[8:] for head in heads]
         if max(sizes) > HEAD:
-            texts = self._all(_bytes(said, max(sizes)))
+            texts = self._all(_bytes(data, max(sizes)))
         return [pickle.loads(text[:size].numpy().tobytes()) for text, size in zip(texts, sizes)]
 
     def gather(self, mine: Tensor | None, rows: Sequence[int], shape: Sequence[int], like: Tensor) -> Tensor:
         """Rows (n, *shape) of all processes, one after the other: ``rows`` of them from each, to the bit.
 
         Args:
-            mine: those of this process, contiguous; None where it has none.
-            like: what the rows have in common with another
-                tensor: type and device.
+            mine: rows of this process, contiguous; None if it has none.
+            rows: number of rows of each process.
+            shape: of a row.
+            like: a tensor with the dtype and device of the rows.
         """
         width = like.element_size() * torch.Size(shape).numel()
         room = torch.zeros(max(rows), width, dtype=torch.uint8, device=like.device)
@@ -74,7 +74,7 @@ class Group:
         return every.view(like.dtype).reshape(len(every), *shape)
 
     def _all(self, mine: Tensor) -> list[Tensor]:
-        """The tensor (bytes, of one shape everywhere) of every process."""
+        """The tensors of all processes: bytes, of equal shapes."""
         out = [torch.empty_like(mine) for _ in range(self.size)]
         try:
             dist.all_gather(out, mine, group=self.words if mine.device.type == "cpu" else None)
@@ -89,18 +89,18 @@ _active: ContextVar[Group | None] = ContextVar("steerfm_processes", default=None
 
 
 def active() -> Group | None:
-    """The processes that share calls here; None where this one makes them alone."""
+    """The processes that share calls; None if this process works alone."""
     return _active.get()
 
 
 def join(group: Group | None) -> None:
-    """Share calls with these processes from now on; None for no longer."""
+    """Share calls with these processes from now on; None to stop."""
     _active.set(group)
 
 
 @contextmanager
 def together(group: Group | None) -> Iterator[None]:
-    """Inside, calls are shared with these processes; None for with nobody."""
+    """A context that shares calls with these processes; None for no sharing."""
     token = _active.set(group)
     try:
         yield
@@ -109,8 +109,7 @@ def together(group: Group | None) -> Iterator[None]:
 
 
 def alone() -> AbstractContextManager[None]:
-    """Inside, this process makes whole calls by itself: for what only one of them does, and where a gradient is to be
-    differentiated again."""
+    """A context in which this process makes whole calls alone: for work of a single process, and for second derivatives."""
     return together(None)
 
 
@@ -121,7 +120,7 @@ def first() -> bool:
 
 
 def of_first(call: Callable[[], Value]) -> Value:
-    """What a call returns in the first process, which alone makes it; its error is an error in all of them."""
+    """Make a call in the first process only, and return its result in all; an error is raised in all as well."""
     group = active()
     if group is None:
         return call()
@@ -130,32 +129,32 @@ def of_first(call: Callable[[], Value]) -> Value:
         try:
             with alone():
                 value = call()
-        except Exception as raised:
-            error = raised
-    value, told = group.exchange((value, _sendable(error)) if group.rank == 0 else None)[0]
-    if told is not None:
-        raise error or told
+        except Exception as failure:
+            error = failure
+    value, shared_error = group.exchange((value, _sendable(error)) if group.rank == 0 else None)[0]
+    if shared_error is not None:
+        raise error or shared_error
     return value
 
 
 def tell(value: Any, error: Exception | None = None) -> list[Any]:
-    """What every process tells, in the order of their ranks; an error that one of them tells is raised in all, once."""
+    """Exchange values, in the order of the ranks; an error of one process is raised in all of them, once."""
     group = active()
     if error is not None and (group is None or getattr(error, "told", False)):
         raise error
     if group is None:
         return [value]
-    said = group.exchange((value if error is None else None, _sendable(error)))
-    for rank, (_, other) in enumerate(said):
+    messages = group.exchange((value if error is None else None, _sendable(error)))
+    for rank, (_, other) in enumerate(messages):
         if other is not None:
             failure: Any = error if rank == group.rank and error is not None else other
-            failure.told = True  # whoever catches it and tells it is not waited for by the others
+            failure.told = True  # the others do not wait for it to be shared again
             raise failure
-    return [value for value, _ in said]
+    return [value for value, _ in messages]
 
 
 def sharded(module: nn.Module) -> bool:
-    """Whether several processes hold the weights of a module together, so that all of them must make all of its calls."""
+    """Whether the weights of a module are sharded over processes, so that all of them must make all of its calls."""
     if active() is None and not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -171,19 +170,19 @@ def share(
     by_first: bool = False,
     in_step: bool = False,
 ) -> tuple[Tensor, Any]:
-    """Rows that several processes make together, and the note of those that made some.
+    """Compute rows in several processes together. Returns all rows and the note of the parts.
 
     Args:
-        what: the name of the call, which all processes must make in the same order.
-        parts: slices that cover all rows in order; part i is made by process i size // len(parts).
-        call: makes a part.
-        inputs: (b, ...) each; gradients reach them where the rows that come out have one.
-        by_first: the first process makes all parts.
-        in_step: all processes make as many calls; one that has no part left makes the first one again, for nothing.
+        what: name of the call; all processes must make the same calls in the same order.
+        parts: slices that cover all rows in order; process i size // len(parts) computes part i.
+        call: computes a part.
+        inputs: (b, ...) each; gradients reach them if the output rows have one.
+        by_first: the first process computes all parts.
+        in_step: all processes make the same number of calls; a process without a part repeats the first one, without effect.
 
     Raises:
-        RuntimeError: the processes are not at the same call. Whatever the call raises, in the first process where it does, and
-            in all of them.
+        RuntimeError: the processes are not at the same call.
+        Exception: the call fails in a process; the first such error is raised in all.
     """
     group = active()
     assert group is not None
@@ -196,7 +195,7 @@ def share(
 
 
 class _Shared:
-    """One call: its parts, and of those that this process makes the graphs."""
+    """One call: its parts, and the graphs of this process's parts."""
 
     def __init__(
         self, group: Group, what: str, parts: Sequence[slice], owners: Sequence[int], call: Part, in_step: bool
@@ -211,80 +210,85 @@ class _Shared:
         self.idle_graphs: list[tuple[list[Tensor], Tensor]] = []
         self.note, self.differentiable = None, False
 
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Tensor:
-        """All rows; ``wanted`` says of each of the inputs whether its gradient will be."""
+    def forward(self, inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Tensor:
+        """All rows.
+
+        Args:
+            inputs: (b, ...) each.
+            needs_grad: whether each input needs a gradient.
+        """
         outs: list[Tensor] = []
 
         def make() -> None:
-            with torch.set_grad_enabled(any(wanted)):
+            with torch.set_grad_enabled(any(needs_grad)):
                 for part in self.mine:
-                    given = [x[part].detach().requires_grad_(want) for x, want in zip(inputs, wanted)]
+                    rows_in = [x[part].detach().requires_grad_(need) for x, need in zip(inputs, needs_grad)]
                     with counted_from(part.start):
-                        out, self.note = self.call(part, *given)
+                        out, self.note = self.call(part, *rows_in)
                     outs.append(out)
                     self.differentiable |= out.requires_grad
                     if out.requires_grad:
-                        self.graphs.append((given, out))
+                        self.graphs.append((rows_in, out))
                 for part in self.idle:
-                    given = [x[part].detach().requires_grad_(want) for x, want in zip(inputs, wanted)]
+                    rows_in = [x[part].detach().requires_grad_(need) for x, need in zip(inputs, needs_grad)]
                     with aside(Ledger()):
-                        out, _ = self.call(part, *given)
+                        out, _ = self.call(part, *rows_in)
                     if out.requires_grad:
-                        self.idle_graphs.append((given, out))
+                        self.idle_graphs.append((rows_in, out))
 
-        told = self._settle(make, lambda: (self.note, self.differentiable, _Form.of(outs)))
-        self.note, self.differentiable, form = next(said for said in told if said[2] is not None)
+        messages = self._settle(make, lambda: (self.note, self.differentiable, _Form.of(outs)))
+        self.note, self.differentiable, form = next(message for message in messages if message[2] is not None)
         assert form is not None
-        return form.joined(self.group, outs, self.rows, inputs[0].device)
+        return form.join_rows(self.group, outs, self.rows, inputs[0].device)
 
-    def backward(self, gradient: Tensor, wanted: Sequence[bool], devices: Sequence[torch.device]) -> list[Tensor | None]:
-        """The gradient of each of the inputs that has one, of all rows."""
-        grads: list[list[Tensor]] = [[] for _ in wanted]
+    def backward(self, gradient: Tensor, needs_grad: Sequence[bool], devices: Sequence[torch.device]) -> list[Tensor | None]:
+        """The gradients of the inputs, of all rows; None for inputs without one."""
+        grads: list[list[Tensor]] = [[] for _ in needs_grad]
         begin = sum(self.rows[: self.group.rank])
 
         def make() -> None:
             row = begin
-            for given, out in self.graphs:
-                seen = [x for x in given if x.requires_grad]
-                own = iter(torch.autograd.grad(out, seen, gradient[row : row + len(out)], allow_unused=True))
+            for inputs, out in self.graphs:
+                sources = [x for x in inputs if x.requires_grad]
+                own = iter(torch.autograd.grad(out, sources, gradient[row : row + len(out)], allow_unused=True))
                 row += len(out)
-                for place, x in zip(grads, given):
+                for place, x in zip(grads, inputs):
                     if x.requires_grad:
                         grad = next(own)
                         place.append(torch.zeros_like(x) if grad is None else grad)
-            for given, out in self.idle_graphs:
-                torch.autograd.grad(out, [x for x in given if x.requires_grad], torch.zeros_like(out), allow_unused=True)
+            for inputs, out in self.idle_graphs:
+                torch.autograd.grad(out, [x for x in inputs if x.requires_grad], torch.zeros_like(out), allow_unused=True)
 
         forms = self._settle(make, lambda: [_Form.of(place) for place in grads])
         self.graphs.clear()
         self.idle_graphs.clear()
         out: list[Tensor | None] = []
-        for number, (want, device) in enumerate(zip(wanted, devices)):
+        for number, (need, device) in enumerate(zip(needs_grad, devices)):
             form = next((form[number] for form in forms if form[number] is not None), None)
-            out.append(form.joined(self.group, grads[number], self.rows, device) if want and form else None)
+            out.append(form.join_rows(self.group, grads[number], self.rows, device) if need and form else None)
         return out
 
-    def _settle(self, make: Callable[[], None], told: Callable[[], Any]) -> list[Any]:
-        """Make the parts of this process; what every process tells, once all made theirs. Costs are added up."""
+    def _settle(self, make: Callable[[], None], report: Callable[[], Any]) -> list[Any]:
+        """Compute the parts of this process, then exchange reports with all processes and add up the costs."""
         error, before = None, self.inner.cost.counts()
         try:
             with aside(self.inner), alone():
                 make()
-        except Exception as raised:
-            error = raised
+        except Exception as failure:
+            error = failure
         counts = {name: value - before[name] for name, value in self.inner.cost.counts().items()}
-        said = self.group.exchange((self.what, _sendable(error), counts, None if error is not None else told()))
-        places = {what for what, *_ in said}
+        messages = self.group.exchange((self.what, _sendable(error), counts, None if error is not None else report()))
+        places = {what for what, *_ in messages}
         if len(places) > 1:
-            where = ", ".join(f"{what} (process {rank})" for rank, (what, *_) in enumerate(said))
-            raise RuntimeError(f"the processes are not at the same call: {where}; all of them must make every call")
+            where = ", ".join(f"{what} (process {rank})" for rank, (what, *_) in enumerate(messages))
+            raise RuntimeError(f"the processes are not at the same call: {where}; all processes must make every call")
         if self.outer is not None:
             for name in counts:
-                self.outer.add(name, sum(count[name] for _, _, count, _ in said))
-        for rank, (_, other, *_) in enumerate(said):
+                self.outer.add(name, sum(count[name] for _, _, count, _ in messages))
+        for rank, (_, other, *_) in enumerate(messages):
             if other is not None:
                 raise (error if rank == self.group.rank and error is not None else other)
-        return [out for *_, out in said]
+        return [out for *_, out in messages]
 
 
 class _Rows(torch.autograd.Function):
@@ -292,9 +296,9 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: _Shared, *inputs: Tensor) -> Tensor:
-        ctx.job, ctx.wanted = job, ctx.needs_input_grad[1:]
+        ctx.job, ctx.needs_grad = job, ctx.needs_input_grad[1:]
         ctx.devices = [x.device for x in inputs]
-        out = job.forward(inputs, ctx.wanted)
+        out = job.forward(inputs, ctx.needs_grad)
         if not job.differentiable:
             ctx.mark_non_differentiable(out)
         return out
@@ -303,12 +307,12 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("a shared call has no second derivative: make it under steerfm.distributed.alone()")
-        return None, *ctx.job.backward(gradients[0], ctx.wanted, ctx.devices)
+        return None, *ctx.job.backward(gradients[0], ctx.needs_grad, ctx.devices)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How rows lie in memory: what sums over them round to depends on it."""
+    """The memory layout of rows, on which the rounding of sums depends."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -322,8 +326,8 @@ class _Form:
         order = tuple(sorted(range(x.ndim), key=lambda axis: (axis > 0, -x.stride(axis), axis)))
         return cls(x.dtype, tuple(x.shape[1:]), tuple(range(x.ndim)) if x.is_contiguous() else order)
 
-    def joined(self, group: Group, parts: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
-        """All rows, as they lie in the parts."""
+    def join_rows(self, group: Group, parts: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> Tensor:
+        """All rows, in the layout of the parts."""
         mine = torch.cat([part.permute(self.order) for part in parts]).contiguous() if parts else None
         sizes = [self.shape[axis - 1] for axis in self.order[1:]]
         out = group.gather(mine, rows, sizes, torch.empty(0, dtype=self.dtype, device=device))
@@ -331,7 +335,7 @@ class _Form:
 
 
 def _sendable(error: Exception | None) -> Exception | None:
-    """The error, or one that says the same where it cannot be sent."""
+    """The error, or one with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -340,5 +344,5 @@ def _sendable(error: Exception | None) -> Exception | None:
 
 
 def _bytes(text: bytes, size: int) -> Tensor:
-    """A text as (size,) bytes, with zeros after it."""
+    """Bytes as a tensor (size,), padded with zeros."""
     return torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)

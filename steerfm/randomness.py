@@ -1,10 +1,10 @@
-"""From a seed to streams of random numbers: every draw of the library starts here.
+"""Streams of random numbers from seeds: every draw of the library starts here.
 
     stream(seed, "selection")                    # a torch.Generator on the CPU
-    derive(seed, "training", step, row)          # a seed of its own, for whatever takes seeds
+    derive(seed, "training", step, row)          # a new seed
 
-A stream belongs to (seed, purpose, step, row). Streams of different keys are unrelated, and it never matters what was drawn
-before: a continued run draws what an uninterrupted one does, and a row the same on any number of processes.
+A stream belongs to (seed, purpose, step, row). Streams of different keys are unrelated and do not depend on earlier draws. So a
+resumed run draws the same numbers as an uninterrupted one, and a row the same numbers for any number of processes.
 
 torch's CPU generator keeps the low 32 bits of a seed, so that seeds 2**32 apart draw the same numbers. Here the key is hashed
 into the whole state of the generator, 19,968 bits.
@@ -27,14 +27,14 @@ _DERIVED = 2**127  # above every seed of 64 bits
 
 
 def stream(seed: int, purpose: str = PATH, step: int = 0, row: int = 0) -> torch.Generator:
-    """A generator on the CPU for one use.
+    """A CPU generator for one purpose.
 
-    The path of an output whose seed has 32 bits is torch's own stream, ``torch.Generator().manual_seed(seed)``, so that a
-    sample is the one that other libraries draw from the same seed.
+    For seeds of 32 bits, the stream of the path is torch's own, ``torch.Generator().manual_seed(seed)``, so that other
+    libraries draw the same sample from the same seed.
 
     Args:
         seed: any integer.
-        purpose: what the numbers are for; "path" is the noise of a sample.
+        purpose: use of the numbers; "path" is the noise of a sample.
         step: update, round or epoch.
         row: row of a batch, or rank of a process.
     """
@@ -48,9 +48,9 @@ def stream(seed: int, purpose: str = PATH, step: int = 0, row: int = 0) -> torch
 
 
 def derive(seed: int, purpose: str, step: int = 0, row: int = 0) -> int:
-    """A seed for (seed, purpose, step, row), of 128 bits: never one that a person gives, which has at most 64.
+    """A seed for (seed, purpose, step, row), of 128 bits; seeds of users have at most 64.
 
-    What is trained on has derived seeds, what is held out has given ones: they cannot meet.
+    Training uses derived seeds and evaluation uses seeds of users, so the two cannot coincide.
     """
     return _DERIVED | int.from_bytes(_digest(seed, purpose, step, row, 16), "little")
 
@@ -62,10 +62,10 @@ def is_derived(seed: int) -> bool:
 
 @contextmanager
 def global_stream(seed: int, purpose: str, step: int = 0, row: int = 0) -> Iterator[None]:
-    """Inside, torch's own generators (of initial weights and of dropout) draw from this key; afterwards they are as before."""
+    """A context in which torch's global generators (for initial weights and dropout) draw from this key; then restored."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):
-        if torch.accelerator.is_available():  # a millisecond, which an update of a small network on the CPU need not wait for
+        if torch.accelerator.is_available():  # skip this on a CPU: it takes a millisecond
             torch.manual_seed(int.from_bytes(_digest(seed, purpose, step, row, 7), "little"))  # of every device
         torch.set_rng_state(stream(seed, purpose, step, row).get_state())
         yield
@@ -83,8 +83,8 @@ def _blank_state() -> Tensor:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Code of others runs in here: what it does to the global random state (torch, numpy, random), to torch's default dtype
-    and device and to the grad mode is undone at the end, so that nothing else can depend on its having run."""
+    """A context for user code. Changes to the global random states (torch, numpy, random), to torch's default dtype and device,
+    and to the grad mode are undone at the end."""
     dtype, device, grad = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None

@@ -97,12 +97,12 @@ class Reward(nn.Module):
         raise NotImplementedError(f"reward {self.name!r} does not define score(images)")
 
     def send(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Callable[[], Tensor]:
-        """The hook of a reward that is ``elsewhere``: start to `score`, and return a function that waits for the values."""
+        """The hook of a reward that is ``elsewhere``: start the scoring, and return a function that waits for it."""
         raise NotImplementedError(f"reward {self.name!r} is elsewhere and does not define send(images)")
 
     def late_networks(self) -> Sequence[nn.Module | str]:
-        """Networks of the reward that are not its attributes; this call loads them. A network that runs elsewhere is a text with
-        its place and name. A judge with one of them is not held out (`steerfm.held_out`)."""
+        """Networks of the reward that are not its attributes; this call loads them. A network elsewhere is a text with its
+        place and name. A judge with one of them is not held out (`steerfm.held_out`)."""
         return ()
 
     def __call__(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What outputs are asked for: a condition, labels and prompts, a row for each output or each particle."""
+"""Conditions, labels and prompts, with one row for each output or each particle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Condition = Tensor | Mapping[str, Tensor] | None
 
 
 def map_condition(function: Callable[[Tensor], Tensor], cond: Condition) -> Condition:
-    """Apply ``function`` to the tensors of a condition (repeat, index, move), whatever its form."""
+    """Apply ``function`` (repeat, index, move) to all tensors of a condition."""
     if cond is None or isinstance(cond, Tensor):
         return None if cond is None else function(cond)
     return {name: function(value) for name, value in cond.items()}
@@ -27,30 +27,30 @@ def move_condition(cond: Condition, device: torch.device | str) -> Condition:
 
 
 def cuts(n: int, size: int) -> list[slice]:
-    """The slices of n rows that hold ``size`` rows each, the last one what is left."""
+    """Slices of n rows with ``size`` rows each; the last one may be shorter."""
     return [slice(begin, min(begin + size, n)) for begin in range(0, n, size)]
 
 
 def take_rows(cond: Condition, rows: slice | Tensor) -> Condition:
-    """The given rows of a condition."""
+    """Some rows of a condition."""
     return map_condition(lambda c: c[rows], cond)
 
 
 def repeat_rows(cond: Condition, k: int) -> Condition:
-    """Every row ``k`` times, one after the other: one row per output to one per particle."""
+    """Repeat every row ``k`` times in place: from one row per output to one per particle."""
     return map_condition(lambda c: c.repeat_interleave(k, 0), cond)
 
 
 def expand_rows(null: Condition, b: int, device: torch.device | str) -> Condition:
-    """A condition of one row as ``b`` equal rows; nothing is copied."""
+    """Expand a condition of one row to ``b`` equal rows, without a copy."""
     return map_condition(lambda c: c.to(device).expand(b, *c.shape[1:]), null)
 
 
 def join_conditions(first: Condition, second: Condition) -> Condition:
-    """The rows of both, one after the other.
+    """Concatenate the rows of two conditions.
 
     Raises:
-        ValueError: of different forms.
+        ValueError: their forms differ.
     """
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.cat([first, second])
@@ -78,20 +78,20 @@ def is_null(cond: Condition, null: Condition) -> Tensor:
 
 
 def with_negative(cond: Condition, negative: Condition) -> Condition:
-    """A condition that also says what guidance leads away from, row by row; `Guided` reads it by `split_negative`.
+    """Combine a condition with a negative condition for guidance, row by row; `Guided` reads it with `split_negative`.
 
     Raises:
-        ValueError: of different forms.
+        ValueError: their forms differ.
     """
     if isinstance(cond, Tensor) and isinstance(negative, Tensor):
         return {"cond": cond, "negative": negative}
     if isinstance(cond, Mapping) and isinstance(negative, Mapping):
         return {**cond, **{f"negative {name}": value for name, value in negative.items()}}
-    raise ValueError("negative= needs a condition of the same form: pass cond= or label=, too")
+    raise ValueError("negative= needs a condition of the same form: give cond= or label= as well")
 
 
 def split_negative(cond: Condition) -> tuple[Condition, Condition]:
-    """(condition, negative) of what `with_negative` put together; the second is None where there is none."""
+    """Split a condition of `with_negative` into (condition, negative); without a negative one the second is None."""
     if not isinstance(cond, Mapping):
         return cond, None
     if cond.keys() == {"cond", "negative"}:
@@ -102,14 +102,14 @@ def split_negative(cond: Condition) -> tuple[Condition, Condition]:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """All that outputs are asked for, a row for each output, or for each particle.
+    """Conditions, labels and prompts, one row for each output or each particle.
 
     Attributes:
         n: number of rows.
         cond: condition of the map; n rows, or None.
         labels: (n,) classes, for rewards that read them; or None.
         prompts: n texts, likewise.
-        groups: (n,) rows that a reward compares with each other share a number; None where each is by itself.
+        groups: (n,) group numbers for rewards that compare rows of a group; None if each row is a separate group.
     """
 
     n: int = 1
@@ -120,38 +120,38 @@ class Rows:
 
     @classmethod
     def of(cls, cond: Condition, prompts: Sequence[str] | None = None) -> Self:
-        """Rows for a condition; labels are the condition where that holds integers.
+        """Rows for a condition; a condition of integers also gives the labels.
 
         Raises:
-            ValueError: another number of prompts than rows of the condition.
+            ValueError: the numbers of prompts and of rows differ.
         """
         first = cond if isinstance(cond, Tensor) or cond is None else next(iter(cond.values()))
         n = len(first) if first is not None else len(prompts) if prompts is not None else 1
         if prompts is not None and len(prompts) != n:
-            raise ValueError(f"{len(prompts)} prompts for {n} conditions: give one each")
+            raise ValueError(f"{len(prompts)} prompts for {n} conditions: give one prompt for each")
         return cls(n, cond, labels_of(cond), None if prompts is None else list(prompts))
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
-        """The given rows, in order; a tensor (b,) of numbers may name a row more than once."""
-        chosen = range(self.n)[rows] if isinstance(rows, slice) else rows.tolist()
+        """Some rows, in order; a tensor (b,) of indices may repeat a row."""
+        numbers = range(self.n)[rows] if isinstance(rows, slice) else rows.tolist()
         return replace(
             self,
-            n=len(chosen),
+            n=len(numbers),
             cond=take_rows(self.cond, rows),
             labels=None if self.labels is None else self.labels[rows],
-            prompts=None if self.prompts is None else [self.prompts[row] for row in chosen],
+            prompts=None if self.prompts is None else [self.prompts[row] for row in numbers],
             groups=None if self.groups is None else self.groups[rows],
         )
 
     def kinds(self) -> Tensor:
-        """(n,) a number for each row, from 0 in the order of first rows: the same where condition, label and prompt are."""
+        """(n,) a number for each row, from 0 in order of occurrence; rows with equal condition, label and prompt share one."""
         columns = [] if self.labels is None else [self.labels]
         columns += self.cond.values() if isinstance(self.cond, Mapping) else [] if self.cond is None else [self.cond]
-        numbers = [_numbered(column.detach().cpu().reshape(self.n, -1).tolist()) for column in columns]
-        return torch.tensor(_numbered(list(zip(self.prompts or [""] * self.n, *numbers))))
+        numbers = [_number(column.detach().cpu().reshape(self.n, -1).tolist()) for column in columns]
+        return torch.tensor(_number(list(zip(self.prompts or [""] * self.n, *numbers))))
 
     def repeat(self, k: int) -> Self:
-        """Every row ``k`` times, one after the other."""
+        """Repeat every row ``k`` times in place."""
         return replace(
             self,
             n=self.n * k,
@@ -168,11 +168,11 @@ class Rows:
 
 
 def labels_of(cond: Condition) -> Tensor | None:
-    """A condition (n,) of whole numbers is one of labels; others hold none."""
+    """The labels in a condition: the condition itself if it is (n,) integers, else None."""
     return cond if isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point() else None
 
 
-def _numbered(values: Sequence[Any]) -> list[int]:
-    """A number for each value, the same for equal ones, in the order of their first."""
-    seen: dict[str, int] = {}
-    return [seen.setdefault(repr(value), len(seen)) for value in values]
+def _number(values: Sequence[Any]) -> list[int]:
+    """A number for each value, from 0 in order of first occurrence; equal values share one."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(repr(value), len(numbers)) for value in values]

@@ -3,7 +3,7 @@
 >>> x = steerfm.sample(flow_map, n=64, steps=4, seeds=0)                     # deterministic jumps
 >>> x = steerfm.sample(flow_map, n=64, steps=8, transition=Renoise(gamma=1.0))
 
-Every output owns one `torch.Generator` on the CPU, so a sample does not depend on its batch, micro-batch or rank.
+Every output has its own `torch.Generator` on the CPU, so a sample does not depend on its batch, micro-batch or rank.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from steerfm.transitions import Transition, usual
 
 # --- time grids ------------------------------------------------------------------------------------------------------
 def grid_of(flow_map: FlowMap, steps: int, power: float = 1.0) -> list[float]:
-    """The grid of a map, with its times to a power: above 1 it takes small steps near the noise."""
-    time_grid(steps, power)  # what is wrong with them
+    """The grid of a map, with its times to a power; a power above 1 means small steps near the noise."""
+    time_grid(steps, power)  # raises on bad values
     return [t**power for t in flow_map.grid(steps)]
 
 
@@ -41,8 +41,8 @@ def grid_of(flow_map: FlowMap, steps: int, power: float = 1.0) -> list[float]:
 class Noise:
     """Noise for ``n`` outputs of ``k`` particles, from one CPU generator per output.
 
-    The first particle is drawn before the others, so that under a deterministic transition it is the plain sample of its
-    seed. Selection and stochastic look-aheads have streams of their own, so that neither changes the noise of the path.
+    The first particle is drawn before the others, so with a deterministic transition it is the plain sample of its seed.
+    Selection and stochastic look-aheads have separate streams, so they do not change the noise of the path.
 
     Args:
         seeds: one integer per output, of any size; see `randomness.stream`.
@@ -53,7 +53,7 @@ class Noise:
         self.k, self.seeds = k, [int(seed) for seed in seeds]
 
     @cached_property
-    def generators(self) -> list[torch.Generator]:  # made when first drawn from: many a run has no use for all its streams
+    def generators(self) -> list[torch.Generator]:  # lazy: many runs do not use all streams
         return [stream(seed) for seed in self.seeds]
 
     @cached_property
@@ -65,14 +65,14 @@ class Noise:
         return Noise([derive(seed, purpose) for seed in self.seeds], self.k)
 
     def of(self, k: int) -> Noise:
-        """The same streams, going on with ``k`` particles an output."""
+        """The same streams, continued with ``k`` particles per output."""
         out = copy(self)
         out.k = k
         return out
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal (n * k, *shape), drawn in float32, on the device and in the dtype of ``like``."""
-        out = torch.empty(len(self.seeds), self.k, *shape, dtype=torch.float32)  # whatever torch's default is
+        out = torch.empty(len(self.seeds), self.k, *shape, dtype=torch.float32)  # not torch's default dtype
         for rows, generator in zip(out, self.generators):
             torch.randn(shape, generator=generator, out=rows[0])
             if self.k > 1:
@@ -84,25 +84,25 @@ class Noise:
         return self.normal(flow_map.shape, torch.empty(0, dtype=flow_map.state_dtype, device=flow_map.device))
 
     def uniform(self, columns: int, device: torch.device) -> Tensor:
-        """Uniform on [0, 1), (n, columns), for selection."""
+        """Uniform numbers in [0, 1), (n, columns), for selection."""
         out = torch.stack([torch.rand(columns, generator=generator, dtype=torch.float32) for generator in self.selection])
         return out.to(device)
 
 
 def seed_list(seeds: int | Sequence[int], n: int) -> list[int]:
-    """``s`` means s, s + 1, ..., s + n - 1; a sequence must hold one seed per output.
+    """The seeds of n outputs: ``s`` means s, s + 1, ..., s + n - 1; a sequence must have one seed per output.
 
     Raises:
-        ValueError: another number of seeds than outputs, or other things than whole numbers.
+        ValueError: the numbers of seeds and outputs differ, or a seed is not a whole number.
     """
     whole_numbers(n=n)
     if n < 1:
         raise ValueError(f"n={n}: at least one output is needed")
-    given: Any = None if isinstance(seeds, bool) else seeds
-    with suppress(TypeError):  # where there is one per output
-        given = range(first := index(given), first + n)
+    numbers: Any = None if isinstance(seeds, bool) else seeds
+    with suppress(TypeError):  # a sequence
+        numbers = range(first := index(numbers), first + n)
     try:
-        out = [index(seed) for seed in given]
+        out = [index(seed) for seed in numbers]
     except TypeError:
         raise ValueError(f"seeds={seeds!r}: give one integer, or one seed per output") from None
     if len(out) != n:
@@ -124,34 +124,34 @@ def sample(
     label: str | int | Sequence[str | int] | None = None,
     negative: Condition | str | int | Sequence[str | int] = None,
 ) -> Tensor:
-    """Unsteered samples.
+    """Draw unsteered samples.
 
     Args:
-        flow_map: the map, or its name, as `steerfm.load` takes it.
+        flow_map: the map, or its name; see `steerfm.load`.
         n: number of samples.
-        steps: transitions from t = 0 to t = 1, on the map's own grid; default as many as it is sampled in, `FlowMap.steps`.
+        steps: transitions from t = 0 to t = 1, on the map's own grid; default `FlowMap.steps`.
         seeds: an integer s for s, s + 1, ..., or one seed per sample.
-        cond: one row per sample; a class name, index or prompt for all or for each; or None.
+        cond: one row per sample; a class name, index or prompt for all samples or for each; or None.
         transition: default the map's own: `Jump()`, or `Renoise()` for a map that only jumps to the data.
-        batch_size: rows per network call; default all. The result does not depend on it.
+        batch_size: rows per network call; default all. It does not change the result.
         power: of the time grid.
-        label: in place of ``cond``: the class, by name or index, of all or of each.
-        negative: as ``cond``; what classifier-free guidance leads away from, in place of nothing.
+        label: in place of ``cond``: the class, by name or index, of all samples or of each.
+        negative: as ``cond``; the condition that classifier-free guidance leads away from; default none.
 
     Returns:
-        (n, *shape) in model space; `FlowMap.decode` makes pictures of it.
+        (n, *shape) in model space; `FlowMap.decode` turns it into pictures.
 
     Raises:
-        ValueError: naming what is wrong and the fix.
+        ValueError: an argument is invalid; the message names the fix.
     """
     flow_map = zoo.load(flow_map)
     move = usual(flow_map) if transition is None else transition
     all_seeds, times = seed_list(seeds, n), grid_of(flow_map, flow_map.steps if steps is None else steps, power)
     check_fit(flow_map, move, times)
-    cond = leading_away(flow_map, as_condition(flow_map, by_label(flow_map, label, cond), n), negative, n)
+    cond = add_negative(flow_map, as_condition(flow_map, by_label(flow_map, label, cond), n), negative, n)
     size = n if batch_size is None else batch_size
     if size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least one sample at a time")
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
     parts, flow_map = [], shared_out(flow_map)
     with torch.inference_mode():
         for rows in cuts(n, size):
@@ -160,10 +160,10 @@ def sample(
 
 
 def as_condition(flow_map: FlowMap, cond: Condition | str | int | Sequence[str | int], n: int) -> Condition:
-    """Check and move a condition: tensors need one row per output; a class name or index is repeated.
+    """Check a condition and move it to the map's device. Tensors need one row per output; a class name or index is repeated.
 
     Raises:
-        ValueError: another number of rows than outputs, or an unknown class.
+        ValueError: the numbers of rows and outputs differ, or a class is unknown.
     """
     if cond is None or isinstance(cond, str | int | Sequence):
         return flow_map.condition(cond, n)
@@ -176,19 +176,19 @@ def as_condition(flow_map: FlowMap, cond: Condition | str | int | Sequence[str |
         if isinstance(null, Tensor) and not rows.is_floating_point() and rows.shape[1:] == null.shape[1:]:
             last = int(null.max())
             if bool(((rows < 0) | (rows > last)).any()):
-                raise ValueError(f"cond={rows.tolist()}: classes are 0 to {last - 1}, and {last} stands for none")
+                raise ValueError(f"cond={rows.tolist()}: classes are 0 to {last - 1}, and {last} means none")
         return rows.to(flow_map.device)
 
     return map_condition(check, cond)
 
 
-def leading_away(
+def add_negative(
     flow_map: FlowMap, cond: Condition, negative: Condition | str | int | Sequence[str | int], n: int
 ) -> Condition:
-    """The condition of n rows, with a negative one where that is given: one for all, or one for each.
+    """Add a negative condition, if there is one, to the condition of n rows: one for all rows, or one for each.
 
     Raises:
-        ValueError: the map is not guided, or there is no condition to lead to.
+        ValueError: the map is not guided, or there is no positive condition.
     """
     if negative is None:
         return cond
@@ -198,10 +198,10 @@ def leading_away(
 
 
 def check_fit(flow_map: FlowMap, transition: Transition, times: Sequence[float]) -> None:
-    """Refuse steps that are wrong for a map; its own transition is right for it.
+    """Check that a transition fits a map; the map's own transition always does.
 
     Raises:
-        ValueError: what it lacks, and what to take in place of it.
+        ValueError: it does not; the message names what the map lacks and what to use instead.
     """
     if transition == flow_map.transition or not isinstance(transition, Choosy):
         return
@@ -210,7 +210,7 @@ def check_fit(flow_map: FlowMap, transition: Transition, times: Sequence[float])
 
 
 def walk(flow_map: FlowMap, noise: Noise, times: Sequence[float], cond: Condition, transition: Transition) -> Tensor:
-    """One chain of transitions for every row of the noise, (n * k, *shape), from x_0 to the last of the times."""
+    """Run a chain of transitions for every row of the noise, from x_0 to the last time; returns (n * k, *shape)."""
     x = noise.start(flow_map)
     for s, t in zip(times, times[1:]):
         step = transition.step(flow_map, x, s, t, cond)

@@ -1,4 +1,4 @@
-"""What ships beside the code: recipes and prompts in configs, rewards to start from in examples, in a checkout benchmarks."""
+"""Files that ship with the code: recipes and prompts in configs, sample rewards in examples, and benchmarks in a checkout."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ PACKAGE = Path(__file__).parent
 
 
 def folder(name: str) -> Path:
-    """A folder that ships: inside an installed package, or at the top of a checkout; it need not be there."""
+    """A shipped folder: in the installed package, or at the top of a checkout. It may not exist."""
     top = PACKAGE.parent
-    in_checkout = (top / "pyproject.toml").is_file()  # elsewhere the folders beside the package are other people's
+    in_checkout = (top / "pyproject.toml").is_file()  # elsewhere the neighbouring folders belong to other packages
     return top / name if in_checkout and not (PACKAGE / name).is_dir() else PACKAGE / name
 
 
 def example(path: Path) -> Path:
-    """The file itself, or, where there is none, the one that ships by that name: ``examples/my_reward.py``."""
+    """The file itself, or, if it does not exist, the shipped file of that name: ``examples/my_reward.py``."""
     if path.is_file() or path.parts[:1] != ("examples",) or ".." in path.parts:
         return path
     ours = folder("examples").joinpath(*path.parts[1:])
@@ -23,5 +23,5 @@ def example(path: Path) -> Path:
 
 
 def is_example(path: Path) -> bool:
-    """Whether a file is one of those that ship."""
+    """Whether a file is a shipped example."""
     return path.resolve().is_relative_to(folder("examples").resolve())

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first stops a run where it can be continued, the second kills it."""
+"""Ctrl-C and SIGTERM: the first signal stops a run so that it can be resumed, the second kills it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A run was asked to stop. No `KeyboardInterrupt`: Lightning ends the process itself at one.
+    """A signal stopped the run. Not a `KeyboardInterrupt`, at which Lightning would end the process itself.
 
     Attributes:
-        number: of the signal; a process that it ends has the exit code 128 + number.
+        number: of the signal; the exit code of the process is 128 + number.
+        where: the folder of the run, or "".
     """
 
     def __init__(self, number: int, where: str = "") -> None:
@@ -26,51 +27,51 @@ class Stopped(BaseException):
 
 
 class Pending:
-    """The signal that came, or 0."""
+    """A signal that has arrived; its number is 0 before."""
 
     number = 0
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """Handle the first signal; the second has the system's own effect."""
+        """Handle the first signal; the second one has its default effect."""
         _forget()
         self.number = number
         print("stopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
     def listen(self) -> None:
-        """Handle signals, again where another library has put itself before."""
+        """Install the handler, again if another library has replaced it."""
         if not self.number and threading.current_thread() is threading.main_thread():
             for number in STOPS:
                 signal.signal(number, self.note)
 
 
-def said(where: str = "") -> str:
-    """The line that a run which was stopped leaves."""
+def stop_message(where: str = "") -> str:
+    """The last line of a run that was stopped."""
     return f"stopped; {where}{': ' if where else ''}the same command continues where it was"
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, the first signal raises `Stopped`, where the program stands; a second has the system's own effect. In an import,
-    which would make another error of it, the process ends at once: files are whole at any time."""
+    """A context in which the first signal raises `Stopped`; a second one has its default effect. During an import, which would
+    turn it into another error, the process ends at once; this is safe, since writes are atomic."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         _forget()
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                print(said(), file=sys.stderr, flush=True)
+                print(stop_message(), file=sys.stderr, flush=True)
                 os._exit(128 + number)
             frame = frame.f_back
         raise Stopped(number)
 
-    with _handled(stop):
+    with _handle(stop):
         yield
 
 
 @contextmanager
 def held() -> Iterator[Pending]:
-    """Inside, the first signal is only noted: a step goes to its end. A second has the system's own effect."""
+    """A context in which the first signal is only recorded, so that a step can finish. A second one has its default effect."""
     pending = Pending()
-    with _handled(pending.note):
+    with _handle(pending.note):
         yield pending
 
 
@@ -80,7 +81,7 @@ def _forget() -> None:
 
 
 @contextmanager
-def _handled(handler: object) -> Iterator[None]:
+def _handle(handler: object) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread has signals
         yield
         return

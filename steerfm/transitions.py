@@ -18,7 +18,7 @@ from steerfm.rows import Condition
 
 @dataclass
 class Step:
-    """The Gaussian kernel of one transition: x' ~ N(mean, std^2 I); deterministic where std = 0.
+    """The Gaussian kernel of one transition: x' ~ N(mean, std^2 I); deterministic if std = 0.
 
     Attributes:
         mean: (b, *shape).
@@ -29,7 +29,7 @@ class Step:
     std: float
 
     def sample(self, noise: Tensor | None) -> Tensor:
-        """mean + std * noise; ``noise`` (b, *shape) may be None where std = 0."""
+        """mean + std * noise; ``noise`` (b, *shape) may be None if std = 0."""
         if self.std == 0 or noise is None:
             return self.mean
         return torch.add(self.mean, noise, alpha=self.std)
@@ -48,11 +48,11 @@ class Step:
 
 
 class Transition(Protocol):
-    """A move of the whole batch from time s to time t; any object with these members is one.
+    """A move of the whole batch from time s to time t: any object with these members.
 
-    The step into t = 1 should be deterministic: noise added to the data would stay in them. One that is so for certain may also
-    be `Landing`, one that can use an endpoint `Sharing`, and one that does not fit every map `steerfm.capabilities.Choosy`.
-
+    The step to t = 1 should be deterministic: noise that is added to the data would stay there. A transition that guarantees
+    this can also be `Landing`; one that can use an endpoint `Sharing`; one that does not fit every map
+    `steerfm.capabilities.Choosy`.
     """
 
     @property
@@ -61,17 +61,26 @@ class Transition(Protocol):
         ...
 
     def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
-        """The kernel from x (b, *shape) at time s to time t > s; ``endpoint`` is of the kind that `Sharing` names, if known."""
+        """The kernel from x (b, *shape) at time s to time t > s.
+
+        Args:
+            flow_map: the map.
+            x: (b, *shape) states at time s.
+            s: time of x.
+            t: later time.
+            cond: condition of each row, or None.
+            endpoint: (b, *shape) of the kind in `Sharing`, if available.
+        """
         ...
 
 
 @runtime_checkable
 class Sharing(Protocol):
-    """A transition that can use an endpoint which a look-ahead has already.
+    """A transition that can reuse the endpoint of a look-ahead.
 
     Attributes:
-        endpoint: its kind: "jump" for X_{s,1}(x), "denoised" for E[x_1 | x_s = x], which save a network call, "posterior" for a
-            sample of p(x_1 | x_s = x); "" for none.
+        endpoint: kind of the endpoint: "jump" for X_{s,1}(x) or "denoised" for E[x_1 | x_s = x], which save a network call;
+            "posterior" for a sample of p(x_1 | x_s = x); "" for none.
     """
 
     @property
@@ -80,7 +89,7 @@ class Sharing(Protocol):
 
 @runtime_checkable
 class Landing(Protocol):
-    """A transition that says whether its step into t = 1 is deterministic, so that nobody asks for a gradient there in vain."""
+    """A transition with the attribute ``lands``: its step to t = 1 is deterministic, so it needs no gradient there."""
 
     @property
     def lands(self) -> bool: ...
@@ -156,7 +165,7 @@ class Renoise:
         if can(flow_map, "endpoint" if self.gamma == 1 else "two_time"):
             return ""
         if can(flow_map, "velocity"):
-            return needs("endpoint", "take transition=midpoint, bridge or diffuse, which need no more than a velocity")
+            return needs("endpoint", "take transition=midpoint, bridge or diffuse, which only need a velocity")
         if can(flow_map, "endpoint"):
             return needs("two_time", "take gamma=1, which jumps to the data and noises back")
         return needs("endpoint", "take steps=1")
@@ -164,16 +173,16 @@ class Renoise:
 
 @dataclass(frozen=True)
 class Auto(Renoise):
-    """`Renoise`, unless the method knows better for a map and a reward: see `steerfm.Funnel`."""
+    """`Renoise`, unless the method prefers another transition for the map and the reward: see `steerfm.Funnel`."""
 
 
 @dataclass(frozen=True)
 class Diffuse:
-    """Euler-Maruyama step of dx = (b + eps score) dt + sqrt(2 eps) dW, which has the marginals p_t for any eps_t >= 0.
+    """Euler-Maruyama step of dx = (b + eps score) dt + sqrt(2 eps) dW, with marginals p_t for any eps_t >= 0.
 
     Args:
-        epsilon: a constant, or a function of time; default eps_t = sigma_t, which stays stable as the score grows like
-            1 / sigma_t towards the data (a large constant does not).
+        epsilon: a constant, or a function of time. Default eps_t = sigma_t: it stays stable although the score grows like
+            1 / sigma_t towards the data; a large constant does not.
     """
 
     epsilon: float | Callable[[float], float] | None = None
@@ -209,12 +218,12 @@ class Midpoint:
 
         x_r = x + (r - s) b(x + (r - s)/2 b(x, s), (s + r)/2)
 
-    Two velocities a step, of which a look-ahead by denoiser shares the first. The error is of order 1 / steps^2, where that of
-    `Bridge`, `Diffuse` and Euler steps is 1 / steps: on three modes, 8 steps are nearer to the target than 64 of those. It is
-    the sampler of Karras et al. 2206.00364 (algorithm 2) with the noise after the step, which so has a Gaussian density.
+    Costs two velocities per step; a denoiser look-ahead shares the first one. The error is of order 1 / steps^2, but 1 / steps
+    for `Bridge`, `Diffuse` and Euler steps: on three modes, 8 steps are closer to the target than 64 of those. It is the
+    sampler of Karras et al. 2206.00364 (algorithm 2) with the noise after the step, so that the step has a Gaussian density.
 
     Args:
-        churn: noise that is drawn anew, in steps: 0 none (the ODE), 1 as much as one step takes away, at least 0.
+        churn: new noise, in steps: 0 for none (the ODE), 1 for as much as one step removes; at least 0.
     """
 
     churn: float = 1.0
@@ -222,7 +231,7 @@ class Midpoint:
 
     def __post_init__(self) -> None:
         if not 0 <= self.churn < math.inf:
-            raise ValueError(f"churn={self.churn}: must be at least 0, and finite")
+            raise ValueError(f"churn={self.churn}: must be at least 0 and finite")
 
     @property
     def stochastic(self) -> bool:
@@ -246,12 +255,12 @@ class Bridge:
     """x' ~ p(x_t | x_s = x, x_1 = z): noise to data through a given endpoint z.
 
     With z = E[x_1 | x_s = x] it is DDPM's ancestral step (eta = 1) or DDIM's (eta = 0; Song et al. 2010.02502, equation 12),
-    right only in the limit of many steps. With z a sample of the posterior and eta = 1 the step is exact in any number
-    (GLASS, 2602.05993): that needs a look-ahead that draws it.
+    which are exact only in the limit of many steps. If z is a sample of the posterior and eta = 1, the step is exact for any
+    number of steps (GLASS, 2602.05993). That needs a look-ahead that draws z.
 
     Args:
-        eta: share of the noise that is drawn anew, in [0, 1]; the rest is what x implies.
-        endpoint: "denoised", or "posterior" where the look-ahead is `Posterior`.
+        eta: share of new noise, in [0, 1]; the rest follows from x.
+        endpoint: "denoised", or "posterior" for the look-ahead `Posterior`.
     """
 
     eta: float = 1.0
@@ -262,7 +271,7 @@ class Bridge:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta}: must be in [0, 1]")
         if self.endpoint not in ("denoised", "posterior"):
-            raise ValueError(f"endpoint={self.endpoint!r}: denoised or posterior")
+            raise ValueError(f"endpoint={self.endpoint!r}: must be denoised or posterior")
 
     @property
     def stochastic(self) -> bool:
@@ -297,7 +306,7 @@ def _no_velocity(flow_map: FlowMap) -> str:
 
 
 def usual(flow_map: FlowMap) -> Transition:
-    """How a map is sampled: by its own transition, or by jumps; by `Renoise` where it jumps to the data only."""
+    """The default transition of a map: its own, or `Jump`; `Renoise` for a map that only jumps to the data."""
     if flow_map.transition is not None:
         return flow_map.transition
     return Renoise() if can(flow_map, "endpoint") and not can(flow_map, "velocity") else Jump()
@@ -306,4 +315,4 @@ def usual(flow_map: FlowMap) -> Transition:
 TRANSITIONS: dict[str, type] = {
     "jump": Jump, "renoise": Renoise, "diffuse": Diffuse, "bridge": Bridge, "midpoint": Midpoint, "auto": Auto
 }  # fmt: skip
-"""Transitions by the name that configurations use."""
+"""Transitions by their names in configurations."""

@@ -1,7 +1,6 @@
-"""Code by name: what a name such as ``my_file.py:red`` or ``my_package.rewards:Red`` may import, and what it may not.
+"""Code by name: which imports a name such as ``my_file.py:red`` or ``my_package.rewards:Red`` may trigger.
 
-A name can come from a configuration that somebody else wrote, so it must not reach everything that Python can. SECURITY.md
-has the rules in words.
+A name can come from a configuration by somebody else, so it must not reach all of Python. See SECURITY.md for the rules.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ OURS = ("steerfm", "steerfm_rewards")
 
 
 class CodeError(ValueError):
-    """A name that cannot be used; the message is one line and names the fix."""
+    """An invalid name; the message is one line and names the fix."""
 
 
 def load(spec: str, what: str) -> Any:
-    """What ``path/to/file.py:name`` or ``pkg.mod:name`` stands for; the file or the module is run.
+    """The object behind ``path/to/file.py:name`` or ``pkg.mod:name``; this runs the file or module.
 
     Args:
-        spec: a file of one's own; a module of one's own; or a module of an installed package that is made for steerfm.
-        what: it is, for the message: ``reward``, ``method``.
+        spec: a user's file or module, or a module of an installed package for steerfm.
+        what: kind of object, for the message: ``reward``, ``method``.
 
     Raises:
-        CodeError: no such file, module or name; code of Python itself or of a package that is not made for steerfm.
+        CodeError: there is no such file, module or name, or the code belongs to Python or to a package that is not for steerfm.
     """
     place, _, attribute = spec.rpartition(":")
     module = _run_file(Path(place), what) if place.endswith(".py") else _import(place, what)
@@ -52,7 +51,7 @@ def load(spec: str, what: str) -> Any:
 
 
 def is_own(spec: str) -> bool:
-    """Whether a spec that `load` takes names a file or module of one's own, and not one of an installed package."""
+    """Whether a spec for `load` is a user's file or module, and not part of an installed package."""
     place = spec.rpartition(":")[0]
     return place.endswith(".py") or _whose(place) == "own"
 
@@ -62,8 +61,8 @@ def _run_file(path: Path, what: str) -> ModuleType:
     if not path.is_file():
         raise CodeError(f"no such {what} file: {path}")
     if _in_python(path) and not shipped.is_example(path):
-        raise CodeError(f"{path} belongs to Python or to an installed package: name a file of your own, path/to/file.py:name")
-    _open_folder(path)
+        raise CodeError(f"{path} belongs to Python or to an installed package: give a file of your own, path/to/file.py:name")
+    _add_folder(path)
     loader = importlib.util.spec_from_file_location(f"steerfm_user_{path.stem}", path)
     assert loader is not None and loader.loader is not None
     module = importlib.util.module_from_spec(loader)
@@ -75,26 +74,26 @@ def _run_file(path: Path, what: str) -> ModuleType:
     return module
 
 
-# --- what lies beside a file -----------------------------------------------------------------------------------------
+# --- neighbours of a file --------------------------------------------------------------------------------------------
 _FOLDERS: dict[str, frozenset[str]] = {}
-"""Those of the files that were run, with the modules that there were before; the last is looked in first, and all of them after
-Python's and the packages'."""
+"""Folders of the files that have run, each with the modules that were loaded before. The last folder is searched first, and all
+of them after those of Python and of packages."""
 
 
 def neighbours(path: Path) -> list[Path]:
-    """The files beside a file that it imports, and those that they import; nothing is run."""
-    seen, rest = {path.resolve()}, [path.resolve()]
+    """The neighbouring files that a file imports, directly or indirectly, without running them."""
+    files, rest = {path.resolve()}, [path.resolve()]
     while rest:
-        for name in _imported(rest.pop()):
+        for name in _imports(rest.pop()):
             for file in (path.resolve().parent / f"{name}.py", *sorted((path.resolve().parent / name).glob("*.py"))):
-                if file.is_file() and file not in seen:
-                    seen.add(file)
+                if file.is_file() and file not in files:
+                    files.add(file)
                     rest.append(file)
-    return sorted(seen - {path.resolve()})
+    return sorted(files - {path.resolve()})
 
 
-def _imported(path: Path) -> set[str]:
-    """First parts of the names that a file imports; none where it cannot be read."""
+def _imports(path: Path) -> set[str]:
+    """First parts of the names that a file imports; empty if it cannot be parsed."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (OSError, SyntaxError, ValueError):
@@ -104,13 +103,15 @@ def _imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def _open_folder(path: Path) -> None:
-    """Let a file import what lies beside it: read anew, as the file itself is, and never in place of a package."""
-    opened = list(_FOLDERS.items())
-    for name in [name for name in sys.modules if any(name not in before and _lies_in(name, place) for place, before in opened)]:
+def _add_folder(path: Path) -> None:
+    """Let a file import its neighbours. They are read again each time, as the file itself is, and never shadow a package."""
+    folders = list(_FOLDERS.items())
+    for name in [
+        name for name in sys.modules if any(name not in before and _lies_in(name, place) for place, before in folders)
+    ]:
         del sys.modules[name]
     folder = str(path.resolve().parent)
-    if folder in sys.path and folder not in _FOLDERS:  # Python's own search has it
+    if folder in sys.path and folder not in _FOLDERS:  # already on Python's path
         return
     others = {other: before for other, before in _FOLDERS.items() if other != folder}
     before = _FOLDERS.get(folder, frozenset(sys.modules))
@@ -121,7 +122,7 @@ def _open_folder(path: Path) -> None:
 
 
 def _lies_in(name: str, folder: str) -> bool:
-    """Whether a module is a file of that folder itself, or of a package in it; not what is installed somewhere below."""
+    """Whether a module is a file in the folder, or a package directly in it."""
     top = name.partition(".")[0]
     file = getattr(sys.modules.get(top), "__file__", None)
     return file is not None and top not in OURS and Path(file) in (Path(folder, f"{top}.py"), Path(folder, top, "__init__.py"))
@@ -130,11 +131,11 @@ def _lies_in(name: str, folder: str) -> bool:
 def _import(name: str, what: str) -> ModuleType:
     whose = _whose(name)
     if whose == "python":
-        raise CodeError(f"{name} belongs to Python itself, it holds no {what}: name a file of your own, path/to/file.py:name")
-    if whose == "package" and not _made_for_steerfm(name):
+        raise CodeError(f"{name} belongs to Python itself and has no {what}: give a file of your own, path/to/file.py:name")
+    if whose == "package" and not _is_for_steerfm(name):
         raise CodeError(
-            f"{name} belongs to an installed package that is not made for steerfm, it holds no {what}: "
-            "name a file of your own, path/to/file.py:name"
+            f"{name} belongs to an installed package that is not made for steerfm and has no {what}: "
+            "give a file of your own, path/to/file.py:name"
         )
     try:
         return importlib.import_module(name)
@@ -143,50 +144,50 @@ def _import(name: str, what: str) -> ModuleType:
 
 
 def _check_origin(spec: str, value: Any, what: str) -> None:
-    """A name that a file or module has imported from elsewhere is refused like that name itself."""
+    """Refuse an object that the file or module imported from a place that is not allowed."""
     while isinstance(value, partial):
         value = value.func
     if not isinstance(value, type | FunctionType | BuiltinFunctionType | MethodType):
-        return  # an object that the file or module has made
+        return  # an instance, made in the file or module
     origin = getattr(value, "__module__", None) or "builtins"
     if origin in sys.modules and getattr(sys.modules[origin], "__spec__", None) is None:
-        return  # a script, or a module that was made by hand
+        return  # a script, or a synthetic module
     whose = "own" if origin.startswith("steerfm_user_") else _whose(origin)
-    if whose == "python" or (whose == "package" and not _made_for_steerfm(origin)):
+    if whose == "python" or (whose == "package" and not _is_for_steerfm(origin)):
         raise CodeError(
             f"{spec} is {origin}.{getattr(value, '__name__', '')}, which is no {what}: write a function of your own"
         )
 
 
-# --- whose code it is ------------------------------------------------------------------------------------------------
+# --- owners of code --------------------------------------------------------------------------------------------------
 def _whose(name: str) -> str:
-    """``python``, ``package``, ``own``, or ``nobody`` where there is no such module; nothing is imported."""
+    """The owner of a module, without importing it: ``python``, ``package``, ``own``, or ``nobody`` if there is none."""
     top = name.partition(".")[0]
     if top in sys.stdlib_module_names or top in sys.builtin_module_names:
         return "python"
     if top in OURS:
         return "package"
     try:
-        found = _spec(top) if top else None
-    except (ValueError, ImportError):  # a script, or a module that was made by hand
+        spec = _spec(top) if top else None
+    except (ValueError, ImportError):  # a script, or a synthetic module
         return "own"
-    if found is None:
+    if spec is None:
         return "nobody"
-    places = [Path(place) for place in (*(found.submodule_search_locations or ()), found.origin) if place]
+    places = [Path(place) for place in (*(spec.submodule_search_locations or ()), spec.origin) if place]
     if any(_in(place, _packages()) or _in_packages(place) for place in places):
         return "package"
     return "python" if any(_in_python(place) for place in places) else "own"
 
 
 def _spec(top: str) -> ModuleSpec | None:
-    """Where a module is. Python's own search by path comes first: other finders may act on being asked, such as that of
-    setuptools, which turns itself off for pip."""
-    known = sys.modules.get(top)
-    return (PathFinder.find_spec(top) if known is None else None) or importlib.util.find_spec(top)
+    """The spec of a module. Python's own search by path comes first, since other finders may have side effects: that of
+    setuptools turns itself off for pip."""
+    module = sys.modules.get(top)
+    return (PathFinder.find_spec(top) if module is None else None) or importlib.util.find_spec(top)
 
 
-def _made_for_steerfm(name: str) -> bool:
-    """Whether a module's package is this one, depends on it, or has entry points for it."""
+def _is_for_steerfm(name: str) -> bool:
+    """Whether a module's package is steerfm, depends on it, or has entry points for it."""
     top = name.partition(".")[0]
     if top in OURS:
         return True
@@ -199,7 +200,7 @@ def _made_for_steerfm(name: str) -> bool:
 
 
 def _in_python(path: Path) -> bool:
-    """Whether a file is of this Python, of its packages, or of another one on this machine."""
+    """Whether a file belongs to this Python, to its packages, or to another Python on this machine."""
     path = path.resolve()
     standard = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib")]
     return _in_packages(path) or _in(path, [*standard, *_packages()]) or bool(re.search(r"/lib\d*/python3", path.as_posix()))
@@ -220,6 +221,6 @@ def _in(path: Path, folders: Iterable[Path]) -> bool:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest choice, or nothing."""
+    """The text `` (did you mean 'x'?)`` for the nearest choice, or an empty text."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""Shipped checkpoints: half-precision safetensors with a model card in the JSON beside each.
+"""Shipped checkpoints: half-precision safetensors, each with a model card in a JSON file.
 
 >>> flow_map = steerfm.load("fashion")            # or a path to a .safetensors file of your own
 """
@@ -24,10 +24,10 @@ from steerfm.checkpoints import (
     SHAPE,
     check_arguments,
     check_head,
-    checked_code,
     is_count,
     is_finite,
     load_into,
+    locate_code,
     read_weights,
     restore,
 )
@@ -35,7 +35,7 @@ from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.models import diffusers, lora, moved_noise
 
 DIFFUSERS = "diffusers:"
-"""What names of pipelines begin with."""
+"""Prefix of the names of pipelines."""
 
 
 def models() -> dict[str, dict[str, Any]]:
@@ -44,28 +44,29 @@ def models() -> dict[str, dict[str, Any]]:
 
 
 def find(name: str | Path) -> Path:
-    """Path of the weights of a shipped model, of a file of your own, or of the model that a run folder holds.
+    """Path of the weights of a shipped model, of your own file, or of the model in a run folder.
 
     Raises:
-        ValueError: naming the models there are.
+        ValueError: there is no such model; the message lists the models.
     """
-    path, known = Path(name), plugins.models()
-    if str(name) in known:
-        return known[str(name)].with_suffix(".safetensors")
-    if held := held_by(path):
-        if len(held) > 1:
-            raise ValueError(f"{path} holds several models: name one of {', '.join(map(str, held))}")
-        return held[0]
+    path, shipped_models = Path(name), plugins.models()
+    if str(name) in shipped_models:
+        return shipped_models[str(name)].with_suffix(".safetensors")
+    if files := models_in(path):
+        if len(files) > 1:
+            raise ValueError(f"{path} has several models: give one of {', '.join(map(str, files))}")
+        return files[0]
     if path.suffix == ".safetensors" or path.parent != Path("."):
         return path
-    hint = trust.nearest(str(name), known)
+    hint = trust.nearest(str(name), shipped_models)
     raise ValueError(
-        f"unknown model {str(name)!r}{hint}; models: {', '.join(known)}, a path to a .safetensors file, or FILE.py:NAME"
+        f"unknown model {str(name)!r}{hint}; models: {', '.join(shipped_models)}, a path to a .safetensors file, "
+        "or FILE.py:NAME"
     )
 
 
-def held_by(folder: Path) -> list[Path]:
-    """The weights of models in a folder, those with a JSON beside; none where it is no folder."""
+def models_in(folder: Path) -> list[Path]:
+    """The weights in a folder that have a JSON file; an empty list if it is no folder."""
     if not os.path.isdir(folder) or os.path.isfile(f"{folder}.safetensors"):
         return []
     return sorted(file for file in folder.glob("*.safetensors") if file.with_suffix(".json").is_file())
@@ -80,21 +81,22 @@ MODEL = registry.Kind(
 
 
 def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.device | None = None, **arguments: Any) -> FlowMap:
-    """A flow map from the zoo, from a path, from diffusers, from code, or as it is.
+    """Load a flow map from the zoo, a path, diffusers or code. A FlowMap is returned as it is.
 
     Args:
-        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` beside, or to the run folder that holds it;
-            ``diffusers:FOLDER_OR_HUB_ID`` of a pipeline; ``FILE.py:NAME`` of a FlowMap, or of a class or function that makes
+        name: a shipped name; a path to a ``.safetensors`` file with its ``.json`` file, or to the run folder with them;
+            ``diffusers:FOLDER_OR_HUB_ID`` for a pipeline; ``FILE.py:NAME`` for a FlowMap, or a class or function that makes
             one, also as {"name": "FILE.py:NAME", argument: value}; or a FlowMap.
-        device: where to put it; default the CPU for what is read from a file, and where it is for what is a FlowMap already.
+        device: device of the map; default the CPU for files, and the present device for a FlowMap.
         **arguments: of `steerfm.models.diffusers.load` (prompt, guidance, height, dtype, ...), or of the class or function.
 
     Raises:
-        ValueError, FileNotFoundError: unknown, missing, corrupt or not a flow map; nothing is ever unpickled.
-        ImportError: a package that it needs is missing, with its extra.
+        ValueError: the name is unknown, or the file is corrupt or not a flow map. Nothing is ever unpickled.
+        FileNotFoundError: a file is missing.
+        ImportError: a package is missing; the message names the extra to install.
     """
     if isinstance(name, Mapping):
-        name, own = registry.named(name, "model")
+        name, own = registry.split_spec(name, "model")
         arguments = {**own, **arguments}
     if isinstance(name, str | Path) and str(name).startswith(DIFFUSERS):
         flow_map = diffusers.load(str(name).removeprefix(DIFFUSERS), device, **arguments)
@@ -106,13 +108,13 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
             flow_map.maker = {"name": str(name), **arguments}
         return flow_map if device is None else flow_map.to(device)
     if arguments:
-        raise ValueError(f"{next(iter(arguments))}=: {name} is a file, and takes no arguments beside device=")
+        raise ValueError(f"{next(iter(arguments))}=: {name} is a file, which takes no arguments but device=")
     path = find(name)
     file = path.with_suffix(".json")
     try:
         head = json.loads(file.read_text()) if file.is_file() else {}
     except ValueError:
-        head = {}  # the error is that of reading the model
+        head = {}  # reading the model will raise the error
     head = head if isinstance(head, dict) else {}
     kind, base = head.get("kind"), load(_base(path)) if head.get("kind") == "adapter" or moved_noise.KEY in head else None
     if kind == "adapter" and base is not None:
@@ -122,7 +124,7 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
         flow_map = _of_code(path) if kind == "code" else NeuralFlowMap.load(path)
         flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}
         if "base" in head:
-            flow_map.origin = lambda: _weights(head["base"])  # only another strength needs them
+            flow_map.origin = lambda: _weights(head["base"])  # needed only by with_strength
     if base is not None and moved_noise.KEY in head:
         check_head(head, path, {moved_noise.KEY: (is_count, "a number of jumps")})
         flow_map = moved_noise.MovedNoise(base, flow_map, head[moved_noise.KEY], head["base"])
@@ -130,12 +132,14 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
 
 
 def _of_code(path: Path) -> FlowMap:
-    """A map that code of one's own makes, with the weights of a file."""
+    """A map from user code, with the weights of a file."""
     head, weights = read_weights(path, "code")
     check_head(head, path, {"maker": NETWORK})
-    maker = checked_code(head["maker"], head, path)
+    maker = locate_code(head["maker"], head, path)
     flow_map = load(maker)
-    if not str(maker.get("name")).rpartition(":")[0].endswith(".py"):  # a module is imported once: its object is not ours
+    if (
+        not str(maker.get("name")).rpartition(":")[0].endswith(".py")
+    ):  # a module is imported once, so its object may be in use elsewhere
         flow_map = copy.deepcopy(flow_map)
     load_into(flow_map.body, weights, path)
     flow_map.maker, flow_map.card = maker, head.get("card") or {}
@@ -143,7 +147,7 @@ def _of_code(path: Path) -> FlowMap:
 
 
 def _beside(value: Any, folder: Path) -> Any:
-    """What a card names, with the files that are in its folder by their paths."""
+    """A value of a card, with names of files in its folder replaced by their paths."""
     if isinstance(value, Mapping):
         return {key: _beside(item, folder) for key, item in value.items()}
     if isinstance(value, list):
@@ -154,41 +158,42 @@ def _beside(value: Any, folder: Path) -> Any:
 
 
 def _base(path: Path) -> dict[str, Any] | Path:
-    """The model that an adapter is put onto: its file, or the code or the pipeline that makes it.
+    """The base model of an adapter: its file, or the code or pipeline that makes it.
 
     Raises:
-        ValueError: none is named, or one leads back to an adapter before it. FileNotFoundError: it is not there.
+        ValueError: there is no name, or the chain of bases is circular.
+        FileNotFoundError: the base is missing.
     """
-    own = _named_base(path)
+    own = _base_spec(path)
     if own["name"].startswith(DIFFUSERS):
         return own
     if registry.is_code(own["name"]):
-        return checked_code(own, json.loads(path.with_suffix(".json").read_text()), path)
-    seen = [path.resolve()]
+        return locate_code(own, json.loads(path.with_suffix(".json").read_text()), path)
+    chain = [path.resolve()]
     while True:
-        file = seen[-1].with_suffix(".json")
+        file = chain[-1].with_suffix(".json")
         head = json.loads(file.read_text()) if file.is_file() else {}
         if (
             not isinstance(head, dict)
             or head.get("kind") != "adapter"
-            or registry.is_code(name := _named_base(seen[-1])["name"])
+            or registry.is_code(name := _base_spec(chain[-1])["name"])
         ):
             return find(own["name"])
         base = find(name).resolve()
-        if base in seen:
+        if base in chain:
             raise ValueError(
                 f"corrupt checkpoint {path}: its base leads back to {base}: an adapter needs a flow map as its base"
             )
-        seen.append(base)
+        chain.append(base)
 
 
-def _named_base(path: Path) -> dict[str, Any]:
-    """The name of the model that an adapter is put onto, with the arguments of code."""
+def _base_spec(path: Path) -> dict[str, Any]:
+    """The name of an adapter's base model, with its arguments."""
     base = json.loads(path.with_suffix(".json").read_text()).get("base")
-    named = {"name": base} if isinstance(base, str) else base
-    if not isinstance(named, dict) or not isinstance(named.get("name"), str) or not named["name"]:
+    spec = {"name": base} if isinstance(base, str) else base
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str) or not spec["name"]:
         raise ValueError(f"corrupt checkpoint {path.with_suffix('.json')}: base is {json.dumps(base)}, it should name a model")
-    return named
+    return spec
 
 
 def _weights(name: str | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -196,32 +201,32 @@ def _weights(name: str | Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> FlowMap:
-    """A map with low-rank adapters added to its weights, W + up down, and the base kept for `FlowMap.with_strength`.
+    """A map with low-rank adapters added to its weights, W + up down; it remembers the base for `FlowMap.with_strength`.
 
     Args:
-        base: the map that was adapted.
+        base: the base map.
         factors: <layer>.up (out, r, ...) and <layer>.down (r, in, ...).
         path: of the file, for errors.
 
     Raises:
-        ValueError: the adapters are not of this base.
+        ValueError: the adapters do not fit this base.
     """
     body = copy.deepcopy(base.body)
     weights = body.state_dict()
     names = {key.rpartition(".")[0] for key in factors}
     for key in sorted({f"{name}.{end}" for name in names for end in ("up", "down")} ^ factors.keys()):
         raise ValueError(
-            f"corrupt checkpoint {path}: {key} is {'unknown' if key in factors else 'missing'}, a layer has up and down"
+            f"corrupt checkpoint {path}: {key} is {'unknown' if key in factors else 'missing'}; each layer needs up and down"
         )
     for key, value in factors.items():
         if not (value.is_floating_point() and value.ndim > 1 and is_finite(value)):
-            raise ValueError(f"corrupt checkpoint {path}: {key} is no matrix of finite numbers")
+            raise ValueError(f"corrupt checkpoint {path}: {key} is not a matrix of finite numbers")
     if not names:
-        raise ValueError(f"corrupt checkpoint {path}: it holds no adapters")
+        raise ValueError(f"corrupt checkpoint {path}: it has no adapters")
     for name in sorted(names):
         up, down, weight = factors[f"{name}.up"].flatten(1), factors[f"{name}.down"].flatten(1), weights.get(f"{name}.weight")
         if weight is None or (len(up), *down.shape) != (len(weight), up.shape[1], weight[0].numel()):
-            raise ValueError(f"{path} holds adapters of another architecture: layer {name} does not fit the base")
+            raise ValueError(f"{path} has adapters of another architecture: layer {name} does not fit the base")
         weight += (up @ down).view_as(weight)
     tuned = base.with_network(body)
     tuned.origin = base.body.state_dict
@@ -229,12 +234,15 @@ def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> Flow
 
 
 def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple[int, ...]]:
-    """A classifier, frozen and in evaluation mode; the names of its classes; the shape (c, h, w) of its pictures.
+    """Load a classifier, frozen and in evaluation mode.
 
-    The network maps pictures in [0, 1] to logits (b, classes); ``features(pictures)`` gives (b, num_features).
+    Returns:
+        The network, the names of its classes, and the shape (c, h, w) of its pictures. The network maps pictures in [0, 1] to
+        logits (b, classes); its ``features(pictures)`` are (b, num_features).
 
     Raises:
-        ValueError, FileNotFoundError: unknown, missing, corrupt or not a classifier.
+        ValueError: the name is unknown, or the file is corrupt or not a classifier.
+        FileNotFoundError: a file is missing.
     """
     path = find(name)
     head, weights = read_weights(path, kind="classifier")
@@ -244,19 +252,21 @@ def load_classifier(name: str | Path) -> tuple[nn.Module, tuple[str, ...], tuple
 
 
 def load_image_text_head(name: str | Path) -> Any:
-    """An image-text scorer on frozen towers, frozen itself and in evaluation mode, with the interface of `encoders.OpenClip`.
+    """Load an image-text scorer on frozen towers, frozen and in evaluation mode, with the interface of `encoders.OpenClip`.
 
     Raises:
-        ValueError, FileNotFoundError: unknown, missing, corrupt or not such a scorer. ImportError: naming a package.
+        ValueError: the name is unknown, or the file is corrupt or not such a scorer.
+        FileNotFoundError: a file is missing.
+        ImportError: a package is missing; the message names it.
     """
     path = find(name)
     head, weights = read_weights(path, "image_text_head")
     check_head(head, path, {"network": (lambda value: isinstance(value, dict), "the arguments of an image_text_head")})
     where = f"corrupt checkpoint {path.with_suffix('.json')}: network"
-    made = plugins.image_text_head()
-    check_arguments(made, head["network"], f"{where}.")
+    kind = plugins.image_text_head()
+    check_arguments(kind, head["network"], f"{where}.")
     try:
-        network = made(**head["network"])
+        network = kind(**head["network"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
     load_into(network, weights, path)
@@ -264,17 +274,17 @@ def load_image_text_head(name: str | Path) -> Any:
 
 
 def pictured(spec: Any) -> Any:
-    """A data set as `steerfm.metrics.evaluator.Pictured`; None where there is none, or it shows no pictures.
+    """A data set with the interface of `steerfm.metrics.evaluator.Pictured`; None if there is none.
 
     Args:
-        spec: what a card names: a name, or {"name": NAME, argument: value}.
+        spec: from a card: a name, or {"name": NAME, argument: value}.
 
     Raises:
-        ValueError: an argument that the data set does not take.
+        ValueError: the data set does not take an argument.
     """
     if not isinstance(spec, str | Mapping) or not spec:
         return None
-    name, arguments = registry.named(spec, "data")
+    name, arguments = registry.split_spec(spec, "data")
     points = plugins.data_sets()
     if name not in points:
         return None
@@ -283,13 +293,13 @@ def pictured(spec: Any) -> Any:
 
 
 def statistics_file(name: str | Path) -> Path:
-    """Where `statistics` reads: beside the classifier."""
+    """The file of `statistics`, next to the classifier."""
     path = find(name)
     return path.with_name(f"{path.stem}-statistics.safetensors")
 
 
 def statistics(name: str | Path) -> dict[str, Tensor]:
-    """Statistics of the data that a classifier was trained on and of its features, so that distances need no data.
+    """Statistics of a classifier's features on its data, so that distances need no data.
 
     Returns:
         test_mean (d,), test_cov (d, d): of the features of the test split, of test_count () pictures, in float64.

@@ -350,4 +350,4 @@ def test_a_method_of_steering_is_none_of_tuning():
         assert not finetuning.METHOD.fits(kind), name
     for name, kind in finetuning.METHODS.items():
         assert finetuning.METHOD.fits(kind) and not METHOD.fits(kind), name
-    assert not METHOD.fits(rewards.Reward) and replace(METHOD, named={}).fits(steerfm.TDS())
+    assert not METHOD.fits(rewards.Reward) and replace(METHOD, table={}).fits(steerfm.TDS())

@@ -12,7 +12,7 @@ from importlib import import_module
 from steerfm import __version__
 from steerfm.cli import config as schemas
 from steerfm.cli import loading
-from steerfm.signals import Stopped, raised, said
+from steerfm.signals import Stopped, raised, stop_message
 
 EXAMPLES = {
     "train": """examples:
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         where = stop.where if isinstance(stop, Stopped) else ""
         if not where and (files := sys.modules.get("steerfm.files")) and (folders := files.claimed_folders()):
             where = f"what is done is in {folders[0]}"
-        print(said(where), file=sys.stderr)
+        print(stop_message(where), file=sys.stderr)
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:
         if options.traceback:

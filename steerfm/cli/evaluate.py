@@ -25,7 +25,7 @@ from steerfm.metrics import consistency_errors, pairwise_diversity, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space, pixels
 from steerfm.randomness import stream
-from steerfm.registry import named
+from steerfm.registry import split_spec
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import jumps_plot
@@ -302,7 +302,7 @@ def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
     own = known.texture if known else _texture(evaluator, gaps)
     if not references and not any(gap.startswith("no distances") for gap in gaps):
         also = "" if own else ", texture is not relative to theirs"
-        why = f"no distances to the data{also}: no network is known of {named(config.model, 'model')[0]}'s data"
+        why = f"no distances to the data{also}: no network is known of {split_spec(config.model, 'model')[0]}'s data"
         gaps.append(
             f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)}; card.features names networks)"
         )
@@ -315,7 +315,7 @@ def _tuned_on(evaluator: Evaluator) -> list[str]:
     recipe = evaluator.flow_map.card.get("recipe")
     spec = recipe.get("reward") if isinstance(recipe, Mapping) else None
     try:
-        terms = [named(term, "reward")[0] for term in (spec if isinstance(spec, list) else [spec] if spec else [])]
+        terms = [split_spec(term, "reward")[0] for term in (spec if isinstance(spec, list) else [spec] if spec else [])]
         reward = rewards.build(spec) if terms and all(term in rewards.available() for term in terms) else None
     except ValueError:  # it was tuned elsewhere
         reward = None

@@ -269,7 +269,7 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     """Export the map, write the report, and say what came of it."""
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
-        "samples": f"its own, of {registry.named(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
+        "samples": f"its own, of {registry.split_spec(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
         "commit": commit(), "metrics": run.readings[f"tuned, {in_steps(run.tuned, run.tuned.steps)}"].numbers(),
         "licence": run.base.card.get("licence", ""),
     }  # fmt: skip
@@ -287,7 +287,7 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     judged = f"; held out: {run.panel.judge.name}" if run.panel.judge else "; no held-out reward"
     title = f"{stem(config.model)} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judged}"
     header, table = _table(run)
-    method = registry.named(config.method, "method")[0]
+    method = registry.split_spec(config.method, "method")[0]
     pictures = draw_pictures(folder.path, run.readings, run.monitors, method)
     facts = _facts(run)
     tables = [(MEASURES, header, [(_by(name, method), *row) for name, *row in table])]
@@ -404,7 +404,7 @@ def save_adapter(run: Outcome, path: Path, model: Any) -> None:
     """The adapters by themselves; `steerfm.load` puts them onto their base."""
     head, code = (
         {"kind": "adapter", "base": model, **moves_noise(run.tuned)},
-        code_of({"name": registry.named(model, "model")[0]}),
+        code_of({"name": registry.split_spec(model, "model")[0]}),
     )
     write_weights(factors(run.network), path, head | ({"code": code} if code else {}))
 

@@ -111,7 +111,7 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         console.print(table)
         console.print("use one: steerfm finetune --config NAME")
         return
-    kind = registry.find(name, replace(METHOD, named=METHODS | dict(tuning)))
+    kind = registry.find(name, replace(METHOD, table=METHODS | dict(tuning)))
     method: Any = kind()
     console.print(Text.assemble((name, "bold"), f"  ({inspect.getsourcefile(kind)})\n"))
     console.print(inspect.getdoc(kind) or "")

@@ -27,6 +27,8 @@ from steerfm.trust import nearest
 from steerfm.values import (
     ConfigError,
     Raw,
+    advice,
+    as_yaml,
     convert,
     flow,
     line,
@@ -34,10 +36,8 @@ from steerfm.values import (
     parse,
     read_yaml,
     scalar,
-    as_yaml,
     type_words,
     untyped,
-    advice,
     write_yaml,
 )
 

@@ -12,7 +12,7 @@ from steerfm.cli.prompts import read_prompts
 from steerfm.flowmap import FlowMap
 from steerfm.rewards import Reward
 from steerfm.rows import Rows
-from steerfm.sampling import leading_away
+from steerfm.sampling import add_negative
 from steerfm.values import ConfigError
 
 Number = TypeVar("Number", int, float)
@@ -82,7 +82,7 @@ def outputs_of(
     if reads and label is not None:
         raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
     if reads:
-        cond = leading_away(flow_map, flow_map.condition(texts, len(texts)) if texts else None, negative, len(texts) or n)
+        cond = add_negative(flow_map, flow_map.condition(texts, len(texts)) if texts else None, negative, len(texts) or n)
         return Outputs(len(texts) or n, cond, None, texts or None, names=tuple(texts or [""] * n), each=n)
     total = len(texts) or n
     names = flow_map.class_names
@@ -90,4 +90,4 @@ def outputs_of(
     labels = flow_map.condition([names[i % len(names)] for i in range(total)] if turns else label, total)
     assert labels is None or isinstance(labels, Tensor)
     names = texts or ([""] * n if labels is None else [flow_map.class_names[i] for i in labels.tolist()])
-    return Outputs(total, leading_away(flow_map, labels, negative, total), labels, texts or None, names=tuple(names), each=n)
+    return Outputs(total, add_negative(flow_map, labels, negative, total), labels, texts or None, names=tuple(names), each=n)

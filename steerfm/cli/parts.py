@@ -27,7 +27,7 @@ from steerfm.values import ConfigError, line
 
 def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = False, checkpoints: bool = False) -> FlowMap:
     """The model of a configuration: a name, or a name with arguments. A pipeline is guided as itself means it."""
-    name, arguments = registry.named(model, "model")
+    name, arguments = registry.split_spec(model, "model")
     if name.startswith(zoo.DIFFUSERS) and guidance != 1:
         arguments, guidance = {"guidance": guidance, **arguments}, 1.0
     flow_map = zoo.load(name, pick_device(device), **arguments)
@@ -150,8 +150,8 @@ def fitting(
 
     What was set of the default one, ``method.particles=8``, is set of what is taken.
     """
-    default, own = registry.named(config.method, "method")
-    if default != registry.named(type(config)().method, "method")[0] or not (why := method.lacks(flow_map)):
+    default, own = registry.split_spec(config.method, "method")
+    if default != registry.split_spec(type(config)().method, "method")[0] or not (why := method.lacks(flow_map)):
         return None
     instead = usual(flow_map) | own
     console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} does not fit, {why}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerfm import files, plugins, shipped, trust, zoo
 from steerfm.cli.loading import kept, plain
-from steerfm.registry import is_code, named
+from steerfm.registry import is_code, split_spec
 from steerfm.report.run_folder import RunFolder
 
 FINISHED = "finished already: {} (force=true runs it again; out= names another folder)"
@@ -47,7 +47,7 @@ def _named_files(text: str) -> list[Path]:
     if os.path.isdir(path) and os.path.isfile(path / "open_clip_config.json"):
         return sorted(file for file in path.iterdir() if file.is_file())
     models = plugins.models()
-    if text not in models and len(held := zoo.held_by(path)) == 1:  # a run folder
+    if text not in models and len(held := zoo.models_in(path)) == 1:  # a run folder
         return _named_files(str(held[0]))
     ours = [zoo.find(text)] if text in models else [shipped.folder("configs") / "prompts" / text] if path.name == text else []
     for file in (path, *([code] if code.suffix == ".py" else []), *ours):
@@ -61,7 +61,7 @@ def _named_files(text: str) -> list[Path]:
 def slug(value: Any) -> str:
     if isinstance(value, list):
         return "-".join(slug(item) for item in value)
-    name, arguments = named(value, "reward")
+    name, arguments = split_spec(value, "reward")
     words = [
         Path(name.split(":")[0]).stem,
         *name.split(":")[1:],
@@ -72,7 +72,7 @@ def slug(value: Any) -> str:
 
 def stem(model: Any) -> str:
     """What files and titles call a model: the name, without folders; of code its file, too."""
-    name = named(model, "model")[0].removeprefix(zoo.DIFFUSERS)
+    name = split_spec(model, "model")[0].removeprefix(zoo.DIFFUSERS)
     place, _, maker = name.rpartition(":")
     return f"{Path(place).stem}-{maker}" if is_code(name) else Path(name.replace(":", "-")).stem
 

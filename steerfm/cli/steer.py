@@ -21,7 +21,7 @@ from steerfm.cost import Cost
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import restoration
 from steerfm.processes import alone, first, of_first
-from steerfm.registry import named
+from steerfm.registry import split_spec
 from steerfm.report.formats import short
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
@@ -86,7 +86,7 @@ def finish(
     """The files of a run, and what it prints."""
     folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
     header, table = _compare(run, reward, judge)
-    label = named(config.method, "method")[0]
+    label = split_spec(config.method, "method")[0]
     trace = run.first.plot(folder.path / "trace.png", label, want.names, run.values["rewards"])
     pictures = [*_draw_steering(folder.path, run, reward.name, want), (OVER_TIME, trace)]
     facts = _facts(config, run, method)
@@ -350,7 +350,7 @@ def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
     n, k = run.values["log_weights"].shape
     log_z = {"log Z": f"{run.values['log_z'].mean():.4g}, mean over outputs"} if "log_z" in run.values else {}
     return {
-        "method": f"{named(config.method, 'method')[0]}: {method!r}",
+        "method": f"{split_spec(config.method, 'method')[0]}: {method!r}",
         "strength": f"auto: {short(run.first.strength[0])}" if config.strength == "auto" else short(config.strength),
         "outputs": f"{n} of {k} particles",
         **run.diagnosis.in_words(),

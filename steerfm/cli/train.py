@@ -167,7 +167,7 @@ def _check_files(config: TrainConfig) -> None:
                 f"features: no file {name}: a classifier of the same data is one: steerfm train task=classifier"
             )
     if config.judge is not None:
-        rewards.find(registry.named(config.judge, "judge")[0], "judge")
+        rewards.find(registry.split_spec(config.judge, "judge")[0], "judge")
     for key, file in keys.items():
         if not isinstance(file, str) or Path(file).exists():
             continue

@@ -148,7 +148,7 @@ class FineTuning(Trained):
     def together(self) -> AbstractContextManager[None]:
         """A context in which the processes share the calls of maps from `shared_out`."""
         if self.group is None and self.trainer.world_size > 1:
-            self.group = active() or distributed.connected()
+            self.group = active() or distributed.torch_group()
         return together(self.group)
 
     def place(self, device: torch.device | str) -> None:

@@ -13,13 +13,13 @@ from steerfm.capabilities import Choosy, can, needs
 from steerfm.finetuning.base import ONE_JUMP, Law, Terms, Update, by_velocity, chain, ode
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import expand_time
-from steerfm.registry import Named, objects
+from steerfm.registry import TakesNames, objects
 from steerfm.training.objectives import mean_square
 from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Renoise, Transition
 
 
 @dataclass(frozen=True)
-class Policy(metaclass=Named):
+class Policy(metaclass=TakesNames):
     """GRPO on a few stochastic transitions of the flow map (Flow-Map GRPO, 2607.00535).
 
         -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A) + control * KL(pi | pi_ref),      rho = pi(x'|x) / pi_old(x'|x)

@@ -18,7 +18,7 @@ from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, draw
 from steerfm.flowmap import FlowMap
 from steerfm.randomness import derive
-from steerfm.registry import Named, objects
+from steerfm.registry import TakesNames, objects
 from steerfm.rows import Condition, map_condition, move_condition, take_rows
 from steerfm.spread import shared_out
 from steerfm.steering.weights import effective_sample_size, largest, normalise
@@ -89,7 +89,7 @@ class Anchored:
 
 
 @dataclass(frozen=True)
-class Weighted(metaclass=Named):
+class Weighted(metaclass=TakesNames):
     """Rounds of reward-weighted refitting, for any reward: sample, weight by exp(increment * r), fit, repeat.
 
     The increments add up to the strength 1 / (control * scale). A round takes a smaller one if the weights would degenerate.

@@ -242,10 +242,10 @@ def _version(name: str) -> str:
 
 
 def _mapping(spec: Any) -> dict[str, Any]:
-    name, arguments = registry.named(spec, "judge")
+    name, arguments = registry.split_spec(spec, "judge")
     return {"name": name, **arguments}
 
 
 def _installed(spec: Any) -> bool:
-    name, _ = registry.named(spec, "judge")
+    name, _ = registry.split_spec(spec, "judge")
     return registry.is_code(name) or name in rewards.available()

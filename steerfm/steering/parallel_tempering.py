@@ -29,8 +29,7 @@ class ParallelTempering(NoiseSearch):
     only the rewards decide, and black boxes work. The coldest chain, beta = 1, samples the tilt of the map's own law. The
     hottest chain, beta = 0, draws fresh noise at every sweep; its good states can move down to colder chains. Even and odd
     pairs take turns (Syed et al. 1905.02939). In PATHS the chains choose where particles start to walk; here the map replaces
-    the walk. Our own choices: the ladder beta_i = (1 - i / (temperatures - 1))^power, the radii radius^beta_i, and that only
-    the coldest chain is returned.
+    the walk. Our choices: the ladder beta_i = (1 - i / (temperatures - 1))^power, radii radius^beta_i, only the coldest chain.
 
     Costs a sweep: ``temperatures`` x (``hops`` forwards, one decode, one reward call) per output; and one sweep at the start.
     Within a budget: 4 sweeps of warm-up at 64 evaluations, 16 at 256, the rest particles (docs/methods.md).

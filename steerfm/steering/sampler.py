@@ -24,7 +24,7 @@ from steerfm.capabilities import Choosy, can, needs
 from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import time_grid
-from steerfm.registry import Named, default, objects
+from steerfm.registry import TakesNames, default, objects
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import take_rows
 from steerfm.sampling import Noise, grid_of
@@ -54,7 +54,7 @@ from steerfm.transitions import TRANSITIONS, Landing, Renoise, Sharing, Step, Tr
 
 # --- the method by parts ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Sampler(Sized, metaclass=Named):
+class Sampler(Sized, metaclass=TakesNames):
     """Base of all methods that are built from parts: particles that walk from noise to data, one step at a time.
 
     A method defines its parts in `parts`. A part can be an object, a name, or a dictionary of arguments:
@@ -537,7 +537,7 @@ class Sampler(Sized, metaclass=Named):
 class Steering(Sampler):
     """A steering method built from parts of your choice.
 
-    Samples: depends on the correction; with the default, the tilt of the base chain's own law, as the particles grow.
+    Samples: what its correction says; with the default, the tilt of the base chain's own law, as the particles grow.
 
     Attributes:
         particles, steps, lookahead, guidance, tempering, transition, power, recurrence, stop: see `Sampler`.

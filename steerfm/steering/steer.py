@@ -20,7 +20,7 @@ from steerfm.processes import first, of_first
 from steerfm.randomness import untouched
 from steerfm.rewards import Reward
 from steerfm.rows import Condition, Rows, cuts, labels_of
-from steerfm.sampling import Noise, as_condition, leading_away, seed_list
+from steerfm.sampling import Noise, add_negative, as_condition, seed_list
 from steerfm.spread import place, shared_out, spread
 from steerfm.steering.names import METHOD
 from steerfm.steering.outcome import Method, Outcome, Tick
@@ -259,7 +259,7 @@ class _Job:
             )
         check_method(method, flow_map, None if begin is None else begin.times)
         rows = _rows(flow_map, n, by_label(flow_map, label, cond), prompts, labels)
-        rows = replace(rows, cond=leading_away(flow_map, rows.cond, negative, n))
+        rows = replace(rows, cond=add_negative(flow_map, rows.cond, negative, n))
         place(rw, flow_map.device)
         k = method.particles
         whole_numbers(particles=k)

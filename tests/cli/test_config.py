@@ -22,7 +22,7 @@ from steerfm.cli.loading import (
     recipes,
     sequence,
 )
-from steerfm.registry import named
+from steerfm.registry import split_spec
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
 
@@ -81,7 +81,7 @@ def test_a_name_and_its_arguments():
     assert c.reward == {"name": "classifier", "target": "Bag"}
     assert c.method == {"name": "funnel", "particles": 4}
     assert c.judge == {"name": "sharpness"}
-    assert named(c.reward, "reward") == ("classifier", {"target": "Bag"})
+    assert split_spec(c.reward, "reward") == ("classifier", {"target": "Bag"})
 
 
 def test_a_new_name_drops_the_arguments_of_the_old(write):
@@ -119,11 +119,11 @@ def test_the_judge_may_be_automatic_or_none(overrides, expected):
     assert load(SteerConfig, None, overrides).judge == expected
 
 
-def test_named_needs_a_name():
-    assert named("dps", "method") == ("dps", {})
+def test_a_spec_needs_a_name():
+    assert split_spec("dps", "method") == ("dps", {})
     for value in ({"target": "Bag"}, 3, None, {"name": 3}, load(SteerConfig, None, ["reward=3"]).reward):
         with pytest.raises(ConfigError, match="reward=NAME"):
-            named(value, "reward")
+            split_spec(value, "reward")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

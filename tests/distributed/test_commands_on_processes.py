@@ -85,10 +85,10 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_with_another_number(
     [
         (["trainer.devices=0"], "trainer.devices=0: give auto, a number of at least 1, or a list: 0,1"),
         (["trainer.devices=0,1"], "trainer.devices="),
-        (["trainer.devices=-1"], "trainer.devices=-1: on a CPU say how many"),
-        (["trainer.devices=2", "trainer.num_nodes=2"], "trainer.num_nodes=2: nobody started the other machines"),
+        (["trainer.devices=-1"], "trainer.devices=-1: on a CPU give the number"),
+        (["trainer.devices=2", "trainer.num_nodes=2"], "trainer.num_nodes=2: no launcher started the other machines"),
         (["trainer.num_nodes=0"], "trainer.num_nodes=0: must be at least 1"),
-        (["trainer.num_nodes=3"], "trainer.num_nodes=3: nobody started the other machines"),
+        (["trainer.num_nodes=3"], "trainer.num_nodes=3: no launcher started the other machines"),
         (["trainer.devices=2", "device=cuda:1"], "device=cuda:1 is one GPU: trainer.devices=0,1"),
         (["trainer.devices=2", "device=mps"], "device=mps: several processes need cpu or cuda"),
         (["trainer.devices=2", "device=cuda"], "device=cuda: this machine has no CUDA device"),

@@ -91,10 +91,10 @@ def test_devices_that_are_no_number_of_processes(devices: Any):
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ({"devices": -1, "accelerator": "cpu"}, "on a CPU say how many"),
-        ({"devices": [0, 1], "accelerator": "cpu"}, "a CPU has no numbers: devices=2"),
-        ({"devices": 2, "num_nodes": 0}, "num_nodes=0: a number of machines"),
-        ({"devices": 2, "num_nodes": 2}, "nobody started the other machines .MASTER_ADDR, MASTER_PORT, NODE_RANK not set"),
+        ({"devices": -1, "accelerator": "cpu"}, "on a CPU give the number"),
+        ({"devices": [0, 1], "accelerator": "cpu"}, "a CPU has no numbers: give devices=2"),
+        ({"devices": 2, "num_nodes": 0}, "num_nodes=0: give a number of machines"),
+        ({"devices": 2, "num_nodes": 2}, "no launcher started the other machines .MASTER_ADDR, MASTER_PORT, NODE_RANK not set"),
         ({"devices": 2, "accelerator": "tpu"}, "auto, cpu or cuda"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_launcher_that_started_another_number(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     assert distributed.outside() == (2, 2)
     assert distributed.check(accelerator="cpu") == ("cpu", 2, 2)
-    with pytest.raises(ValueError, match="devices=3 on num_nodes=2, but 2 processes on each of 2 machines are there"):
+    with pytest.raises(ValueError, match="devices=3 on num_nodes=2, but 2 processes on each of 2 machines are running"):
         distributed.check(3, accelerator="cpu")
 
 

@@ -65,7 +65,7 @@ def test_it_stays_where_nobody_asked_and_in_sums_each_decides_for_itself():
 
 def test_configurations_have_it_and_a_reward_without_a_network_refuses_it():
     assert rewards.build({"name": "clip", "prompt": "a cat", "offload": True}).offloads  # type: ignore[attr-defined]
-    with pytest.raises(RewardError, match="'brightness' has no network"):
+    with pytest.raises(RewardError, match="'brightness' cannot be offloaded"):
         rewards.build({"name": "brightness", "offload": True})
 
 

@@ -231,7 +231,7 @@ def test_steer_is_its_batches_joined():
 
 
 def test_batches_refuse_before_the_first():
-    with pytest.raises(ValueError, match="at least one output"):
+    with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
         steer_batches(Blocks(), bright, METHOD, 4, batch_size=0)
 
 
