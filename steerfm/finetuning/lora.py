@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steerfm.flowmap import Wrapped
-from steerfm.models.lora import adapted
+from steerfm.models.lora import adapter_layers
 from steerfm.randomness import stream
 from steerfm.rows import Condition
 
@@ -94,7 +94,7 @@ class LoRAOff(Wrapped):
 @contextmanager
 def switched_off(network: nn.Module) -> Iterator[None]:
     """Disable the adapters. Unlike peft's own switch, this does not change requires_grad, so gradients can pass through."""
-    layers: list = [layer for _, layer in adapted(network)]
+    layers: list = [layer for _, layer in adapter_layers(network)]
     for layer in layers:
         layer._disable_adapters = True
     try:

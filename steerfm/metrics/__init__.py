@@ -1,4 +1,4 @@
-"""How good samples are: distances, diversity, coverage, texture, restoration, statistics of rewards, consistency of maps.
+"""Metrics: distances, diversity, coverage, texture, restoration, statistics of rewards, consistency of maps.
 
 Functions are in `functional` and `consistency`; `FrechetDistance`, `KernelDistance` and `TextureRatio` (of `accumulators`)
 accumulate over batches and ranks.

@@ -1,6 +1,6 @@
 """Fréchet and kernel distance and texture, accumulated over batches and ranks as `torchmetrics.Metric`.
 
-Their formulas are in `steerfm.metrics.functional`; a module of their own, since torchmetrics takes seconds to import.
+The formulas are in `steerfm.metrics.functional`. This is a separate module, since torchmetrics takes seconds to import.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from steerfm.metrics.functional import cubic, discrepancy, float64, frechet_dist
 
 
 class _FeatureMetric(Metric):
-    """What all of them share: features in evaluation mode without gradients, and float64 states kept off mps."""
+    """Base class: features in evaluation mode without gradients, and float64 states, which are never on mps."""
 
     is_differentiable = False
     higher_is_better = False
@@ -28,23 +28,23 @@ class _FeatureMetric(Metric):
 
     @torch.no_grad()
     def _extract(self, pictures: Tensor) -> Tensor:
-        """Features (n, d) of pictures (n, ...), in float64, where the states are."""
+        """Features (n, d) of pictures (n, ...), in float64, on the device of the states."""
         if isinstance(self.features, nn.Module):
-            self.features.eval()  # a parent's .train() must not switch batch norm or dropout on
+            self.features.eval()  # even if a parent module is in training mode
         device = self.device if self.device.type != "mps" else torch.device("cpu")
         features = float64(self.features(pictures))
         return features.reshape(len(features), -1).to(device)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
-        to_mps = fn(torch.zeros(1, device=self.device)).device.type == "mps"  # which has no float64
+        to_mps = fn(torch.zeros(1, device=self.device)).device.type == "mps"  # mps has no float64
         return super()._apply(fn, list(self._defaults) if to_mps else exclude_state)
 
 
 class FrechetDistance(_FeatureMetric):
     """Fréchet distance of features, accumulated over batches and ranks; see `frechet_distance`.
 
-    The states are the sums of features (d,) and of their outer products (d, d), in float64: batches, ranks and their
-    order make no difference beyond rounding. Under DDP every rank needs at least one batch.
+    The states are the sums of features (d,) and of their outer products (d, d), in float64: the result does not
+    depend on batches, ranks or their order, up to rounding. Under DDP every rank needs at least one batch.
 
     >>> metric = FrechetDistance(classifier.features, reference=(mean, cov))
     >>> metric.update(pictures)
@@ -135,7 +135,7 @@ class KernelDistance(_FeatureMetric):
 
 
 class TextureRatio(_FeatureMetric):
-    """Mean `texture` of samples over that of real pictures, accumulated over batches and ranks: 1 is the data's.
+    """Mean `texture` of samples over that of real pictures, accumulated over batches and ranks; 1 for the data.
 
     Args:
         reference: mean texture of real data; None to collect it with ``update(pictures, real=True)``.
@@ -164,7 +164,7 @@ class TextureRatio(_FeatureMetric):
             setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
 
     def compute(self) -> Tensor:
-        """The ratio, a float64 scalar; not finite for data without any texture.
+        """The ratio, a float64 scalar; not finite if the data have no texture.
 
         Raises:
             ValueError: no pictures on one side.

@@ -1,4 +1,4 @@
-"""How far a map is from being a flow map."""
+"""Consistency errors of flow maps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from steerfm.randomness import stream
 from steerfm.rows import Condition, move_condition, repeat_rows, take_rows
 
 CONDITIONS = 16
-"""Of how many, at most, `jump_error` is taken."""
+"""Most conditions for `jump_error`."""
 
 
 @dataclass
 class _Points:
-    """Random triples of times s <= m <= t, states x at s on the paths of a map, and where one jump to t takes them."""
+    """Random times s <= m <= t, states x at s on the paths of a map, and the results of one direct jump to t."""
 
     s: Tensor
     m: Tensor
@@ -46,25 +46,31 @@ def _semigroup(flow_map: FlowMap, p: _Points) -> float:
 
 
 def semigroup_error(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0) -> float:
-    """Root mean square per entry of X_{m,t}(X_{s,m}(x)) - X_{s,t}(x), over n random times, x on the path of the map.
+    """Root mean square per entry of X_{m,t}(X_{s,m}(x)) - X_{s,t}(x), over n random times, with x on the path of the map.
 
     Args:
+        flow_map: the map.
+        n: number of states.
         cond: n rows, or None.
+        seed: of times and noise.
     """
     with torch.no_grad():
         return _semigroup(flow_map, _points(flow_map, n, cond, seed))
 
 
 def jump_error(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0, each: int = 8, hops: int = 4) -> float:
-    """How far one jump from noise ends from where ``hops`` jumps do, as a share of how far samples of one condition lie
-    apart; 0 for a true map.
+    """Mean distance between the endpoints of one jump and of ``hops`` jumps from the same noise, divided by the mean distance
+    between samples of one condition; 0 for an exact map.
 
-    Below a third or so one jump shows what is going to come out; where it is more, what it shows is another picture.
+    Below about a third, one jump shows the final picture; above, it shows a different one.
 
     Args:
-        n: conditions, of which the first 16 are taken.
+        flow_map: the map.
+        n: number of conditions; only the first 16 are used.
         cond: n rows, or None.
-        each: noises of each of them, at least 2.
+        seed: of the noise.
+        each: noises per condition, at least 2.
+        hops: equal jumps to compare with.
     """
     n, cond = min(n, CONDITIONS), take_rows(cond, slice(0, CONDITIONS))
     with torch.no_grad():
@@ -76,9 +82,9 @@ def jump_error(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0,
 
 
 def consistency_errors(flow_map: FlowMap, n: int, cond: Condition = None, seed: int = 0) -> dict[str, float]:
-    """How far a map is from being a flow map: `jump_error`, `semigroup_error`, and on the points of that, per entry as it
+    """Consistency errors by name: `jump_error`, `semigroup_error`, and, on the points of the latter,
 
-    diagonal: |d/dt X_{s,t}(x) - v(X_{s,t}(x), t)|.
+    diagonal: root mean square per entry of d/dt X_{s,t}(x) - v(X_{s,t}(x), t).
     """
     with torch.no_grad():
         p = _points(flow_map, n, cond, seed)

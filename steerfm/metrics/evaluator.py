@@ -1,15 +1,15 @@
-"""What the samples of a model are measured with: the features, the judge and the data that its card names.
+"""The metrics of a model: features, judge and data set, from its card.
 
     "card": {
-        "data": "fashion",                                       # whose pictures and prompts are known, where it is installed;
-                                                                 # {"name": "folder", "root": "pictures/", ...} for one's own
-        "features": ["fashion-classifier", "fashion-judge"],     # see `load_space`; distances are in all, the first counts
-        "judge": {"name": "judge", "model": "fashion-judge"},    # a held-out reward, as configurations write it
-        "watch": "fashion-classifier"                            # of the features: what tuning is watched in; the first
+        "data": "fashion",                                       # an installed data set, for its pictures and prompts;
+                                                                 # your own: {"name": "folder", "root": "pictures/", ...}
+        "features": ["fashion-classifier", "fashion-judge"],     # see `load_space`; the first one counts
+        "judge": {"name": "judge", "model": "fashion-judge"},    # a held-out reward, as in configurations
+        "watch": "fashion-classifier"                            # features to watch tuning in; default the first
     }
 
-A card without them has those of the shipped model of the same data, where its shape and its classes are that model's. Of other
-models nothing is known: they are measured by their samples alone.
+A card without these keys takes those of the shipped model of the same data, if shape and classes are equal. For other models
+only the samples themselves are measured.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ from steerfm.metrics.spaces import Reference, Space, image_tower, load_space, pi
 from steerfm.rewards import Reward
 
 FEWEST = 10
-"""Pictures of the data, at least, that distances are measured to."""
+"""Fewest pictures of the data for distances."""
 KEYS = ("data", "features", "judge", "watch")
-"""The keys of a card that say what a model is measured with."""
+"""The keys of a card that define the metrics."""
 
 
 @runtime_checkable
 class Pictured(Protocol):
-    """What a data set says of itself to the evaluator."""
+    """The interface of a data set for the evaluator."""
 
     def reference(self) -> Tensor:
-        """Pictures (m, c, h, w) in [0, 1] that samples are held against."""
+        """Pictures (m, c, h, w) in [0, 1] for comparison with samples."""
         ...
 
     def prompts(self, held_out: bool) -> list[str]:
-        """What a model may be asked for: captions of what it was trained on, or of what it was not."""
+        """Prompts: captions of training data, or of held-out data."""
         ...
 
     def folder(self) -> Path:
-        """Where features may be kept."""
+        """A folder for cached features."""
         ...
 
 
 @runtime_checkable
 class Specified(Pictured, Protocol):
-    """A data set that a name alone does not tell: a folder of one's own pictures."""
+    """A data set that needs more than a name, such as a folder of pictures."""
 
     def spec(self) -> dict[str, Any]:
-        """{"name": NAME, argument: value}, by which `steerfm.zoo.pictured` makes it again."""
+        """{"name": NAME, argument: value}, from which `steerfm.zoo.pictured` rebuilds it."""
         ...
 
     def digest(self) -> str:
-        """Of all that is trained on: a training that goes on goes on with the same."""
+        """A digest of all training data, so that a resumed training can check that they are the same."""
         ...
 
 
 @runtime_checkable
 class OfClass(Protocol):
-    """A reward of one class of pictures of one shape, such as a classifier's; target None is the class of each label."""
+    """A reward for a class of pictures, such as that of a classifier; with target None, the class of each label."""
 
     target: int | None
     class_names: tuple[str, ...]
@@ -86,40 +86,41 @@ def silent(what: str, total: int) -> Iterator[Callable[[int, int], Any]]:
 
 
 class Evaluator:
-    """What a model is measured with. Nothing is loaded before it is needed.
+    """The metrics of a model. Everything loads on first use.
 
     Args:
         flow_map: the model.
-        device: of the features' networks; default that of the model.
-        progress: (what, total) to a context that gives tick(done, total).
+        device: of the feature networks; default that of the model.
+        progress: (what, total) to a context with tick(done, total).
 
     Attributes:
-        gaps: what the card names and cannot be had here, and why: a line each, once the spaces are loaded.
+        gaps: entries of the card that are not available here, with the reason, one line each; complete once the spaces are
+            loaded.
     """
 
     def __init__(self, flow_map: FlowMap, device: torch.device | str | None = None, progress: Progress = silent) -> None:
         self.flow_map, self.device, self.progress = flow_map, device or flow_map.device, progress
         self.card: Mapping[str, Any] = card(flow_map)
         self.gaps: list[str] = []
-        self._loaded: dict[str, Space | None] = {}
+        self._spaces: dict[str, Space | None] = {}
 
     # --- features --------------------------------------------------------------------------------------------------
     @cached_property
     def spaces(self) -> dict[str, Space]:
-        """By name, in the order of the card: those that are installed and know what the model draws."""
-        named = ((name, self._space(name)) for name in self.card.get("features", ()))
-        return {name: space for name, space in named if space is not None}
+        """The feature spaces by name, in the order of the card: those that are installed and fit the model."""
+        spaces = ((name, self._space(name)) for name in self.card.get("features", ()))
+        return {name: space for name, space in spaces if space is not None}
 
     @property
     def first(self) -> Space:
-        """The space that counts; the samples themselves where there is none."""
+        """The space that counts; that of the samples themselves if there is no other."""
         return next(filter(None, map(self._space, self.card.get("features", ()))), pixels())
 
     @property
     def watch(self) -> Space:
-        """The space that tuning is watched in; for a map of words that has none, the image tower beside its text tower."""
-        named = self.card.get("watch")
-        if named and (space := self._space(named)):
+        """The space for watching tuning; for a text-conditional map without one, the image tower of its text encoder."""
+        name = self.card.get("watch")
+        if name and (space := self._space(name)):
             return space
         text = self.flow_map.text if isinstance(self.flow_map, NeuralFlowMap) else None
         if not self.card.get("features") and text is not None and text.has_image_tower:
@@ -129,20 +130,20 @@ class Evaluator:
 
     @property
     def judged(self) -> Space | None:
-        """The space of the judge's own network, where it is one of the features."""
+        """The space of the judge's own network, if it is one of the features."""
         judge = self.card.get("judge")
         return self.spaces.get(str(judge.get("model"))) if isinstance(judge, Mapping) else None
 
     def reference(self, space: Space) -> Reference | None:
-        """What is known of the data in a space: what ships beside its network, or what the data's own pictures say.
+        """Statistics of the data in a space: shipped with its network, or computed from the data's pictures.
 
         Raises:
-            FileNotFoundError: the data are not prepared, or not where the card says.
+            FileNotFoundError: the data are not prepared, or not at the place in the card.
         """
         if space.reference is None and space.name in self.card.get("features", ()) and self.pictures is not None:
             if len(self.pictures) < FEWEST:
                 self.gaps.append(
-                    f"no distances by {space.name}: the data hold out {len(self.pictures)} pictures, {FEWEST} are needed"
+                    f"no distances by {space.name}: the data have {len(self.pictures)} held-out pictures, {FEWEST} are needed"
                 )
             else:
                 features = self._features(space, self.pictures)
@@ -151,10 +152,10 @@ class Evaluator:
 
     @cached_property
     def pictures(self) -> Tensor | None:
-        """The data's own, (m, c, h, w) in [0, 1], where the model draws such ones.
+        """Pictures of the data, (m, c, h, w) in [0, 1], if they have the shape of the model's samples.
 
         Raises:
-            FileNotFoundError: as `reference`.
+            FileNotFoundError: as in `reference`.
         """
         if self.data is None:
             return None
@@ -164,24 +165,24 @@ class Evaluator:
             if not isinstance(self.data, Specified):
                 raise
             raise FileNotFoundError(
-                f"{error}; the model was trained on it: run where it is, or mend data in its JSON"
+                f"{error}; the model was trained on it: run where it exists, or correct data in its JSON"
             ) from None
         return pictures if pictures.shape[1:] == self.flow_map.shape else None
 
     def _space(self, name: str) -> Space | None:
-        if name not in self._loaded:
+        if name not in self._spaces:
             try:
                 space = load_space(name, self.device)
-                self._loaded[name] = space if space.fits(self.flow_map) else None
-                if self._loaded[name] is None:
-                    self.gaps.append(f"nothing by {name}: it knows other pictures or classes than this model draws")
+                self._spaces[name] = space if space.fits(self.flow_map) else None
+                if self._spaces[name] is None:
+                    self.gaps.append(f"no metrics by {name}: it is for other pictures or classes than those of this model")
             except ImportError as error:
-                self._loaded[name] = None
-                self.gaps.append(f"nothing by {name}: {error}")
-        return self._loaded[name]
+                self._spaces[name] = None
+                self.gaps.append(f"no metrics by {name}: {error}")
+        return self._spaces[name]
 
     def _features(self, space: Space, pictures: Tensor) -> Tensor:
-        """Of the data's pictures, kept beside them."""
+        """Features of the data's pictures, cached next to them."""
         assert self.data is not None
         file = self.data.folder() / f"features-{_version(space.name)}-{len(pictures)}.safetensors"
         if not file.is_file():
@@ -195,34 +196,35 @@ class Evaluator:
 
     @cached_property
     def data(self) -> Pictured | None:
-        """The data set that the card names, where it is installed and has pictures and prompts to show."""
+        """The data set in the card, if it is installed and has pictures and prompts."""
         return zoo.pictured(self.card.get("data"))
 
     # --- the judge -------------------------------------------------------------------------------------------------
     def judge(self, reward: Reward | None, labels: bool, prompts: bool) -> Reward | None:
-        """The held-out reward of what is asked for; None where the card's judge cannot tell, or cannot be had here.
+        """The held-out reward; None if the card's judge does not apply or is not installed.
 
         Args:
-            reward: that is optimised: a judge of classes judges the class that it is for.
-            labels, prompts: whether classes and whether words are asked for.
+            reward: the reward to optimise; a judge of classes takes its target class.
+            labels: whether outputs have classes.
+            prompts: whether outputs have prompts.
         """
         spec = self.card.get("judge")
-        if spec is None or not _installed(spec):
+        if spec is None or not _is_installed(spec):
             return None
-        made = rewards.build(spec)
-        if any(importlib.util.find_spec(package) is None for package in made.packages):
+        built = rewards.build(spec)
+        if any(importlib.util.find_spec(package) is None for package in built.packages):
             return None
-        if isinstance(made, OfClass):
-            if made.class_names != self.flow_map.class_names or tuple(made.shape) != self.flow_map.shape:
+        if isinstance(built, OfClass):
+            if built.class_names != self.flow_map.class_names or tuple(built.shape) != self.flow_map.shape:
                 return None
-            if isinstance(reward, OfClass) and reward.target is not None and reward.class_names == made.class_names:
-                return rewards.build({**_mapping(spec), "target": made.class_names[reward.target]})
-        given = {"labels": labels, "prompts": prompts and not labels}
-        return made if all(given.get(need, False) for need in made.needs) else None
+            if isinstance(reward, OfClass) and reward.target is not None and reward.class_names == built.class_names:
+                return rewards.build({**_mapping(spec), "target": built.class_names[reward.target]})
+        requests = {"labels": labels, "prompts": prompts and not labels}
+        return built if all(requests.get(need, False) for need in built.needs) else None
 
 
 def card(flow_map: FlowMap) -> Mapping[str, Any]:
-    """The card that says what a model is measured with: its own, or the shipped model's of the same data."""
+    """The card with the metrics of a model: its own, or that of the shipped model of the same data."""
     own = flow_map.card
     if own.get("features") or own.get("judge") or not own.get("data"):
         return own
@@ -235,7 +237,7 @@ def card(flow_map: FlowMap) -> Mapping[str, Any]:
 
 
 def _version(name: str) -> str:
-    """A name for the features of a network: of a file of one's own, also what it holds, since that changes."""
+    """A name for the cached features of a network; for a user's file it includes a digest, since the file can change."""
     file = Path(name.rpartition(":")[0] if registry.is_code(name) else zoo.find(name))
     own = name not in zoo.models() and file.is_file()
     return f"{Path(name).stem}-{files.digest(file)[:16]}" if own else Path(name).stem
@@ -246,6 +248,6 @@ def _mapping(spec: Any) -> dict[str, Any]:
     return {"name": name, **arguments}
 
 
-def _installed(spec: Any) -> bool:
+def _is_installed(spec: Any) -> bool:
     name, _ = registry.split_spec(spec, "judge")
     return registry.is_code(name) or name in rewards.available()

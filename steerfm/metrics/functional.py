@@ -1,7 +1,7 @@
 """Distances between samples, diversity, coverage, texture and reward statistics.
 
-Functions take features (n, d) (or vectors, or pictures), compute in float64 and return floats. What the features are is the
-caller's choice: numbers are only comparable within one feature network and, for the Fréchet distance, within one sample size.
+Functions take features (n, d) (or vectors, or pictures), compute in float64 and return floats. The caller chooses the features:
+numbers are only comparable for one feature network and, for the Fréchet distance, for one sample size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from steerfm.randomness import stream
 
 BLOCK = 1024
-"""Rows of a kernel or distance matrix that are held at once."""
+"""Rows of a kernel or distance matrix in memory at a time."""
 
 
 # --- Fréchet distance ------------------------------------------------------------------------------------------------
@@ -40,8 +40,10 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     distance of pictures: Heusel et al. 1706.08500 (FID). It is biased upwards for small samples.
 
     Args:
-        mean_a, mean_b: (d,).
-        cov_a, cov_b: (d, d), symmetric and positive semi-definite.
+        mean_a: (d,).
+        cov_a: (d, d), symmetric and positive semi-definite.
+        mean_b: (d,).
+        cov_b: (d, d), symmetric and positive semi-definite.
     """
     mean_a, cov_a, mean_b, cov_b = map(float64, (mean_a, cov_a, mean_b, cov_b))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -52,13 +54,14 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 
 
 def sample_distance(a: Tensor, b: Tensor) -> float:
-    """`frechet_distance` of the Gaussians of two samples; of few samples of many features without a matrix of d x d.
+    """`frechet_distance` of the Gaussians of two samples; without a d x d matrix if there are few samples of many features.
 
-    With C_a = A' A and C_b = B' B, A and B the centred samples over the root of one less than their number, the trace of
-    (C_a^{1/2} C_b C_a^{1/2})^{1/2} is the sum of the singular values of A B'.
+    Let C_a = A' A and C_b = B' B, where A and B are the centred samples divided by the root of their number minus one. Then the
+    trace of (C_a^{1/2} C_b C_a^{1/2})^{1/2} is the sum of the singular values of A B'.
 
     Args:
-        a, b: (n, d) and (m, d).
+        a: (n, d).
+        b: (m, d).
 
     Raises:
         ValueError: fewer than two rows.
@@ -73,23 +76,24 @@ def sample_distance(a: Tensor, b: Tensor) -> float:
 
 
 def split_statistics(mean: Tensor, cov: Tensor, count: int, part: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of what is left of ``count`` samples when the rows of ``part``, which are among them, are taken out.
+    """Mean and covariance of the remaining samples when the rows of ``part`` are removed from ``count`` samples.
 
-    So that a part can be held against the rest, of which nothing but its moments is at hand.
+    With it, a part can be compared with the rest when only the moments of all samples are available.
 
     Args:
-        mean, cov: (d,) and (d, d) of all samples, as by `feature_statistics`.
-        count: of all samples.
-        part: (m, d), m at most count - 2.
+        mean: (d,) of all samples, as from `feature_statistics`.
+        cov: (d, d) of all samples.
+        count: number of all samples.
+        part: (m, d) some of the samples, m at most count - 2.
 
     Raises:
-        ValueError: fewer than two samples are left.
+        ValueError: fewer than two samples remain.
     """
     mean, cov, part = map(float64, (mean, cov, part))
     rest = count - len(part)
     if rest < 2:
         raise ValueError(f"a covariance needs at least 2 samples, {max(0, rest)} of {count} are left")
-    centred = part - mean  # about the mean of all: no digits are lost where it is far from 0
+    centred = part - mean  # relative to the mean, for accuracy when it is far from 0
     shift = -centred.sum(0) / rest
     outer = (count - 1) * cov - centred.T @ centred
     return mean + shift, (outer - rest * torch.outer(shift, shift)) / (rest - 1)
@@ -108,13 +112,15 @@ def mmd(
         sum_{i != j} w_i w_j k(a_i, a_j) / (1 - sum w_i^2) + (the same for b) - 2 sum_{ij} w_i v_j k(a_i, b_j)
         k(x, y) = mean over h of exp(-|x - y|^2 / (2 h^2))
 
-    Gretton et al. 2012 (JMLR 13, eq. 3); it may be negative. Weights are taken as given, so a self-normalised
-    importance sample adds its own bias of order 1/n.
+    Gretton et al. 2012 (JMLR 13, eq. 3); it may be negative. The estimate is unbiased for fixed weights; self-normalised
+    importance weights add a bias of order 1/n.
 
     Args:
-        a, b: (n, d) and (m, d).
-        bandwidths: h; default 1/2, 1 and 2 times the median distance of (up to 1000 of each of) the samples.
-        weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
+        a: (n, d).
+        b: (m, d).
+        bandwidths: h; default 1/2, 1 and 2 times the median distance of the samples (of up to 1000 of each).
+        weights_a: (n,), not negative; normalised here. Default: equal.
+        weights_b: (m,), likewise.
 
     Raises:
         ValueError: fewer than two samples on either side.
@@ -155,7 +161,7 @@ def discrepancy(
         total = x.new_zeros(())
         for rows in _blocks(len(x)):
             k = kernel(x[rows], x)
-            k.diagonal(rows.start).zero_()  # a sample paired with itself is what makes the plain estimate biased
+            k.diagonal(rows.start).zero_()  # pairs of a sample with itself would add a bias
             total += p[rows] @ k @ p
         return total / (1 - p.square().sum())
 
@@ -170,8 +176,10 @@ def wasserstein_1d(
     """Exact Wasserstein distance of two weighted samples on the line, W_p = (int_0^1 |F_a^-1 - F_b^-1|^p du)^(1/p).
 
     Args:
-        a, b: (n,) and (m,); sizes may differ.
-        weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
+        a: (n,).
+        b: (m,); sizes may differ.
+        weights_a: (n,), not negative; normalised here. Default: equal.
+        weights_b: (m,), likewise.
         order: p, at least 1.
     """
     a, b = float64(a).reshape(-1, 1), float64(b).reshape(-1, 1)
@@ -194,10 +202,12 @@ def sliced_wasserstein(
     variance: with a multiple of d of them, a shift by v gives exactly |v| / sqrt(d).
 
     Args:
-        a, b: (n, d) and (m, d); sizes may differ.
+        a: (n, d).
+        b: (m, d); sizes may differ.
         projections: number of directions.
         generator: of the directions, on the CPU; default: the same in every call.
-        weights_a, weights_b: (n,) and (m,), not negative; normalised here. Default: equal.
+        weights_a: (n,), not negative; normalised here. Default: equal.
+        weights_b: (m,), likewise.
     """
     a, b = float64(a), float64(b)
     generator = generator or stream(0, "directions")
@@ -292,11 +302,11 @@ def _neighbour_radii(x: Tensor, k: int) -> Tensor:
 
 # --- texture ---------------------------------------------------------------------------------------------------------
 def texture(pictures: Tensor) -> Tensor:
-    """Energy above a 3 x 3 mean: mean square of what is left of a picture when the mean of each pixel's 3 x 3 pixels is taken
-    off. What small classifiers hardly see, and few-step samplers lose first.
+    """Fine texture: mean square of a picture minus its 3 x 3 moving average. Small classifiers hardly see it, and samplers with
+    few steps lose it first.
 
-    Only pixels inside the outermost ring count, whose 3 x 3 pixels are all in the picture; nothing is padded. 0 for a
-    constant or a linear ramp, 8/9 v for white noise of variance v.
+    Only pixels whose whole 3 x 3 neighbourhood is in the picture count; there is no padding. 0 for a constant or a linear
+    ramp, 8/9 v for white noise of variance v.
 
     Args:
         pictures: (b, c, h, w), at least 3 pixels high and wide.
@@ -315,7 +325,7 @@ def texture(pictures: Tensor) -> Tensor:
 
 # --- restoration -----------------------------------------------------------------------------------------------------
 def restoration(pictures: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """How near pictures come to the true one, each by itself: what inverse problems are judged by.
+    """Similarity of each picture to the true one, for inverse problems.
 
     Args:
         pictures: (b, c, h, w) in [0, 1], at least 6 pixels high and wide.
@@ -327,7 +337,7 @@ def restoration(pictures: Tensor, truth: Tensor) -> dict[str, Tensor]:
             the truth itself.
 
     Raises:
-        ValueError: a truth of another shape.
+        ValueError: the shapes differ.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -375,18 +385,18 @@ def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
     Raises:
         ValueError: no values.
     """
-    found = reward_statistics(torch.as_tensor(values))
-    return found["mean"], 1.96 * found["standard_error"] if len(values) > 1 else 0.0
+    statistics = reward_statistics(torch.as_tensor(values))
+    return statistics["mean"], 1.96 * statistics["standard_error"] if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a is above b, from pairs.
+    """The mean difference of a and b, from pairs.
 
     Attributes:
         mean: of a - b.
         half: half the width of its 95% interval.
-        pairs: how many there are.
+        pairs: number of pairs.
     """
 
     mean: float
@@ -395,7 +405,7 @@ class Difference:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return abs(self.mean) > self.half and self.pairs > 1
 
     @property
@@ -407,32 +417,35 @@ class Difference:
         return f"{self.mean:+.3f} (95%: {self.limits}, {self.pairs} pairs)"
 
     def better(self, a: str, b: str) -> str:
-        """The name of the better one, or that nobody can say."""
+        """The name of the better one, or a text that the difference is not significant."""
         return "cannot be told" if not self.is_sure else a if self.mean > 0 else b
 
 
 def paired_difference(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> Difference:
-    """Is a better than b, by how much, how sure: the mean of a - b, pair by pair, with its 95% interval (`interval`).
+    """The mean difference a - b over pairs, with its 95% interval (`interval`).
 
     >>> paired_difference(one.rewards.amax(1), other.rewards.amax(1))    # two runs of `steer` with the same seeds
 
     Args:
-        a, b: (n,) or any shape, the same for both; higher is better. Pairs share their noise, and are independent.
+        a: (n,) or any shape; higher is better.
+        b: the same shape. The two values of a pair share their noise; pairs are independent.
 
     Raises:
-        ValueError: of different shapes, or no values.
+        ValueError: the shapes differ, or there are no values.
     """
     first, second = (float64(torch.as_tensor(values)) for values in (a, b))
     if first.shape != second.shape:
-        raise ValueError(f"no pairs: {tuple(first.shape)} and {tuple(second.shape)} values; give one of each for every seed")
+        raise ValueError(
+            f"no pairs: {tuple(first.shape)} and {tuple(second.shape)} values; give one value of each for every seed"
+        )
     values = (first - second).flatten()
     return Difference(*interval(values), len(values))
 
 
 def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: int = 4000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval (low, high) of the mean of values (n,), drawn again with replacement (Efron 1979).
+    """Percentile interval (low, high) of the mean of values (n,), by resampling with replacement (Efron 1979).
 
-    Too narrow for few values: by about a quarter for four of them.
+    It is too narrow for few values: by about a quarter for four values.
 
     Raises:
         ValueError: no values.
@@ -441,15 +454,15 @@ def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, repeats: in
     if values.numel() == 0:
         raise ValueError("an interval of no values")
     generator = stream(seed, "bootstrap")
-    drawn = torch.randint(len(values), (repeats, len(values)), generator=generator)
-    means = values.cpu()[drawn].mean(1)
+    rows = torch.randint(len(values), (repeats, len(values)), generator=generator)
+    means = values.cpu()[rows].mean(1)
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
 def float64(x: Tensor) -> Tensor:
-    """x in float64, on the CPU where the device has none."""
+    """x in float64; on the CPU if the device has no float64."""
     x = x.detach()
     return (x.cpu() if x.device.type == "mps" else x).double()
 

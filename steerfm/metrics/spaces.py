@@ -1,7 +1,7 @@
-"""Spaces of features, in which samples are held against data: of shipped networks, of files and of code of one's own.
+"""Feature spaces for the comparison of samples with data: of shipped networks, files, or user code.
 
 space = load_space("fashion-classifier")     # a classifier, an open_clip model, an image-text head; or FILE.py:NAME
-space.features(pictures), space.reference    # (b, d), and what is known of the data's features
+space.features(pictures), space.reference    # (b, d), and statistics of the data's features
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass
 class Reference:
-    """What is known of the data in a space.
+    """Statistics of the data in a space.
 
     Attributes:
-        mean, cov: (d,) and (d, d) of the data's features.
-        count: of the data that they are of.
-        rows: (m, d) of some of the data, in random order.
-        texture: mean of the data's, see `steerfm.metrics.texture`, or None.
+        mean: (d,) mean of the data's features.
+        cov: (d, d) their covariance.
+        count: number of pictures behind them.
+        rows: (m, d) features of some of the data, in random order.
+        texture: mean texture of the data, see `steerfm.metrics.texture`, or None.
         apart: Fréchet distance between two large parts of the data, or None.
     """
 
@@ -49,15 +50,15 @@ class Reference:
 
     @classmethod
     def of(cls, features: Tensor, texture: float | None = None) -> Reference:
-        """Of all the data's features (m, d)."""
+        """The statistics of all the data's features (m, d)."""
         order = torch.randperm(len(features), generator=stream(0, "real pictures"))
-        known = cls(*feature_statistics(features), len(features), features[order], texture)
-        known.apart = known.floor(len(features))["frechet"]
-        return known
+        reference = cls(*feature_statistics(features), len(features), features[order], texture)
+        reference.apart = reference.floor(len(features))["frechet"]
+        return reference
 
     @classmethod
-    def shipped(cls, name: str) -> Reference | None:
-        """What the file of statistics beside a classifier holds; None where there is none."""
+    def from_file(cls, name: str) -> Reference | None:
+        """The statistics in the file next to a classifier; None if there is no file."""
         if not zoo.statistics_file(name).is_file():
             return None
         s = zoo.statistics(name)
@@ -66,8 +67,8 @@ class Reference:
         return cls(mean, cov, int(s["test_count"]), s["test_rows"], float(s["test_texture"]), apart)
 
     def floor(self, n: int) -> dict[str, float]:
-        """What data would get: ``n`` of them (or as many as there are rows, or half of the data) against all the others, and
-        one half of the rows against the other half; an unbiased distance needs no equal numbers."""
+        """The distances of real data to themselves. Fréchet: ``n`` rows (at most all rows, or half the data) against all other
+        data. Kernel: one half of the rows against the other half, since an unbiased distance does not depend on numbers."""
         part, half = self.rows[: min(n, self.count // 2)], len(self.rows) // 2
         rest = split_statistics(self.mean, self.cov, self.count, part)
         return {
@@ -84,12 +85,12 @@ class Space:
     Attributes:
         name: of the network.
         features: pictures to (b, d).
-        reference: what is known of the data, or None.
-        logits: features (b, d) to logits (b, classes), of a network that knows classes.
-        class_names: of these.
-        image: features (b, d) to embeddings (b, e) of length 1, of a network that knows words.
-        text: prompts to (n, e).
-        shape: (c, h, w) of the pictures that it takes; None for any of 1 or 3 channels.
+        reference: statistics of the data, or None.
+        logits: features (b, d) to logits (b, classes), for a classifier.
+        class_names: of the logits.
+        image: features (b, d) to embeddings (b, e) of length 1, for an image-text network.
+        text: prompts to embeddings (n, e).
+        shape: (c, h, w) of its pictures; None for any with 1 or 3 channels.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Space:
     shape: tuple[int, ...] | None = None
 
     def fits(self, flow_map: FlowMap) -> bool:
-        """Whether its network knows what a map draws: pictures of its shape, and no other classes than its own."""
+        """Whether the network fits a map: pictures of the same shape, and the same classes, or none."""
         shape = flow_map.shape
         takes = len(shape) == 3 and shape[0] in (1, 3) if self.shape is None else shape == self.shape
         return takes and (not self.class_names or flow_map.class_names in ((), self.class_names))
@@ -110,16 +111,16 @@ class Space:
     def classes(self, pictures: Tensor) -> Tensor:
         """The most likely class of each picture, (b,)."""
         if self.logits is None:
-            raise ValueError(f"{self.name} knows no classes")
+            raise ValueError(f"{self.name} has no classes")
         return self.logits(self.features(pictures)).argmax(1)
 
 
 SIDE = 32
-"""Pixels of a side that are told apart where no network looks at pictures."""
+"""Resolution, in pixels per side, for comparisons without a network."""
 
 
 def pixels() -> Space:
-    """The samples themselves, of which no network knows anything; of pictures and videos wider than `SIDE` means of pixels."""
+    """The samples themselves as features; pictures and videos wider than `SIDE` are averaged to that size."""
     return Space("samples", _small)
 
 
@@ -142,7 +143,9 @@ def load_space(name: str, device: torch.device | str = "cpu") -> Space:
             FILE.py:NAME of a function of pictures (b, c, h, w) in [0, 1] to features (b, d).
 
     Raises:
-        ValueError, FileNotFoundError: there is none. ImportError: naming the package that it needs.
+        ValueError: there is no such network.
+        FileNotFoundError: a file is missing.
+        ImportError: a package is missing; the message names it.
     """
     if registry.is_code(name):
         return Space(name, registry.build(name, FEATURES))
@@ -154,13 +157,13 @@ def load_space(name: str, device: torch.device | str = "cpu") -> Space:
 
 
 def _classifier(name: str, device: torch.device | str) -> Space:
-    made = zoo.load_classifier(name)
-    network: Any = made[0].to(device)
-    return Space(name, network.features, Reference.shipped(name), network.head, made[1], shape=made[2])
+    classifier = zoo.load_classifier(name)
+    network: Any = classifier[0].to(device)
+    return Space(name, network.features, Reference.from_file(name), network.head, classifier[1], shape=classifier[2])
 
 
 def image_tower(name: str, device: torch.device | str = "cpu") -> Space:
-    """That of an open_clip model: a shipped name, or a folder."""
+    """The space of an open_clip model: a shipped name, or a folder."""
     clip = encoders.open_clip(name, device=device)
     return Space(name, clip.encode_image, image=nn.Identity(), text=clip.encode_text)
 

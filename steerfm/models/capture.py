@@ -1,7 +1,7 @@
-"""What a pipeline of diffusers gives its network and its scheduler, taken from its own first call.
+"""Record the inputs that a pipeline of diffusers gives to its network and its scheduler, in its own first call.
 
-The pipeline runs as it is, up to its network or to its first step, and stops there. So there is no copy of it here: whatever it
-does to prompts, sizes and times is done. Nothing outside this file knows how pipelines call their parts.
+The pipeline itself runs, up to its network or to its first step, and stops there. So its handling of prompts, sizes and times
+needs no copy here. Only this file depends on how pipelines call their parts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from steerfm.trust import nearest
 STATES = ("hidden_states", "sample", "x")
 TIMES = ("timestep", "t")
 SECOND_TIMES = ("r_timestep", "timestep_r", "target_timestep")
-"""What networks call the states, the time, and the time that a two-time map jumps to."""
+"""Names of the states, the time, and the second time of a two-time map, in networks."""
 
 
 @dataclass
 class Call:
-    """One call of the network: its arguments by name, and what it gave."""
+    """One call of the network: its arguments by name, and its output."""
 
     arguments: dict[str, Any]
     output: Any = None
@@ -39,16 +39,19 @@ class Call:
 
 @dataclass
 class Recording:
-    """What was seen of a pipeline's call.
+    """The recording of a pipeline's call.
 
     Attributes:
-        calls: of the network, before the first step: two where guidance calls it twice.
-        after: the call after the first step, which leads nowhere here; None where it was not reached.
-        model_output, timestep, sample: what the scheduler's first step was given; None where it was not reached.
-        timesteps, sigmas: the scheduler's own, as they were at the first call of the network.
+        calls: of the network, before the first step; two if guidance calls it twice.
+        after: the call after the first step (which does not move the state here); None if not reached.
+        model_output: argument of the scheduler's first step; None if not reached.
+        timestep: likewise.
+        sample: likewise.
+        timesteps: of the scheduler at the first call of the network.
+        sigmas: likewise.
         schedule: arguments of the scheduler's `set_timesteps`.
-        size: (height, width) in pixels that latents were made for.
-        encoded: what `encode_prompt` gave, call by call.
+        size: (height, width) of the pictures in pixels.
+        encoded: results of `encode_prompt`, call by call.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -68,10 +71,10 @@ class _Enough(Exception):  # noqa: N818 - nothing is wrong
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline by what it calls them: one, or one for early and one for late times.
+    """The networks of a pipeline, by name: one, or one for early and one for late times.
 
     Raises:
-        ValueError: it has none that steps by one scheduler, or does not say when it takes which.
+        ValueError: it has no network with a scheduler, or two networks without a boundary.
     """
     name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
     network, second = getattr(pipe, name, None), getattr(pipe, "transformer_2", None)
@@ -80,12 +83,12 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     if not isinstance(second, nn.Module):
         return {name: network}
     if "boundary_ratio" not in pipe.config:
-        raise ValueError(f"{type(pipe).__name__} has two networks and no boundary_ratio: pass one with transformer_2=None")
+        raise ValueError(f"{type(pipe).__name__} has two networks and no boundary_ratio: use one with transformer_2=None")
     return {name: network} if pipe.config.boundary_ratio is None else {name: network, "transformer_2": second}
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    """The network that a pipeline begins with. Raises as `denoisers` does."""
+    """The first network of a pipeline. Raises as `denoisers` does."""
     return next(iter(denoisers(pipe).values()))
 
 
@@ -96,7 +99,7 @@ def parameters(pipe: Any) -> dict[str, Any]:
 
 
 def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises a ValueError, with the nearest name, where a pipeline's call has no such argument."""
+    """Raise a ValueError, with the nearest name, if a pipeline's call does not have an argument."""
     names = parameters(pipe)
     for name in arguments:
         if name not in names:
@@ -108,54 +111,54 @@ def record(pipe: Any, arguments: Mapping[str, Any], calls: int | None = None, en
 
     Args:
         pipe: the pipeline.
-        arguments: of its call; the start noise is drawn from a stream of its own.
-        calls: stop as the network is called for this time, before it runs; None goes on to the call after the first step.
-        encoded: what `encode_prompt` is to give in place of encoding, call by call.
+        arguments: of its call; the initial noise is drawn from a separate stream.
+        calls: stop at this call of the network, before it runs; None: continue to the call after the first step.
+        encoded: results for `encode_prompt`, call by call, in place of encoding.
 
     Raises:
-        ValueError: it fails, or ends without a step; in one line.
+        ValueError: the call fails, or ends without a step; in one line.
     """
-    seen, what = Recording(), type(pipe).__name__
+    recording, what = Recording(), type(pipe).__name__
     usual = {"output_type": "latent", "return_dict": False, "generator": stream(0)}
-    given = {name: value for name, value in usual.items() if name in parameters(pipe)} | dict(arguments)
+    options = {name: value for name, value in usual.items() if name in parameters(pipe)} | dict(arguments)
     try:
         with ExitStack() as stack:
             stack.enter_context(untouched())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_Watch(pipe, seen, calls, encoded).attached())
-            pipe(**given)
+            stack.enter_context(_Watch(pipe, recording, calls, encoded).attach())
+            pipe(**options)
     except _Enough:
-        return seen
+        return recording
     except Exception as error:
-        if seen.sample is not None:  # of what it makes of a step that leads nowhere; all else is there
-            return seen
+        if recording.sample is not None:  # an error after the step, which does not move the state; the rest is recorded
+            return recording
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(f"{what} cannot be called: {type(error).__name__}: {lines[0]}") from error
     finally:
-        if hasattr(pipe, "maybe_free_model_hooks"):  # a model that was moved in for the call goes out again
+        if hasattr(pipe, "maybe_free_model_hooks"):  # move offloaded models out again
             pipe.maybe_free_model_hooks()
-    if seen.sample is not None:
-        return seen
+    if recording.sample is not None:
+        return recording
     raise ValueError(f"{what}: its call ends without a step of its scheduler, so there is nothing to capture")
 
 
 class _Watch:
-    """Stands between a pipeline and its parts, for one call, and writes down what passes."""
+    """Patches the parts of a pipeline for one call, and records their inputs."""
 
-    def __init__(self, pipe: Any, seen: Recording, calls: int | None, encoded: list[Any] | None) -> None:
+    def __init__(self, pipe: Any, recording: Recording, calls: int | None, encoded: list[Any] | None) -> None:
         self.pipe, self.networks, self.scheduler = pipe, denoisers(pipe).values(), pipe.scheduler
-        self.seen, self.calls, self.memory = seen, calls, list(encoded or ())
+        self.recording, self.calls, self.memory = recording, calls, list(encoded or ())
         self.signature = inspect.signature(denoiser(pipe).forward)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Inside, it stands there; afterwards all is as it was."""
+    def attach(self) -> Iterator[None]:
+        """A context with the patches in place."""
         with ExitStack() as stack:
             for method in (self.step, self.set_timesteps):
-                stack.enter_context(_replaced(self.scheduler, method))
+                stack.enter_context(_patch(self.scheduler, method))
             for method in (self.prepare_latents, self.encode_prompt, self.progress_bar):
-                stack.enter_context(_replaced(self.pipe, method))
+                stack.enter_context(_patch(self.pipe, method))
             for network in self.networks:
                 stack.callback(network.register_forward_pre_hook(self.entering, with_kwargs=True).remove)
                 stack.callback(network.register_forward_hook(self.leaving, with_kwargs=True).remove)
@@ -163,38 +166,40 @@ class _Watch:
 
     # --- the network ---------------------------------------------------------------------------------------------
     def entering(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen, call = self.seen, Call(_bound(self.signature, args, kwargs))
-        if seen.sample is not None:
-            seen.after = call
+        recording, call = self.recording, Call(_bind(self.signature, args, kwargs))
+        if recording.sample is not None:
+            recording.after = call
             raise _Enough
-        seen.calls.append(call)
-        seen.timesteps, seen.sigmas = self.scheduler.timesteps, getattr(self.scheduler, "sigmas", None)
-        if len(seen.calls) == self.calls:
+        recording.calls.append(call)
+        recording.timesteps, recording.sigmas = self.scheduler.timesteps, getattr(self.scheduler, "sigmas", None)
+        if len(recording.calls) == self.calls:
             raise _Enough
 
     def leaving(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.seen.calls[-1].output = output[0] if isinstance(output, tuple) else output.sample
+        self.recording.calls[-1].output = output[0] if isinstance(output, tuple) else output.sample
 
     # --- the scheduler -------------------------------------------------------------------------------------------
     def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound, seen = _bound(inspect.signature(original), args, kwargs), self.seen
-        seen.model_output, seen.timestep, seen.sample = (bound[name] for name in ("model_output", "timestep", "sample"))
-        return bound["sample"], bound["sample"]  # a step that leads nowhere; some pipelines read two
+        arguments, recording = _bind(inspect.signature(original), args, kwargs), self.recording
+        recording.model_output, recording.timestep, recording.sample = (
+            arguments[name] for name in ("model_output", "timestep", "sample")
+        )
+        return arguments["sample"], arguments["sample"]  # do not move the state; some pipelines read two values
 
     def set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.seen.schedule = _bound(inspect.signature(original), args, kwargs)
+        self.recording.schedule = _bind(inspect.signature(original), args, kwargs)
         return original(*args, **kwargs)
 
     # --- the pipeline --------------------------------------------------------------------------------------------
     def prepare_latents(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bound = _bound(inspect.signature(original), args, kwargs)
-        if "height" in bound and "width" in bound:
-            self.seen.size = int(bound["height"]), int(bound["width"])
+        arguments = _bind(inspect.signature(original), args, kwargs)
+        if "height" in arguments and "width" in arguments:
+            self.recording.size = int(arguments["height"]), int(arguments["width"])
         return original(*args, **kwargs)
 
     def encode_prompt(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = self.memory.pop(0) if self.memory else original(*args, **kwargs)
-        self.seen.encoded.append(out)
+        self.recording.encoded.append(out)
         return out
 
     def progress_bar(self, original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
@@ -204,8 +209,8 @@ class _Watch:
 
 
 @contextmanager
-def _replaced(owner: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """A method of one object replaced for a while; pipelines ask for its signature, so that must stay."""
+def _patch(owner: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """A context that replaces a method of one object, with the same signature, since pipelines inspect it."""
     name = function.__name__
     original, own = getattr(owner, name, None), vars(owner).get(name)
     if original is None:
@@ -225,8 +230,8 @@ def _replaced(owner: Any, function: Callable[..., Any]) -> Iterator[None]:
             setattr(owner, name, own)
 
 
-def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name; those that a function takes by ``**`` among them."""
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, including those for ``**``."""
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -236,10 +241,10 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 def rows_of(output: Any, shape: torch.Size | tuple[int, ...], what: str) -> Tensor:
-    """What a network gave, as (b, *shape): a list is stacked, a second half of the channels (a variance) is left out.
+    """A network's output as (b, *shape): a list is stacked, and a second half of the channels (a variance) is dropped.
 
     Raises:
-        ValueError: it is of another shape.
+        ValueError: the output has another shape.
     """
     out = torch.stack([row.float() for row in output]) if isinstance(output, list | tuple) else output
     shape = tuple(shape)
@@ -249,4 +254,4 @@ def rows_of(output: Any, shape: torch.Size | tuple[int, ...], what: str) -> Tens
         return out.reshape(len(out), *shape)
     if out.ndim == len(shape) + 1 and tuple(out.shape[1:]) == (2 * shape[0], *shape[1:]):
         return out[:, : shape[0]]
-    raise ValueError(f"{what} gives {tuple(out.shape[1:])} for states of {shape}: a network of the same shape is needed")
+    raise ValueError(f"{what} returns {tuple(out.shape[1:])} for states of {shape}: the shapes must be equal")

@@ -1,4 +1,4 @@
-"""Latents of a pipeline to pictures in [0, 1] and back, with gradients: a few invertible pieces around its autoencoder."""
+"""Decode latents of a pipeline to pictures in [0, 1] and back, with gradients: invertible pieces around its autoencoder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from steerfm.randomness import stream
 
 FRAMES_FIRST = ("AnyFlow", "CogVideoX")
-"""Pipelines, by the beginning of their names, whose latents of videos are (b, f, c, h, w)."""
+"""Prefixes of the names of pipelines with video latents (b, f, c, h, w)."""
 
 
 class Affine(nn.Module):
-    """z * scale + shift, by channels."""
+    """z * scale + shift, per channel."""
 
     scale: Tensor
     shift: Tensor
@@ -33,7 +33,7 @@ class Affine(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Tokens (b, h w / 4, 4 c) to a picture (b, c, h, w): each token is a square of 2 x 2."""
+    """Tokens (b, h w / 4, 4 c) to a picture (b, c, h, w): each token is a 2 x 2 square."""
 
     def __init__(self, h: int, w: int) -> None:
         super().__init__()
@@ -81,8 +81,8 @@ class OneFrame(nn.Module):
         return z.squeeze(2)
 
 
-class Mixed(nn.Module):
-    """(1 - share) z + share noise, the same noise for all and always, so that pictures follow from their latents alone."""
+class NoiseMix(nn.Module):
+    """(1 - share) z + share noise, with fixed noise, so that pictures depend on their latents only."""
 
     noise: Tensor
 
@@ -103,8 +103,8 @@ class Decoder(nn.Module):
 
     Args:
         vae: the autoencoder.
-        pieces: from latents to what it decodes.
-        time: that the autoencoder is told; None for those that take none.
+        pieces: convert latents to the autoencoder's input.
+        time: time argument of the autoencoder; None if it has none.
     """
 
     def __init__(self, vae: nn.Module, pieces: list[nn.Module], time: float | None = None) -> None:
@@ -117,14 +117,14 @@ class Decoder(nn.Module):
             z = piece(z)
         vae: Any = self.vae
         z = z.to(_dtype(vae))
-        told = () if self.time is None else (torch.full((len(z),), self.time).to(z),)
-        pictures = vae.decode(z, *told, return_dict=False)[0].float()
+        times = () if self.time is None else (torch.full((len(z),), self.time).to(z),)
+        pictures = vae.decode(z, *times, return_dict=False)[0].float()
         if self.one_frame:
             pictures = pictures.squeeze(2)
         return (pictures / 2 + 0.5).clamp(0, 1)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Its inverse, as far as the autoencoder is one; the mode where the autoencoder gives a distribution."""
+        """The approximate inverse; the mode if the autoencoder returns a distribution."""
         vae: Any = self.vae
         x = (pictures * 2 - 1).to(_dtype(vae))
         out = vae.encode(x.unsqueeze(2) if self.one_frame else x)
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
 def decoder_of(
     pipe: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int] | None, call: Mapping[str, Any]
 ) -> Decoder | None:
-    """The decoder of a pipeline's latents; None where it has no autoencoder that is known.
+    """The decoder of a pipeline's latents; None if it has no supported autoencoder.
 
     Args:
         pipe: the pipeline.
@@ -150,7 +150,7 @@ def decoder_of(
     if vae is None or not hasattr(vae, "decode"):
         return None
     if getattr(vae.config, "force_upcast", False) and _dtype(vae) == torch.float16:
-        vae.to(torch.float32)  # as the pipeline does before it decodes: half precision overflows
+        vae.to(torch.float32)  # as the pipeline does, since half precision overflows
     pieces: list[nn.Module] = []
     if len(shape) == 2 and type(pipe).__name__ == "LTXPipeline" and size is not None:
         return _ltx(pipe, vae, shape, size, call)
@@ -161,7 +161,7 @@ def decoder_of(
         if shape[0] * 4 != h * w:
             return None
         pieces = [Tokens(h, w)]
-    if hasattr(vae, "bn"):  # of latents that are squares already
+    if hasattr(vae, "bn"):  # latents that are already squares
         spread = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).float()
         pieces.insert(0, Affine(spread, vae.bn.running_mean.float()))
         return Decoder(vae, pieces)
@@ -182,7 +182,7 @@ def decoder_of(
 def _ltx(
     pipe: Any, vae: Any, shape: torch.Size | tuple[int, ...], size: tuple[int, int], call: Mapping[str, Any]
 ) -> Decoder | None:
-    """LTX-Video: a token for each place in space and time; None where a token is a block of them."""
+    """LTX-Video: one token for each place in space and time; None if tokens are larger blocks."""
     h, w = (pixels // pipe.vae_spatial_compression_ratio for pixels in size)
     patches = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
     if patches != (1, 1) or shape[0] % (h * w):
@@ -194,7 +194,7 @@ def _ltx(
         return Decoder(vae, pieces)
     time, share = float(call.get("decode_timestep") or 0.0), call.get("decode_noise_scale")
     share = time if share is None else float(share)
-    return Decoder(vae, [*pieces, Mixed((shape[1], *video), share)] if share else pieces, time)
+    return Decoder(vae, [*pieces, NoiseMix((shape[1], *video), share)] if share else pieces, time)
 
 
 def _dtype(vae: Any) -> torch.dtype:

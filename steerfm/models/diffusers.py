@@ -1,12 +1,12 @@
-"""Pipelines of diffusers as flow maps: the only place that knows schedulers, their sigmas and their thousand steps.
+"""Pipelines of diffusers as flow maps: the only module with schedulers, their sigmas and their thousand steps.
 
 >>> fm = steerfm.load("diffusers:FOLDER_OR_HUB_ID", prompt=["a cat", "a dog"], guidance=4.5, height=512, width=512)
->>> fm = steerfm.models.from_pipeline(pipe, "a cat", steps=4)              # a pipeline that is there already
+>>> fm = steerfm.models.from_pipeline(pipe, "a cat", steps=4)              # an existing pipeline
 >>> result = steerfm.steer(fm, "aesthetic", cond=["a cat", "a dog"], n=2)
 
-The pipeline itself says how its network is asked: its own first call is recorded (`capture`), what follows the prompts in it
-becomes a condition (`layout`, `prompts`), one of three classes goes around the network (`families`), and a few invertible
-pieces around the autoencoder (`decoders`). Which class it is, the scheduler says; so it does for times and noise.
+The calls of the network are learnt from the pipeline itself: its first call is recorded (`capture`), the arguments that depend
+on prompts become a condition (`layout`, `prompts`), one of the classes in `families` wraps the network, and a few invertible
+pieces wrap the autoencoder (`decoders`). The scheduler determines the class, the times and the noise.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SET_HERE = {
     "output_type": "fm.decode",
     "return_dict": "fm.decode",
 }
-"""Arguments of pipelines that have another name here."""
+"""Arguments of pipelines with another name here."""
 
 
 def from_pipeline(
@@ -76,32 +76,32 @@ def from_pipeline(
     lora_scale: float = 1.0,
     **arguments: Any,
 ) -> FlowMap:
-    """A pipeline as a flow map. Nothing is copied: its network is the pipeline's, from now on frozen and in evaluation mode.
+    """A pipeline as a flow map. Its network is that of the pipeline, not a copy; it becomes frozen and is in evaluation mode.
 
     Args:
         pipe: a text-to-image or text-to-video pipeline of diffusers.
-        prompt: what samples show where ``cond`` says nothing: one for all, or one for each.
-        negative_prompt: what classifier-free guidance leads away from; default the pipeline's.
-        guidance: the scale of guidance, as the pipeline means it; default the pipeline's.
-        steps: in how many steps it is sampled, unless somebody says otherwise.
-        height: of its pictures in pixels; default the pipeline's.
+        prompt: default prompt for outputs without ``cond``: one for all, or one for each.
+        negative_prompt: the prompt that classifier-free guidance leads away from; default that of the pipeline.
+        guidance: guidance scale, in the pipeline's convention; default that of the pipeline.
+        steps: default number of sampling steps.
+        height: of its pictures in pixels; default that of the pipeline.
         width: likewise.
-        capability: what the network is good for where its scheduler does not say it: "endpoint" or "generator" for models that
+        capability: capability of the network if its scheduler does not show it: "endpoint" or "generator" for models that
             were distilled to few steps; see `steerfm.capabilities`.
-        scheduler_grid: the scheduler's times to the letter, also where they waste the last call; see `Flow`.
-        drop_text_encoders: free them as soon as the prompts are encoded; there are no others then.
-        tiling: decode in tiles: less memory, and slightly other pictures.
+        scheduler_grid: use exactly the scheduler's times, even if they waste a call; see `Flow`.
+        drop_text_encoders: free the text encoders once the prompts are encoded; new prompts are then impossible.
+        tiling: decode in tiles: less memory, slightly different pictures.
         slicing: decode one picture at a time: less memory.
-        gradient_checkpointing: compute activations anew for gradients: less memory, more time, the same gradients.
-        micro_batch: rows of a call of the network, and pictures of a call of the decoder; None for all.
-        two_time: give FLUX.1 or SD3.5 a second time, which an adapter of a flow map needs; see `steerfm.models.two_time`.
-        lora: a low-rank adapter in the layout of diffusers or peft, a file or a folder, or several in their order; they are
-            added to the network's weights, and whole tensors among them stand in place of these.
-        lora_scale: how strongly; 0 leaves the network as it is.
-        **arguments: more of the pipeline's own call, by its names, such as num_frames, max_sequence_length, prompt_embeds.
+        gradient_checkpointing: recompute activations for gradients: less memory, more time, the same gradients.
+        micro_batch: rows per call of the network, and pictures per call of the decoder; None for all.
+        two_time: give FLUX.1 or SD3.5 a second time, which adapters of flow maps need; see `steerfm.models.two_time`.
+        lora: a low-rank adapter in the layout of diffusers or peft, a file or a folder, or several in order. Factors are added
+            to the network's weights; whole tensors replace them.
+        lora_scale: strength of the adapters; 0 leaves the network unchanged.
+        **arguments: further arguments of the pipeline's call, such as num_frames, max_sequence_length, prompt_embeds.
 
     Raises:
-        ValueError: an argument that its call does not have; a first call that cannot be captured; guidance that is not linear.
+        ValueError: the call does not have an argument, the first call cannot be captured, or guidance is not linear.
     """
     whole_numbers(steps=steps, micro_batch=1 if micro_batch is None else micro_batch)
     if steps < 1:
@@ -117,7 +117,7 @@ def from_pipeline(
     flow_map = schedule.around(network, decoder_of(pipe, prompts.first.sample.shape[1:], prompts.first.size, call))
     flow_map.capabilities = able or flow_map.capabilities
     if flow_map.transition is None and "velocity" not in flow_map.capabilities:
-        flow_map.transition = Jump()  # as its scheduler steps, and not as consistency models do
+        flow_map.transition = Jump()  # as its scheduler does; consistency models renoise
     flow_map.steps = steps
     prompts.ask([prompt] if isinstance(prompt, str) else prompt)
     if drop_text_encoders:
@@ -132,7 +132,7 @@ def from_pipeline(
 
 
 def _network(pipe: Any, two_time: bool, lora: Sequence[str | Path], lora_scale: float) -> nn.Module:
-    """The pipeline's network, or its two as one, with a second time and adapters."""
+    """The pipeline's network (two networks as one `Experts`), with a second time and adapters if requested."""
     networks = denoisers(pipe)
     network, *others = networks.values()
     if two_time:
@@ -140,46 +140,49 @@ def _network(pipe: Any, two_time: bool, lora: Sequence[str | Path], lora_scale: 
     if others:
         network = Experts(networks, pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps)
     for path in lora:
-        check_moves_nothing(path)
-    for path, of in [(path, adapters.read(path, tuple(networks))) for path in lora]:  # all are read before one is added
+        check_lora(path)
+    for path, of in [(path, adapters.read(path, tuple(networks))) for path in lora]:  # read all before adding any
         adapters.add(network, of, lora_scale, path)
     return network
 
 
-def check_moves_nothing(path: str | Path) -> None:
-    """Refuse adapters that move the noise, which are no weights of the network itself; the JSON beside them says so.
+def check_lora(path: str | Path) -> None:
+    """Check that an adapter is not one of the noise, which changes more than the network's weights; its JSON says so.
 
     Raises:
-        ValueError: they do.
+        ValueError: it is an adapter of the noise.
     """
     file = adapters.file_of(path)
     if file.with_suffix(".json").is_file() and moved_noise.KEY in json.loads(file.with_suffix(".json").read_text()):
-        raise ValueError(f"lora={path} moves the noise, and is no adapter of the network alone: steerfm.load({str(file)!r})")
+        raise ValueError(f"lora={path} is an adapter of the noise, not of the network alone: use steerfm.load({str(file)!r})")
 
 
 def pipeline_map(flow_map: FlowMap) -> PipelineMap | None:
-    """The map of a pipeline that others may be wrapped around; None where there is none."""
+    """The pipeline map inside wrappers; None if there is none."""
     while isinstance(flow_map, Wrapped):
         flow_map = flow_map.flow_map
     return flow_map if isinstance(flow_map, PipelineMap) else None
 
 
 def save_lora(flow_map: FlowMap, path: str | Path) -> Path:
-    """Write the adapters of a tuned map as diffusers and peft load them; their scale is in the factors.
+    """Write the adapters of a tuned map in the layout of diffusers and peft; the scale is included in the factors.
 
     >>> steerfm.models.save_lora(tuned, "mine")
     >>> pipe.load_lora_weights("mine", weight_name="pytorch_lora_weights.safetensors")
 
     Args:
-        flow_map: of a pipeline, with adapters in its network, as `steerfm.finetuning.FineTuning(lora=...)` puts them there.
+        flow_map: of a pipeline, with adapters from `steerfm.finetuning.FineTuning(lora=...)`.
         path: a folder, or a ``.safetensors`` file.
 
+    Returns:
+        The path of the file.
+
     Raises:
-        ValueError: it is no map of a pipeline, or has no adapters.
+        ValueError: it is not the map of a pipeline, or has no adapters.
     """
     of, factors = _of_pipeline(flow_map), adapters.factors(flow_map.body)
     if not factors:
-        raise ValueError("save_lora: this map has no adapters: tune it with lora=LoRA(rank), or take save_pipeline")
+        raise ValueError("save_lora: this map has no adapters: tune it with lora=LoRA(rank), or use save_pipeline")
     file = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / adapters.FILE
     parts = denoisers(of.prompts.pipe)
     return adapters.write(factors, file, *(parts if len(parts) == 1 else ()))
@@ -189,7 +192,7 @@ def save_pipeline(flow_map: FlowMap, folder: str | Path) -> Path:
     """Write the whole pipeline with the weights of this map, as ``save_pretrained`` does; adapters are added to the weights.
 
     Raises:
-        ValueError: it is no map of a pipeline; a text encoder is gone.
+        ValueError: it is not the map of a pipeline, or its text encoders were dropped.
     """
     prompts = _of_pipeline(flow_map).prompts
     pipe = prompts.pipe
@@ -209,12 +212,12 @@ def save_pipeline(flow_map: FlowMap, folder: str | Path) -> Path:
 def _of_pipeline(flow_map: FlowMap) -> PipelineMap:
     of = pipeline_map(flow_map)
     if of is None:
-        raise ValueError(f"{type(flow_map).__name__} is no map of a pipeline: flow_map.save(FILE)")
+        raise ValueError(f"{type(flow_map).__name__} is not the map of a pipeline: use flow_map.save(FILE)")
     return of
 
 
 def parts_of(flow_map: FlowMap) -> tuple[str, ...]:
-    """What a pipeline calls the networks of its map; empty for others."""
+    """The names of the networks in the pipeline of a map; empty for other maps."""
     of = pipeline_map(flow_map)
     return () if of is None else tuple(denoisers(of.prompts.pipe))
 
@@ -222,26 +225,28 @@ def parts_of(flow_map: FlowMap) -> tuple[str, ...]:
 def load(
     name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, **arguments: Any
 ) -> FlowMap:
-    """A pipeline from a folder or from the hub, as a flow map.
+    """Load a pipeline from a folder or from the hub, as a flow map.
 
     Args:
-        name: a folder that ``save_pretrained`` wrote, or an id of the hub, OWNER/MODEL.
-        device: where to put it; default the CPU.
-        dtype: of its weights, such as "bfloat16"; default float32. States are float32 anyhow.
+        name: a folder of ``save_pretrained``, or an id on the hub, OWNER/MODEL.
+        device: default the CPU.
+        dtype: of its weights, such as "bfloat16"; default float32. States are always float32.
         **arguments: of `from_pipeline`.
 
     Raises:
-        ImportError: diffusers is not installed. ValueError, FileNotFoundError: there is no such pipeline.
+        ImportError: diffusers is not installed.
+        ValueError: the pipeline cannot be read or found on the hub.
+        FileNotFoundError: there is no such folder.
     """
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype={dtype!r}: float32, bfloat16 or float16")
+            raise ValueError(f"dtype={dtype!r}: give float32, bfloat16 or float16")
         dtype = getattr(torch, dtype)
     return from_pipeline(pipeline(name, dtype).to(device or "cpu"), **arguments)
 
 
 def pipeline(name: str, dtype: Any = None) -> Any:
-    """The pipeline of a folder or of the hub; parts that it was saved without are left out. Raises as `load` does."""
+    """The pipeline of a folder or of the hub, without parts that were not saved. Raises as `load` does."""
     try:
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError:
@@ -249,72 +254,74 @@ def pipeline(name: str, dtype: Any = None) -> Any:
     folder = Path(name)
     here = bool(name) and folder.is_dir()
     if here and not (folder / "model_index.json").is_file():
-        raise ValueError(f"diffusers:{name} is no pipeline, without model_index.json: name a folder of save_pretrained")
+        raise ValueError(f"diffusers:{name} is not a pipeline, it has no model_index.json: give a folder of save_pretrained")
     if not here and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"diffusers:{name}: no such folder, nor a name of the hub, OWNER/MODEL")
+        raise FileNotFoundError(f"diffusers:{name}: no such folder, and not a name on the hub, OWNER/MODEL")
     try:
         return DiffusionPipeline.from_pretrained(
-            name, torch_dtype=dtype, use_safetensors=True, **(_left_out(folder) if here else {})
+            name, torch_dtype=dtype, use_safetensors=True, **(_missing_parts(folder) if here else {})
         )
-    except Exception as error:  # whatever the libraries below raise where there is no network, no such model, or a broken file
+    except Exception as error:  # any error of the libraries: no internet, no such model, a broken file
         if here:
             line = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(f"diffusers:{name} cannot be read: {type(error).__name__}: {line}") from error
         raise ValueError(
-            f"diffusers:{name}: no such folder here, and the hub does not give it ({type(error).__name__}): download it where "
-            f"there is a network, `hf download {name} --local-dir FOLDER`, and name the folder"
+            f"diffusers:{name}: no such folder here, and it cannot be loaded from the hub ({type(error).__name__}): download "
+            f"it elsewhere, `hf download {name} --local-dir FOLDER`, and give the folder"
         ) from error
 
 
-def _left_out(folder: Path) -> dict[str, None]:
-    """Parts that a pipeline was saved without: diffusers looks for them unless it is told."""
+def _missing_parts(folder: Path) -> dict[str, None]:
+    """Parts that a pipeline was saved without, as None: otherwise diffusers would look for them."""
     index = json.loads((folder / "model_index.json").read_text())
     return {part: None for part, where in index.items() if where == [None, None]}
 
 
-def _call(pipe: Any, given: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
-    """The arguments of the pipeline's own call, apart from its prompt and its steps."""
-    for name in given:
+def _call(pipe: Any, options: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
+    """The arguments of the pipeline's own call, except its prompt and its steps."""
+    for name in options:
         if name in SET_HERE:
-            raise ValueError(f"{name}=: this is {SET_HERE[name]}")
-    check_arguments(pipe, given)
+            raise ValueError(f"{name}=: use {SET_HERE[name]}")
+    check_arguments(pipe, options)
     names, guider = parameters(pipe), getattr(pipe, "guider", None)
-    embedded = {"negative_prompt": None} if "negative_prompt_embeds" in given and "negative_prompt" in names else {}
-    call = embedded | dict(given)
+    defaults = {"negative_prompt": None} if "negative_prompt_embeds" in options and "negative_prompt" in names else {}
+    call = defaults | dict(options)
     if guidance is not None:
         scales = [name for name in GUIDANCE if name in names]
         if "true_cfg_scale" in scales and not getattr(denoiser(pipe).config, "guidance_embeds", True):
-            scales = ["true_cfg_scale"]  # the other scale is an input of networks that were distilled with it
+            scales = ["true_cfg_scale"]  # the other scale is only for guidance-distilled networks
         if not scales:
             raise ValueError(f"guidance={guidance}: {type(pipe).__name__} has no guidance")
         if scales[0] in call:
-            raise ValueError(f"{scales[0]}= and guidance= are given: they are the same")
+            raise ValueError(f"{scales[0]}= and guidance= are given, but mean the same: give only one of them")
         call[scales[0]] = float(guidance)
     if getattr(guider, "num_conditions", 1) > 1 and getattr(guider, "_enabled", True):
-        raise ValueError(f"{type(pipe).__name__} is guided by {type(guider).__name__}, which is not linear: pass guider=None")
+        raise ValueError(f"{type(pipe).__name__} is guided by {type(guider).__name__}, which is not linear: give guider=None")
     return call
 
 
 def _switch(pipe: Any, tiling: bool, slicing: bool, gradient_checkpointing: bool) -> None:
-    """Turn on what takes less memory."""
-    for name, part, wanted in (
+    """Enable options that save memory."""
+    for name, part, enable in (
         ("enable_tiling", getattr(pipe, "vae", None), tiling),
         ("enable_slicing", getattr(pipe, "vae", None), slicing),
         *(("enable_gradient_checkpointing", network, gradient_checkpointing) for network in denoisers(pipe).values()),
     ):
-        if wanted:
+        if enable:
             if not hasattr(part, name):
-                raise ValueError(f"{name.removeprefix('enable_')}=True: {type(pipe).__name__} has none: leave it out")
+                raise ValueError(
+                    f"{name.removeprefix('enable_')}=True: {type(pipe).__name__} does not support it: leave it out"
+                )
             getattr(part, name)()
 
 
 # --- schedulers ------------------------------------------------------------------------------------------------------
 class Schedule:
-    """A scheduler's own times, and the class of maps that it is for.
+    """The times of a scheduler, and its class of maps.
 
     Args:
         prompts: of the pipeline.
-        to_the_letter: times as the scheduler makes them by default.
+        to_the_letter: use exactly the scheduler's default times.
     """
 
     def __init__(self, prompts: Prompts, to_the_letter: bool) -> None:
@@ -326,7 +333,7 @@ class Schedule:
         return self
 
     def __call__(self, steps: int) -> list[float]:
-        """Times from 0, noise, to 1, data; at most steps + 1, since a scheduler may have a time twice."""
+        """Times from 0, noise, to 1, data; at most steps + 1, since a scheduler can repeat a time."""
         whole_numbers(steps=steps)
         if steps < 1:
             raise ValueError(f"steps={steps}: at least one step is needed")
@@ -343,8 +350,8 @@ class Schedule:
         """Times after the first step and before the last."""
         raise NotImplementedError
 
-    def seen(self, steps: int) -> Recording:
-        """The pipeline's call with so many steps, up to its network; nothing is encoded again."""
+    def record_steps(self, steps: int) -> Recording:
+        """Record the pipeline's call with these steps, up to its network, without encoding prompts again."""
         return self.prompts.again(steps)
 
     def parts(self, decoder: Any) -> dict[str, Any]:
@@ -355,16 +362,16 @@ class Schedule:
 class Flow(Schedule):
     """Flow matching: sigma = 1 - t, and the time of the network is sigma, 1000 sigma or t.
 
-    By default diffusers' Euler scheduler takes equal steps from the largest to the smallest of its sigmas, which are shifted
-    already, and shifts them again: of four calls of SD3 one is at t = .99, and is wasted. Here the N sigmas are 1, 1 - 1/N,
-    ..., 1/N, shifted once, as pipelines pass them that pass any.
+    The Euler scheduler of diffusers takes equal steps from its largest to its smallest sigma, which are already shifted, and
+    shifts them again: of four calls of SD3 one is at t = .99 and is wasted. Here the N sigmas are 1, 1 - 1/N, ..., 1/N, shifted
+    once, as in pipelines that pass their own sigmas.
     """
 
     def around(self, network: nn.Module, decoder: Any) -> PipelineMap:
         layout = self.prompts.layout
         offset, slope = self._form()
         flow_map = LinearMap(network, **self.parts(decoder))
-        flow_map.factor = self.prompts.guidance.factor * (-1 if self._inverted() else 1)
+        flow_map.factor = self.prompts.guidance.factor * (-1 if self._is_inverted() else 1)
         flow_map.offset, flow_map.slope = offset, slope
         flow_map.stacked = has_second_time(network)
         flow_map.capabilities = TWO_TIME if flow_map.stacked or layout.second_time is not None else VELOCITY
@@ -374,38 +381,40 @@ class Flow(Schedule):
 
     def inner(self, steps: int) -> Sequence[float]:
         if steps == 1:
-            return []  # with a terminal shift diffusers divides by 0 here
-        seen = self.seen(steps)
-        given, sigmas = seen.schedule, seen.sigmas
-        default = given.get("sigmas") is None and given.get("timesteps") is None
+            return []  # diffusers would divide by 0 with a terminal shift
+        recording = self.record_steps(steps)
+        options, sigmas = recording.schedule, recording.sigmas
+        default = options.get("sigmas") is None and options.get("timesteps") is None
         if default and not self.to_the_letter and type(self.scheduler).__name__ in SHIFT_TWICE:
             scheduler = copy.deepcopy(self.scheduler)
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=given.get("mu"))
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=options.get("mu"))
             sigmas = scheduler.sigmas
         return [self._time(float(sigma)) for sigma in sigmas[1:-1]]
 
     def _form(self) -> tuple[float, float]:
-        """(offset, slope) of the network's time, offset + slope t, by two of its calls."""
+        """(offset, slope) of the network's time, offset + slope t, from two of its calls."""
         first, name = self.prompts.first, self.prompts.layout.time
         thousand = float(self.scheduler.config.num_train_timesteps)
         calls = [first.calls[0], *([first.after] if first.after else [])]
         times = [self._time(float(index) / thousand) for index in first.timesteps[: len(calls)]]
-        given = [float(torch.as_tensor(call.arguments[name]).flatten()[0]) for call in calls]
+        values = [float(torch.as_tensor(call.arguments[name]).flatten()[0]) for call in calls]
 
         def miss(form: tuple[float, float]) -> float:
-            return max(abs(form[0] + form[1] * t - value) for t, value in zip(times, given)) / max(map(abs, form))
+            return max(abs(form[0] + form[1] * t - value) for t, value in zip(times, values)) / max(map(abs, form))
 
         form = min([(thousand, -thousand), (1.0, -1.0), (0.0, 1.0), (0.0, thousand)], key=miss)
         if miss(form) > 1e-2:
             what = type(self.prompts.pipe).__name__
-            raise ValueError(f"{what} gives its network the times {given} at t = {times}: no sigma, 1000 sigma, t or 1000 t")
+            raise ValueError(
+                f"{what} calls its network with the times {values} at t = {times}: none of sigma, 1000 sigma, t or 1000 t"
+            )
         return form
 
-    def _inverted(self) -> bool:
+    def _is_inverted(self) -> bool:
         return bool(getattr(self.scheduler.config, "invert_sigmas", False))
 
     def _time(self, sigma: float) -> float:
-        return sigma if self._inverted() else 1 - sigma
+        return sigma if self._is_inverted() else 1 - sigma
 
 
 class Diffusion(Schedule):
@@ -426,18 +435,18 @@ class Diffusion(Schedule):
             return flow_map
         if "TCD" in name:
             flow_map.capabilities = ENDPOINT
-        self(1)  # so that one step starts where the scheduler does
+        self(1)  # sets the start of one step
         first = self.path.first
         flow_map.transition = Within(self._move(), self.starts, (first, math.hypot(first, 1 - first)), self._last())
         return flow_map
 
     def inner(self, steps: int) -> Sequence[float]:
-        seen, scheduler = self.seen(steps), self.scheduler
+        recording, scheduler = self.record_steps(steps), self.scheduler
         in_sigma = hasattr(scheduler, "is_scale_input_called")  # states are data + sigma noise
         if in_sigma:
-            times = [1 / (1 + float(sigma)) for sigma in seen.sigmas[:-1]]
+            times = [1 / (1 + float(sigma)) for sigma in recording.sigmas[:-1]]
         else:
-            times = [self._time(int(index)) for index in seen.timesteps]
+            times = [self._time(int(index)) for index in recording.timesteps]
         scale = float(scheduler.init_noise_sigma) * times[0] if in_sigma else math.hypot(times[0], 1 - times[0])
         first, *inner = dict.fromkeys(times)
         self.starts[inner[0] if inner else 1.0] = first, scale
@@ -447,7 +456,7 @@ class Diffusion(Schedule):
         return float(torch.sigmoid(self.path.log_ratios[-1 - index]))
 
     def _last(self) -> tuple[float, float]:
-        """The time at which the scheduler stops, 1 or that of index 0; and its own state there by that of the linear path."""
+        """The scheduler's last time, 1 or that of index 0, and the ratio of its state there to that of the linear path."""
         if hasattr(self.scheduler, "is_scale_input_called"):
             sigma = float(self.scheduler.sigmas[-1])
             return 1 / (1 + sigma), 1 + sigma
@@ -458,19 +467,19 @@ class Diffusion(Schedule):
         return a / (a + b), a + b
 
     def _move(self) -> Transition:
-        """How the scheduler steps. What it does with more than one prediction is not done here: it is an Euler step then."""
+        """The transition of the scheduler. Multistep schedulers, which use several predictions, become Euler steps."""
         name, eta = type(self.scheduler).__name__, float(self.prompts.call.get("eta") or 0.0)
         if "Ancestral" in name or "DDPM" in name:
             return Bridge(1.0)
         if eta and "TCD" in name:
             return Overshoot(eta, self.path)
         if eta and "DDIM" not in name:
-            raise ValueError(f"eta={eta}: the noise of {name} is not known here: leave eta out")
+            raise ValueError(f"eta={eta}: eta is not supported for {name}: leave it out")
         return Bridge(eta) if eta else Jump()
 
 
 class Edm(Diffusion):
-    """EDM: times are sigmas, and the scheduler scales what its network takes and gives."""
+    """EDM: times are sigmas, and the scheduler scales the network's input and output."""
 
     def __init__(self, prompts: Prompts, to_the_letter: bool) -> None:
         Schedule.__init__(self, prompts, to_the_letter)
@@ -480,7 +489,7 @@ class Edm(Diffusion):
         flow_map, config = PreconditionedMap(network, **self.parts(decoder)), self.scheduler.config
         flow_map.scheduler = self.scheduler
         flow_map.first, flow_map.last = 1 / (1 + config.sigma_max), 1 / (1 + config.sigma_min)
-        self(1)  # so that one step starts where the scheduler does
+        self(1)  # sets the start of one step
         flow_map.transition = Within(Jump(), self.starts, self.starts[1.0], self._last())
         return flow_map
 
@@ -494,21 +503,21 @@ class Sprint(Schedule):
         return flow_map
 
     def inner(self, steps: int) -> Sequence[float]:
-        angles = self.seen(steps).timesteps[1:-1].double()
+        angles = self.record_steps(steps).timesteps[1:-1].double()
         return (angles.cos() / (angles.cos() + angles.sin())).tolist()
 
 
 SHIFT_TWICE = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 
 PREDICTIONS = {"epsilon": paths.ends_of_noise, "v_prediction": paths.ends_of_v, "sample": paths.ends_of_data}
-"""What networks of diffusion predict, by the scheduler's word for it."""
+"""Predictions of diffusion networks, by their name in schedulers."""
 
 
 def _family(scheduler: Any) -> type[Schedule]:
-    """The kind of schedule that a scheduler has.
+    """The kind of schedule of a scheduler.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: the scheduler is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name == "SCMScheduler":
@@ -520,4 +529,4 @@ def _family(scheduler: Any) -> type[Schedule]:
         return Edm
     if hasattr(scheduler, "alphas_cumprod") and getattr(config, "prediction_type", None) in PREDICTIONS:
         return Diffusion
-    raise ValueError(f"{name} is not known here: set pipe.scheduler to an Euler or DDIM scheduler of diffusers for this model")
+    raise ValueError(f"{name} is not supported: set pipe.scheduler to an Euler or DDIM scheduler of diffusers for this model")

@@ -1,4 +1,4 @@
-"""Two networks for one model, of which the time says which is asked: Wan 2.2 has one for much noise and one for little."""
+"""Models with two networks, one for early and one for late times, such as Wan 2.2."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from steerfm.models.families import LinearMap
 
 
 class Experts(nn.Module):
-    """One network of two: the first from a boundary on, in their own time, which falls; the second below.
+    """Two networks as one: the first for times above a boundary, in their own time, which falls; the second below.
 
     Args:
-        networks: by what the pipeline calls them, the early one first; their weights have these names before their own.
+        networks: by their names in the pipeline, the early one first; their weights get these names as prefixes.
         boundary: in their own time.
     """
 
@@ -28,11 +28,11 @@ class Experts(nn.Module):
             self.add_module(name, network)
 
     def is_early(self, timestep: Tensor) -> Tensor:
-        """Which rows are the first one's, (b,), at times (b, ...)."""
+        """Which rows belong to the first network, (b,), at times (b, ...)."""
         return timestep.flatten(1)[:, 0] >= self.boundary if timestep.ndim > 1 else timestep >= self.boundary
 
     def forward(self, timestep: Tensor, **arguments: Any) -> tuple[Tensor]:
-        """As either is called; rows of both kinds are asked apart."""
+        """Call the networks, each with its own rows."""
         arguments = {"timestep": timestep, **arguments}
         early = self.is_early(timestep)
         if early.all() or not early.any():
@@ -49,13 +49,13 @@ def _has_rows(value: Any, b: int) -> bool:
 
 
 class GuidedExperts(Guided):
-    """Classifier-free guidance by one scale where the early network is asked, and by another where the late one is.
+    """Classifier-free guidance with one scale for the early network and another for the late one.
 
     Args:
-        flow_map: around one network of two, or around a map that is.
-        of: the map of these networks itself.
-        scale: while the early one is asked.
-        late: while the late one is.
+        flow_map: a map of `Experts`, or a wrapper of one.
+        of: the map of `Experts` itself.
+        scale: for the early network.
+        late: for the late network.
     """
 
     def __init__(self, flow_map: FlowMap, of: LinearMap, scale: float, late: float) -> None:

@@ -1,10 +1,9 @@
-"""Flow maps around the networks of pipelines: one class a parameterisation.
+"""Flow maps around the networks of pipelines: one class per parameterisation.
 
-States are on the linear path, x_t = t data + (1 - t) noise, whatever the network was trained on; each class translates at the
-network's door.
+States are always on the linear path, x_t = t data + (1 - t) noise; each class converts to the network's own path.
 
-    LinearMap               flow matching: the network gives +-(noise - data), and time is t, 1 - t or 1000 (1 - t)
-    VariancePreservingMap   diffusion, z = a data + b noise: the network gives noise, data or v at one of 1000 indices
+    LinearMap               flow matching: the network predicts +-(noise - data), and time is t, 1 - t or 1000 (1 - t)
+    VariancePreservingMap   diffusion, z = a data + b noise: the network predicts noise, data or v at one of 1000 indices
     PreconditionedMap       diffusion of EDM, z = data + sigma noise, with the scalings of its scheduler
     TrigonometricMap        z = cos(th) data + sin(th) noise: consistency models (sCM)
 """
@@ -33,7 +32,7 @@ from steerfm.transitions import Step, Transition
 
 
 class Source(Protocol):
-    """Conditions by prompt: `prompts.Prompts`."""
+    """The source of conditions, by prompt: `prompts.Prompts`."""
 
     pipe: Any
     dropped: bool
@@ -54,7 +53,7 @@ class PipelineMap(FlowMap):
         layout: which arguments of the network follow the prompts.
         prompts: the conditions, by prompt.
         times: the grid for a number of steps.
-        decoder: latents to pictures; None where the autoencoder is not known.
+        decoder: latents to pictures; None if the autoencoder is not supported.
         stacked: whether the network takes both times in one argument, (b, 2); see `two_time`.
     """
 
@@ -79,31 +78,31 @@ class PipelineMap(FlowMap):
         return self.network
 
     def with_network(self, network: nn.Module) -> PipelineMap:
-        """The same map with another network; nothing is copied."""
+        """The same map with another network, without a copy."""
         other = copy.copy(self)
         other._modules = {**self._modules, "network": network}
         return other
 
     # --- the network ---------------------------------------------------------------------------------------------
     def predict(self, x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
-        """What the network gives, (b, *shape) in the precision of x.
+        """Call the network; returns (b, *shape) in the precision of x.
 
         Args:
-            x: what it is given, (b, *shape).
-            times: (b,) in its own form: the time, and the time to jump to where it takes one.
-            cond: rows as `condition` gives them; None for those that the map was made with.
+            x: (b, *shape) the network's input.
+            times: (b,) each, in the network's own units: the time, and for a two-time network the time to jump to.
+            cond: rows from `condition`; None for the default prompts of the map.
         """
         b, layout = len(x), self.layout
         rows = self.prompts.condition(None, b) if cond is None else cond
         assert rows is None or isinstance(rows, Mapping)
-        if self.dtype != layout.dtype:  # of a map that was cast after its prompts were encoded
+        if self.dtype != layout.dtype:  # the map was cast after its prompts were encoded
             rows = map_condition(lambda row: row.to(self.dtype) if row.dtype == layout.dtype else row, rows)
             assert rows is None or isinstance(rows, Mapping)
         arguments = layout.give(rows or {}, b)
-        given: Any = x.to(self.dtype)
+        states: Any = x.to(self.dtype)
         if layout.listed is not None:
-            given = list(given.reshape(b, *layout.listed).unbind(0))
-        arguments[layout.states] = given
+            states = list(states.reshape(b, *layout.listed).unbind(0))
+        arguments[layout.states] = states
         like = layout.reference
         forms = [time.to(like.dtype if like.is_floating_point() else x.dtype) for time in times]
         if self.stacked:
@@ -113,21 +112,21 @@ class PipelineMap(FlowMap):
                 if name is not None:
                     arguments[name] = form.view(-1, *[1] * (like.ndim - 1)).expand(b, *like.shape[1:])
         out = self.network(**arguments, return_dict=False)[0]
-        return rows_of(out, self.shape, type(self.network).__name__).to(x)  # a network that is offloaded answers elsewhere
+        return rows_of(out, self.shape, type(self.network).__name__).to(x)  # an offloaded network may return on another device
 
     def at_door(self, x: Tensor) -> Tensor:
-        return x  # times of a narrow network would be too coarse: states and times are float32 up to the call itself
+        return x  # states and times stay float32 up to the call: times in half precision would be too coarse
 
     # --- conditions and times ------------------------------------------------------------------------------------
     def condition(self, labels: str | int | Sequence[str | int] | None, n: int) -> Condition:
-        """Prompts to what the network is given for them; each distinct prompt is encoded once.
+        """The condition of prompts; each distinct prompt is encoded once.
 
         Args:
-            labels: a prompt for all, or one for each; None for those that the map was made with.
+            labels: one prompt for all rows, or one for each; None for the default prompts of the map.
             n: number of rows.
 
         Raises:
-            ValueError: another number of prompts than rows; a new prompt after the text encoders were dropped.
+            ValueError: the numbers of prompts and rows differ, or a prompt is new after the text encoders were dropped.
         """
         if labels is None:
             return move_condition(self.prompts.condition(None, n), self.device)
@@ -146,7 +145,7 @@ class PipelineMap(FlowMap):
         return self.times(steps)
 
     def drop_text_encoders(self) -> None:
-        """Free what encodes prompts; those that were asked for stay."""
+        """Free the text encoders; prompts that are already encoded stay available."""
         self.prompts.drop_text_encoders()
 
     # --- pictures ------------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ class PipelineMap(FlowMap):
 
     def _decoder(self) -> Decoder:
         if self.decoder is None:
-            raise ValueError(f"latents {self.shape} cannot be decoded here: subclass this map and write decode()")
+            raise ValueError(f"latents {self.shape} cannot be decoded: subclass this map and implement decode()")
         return self.decoder
 
 
@@ -169,8 +168,9 @@ class LinearMap(PipelineMap):
     """Flow matching, x_t = t data + (1 - t) noise, with one time or two.
 
     Args:
-        factor: the network gives factor (noise - data): 1 or -1.
-        slope, offset: its time is offset + slope t, such as 1000 - 1000 t.
+        factor: the network predicts factor (noise - data): 1 or -1.
+        slope: its time is offset + slope t, such as 1000 - 1000 t.
+        offset: see ``slope``.
     """
 
     factor, slope, offset = 1.0, -1.0, 1.0
@@ -185,8 +185,8 @@ class VariancePreservingMap(PipelineMap):
 
     Attributes:
         path: a and b by index.
-        ends: from what the network predicts to both ends, such as `paths.ends_of_noise`.
-        scalings: (skip, output) of a consistency model at indices (b,), X_{s,1} = skip z + output data; None for others.
+        ends: converts the prediction to both ends, such as `paths.ends_of_noise`.
+        scalings: (skip, output) of a consistency model at indices (b,), X_{s,1} = skip z + output data; None for other models.
     """
 
     path: paths.VariancePreserving
@@ -206,11 +206,12 @@ class VariancePreservingMap(PipelineMap):
 
 
 class PreconditionedMap(PipelineMap):
-    """Diffusion of EDM, z = data + sigma noise, whose network is scaled at both ends (Karras et al. 2206.00364, equation 7).
+    """Diffusion of EDM, z = data + sigma noise, with scalings around the network (Karras et al. 2206.00364, equation 7).
 
     Attributes:
-        scheduler: what scales: `precondition_inputs`, `precondition_noise` and `precondition_outputs`.
-        first, last: our times of its largest and its least sigma, t = 1 / (1 + sigma).
+        scheduler: with `precondition_inputs`, `precondition_noise` and `precondition_outputs`.
+        first: our time of its largest sigma, t = 1 / (1 + sigma).
+        last: our time of its smallest sigma.
     """
 
     scheduler: Any
@@ -230,8 +231,8 @@ class PreconditionedMap(PipelineMap):
 class TrigonometricMap(PipelineMap):
     """A consistency model of z = cos(th) data + sin(th) noise (sCM, Lu & Song 2410.11081), as SANA-Sprint has it (2503.09641).
 
-    Its network is one of flow matching that went on: it takes x itself and the time 1 - t, and F, by which the endpoint is
-    cos(th) z - sin(th) F, follows from what it gives. Only X_{s,1} is right.
+    The network was trained on from flow matching: its input is x itself with the time 1 - t. F, with endpoint
+    cos(th) z - sin(th) F, follows from its output. Only X_{s,1} is exact.
     """
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -243,23 +244,24 @@ class TrigonometricMap(PipelineMap):
 
 
 def _towards(x: Tensor, end: Tensor, s: Tensor) -> Tensor:
-    """u(x, s, t) of a map that knows X_{s,1} alone: the straight way there, whatever t."""
+    """u(x, s, t) of a map with X_{s,1} only: the straight line there, for any t."""
     return (end - x) / (1 - s).clamp_min(torch.finfo(x.dtype).eps)
 
 
 # --- transitions -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Within:
-    """A transition between the first and the last time at which a scheduler asks its network.
+    """A transition between the first and the last time of a scheduler.
 
-    A scheduler of diffusion takes pure noise for its state at the first of its times, although there are data in it; and some
-    take their last state for data, although there is noise in it. So does this, and gives what they give.
+    A diffusion scheduler starts with pure noise at its first time, although states there contain some data. Some schedulers
+    also return their last state as data, although it contains some noise. This transition does the same, to reproduce their
+    results.
 
     Args:
         inner: the transition.
-        starts: by the time after the first step: the first of the scheduler's times, and what it multiplies the noise by.
-        first: the same where that time is not one of the scheduler's.
-        last: the last of its times, and what the state there is multiplied by to be taken for data.
+        starts: by the time after the first step: the scheduler's first time, and its factor of the noise.
+        first: the same for times that the scheduler does not have.
+        last: the scheduler's last time, and the factor that turns the state there into data.
     """
 
     inner: Transition
@@ -273,7 +275,7 @@ class Within:
 
     @property
     def endpoint(self) -> str:
-        return ""  # a look-ahead is from where the state is said to be, and not from where a scheduler takes it to be
+        return ""  # a look-ahead uses the nominal time of the state, not that of the scheduler
 
     @property
     def lands(self) -> bool:
@@ -295,7 +297,7 @@ class Overshoot:
     """A jump past the next time, and noise back to it: the sampling of TCD (Zheng et al. 2402.19159, section 4.3).
 
     Args:
-        eta: the share of the next index by which a step goes past it, in (0, 1].
+        eta: how far a step goes past the next index, as a share of it, in (0, 1].
         path: of the indices.
     """
 

@@ -1,6 +1,7 @@
-"""Which arguments of a network have a row for each sample, and how they become a condition: a dictionary of tensors (n, ...).
+"""The arguments of a network with one row per sample, and their form as a condition: a dictionary of tensors (n, ...).
 
-It is read off two first calls, of b samples and of 2 b: what doubles has rows. Names are paths, "added_cond_kwargs.time_ids".
+The layout is derived from two calls, with b and with 2 b samples: arguments that double have rows. Names are paths, such as
+"added_cond_kwargs.time_ids".
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ Path = tuple[str | int, ...]
 
 
 class Part(Protocol):
-    """One argument that follows the samples."""
+    """One argument with a row per sample."""
 
     def take(self, value: Any, length: int) -> dict[str, Tensor]:
-        """Its rows in a condition; ``length`` is that of the texts of this call."""
+        """The rows in a condition.
+
+        Args:
+            value: the argument.
+            length: of the texts in this call.
+        """
         ...
 
     def give(self, cond: Mapping[str, Tensor], b: int) -> Any:
@@ -32,7 +38,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """A tensor of which every row has the same shape."""
+    """A tensor with rows of equal shapes."""
 
     name: str
 
@@ -45,14 +51,15 @@ class Plain:
 
 @dataclass(frozen=True)
 class Texts:
-    """Rows as long as their texts, (b, length, ...) or a list of (length, ...); in a condition all are as long as can be.
+    """Rows as long as their texts, (b, length, ...) or a list of (length, ...); in a condition all are padded to ``longest``.
 
-    The network gets what its pipeline would give it for these rows together: no row longer than it must be.
+    The network gets the same input as from its pipeline: rows are only padded to the longest among them.
 
     Args:
+        name: of the argument.
         longest: length of the rows of a condition.
-        listed: the argument is a list.
-        optional: it is a mask, and left out where all rows are of one length.
+        listed: whether the argument is a list.
+        optional: whether it is a mask, which is omitted if all rows have the same length.
     """
 
     name: str
@@ -64,7 +71,9 @@ class Texts:
         rows = [torch.ones(length, dtype=torch.long)] if value is None else list(value)
         for row in rows:
             if len(row) > self.longest:
-                raise ValueError(f"a prompt of {len(row)} tokens for at most {self.longest}: max_sequence_length={len(row)}")
+                raise ValueError(
+                    f"a prompt has {len(row)} tokens, at most {self.longest} fit: give max_sequence_length={len(row)}"
+                )
         padded = [F.pad(row, (0, 0) * (row.ndim - 1) + (0, self.longest - len(row))) for row in rows]
         lengths = torch.tensor([len(row) for row in rows], device=padded[0].device)
         return {self.name: torch.stack(padded), self._length: lengths}
@@ -81,8 +90,8 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """A list that says the same of every sample, such as its size."""
+class Constant:
+    """A list with the same item for every sample, such as its size."""
 
     item: Any
 
@@ -94,23 +103,28 @@ class Repeated:
 
 
 class Layout:
-    """The arguments of a network apart from states and times.
+    """The arguments of a network except states and times.
 
     Args:
-        one, two: first calls, of b samples and of twice as many.
-        longest: tokens of the longest prompt, where prompts are as long as they are.
+        one: first call, with b samples.
+        two: first call, with 2 b samples.
+        longest: tokens of the longest prompt, for prompts of variable length.
 
     Attributes:
-        states, time: names of these arguments; ``second_time`` that of the time that is jumped to, or None.
-        listed: shape of one element, where states are a list; None where they are a tensor.
-        dtype: that of the states, as they were given.
-        reference: the time as it was given: its form is that of all times.
+        states: name of the argument with the states.
+        time: name of the argument with the time.
+        second_time: name of the argument with the time to jump to, or None.
+        listed: shape of one element if states are a list; None if they are a tensor.
+        dtype: of the states in the recorded call.
+        reference: the time in the recorded call; its form is used for all times.
     """
 
     def __init__(self, one: Call, two: Call, longest: int) -> None:
         states, time = one.among(STATES), one.among(TIMES)
         if states is None or time is None:
-            raise ValueError(f"its network is called with {', '.join(one.arguments)}: {STATES[0]} and {TIMES[0]} are needed")
+            raise ValueError(
+                f"its network is called with {', '.join(one.arguments)}, but {STATES[0]} and {TIMES[0]} are needed"
+            )
         self.states, self.time, self.second_time = states, time, one.among(SECOND_TIMES)
         given = one.arguments[states]
         self.listed = tuple(given[0].shape) if isinstance(given, list) else None
@@ -129,11 +143,11 @@ class Layout:
                         self.parts[path] = part
 
     def widen(self, network: nn.Module, call: Call) -> None:
-        """Give times in float32 where the pipeline rounds them to half precision, by 2 of 1000, if its network takes that.
+        """Use float32 times if the pipeline rounds them to half precision (by 2 of 1000) and its network accepts float32.
 
         Args:
-            network: of the pipeline; it is asked once where times are narrow, and not at all elsewhere.
-            call: of it, as the pipeline made it.
+            network: of the pipeline; called once if times are in half precision.
+            call: a recorded call of it.
         """
         if self.reference.dtype not in (torch.float16, torch.bfloat16):
             return
@@ -157,7 +171,7 @@ class Layout:
         if isinstance(one, list) and isinstance(two, list) and 2 * len(one) == len(two):
             if isinstance(one[0], Tensor):
                 return Texts(name, max(self._longest, *(len(row) for row in one)), listed=True)
-            return Repeated(one[0])
+            return Constant(one[0])
         return None
 
     def take(self, call: Call) -> dict[str, Tensor]:
@@ -196,7 +210,7 @@ def _at(value: Any, path: Sequence[str | int]) -> Any:
 
 
 def _set(holder: dict[Any, Any], path: Path, value: Any) -> None:
-    """Put a value at a path; what holds it is copied, so that nothing else changes."""
+    """Set the value at a path; its containers are copied, so that nothing else changes."""
     key, *rest = path
     if rest:
         inner = holder[key]

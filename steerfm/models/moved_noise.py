@@ -1,4 +1,4 @@
-"""A map that starts from other noise: what a noise-space adapter is, once it is trained."""
+"""A map with adapted initial noise: the result of training a noise-space adapter."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from steerfm.flowmap import FlowMap, Wrapped
 from steerfm.rows import Condition
 
 KEY = "moves_noise"
-"""What the JSON of such a map has; its value is the number of jumps."""
+"""The key of such a map in its JSON; its value is the number of jumps."""
 
 
 class MovedNoise(Wrapped):
-    """X_{0,1}(x_0) = Y(x_0 + f(x_0)): Y a map that stays as it is, f how far another one's answer to the noise is from its own.
+    """X_{0,1}(x_0) = Y(x_0 + f(x_0)): Y is a fixed map, f the difference between an adapter's output for the noise and Y's own.
 
-    It is a generator: there is no state between the noise and the data. (HyperNoise, Eyring et al. 2508.09968.)
+    It is a generator: there is no state between noise and data. (HyperNoise, Eyring et al. 2508.09968.)
 
     Args:
-        flow_map: Y, which may be sampled in several ``jumps``.
-        adapter: whose network is trained, and saved.
-        of: what `steerfm.load` makes Y by, as it is written to a file.
+        flow_map: Y.
+        adapter: the map with the trained network, which is saved.
+        jumps: number of jumps of Y.
+        of: name of Y for `steerfm.load`, as saved in a file.
     """
 
     def __init__(self, flow_map: FlowMap, adapter: FlowMap, jumps: int = 1, of: str | Mapping[str, Any] = "") -> None:
@@ -47,7 +48,7 @@ class MovedNoise(Wrapped):
 
     def head(self, architecture: Mapping[str, Any] | None = None, origin: str | Mapping[str, Any] = "") -> dict[str, Any]:
         if not (origin := origin or self.of):
-            raise ValueError("whose noise is moved? origin=, the model that this one was fine-tuned from")
+            raise ValueError("the base model is missing: give origin=, the model that this one was fine-tuned from")
         return self.adapter.head(architecture, origin) | {KEY: self.jumps}
 
     def grid(self, steps: int) -> list[float]:
@@ -62,7 +63,7 @@ class MovedNoise(Wrapped):
 
 
 def answer(flow_map: FlowMap, x0: Tensor, cond: Condition) -> Tensor:
-    """What the network of a map says of noise (b, *shape): its velocity, or where it has none that of the jump to the data."""
+    """The network's output for noise (b, *shape): its velocity, or without one that of the jump to the data."""
     start = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
     if can(flow_map, "velocity"):
         return flow_map.instantaneous_velocity(x0, start, cond)

@@ -1,4 +1,4 @@
-"""Prompts to what a pipeline's network is given for them, and the guidance that the pipeline makes of it."""
+"""Conditions of a pipeline's network from prompts, and the pipeline's guidance."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from steerfm.models.layout import Layout
 from steerfm.rows import Condition, map_condition, with_negative
 
 PROBE = "cat"
-"""What is asked for to see how a pipeline calls its network."""
+"""The prompt for recording how a pipeline calls its network."""
 LONGEST = 512
-"""Tokens of the longest prompt, where prompts are as long as they are and the pipeline does not say."""
+"""Tokens of the longest prompt, for pipelines with prompts of variable length and no limit of their own."""
 GUIDANCE = ("guidance_scale", "distilled_guidance_scale", "true_cfg_scale")
-"""What pipelines call the scale of guidance."""
+"""Names of the guidance scale in pipelines."""
 
 
 class Guidance(NamedTuple):
-    """What a pipeline makes of its network's outputs: factor ((1 - scale) negative + scale positive).
+    """The guidance of a pipeline: factor ((1 - scale) negative + scale positive), of the network's outputs.
 
     Attributes:
         factor: 1 or -1.
-        scale: None where there is one output.
-        positive: its number among the outputs.
+        scale: None if there is only one output.
+        positive: index of the positive output.
     """
 
     factor: float
@@ -36,17 +36,18 @@ class Guidance(NamedTuple):
 
 
 class Prompts:
-    """The conditions of a pipeline, by prompt; each is encoded once, by the pipeline's own call.
+    """The conditions of a pipeline, by prompt; each prompt is encoded once, by the pipeline's own call.
 
     Args:
         pipe: the pipeline.
-        call: arguments of its call, apart from the prompt.
+        call: arguments of its call, except the prompt.
+        linear: whether the guidance is linear, so that it can be measured.
 
     Attributes:
-        first: its first call, up to the scheduler.
-        layout: which arguments of the network follow the prompts.
-        guidance: what it makes of the network's outputs.
-        dropped: whether what encodes prompts is gone.
+        first: recording of its first call, up to the scheduler.
+        layout: the arguments of the network that depend on the prompts.
+        guidance: the pipeline's guidance.
+        dropped: whether the text encoders have been freed.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], linear: bool) -> None:
@@ -59,52 +60,54 @@ class Prompts:
         twice = record(pipe, _steps(pipe, _twice(self._probe), 2), calls=1)
         self.layout = Layout(self.first.calls[0], twice.calls[0], longest)
         self._rows: dict[str, dict[str, Tensor]] = {}
-        self._given: dict[str, Tensor] = {}
-        self._asked: list[str] | None = None
+        self._fixed_rows: dict[str, Tensor] = {}
+        self._default_prompts: list[str] | None = None
         self.dropped = False
         sides = self._sides(self.first.calls)
         self.guidance = _guidance(self.first, {**names, **call}, denoiser(pipe)) if linear else Guidance(1.0)
-        self._given = sides[self.guidance.positive]
+        self._fixed_rows = sides[self.guidance.positive]
         self._negative = sides[1 - self.guidance.positive] if self.guidance.scale is not None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
-        return self  # the copy of a map has a network of its own, and prompts mean the same to both
+        return self  # a copied map has its own network, but shares the prompts
 
     def ask(self, prompts: Sequence[str] | None) -> None:
-        """What is shown where nothing is asked for: a prompt for all, or one for each; None for the empty prompt."""
+        """Set the default prompts: one for all outputs, or one for each; None for the empty prompt."""
         if prompts is not None and not self.in_words:
-            raise ValueError("prompt= and prompt_embeds= are given: give one of them")
-        self._asked = [""] if prompts is None else [str(prompt) for prompt in prompts]
+            raise ValueError("prompt= and prompt_embeds= are given: give only one of them")
+        self._default_prompts = [""] if prompts is None else [str(prompt) for prompt in prompts]
         if self.in_words:
-            for prompt in self._asked:
+            for prompt in self._default_prompts:
                 self._encode(prompt)
             if self._negative is None:
                 self._negative = self._encode(self.call.get("negative_prompt") or "")
 
     def condition(self, prompts: Sequence[str] | None, n: int) -> Condition:
-        """The rows of n prompts; None for what `ask` says."""
+        """The rows of n prompts; None for the default prompts."""
         if prompts is None and not self.in_words:
-            rows = self._repeated(self._given, n)
-            return rows if self._negative is None else with_negative(rows, self._repeated(self._negative, n))
+            rows = self._repeat(self._fixed_rows, n)
+            return rows if self._negative is None else with_negative(rows, self._repeat(self._negative, n))
         if not self.in_words:
-            raise ValueError(f"cond={prompts[0] if prompts else ''!r}: this map was made of prompt_embeds=, and not of words")
-        asked = self._asked or [""]
-        if prompts is None and len(asked) not in (1, n):
-            raise ValueError(f"{len(asked)} prompts for n={n} outputs: give one prompt, or one per output")
-        rows = [self._encode(prompt) for prompt in prompts or (asked * n)[:n]]
+            raise ValueError(
+                f"cond={prompts[0] if prompts else ''!r}: this map was made with prompt_embeds=, so it takes no prompts"
+            )
+        prompts_used = self._default_prompts or [""]
+        if prompts is None and len(prompts_used) not in (1, n):
+            raise ValueError(f"{len(prompts_used)} prompts for n={n} outputs: give one prompt, or one per output")
+        rows = [self._encode(prompt) for prompt in prompts or (prompts_used * n)[:n]]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} or None
 
     @property
     def null(self) -> Condition:
-        """The row of the negative prompt, or of the empty one; None where there is neither."""
+        """The row of the negative or empty prompt; None if there is neither."""
         return map_condition(lambda rows: rows[:1], self._negative or None)
 
     def again(self, steps: int) -> Recording:
-        """Its first call with another number of steps, up to the network; nothing is encoded for it."""
+        """Record the first call with another number of steps, up to the network, without encoding."""
         return record(self.pipe, _steps(self.pipe, self._probe, steps), calls=1, encoded=self.first.encoded)
 
     def drop_text_encoders(self) -> None:
-        """Free all that encodes prompts."""
+        """Free the text and image encoders."""
         for name, part in self.pipe.components.items():
             if isinstance(part, nn.Module) and ("text_encoder" in name or "image_encoder" in name):
                 setattr(self.pipe, name, None)
@@ -116,24 +119,24 @@ class Prompts:
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         if prompt not in self._rows:
             if self.dropped:
-                raise ValueError(f"prompt {prompt!r} is new, and the text encoders are dropped: name it in prompt=")
+                raise ValueError(f"prompt {prompt!r} is new, but the text encoders were dropped: give it in prompt=")
             halves = len(self._sides(self.first.calls[:1]))
             call = _steps(self.pipe, {**self.call, "prompt": prompt}, 2)
-            seen = record(self.pipe, call, calls=self.guidance.positive // halves + 1)
-            self._rows[prompt] = self._sides(seen.calls)[self.guidance.positive]
+            recording = record(self.pipe, call, calls=self.guidance.positive // halves + 1)
+            self._rows[prompt] = self._sides(recording.calls)[self.guidance.positive]
         return self._rows[prompt]
 
     def _sides(self, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
-        """The rows of each condition that the network was called with: guidance has two, in one call or in two."""
+        """The rows of each condition in the network's calls; guidance has two, in one call or in two calls."""
         sides = []
         for call in calls:
             k = len(call.arguments[self.layout.states]) // len(self.first.sample)
-            chunks = {name: self._meant(rows).chunk(k) for name, rows in self.layout.take(call).items()}
+            chunks = {name: self._exact_scale(rows).chunk(k) for name, rows in self.layout.take(call).items()}
             sides += [{name: rows[i] for name, rows in chunks.items()} for i in range(k)]
         return sides
 
-    def _meant(self, rows: Tensor) -> Tensor:
-        """Rows as they are; but a scale of guidance that was rounded to half precision, where 3000 is 3008, in float32."""
+    def _exact_scale(self, rows: Tensor) -> Tensor:
+        """Rows unchanged; but a guidance scale in half precision, where 3000 is 3008, is replaced by its float32 value."""
         if rows.ndim != 1 or rows.dtype not in (torch.float16, torch.bfloat16):
             return rows
         for scale in (more * value for value in _scales({**parameters(self.pipe), **self.call}) for more in (1.0, 1000.0)):
@@ -142,22 +145,22 @@ class Prompts:
         return rows
 
     @staticmethod
-    def _repeated(rows: dict[str, Tensor], n: int) -> Condition:
-        given = len(next(iter(rows.values()), ()))
-        if given not in (0, 1, n):
-            raise ValueError(f"prompt_embeds= has {given} rows for n={n} outputs: give one row, or one per output")
+    def _repeat(rows: dict[str, Tensor], n: int) -> Condition:
+        count = len(next(iter(rows.values()), ()))
+        if count not in (0, 1, n):
+            raise ValueError(f"prompt_embeds= has {count} rows for n={n} outputs: give one row, or one per output")
         return {name: value.expand(n, *value.shape[1:]) for name, value in rows.items()} or None
 
 
 def _steps(pipe: Any, call: Mapping[str, Any], steps: int) -> dict[str, Any]:
     middle = {} if steps == 2 or "intermediate_timesteps" not in parameters(pipe) else {"intermediate_timesteps": None}
-    return {**middle, **call, "num_inference_steps": steps}  # SANA-Sprint has a time of its own between two steps
+    return {**middle, **call, "num_inference_steps": steps}  # SANA-Sprint has an extra time for two steps
 
 
 def _twice(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The same call for twice as many samples; the second prompt is longer, so that what depends on the length shows."""
+    """The same call for twice as many samples; the second prompt is longer, to reveal arguments that depend on the length."""
 
-    def doubled(name: str, value: Any) -> Any:
+    def double(name: str, value: Any) -> Any:
         if name == "prompt":
             return [value, f"{value} {value}"]
         if not name.startswith(("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "latents")):
@@ -166,14 +169,14 @@ def _twice(call: Mapping[str, Any]) -> dict[str, Any]:
             return [value, value]
         return torch.cat([value, value]) if isinstance(value, Tensor) else value * 2 if isinstance(value, list) else value
 
-    return {name: doubled(name, value) for name, value in call.items()}
+    return {name: double(name, value) for name, value in call.items()}
 
 
 def _guidance(first: Recording, call: Mapping[str, Any], network: nn.Module) -> Guidance:
-    """How what the scheduler was given comes from what the network gave, by least squares.
+    """The guidance between the network's outputs and the scheduler's input, by least squares.
 
     Raises:
-        ValueError: not by classifier-free guidance with one scale.
+        ValueError: it is not classifier-free guidance with one scale.
     """
     what, precision = type(network).__name__, torch.finfo(next(network.parameters()).dtype).eps
     outputs = [
@@ -185,33 +188,33 @@ def _guidance(first: Recording, call: Mapping[str, Any], network: nn.Module) -> 
     miss, guidance = min(fits, key=lambda fit: fit[0])
     if len(outputs) > 2 or not miss < 1:
         raise ValueError(
-            "this pipeline does not guide by negative + scale (positive - negative), but by a rule of its own: switch it off, "
-            "guidance=1, or its rule, by the argument of its call that does so"
+            "this pipeline does not guide by negative + scale (positive - negative), but by its own rule: switch guidance off, "
+            "guidance=1, or switch off the rule, by an argument of its call"
         )
-    return guidance if guidance.scale is None else Guidance(guidance.factor, _rounded(guidance.scale, call), guidance.positive)
+    return guidance if guidance.scale is None else Guidance(guidance.factor, _snap(guidance.scale, call), guidance.positive)
 
 
 def _fit(target: Tensor, outputs: list[Tensor], factor: float, positive: int, precision: float) -> tuple[float, Guidance]:
-    """(how far the target is from guidance of the outputs, 1 is as far as rounding may take it; that guidance)."""
-    guided, allowed = outputs[positive], 10 * precision * target.norm()
+    """(distance of the target from guidance of the outputs, relative to the effect of rounding; that guidance)."""
+    guided, tolerance = outputs[positive], 10 * precision * target.norm()
     if len(outputs) != 2:
-        return float((factor * guided - target).norm() / allowed), Guidance(factor, None, positive)
+        return float((factor * guided - target).norm() / tolerance), Guidance(factor, None, positive)
     away = outputs[1 - positive]
     ahead = guided - away
     scale = float(((factor * target - away) * ahead).sum() / ahead.square().sum())
-    if not scale > 0.99:  # negative and positive are the other way round
+    if not scale > 0.99:  # negative and positive are swapped
         return float("inf"), Guidance(factor, scale, positive)
     miss = (factor * (away + scale * ahead) - target).norm()
-    return float(miss / (allowed + 0.02 * scale * ahead.norm())), Guidance(factor, scale, positive)
+    return float(miss / (tolerance + 0.02 * scale * ahead.norm())), Guidance(factor, scale, positive)
 
 
-def _rounded(scale: float, call: Mapping[str, Any]) -> float:
-    """The scale that was asked for, or one more where a pipeline counts from 0: they differ by the network's rounding."""
-    asked = [value + more for value in _scales(call) for more in (0, 1)]
-    nearest = min(asked, key=lambda value: abs(value - scale), default=scale)
+def _snap(scale: float, call: Mapping[str, Any]) -> float:
+    """The requested scale nearest to the measured one (plus one if the pipeline counts from 0), to remove rounding errors."""
+    candidates = [value + more for value in _scales(call) for more in (0, 1)]
+    nearest = min(candidates, key=lambda value: abs(value - scale), default=scale)
     return nearest if abs(nearest - scale) < 1e-2 * scale else scale
 
 
 def _scales(call: Mapping[str, Any]) -> list[float]:
-    """The scales of guidance that a call asks for."""
+    """The guidance scales in the arguments of a call."""
     return [float(call[name]) for name in GUIDANCE if isinstance(call.get(name), int | float)]

@@ -1,10 +1,10 @@
-"""A second time for networks that have one: flow maps that were distilled from FLUX.1 and SD3.5 need it for their adapters.
+"""A second time for networks with one time, for the adapters of flow maps that were distilled from FLUX.1 and SD3.5.
 
     FLUX.1   (E(s) + E'(t)) / 2           E embeds time, guidance and pooled text (the flow maps of LSD, 2505.18825)
-    SD3.5    (1 - g) E(s) + g E'(t) + P   E embeds time, P is that of the pooled text, g = 1/4 (AnyFlow 2605.13724, MeanFlow)
+    SD3.5    (1 - g) E(s) + g E'(t) + P   E embeds time, P embeds the pooled text, g = 1/4 (AnyFlow 2605.13724, MeanFlow)
 
-E' begins as a copy of E, so at t = s the network is what it was. Both times come in one argument, (b, 2). Layers have the names
-that the released adapters have.
+E' starts as a copy of E, so at t = s the network is unchanged. Both times are in one argument, (b, 2). The names of layers are
+those of the released adapters.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 EMBEDDING = "time_text_embed"
-"""What these networks call the part that is replaced."""
+"""The name of the replaced part in these networks."""
 
 
 class Averaged(nn.Module):
-    """The mean of two embeddings of everything.
+    """The mean of two embeddings, one per time.
 
     Args:
-        embedding: of (b,) times, and what else the network gives it.
+        embedding: of (b,) times and the network's other inputs.
     """
 
     def __init__(self, embedding: nn.Module) -> None:
@@ -38,7 +38,7 @@ class Averaged(nn.Module):
 
 
 class Gated(nn.Module):
-    """Two embeddings of time in shares of 1 - gate and gate, beside one of the pooled text.
+    """Two embeddings of time in shares of 1 - gate and gate, plus one of the pooled text.
 
     Args:
         embedding: with ``time_proj``, ``timestep_embedder`` and ``text_embedder``.
@@ -60,23 +60,23 @@ class Gated(nn.Module):
 
 
 KINDS: dict[str, type[Averaged | Gated]] = {"FluxTransformer2DModel": Averaged, "SD3Transformer2DModel": Gated}
-"""How the two times of a network are joined."""
+"""The combination of two times, by class of network."""
 
 
 def add_second_time(network: nn.Module) -> None:
-    """Give a network its second time, in place; once is enough.
+    """Give a network a second time, in place; repeated calls have no effect.
 
     Raises:
-        ValueError: it is not known how the times of such a network are joined.
+        ValueError: this class of network is not supported.
     """
     name = type(network).__name__
     if name not in KINDS:
-        raise ValueError(f"two_time=True: it is not known how {name} takes a second time; known: {', '.join(KINDS)}")
+        raise ValueError(f"two_time=True is not supported for {name}; supported: {', '.join(KINDS)}")
     embedding = getattr(network, EMBEDDING)
     if not isinstance(embedding, Averaged | Gated):
         setattr(network, EMBEDDING, KINDS[name](embedding))
 
 
 def has_second_time(network: nn.Module) -> bool:
-    """Whether `add_second_time` was here."""
+    """Whether a network has a second time by `add_second_time`."""
     return isinstance(getattr(network, EMBEDDING, None), Averaged | Gated)

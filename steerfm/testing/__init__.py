@@ -1,11 +1,11 @@
-"""Contract tests for what others write: rewards, models, methods and data.
+"""Contract tests for user code: rewards, models, methods and data.
 
 >>> from steerfm.testing import check_reward
->>> def test_my_reward():                        # in pytest; in a notebook, the line alone
+>>> def test_my_reward():                        # in pytest; in a notebook, only the next line
 ...     check_reward(my_reward)
 
-Each check is silent where the contract holds. Where it does not, it raises a `ContractError`, an AssertionError whose message
-says in one sentence what is wrong and how to mend it.
+A check returns silently if the contract holds. Otherwise it raises a `ContractError`, an AssertionError with the violation and
+its fix in one sentence.
 """
 
 from steerfm.testing.contract import ContractError

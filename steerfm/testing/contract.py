@@ -1,4 +1,4 @@
-"""What the checks share: one kind of failure, and ways to see that code depends on nothing but its arguments."""
+"""Common parts of the checks: the error, and tests that code depends only on its arguments."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from steerfm.randomness import stream, untouched
 
 
 class ContractError(AssertionError):
-    """A broken contract; the message is one sentence that says what is wrong and how to mend it."""
+    """A broken contract; the message is one sentence with the violation and its fix."""
 
 
 def require(holds: Any, wrong: str, mend: str) -> None:
-    """Raise a ContractError unless it holds.
+    """Raise a ContractError unless a condition holds.
 
     Args:
         holds: the condition.
-        wrong: what is wrong.
-        mend: how to mend it.
+        wrong: the violation.
+        mend: the fix.
     """
     if not bool(holds):
         raise ContractError(f"{wrong}: {mend}")
@@ -33,7 +33,7 @@ def require(holds: Any, wrong: str, mend: str) -> None:
 
 @contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Any exception in here breaks the contract; a message of steerfm's own says the fix itself."""
+    """A context in which any exception breaks the contract; messages of steerfm already contain the fix."""
     try:
         yield
     except ContractError:
@@ -44,8 +44,8 @@ def failing(what: str) -> Iterator[None]:
 
 
 def pictures(n: int, shape: tuple[int, ...], seed: int = 0, bounded: bool | None = None) -> Tensor:
-    """Uniform noise in [0.05, 0.95], (n, *shape): a small step in any direction is still a picture. What is not bounded (by
-    default vectors) is normal."""
+    """Random inputs (n, *shape): uniform in [0.05, 0.95] if bounded, so that small steps stay in [0, 1]; else normal. By
+    default pictures are bounded, and vectors are not."""
     generator = stream(seed, "contract")
     if len(shape) == 3 if bounded is None else bounded:
         return 0.05 + 0.9 * torch.rand(n, *shape, generator=generator, dtype=torch.float32)
@@ -53,17 +53,17 @@ def pictures(n: int, shape: tuple[int, ...], seed: int = 0, bounded: bool | None
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether two tensors are of one shape and equal up to rounding."""
+    """Whether two tensors have equal shapes and equal values up to rounding."""
     return a.shape == b.shape and bool(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance / 10))
 
 
 def furthest(a: Tensor, b: Tensor) -> int:
-    """The row in which two tensors differ most."""
+    """The row with the largest difference."""
     return int((a - b).detach().abs().flatten(1 if a.ndim > 1 else 0).reshape(len(a), -1).amax(1).argmax())
 
 
 def after_seed(seed: int, call: Callable[[], Any]) -> Any:
-    """What a call gives after torch's, numpy's and Python's global generators were seeded; their states are as before."""
+    """The result of a call after seeding the global generators of torch, numpy and Python; their states are restored."""
     with untouched():
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -72,14 +72,14 @@ def after_seed(seed: int, call: Callable[[], Any]) -> Any:
 
 
 def moves_global_state(call: Callable[[], Any]) -> bool:
-    """Whether a call changes the state of a global generator: by drawing from it, or by seeding it."""
+    """Whether a call draws from a global generator or seeds it."""
 
     def run() -> bool:
         before = _states()
         call()
         return _states() != before
 
-    return after_seed(0x0DD5EED, run)  # which nobody seeds with
+    return after_seed(0x0DD5EED, run)  # an unusual seed
 
 
 def _states() -> tuple[bytes, str, str]:

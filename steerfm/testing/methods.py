@@ -21,7 +21,7 @@ BUDGETS = (4, 32, 128)
 
 
 class Slope(Reward):
-    """The sum of what a model draws: a reward with a gradient, for pictures and for vectors."""
+    """The mean of a sample: a reward with a gradient, for pictures and for vectors."""
 
     unit = "sum"
 
@@ -30,7 +30,7 @@ class Slope(Reward):
 
 
 class BlackBox(Slope):
-    """The same without a gradient."""
+    """The same reward without a gradient."""
 
     differentiable = False
 
@@ -47,9 +47,12 @@ def two_modes() -> FlowMap:
 
 @dataclass
 class Probe:
-    """A method, and the problem that it is run on.
+    """A method and its test problem.
 
     Attributes:
+        method: the method.
+        flow_map: the map.
+        cond: a condition for all outputs, or None.
         result: of N outputs, with the seeds 0 ... N - 1.
     """
 
@@ -70,15 +73,15 @@ class Probe:
 
 
 def check_method(method: Method, flow_map: FlowMap | None = None, cond: Any = None) -> None:
-    """Check that a steering method keeps the contract of `steerfm.steer` and of the bench.
+    """Check a steering method against the contract of `steerfm.steer` and of the bench.
 
     Args:
-        method: an object of the `Method` protocol; a dozen short runs of it are made.
-        flow_map: to run it on; default an exact map of two Gaussians in the plane.
+        method: an object with the `Method` protocol; the check makes a dozen short runs.
+        flow_map: the map of the runs; default an exact map of two Gaussians in the plane.
         cond: a label or prompt for a model that needs one.
 
     Raises:
-        ContractError: the first thing that is wrong, and how to mend it, in one sentence.
+        ContractError: the first violation and its fix, in one sentence.
     """
     require(not isinstance(method, type), f"{method} is a class", "check an object of it, with the arguments that it needs")
     probe = Probe(method, flow_map or two_modes(), cond)
@@ -88,7 +91,7 @@ def check_method(method: Method, flow_map: FlowMap | None = None, cond: Any = No
 
 
 def protocol(probe: Probe) -> None:
-    """It has particles, check and run, and takes a reward with a gradient."""
+    """It has particles, check and run, and accepts a reward with a gradient."""
     for part in ("particles", "check", "run"):
         require(
             hasattr(probe.method, part), f"{probe.name} has no {part}", "see steerfm.steering.Method: particles, check, run"
@@ -97,21 +100,21 @@ def protocol(probe: Probe) -> None:
     require(
         isinstance(k, int) and not isinstance(k, bool) and k > 0,
         f"{probe.name} has particles = {k!r}",
-        "particles is the whole number that an output has, at least 1",
+        "particles is the number per output, a whole number of at least 1",
     )
     with failing(probe.name):
         probe.method.check(Slope())
 
 
 def outcome(probe: Probe) -> None:
-    """All outputs come back, with the rewards of their samples and normalised weights."""
+    """It returns all outputs, with the rewards of their samples and normalised weights."""
     probe.result = result = probe.run()
     shape, fix = (
         probe.flow_map.shape,
         f"run returns an Outcome of samples (n, k, *shape), here ({N}, k, *{probe.flow_map.shape})",
     )
     n, k = result.samples.shape[:2]
-    require(n == N, f"{probe.name} returns {n} outputs where {N} are asked for", fix)
+    require(n == N, f"{probe.name} returns {n} outputs instead of {N}", fix)
     require(
         tuple(result.samples.shape[2:]) == shape and k > 0, f"{probe.name} returns samples {tuple(result.samples.shape)}", fix
     )
@@ -125,9 +128,9 @@ def outcome(probe: Probe) -> None:
     require(
         torch.isfinite(result.samples).all(), f"{probe.name} returns samples of NaN or inf", "lower the guidance, or cap it"
     )
-    seen = result.images().flatten(0, 1)
+    images = result.images().flatten(0, 1)
     require(
-        near(result.rewards.flatten(), Slope()(seen.detach()), 1e-3),
+        near(result.rewards.flatten(), Slope()(images.detach()), 1e-3),
         f"{probe.name} returns rewards that are not those of its samples",
         "score the samples that are returned, problem.score(x).total, in their order",
     )
@@ -145,7 +148,7 @@ def outcome(probe: Probe) -> None:
 
 
 def seeds(probe: Probe) -> None:
-    """Each output follows its seed, and nothing else: not the global random state, nor the other outputs."""
+    """Each output depends on its seed only, not on the global random state or on other outputs."""
     first, noise = probe.result, "draw from the noise that run is given, and its streams noise.other(purpose)"
     again, other = (after_seed(7, lambda seed=seed: probe.run(seeds=seed)) for seed in (0, 1000))
     require(near(first.samples, again.samples, 1e-6), f"{probe.name} draws other samples for the same seeds", noise)
@@ -156,30 +159,32 @@ def seeds(probe: Probe) -> None:
     require(
         same,
         f"{probe.name} gives an output among {N} otherwise than alone",
-        "keep outputs apart: select and average within the particles of one",
+        "keep outputs separate: select and average within the particles of one output",
     )
     parts = probe.run(batch_size=2)
     require(
         near(first.samples, parts.samples, 1e-4),
         f"{probe.name} gives other samples with batch_size = 2",
-        "use the n that run is given, and nothing that a run leaves on self",
+        "use the n argument of run, and keep no state on self",
     )
 
 
 def progress(probe: Probe) -> None:
-    """It says how far it is, up to the end."""
-    said: list[tuple[int, int]] = []
-    probe.run(n=1, progress=lambda done, steps: said.append((done, steps)))
-    fix = "call tick(steps done, steps in all) after every step"
-    require(said, f"{probe.name} never says how far it is", fix)
-    done = [i for i, _ in said]
+    """It reports its progress up to the end."""
+    ticks: list[tuple[int, int]] = []
+    probe.run(n=1, progress=lambda done, steps: ticks.append((done, steps)))
+    fix = "call tick(steps done, total steps) after every step"
+    require(ticks, f"{probe.name} never reports its progress", fix)
+    done = [i for i, _ in ticks]
     require(
-        done == sorted(done) and said[-1][0] == said[-1][1], f"{probe.name} ends at step {said[-1][0]} of {said[-1][1]}", fix
+        done == sorted(done) and ticks[-1][0] == ticks[-1][1],
+        f"{probe.name} ends at step {ticks[-1][0]} of {ticks[-1][1]}",
+        fix,
     )
 
 
 def black_boxes(probe: Probe) -> None:
-    """It works with a black box, or refuses one before the work."""
+    """It works with a black box, or refuses one in check."""
     try:
         probe.method.check(BlackBox())
     except ValueError:
@@ -189,12 +194,12 @@ def black_boxes(probe: Probe) -> None:
     except ContractError as error:
         raise ContractError(
             f"{probe.name} accepts a reward without a gradient and then fails ({error}): "
-            "raise a ValueError in check, or do without"
+            "raise a ValueError in check, or work without a gradient"
         ) from error
 
 
 def budget(probe: Probe) -> None:
-    """What fits itself into a budget of network evaluations keeps to it."""
+    """A method with ``within`` keeps to the budget of network evaluations."""
     if not isinstance(probe.method, Fits):
         return
     fit = probe.method.within
@@ -202,22 +207,22 @@ def budget(probe: Probe) -> None:
     for most in BUDGETS:
         try:
             sizes[most] = fit(most)
-        except ValueError:  # it says what it needs at least
+        except ValueError:  # too small a budget
             continue
     require(
         sizes,
         f"{probe.name} refuses budgets of {', '.join(map(str, BUDGETS))}",
         "within(budget) returns the method in that size",
     )
-    for most, sized in sizes.items():
-        if sized is not None:
-            spent = probe.run(sized).cost.evaluations / N
+    for most, method in sizes.items():
+        if method is not None:
+            cost = probe.run(method).cost.evaluations / N
             require(
-                spent <= most,
-                f"{probe.name} within {most} spends {spent:g} network evaluations an output",
+                cost <= most,
+                f"{probe.name} within {most} spends {cost:g} network evaluations per output",
                 "count a backward pass as two, and round steps and particles down",
             )
 
 
 CHECKS = (protocol, outcome, seeds, progress, black_boxes, budget)
-"""What `check_method` looks at, in this order; the first line of each says what holds."""
+"""The checks of `check_method`, in this order; see their docstrings."""

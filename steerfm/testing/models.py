@@ -16,15 +16,18 @@ from steerfm.testing.contract import after_seed, failing, furthest, moves_global
 
 N = 4
 SMALL = 1e-3
-"""Of a jump that is compared with the velocity."""
+"""Length of the jump for the comparison with the velocity."""
 
 
 @dataclass
 class Probe:
-    """A map, and what it is asked about.
+    """A map and its test inputs.
 
     Attributes:
-        x: (N, *shape) states. s, t: (N,) times, s < t, different in every row.
+        flow_map: the map.
+        x: (N, *shape) states.
+        s: (N,) times, different in every row.
+        t: (N,) later times, different in every row.
         cond: one row per state, or None.
     """
 
@@ -39,22 +42,21 @@ class Probe:
         return f"model {type(self.flow_map).__name__!r}"
 
     def u(self, s: Tensor, t: Tensor, rows: slice = slice(None)) -> Tensor:
-        """What its author wrote."""
+        """Call the user's `average_velocity` directly."""
         with failing(self.name), torch.no_grad():
             cond = take_rows(self.cond, rows)
             return self.flow_map.average_velocity(self.x[rows], s[rows], t[rows], cond)
 
 
 def check_model(flow_map: FlowMap, cond: Condition | str | int = None) -> None:
-    """Check that a flow map keeps the contract that sampling, steering and tuning rely on.
+    """Check a flow map against the contract of sampling, steering and tuning.
 
     Args:
         flow_map: the model, in evaluation mode.
-        cond: a condition of one row, a label or a prompt, for a model that cannot do without; default its first classes, or a
-            prompt.
+        cond: a condition of one row, a label or a prompt, for a model that needs one; default its first classes, or a prompt.
 
     Raises:
-        ContractError: the first thing that is wrong, and how to mend it, in one sentence.
+        ContractError: the first violation and its fix, in one sentence.
     """
     require(isinstance(flow_map, FlowMap), f"a {type(flow_map).__name__} is no model", "derive it from steerfm.FlowMap")
     name = f"model {type(flow_map).__name__!r}"
@@ -85,7 +87,7 @@ def _condition(flow_map: FlowMap, cond: Condition | str | int) -> Condition:
 
 
 def velocities(probe: Probe) -> None:
-    """average_velocity gives a finite velocity of the state's shape and dtype, at all times 0 <= s <= t <= 1."""
+    """average_velocity returns a finite velocity of the state's shape and dtype, for all times 0 <= s <= t <= 1."""
     zero, one = torch.zeros_like(probe.s), torch.ones_like(probe.s)
     for s, t in ((probe.s, probe.t), (zero, zero), (zero, one), (one, one), (probe.s, probe.s)):
         u, when = probe.u(s, t), f"from s = {s[0]:g} to t = {t[0]:g}"
@@ -95,11 +97,13 @@ def velocities(probe: Probe) -> None:
             "average_velocity returns (b, *shape), a row for each state",
         )
         require(u.dtype == probe.x.dtype, f"{probe.name} answers {probe.x.dtype} with {u.dtype}", "cast back to the dtype of x")
-        require(torch.isfinite(u).all(), f"{probe.name} is not finite {when}", "divide by no time that can be 0, nor by t - s")
+        require(
+            torch.isfinite(u).all(), f"{probe.name} is not finite {when}", "do not divide by t - s, or by a time that can be 0"
+        )
 
 
 def rows(probe: Probe) -> None:
-    """Every state is moved by itself, from its own time to its own, under its own condition."""
+    """Every state moves independently, between its own times, with its own condition."""
     whole = probe.u(probe.s, probe.t)
     alone = torch.cat([probe.u(probe.s, probe.t, slice(i, i + 1)) for i in range(N)])
     row = furthest(whole, alone)
@@ -111,7 +115,7 @@ def rows(probe: Probe) -> None:
 
 
 def repeats(probe: Probe) -> None:
-    """It gives the same again, whatever the global random state is, and leaves its input alone."""
+    """It returns the same values again, for any global random state, and does not change its input."""
     before = probe.x.clone()
     first, other = (after_seed(seed, lambda: probe.u(probe.s, probe.t)) for seed in (0, 1))
     require(
@@ -119,9 +123,11 @@ def repeats(probe: Probe) -> None:
         f"{probe.name} gives different jumps for the same state",
         "take it out of training mode, flow_map.eval(), and draw nothing in it",
     )
-    moved = moves_global_state(lambda: probe.u(probe.s, probe.t))
+    changes_state = moves_global_state(lambda: probe.u(probe.s, probe.t))
     require(
-        not moved, f"{probe.name} seeds or draws from a global random state", "a flow map is deterministic: draw nothing in it"
+        not changes_state,
+        f"{probe.name} seeds or draws from a global random state",
+        "a flow map is deterministic: draw nothing in it",
     )
     require(
         probe.x.equal(before),
@@ -131,18 +137,18 @@ def repeats(probe: Probe) -> None:
 
 
 def identity(probe: Probe) -> None:
-    """A jump from a time to the same time stays where it is."""
+    """A jump from a time to the same time does not move the state."""
     with failing(probe.name), torch.no_grad():
         for where in (probe.s, probe.s.clone()):
-            stayed = probe.flow_map.jump(probe.x, probe.s, where, probe.cond)
+            end = probe.flow_map.jump(probe.x, probe.s, where, probe.cond)
         floats = probe.flow_map.jump(probe.x, 0.5, 0.5, probe.cond)
     fix = "leave jump to FlowMap, which is x + (t - s) u, and write average_velocity"
-    for x in (stayed, floats):
+    for x in (end, floats):
         require(near(x, probe.x, 1e-5), f"{probe.name} moves in a jump from a time to the same time", fix)
 
 
 def jumps(probe: Probe) -> None:
-    """Times may be numbers or one for each row, a small jump is one along the velocity, and calls are counted."""
+    """Times can be numbers or one per row, a short jump follows the velocity, and calls are counted."""
     flow_map, x, cond, t = probe.flow_map, probe.x, probe.cond, 0.4
     with failing(probe.name), torch.no_grad(), Ledger() as ledger:
         by_number = flow_map.jump(x, 0.2, t, cond)
@@ -167,19 +173,19 @@ def jumps(probe: Probe) -> None:
 
 
 def ends(probe: Probe) -> None:
-    """The velocity leads from noise to data: E[x_1 | x_0] hardly depends on x_0, nor E[x_0 | x_1] on x_1."""
+    """The velocity leads from noise to data: E[x_1 | x_0] hardly depends on x_0, and E[x_0 | x_1] hardly on x_1."""
     flow_map, x = probe.flow_map, probe.x
     if not can(flow_map, "velocity"):
         return
     with failing(probe.name), torch.no_grad():
         u = [flow_map.velocity(x, t, probe.cond) for t in (0.0, 1.0)]
-    data, noise = _slope(x + u[0], x), _slope(x - u[1], x)  # 0 where it is right, 2 where its sign is the other
+    data, noise = _slope(x + u[0], x), _slope(x - u[1], x)  # 0 if correct, 2 if the sign is wrong
     require(
         not (1.5 < data < 5 and noise > 1.5),
         f"{probe.name} leads from the data to the noise",
         "its sign is the other one: it is dx/dt with noise at t = 0 and data at t = 1, data - noise",
     )
-    require(  # the second alone may be large: noise is no data, and what is said of it there may be anything
+    require(  # the second one alone may be large: at t = 1 the noise is not determined
         abs(data) < 5 and not (data > 0.5 and abs(noise) > 5),
         f"{probe.name} takes {data:.1%} of its noise for data at t = 0, where none of it is",
         "its noise is at the other end, or what it predicts is something else (noise_at=, predicts=, path= and span= say it)",
@@ -187,19 +193,19 @@ def ends(probe: Probe) -> None:
 
 
 def _slope(answer: Tensor, x: Tensor) -> float:
-    """How much of x is in an answer: the coefficient of its regression on x over the rows, (b, *shape)."""
+    """The coefficient of the regression of an answer on x over the rows, (b, *shape)."""
     x, answer = ((value - value.mean(0)).double() for value in (x, answer))
     return float((answer * x).sum() / x.square().sum().clamp_min(1e-12))
 
 
 def second_time(probe: Probe) -> None:
-    """A map that says it jumps between any two times looks at the second, or two of its jumps lead about where one does."""
+    """A map with two times uses the second one, or two of its jumps end close to where one does."""
     flow_map, x, cond = probe.flow_map, probe.x, probe.cond
     if not can(flow_map, "two_time"):
         return
     with failing(probe.name), torch.no_grad():
-        ignored = near(probe.u(probe.s, probe.t), probe.u(probe.s, probe.s), 1e-6)
-        if not ignored:
+        ignores_t = near(probe.u(probe.s, probe.t), probe.u(probe.s, probe.s), 1e-6)
+        if not ignores_t:
             return
         once = flow_map.jump(x, 0.0, 1.0, cond)
         twice = flow_map.jump(flow_map.jump(x, 0.0, 0.5, cond), 0.5, 1.0, cond)
@@ -222,19 +228,19 @@ def gradients(probe: Probe) -> None:
 
 
 def decoding(probe: Probe) -> None:
-    """decode gives pictures (b, c, h, w) in [0, 1], videos (b, c, f, h, w), or vectors as they are, and encode leads back."""
+    """decode returns pictures (b, c, h, w) in [0, 1], videos (b, c, f, h, w), or unchanged vectors, and encode inverts it."""
     flow_map, shape = probe.flow_map, probe.flow_map.shape
     with failing(probe.name), torch.no_grad(), Ledger() as ledger:
-        seen = flow_map.decode(probe.x)
+        decoded = flow_map.decode(probe.x)
     require(
-        len(seen) == N and seen.ndim in (2, 4, 5),
-        f"{probe.name} decodes states {tuple(probe.x.shape)} to {tuple(seen.shape)}",
+        len(decoded) == N and decoded.ndim in (2, 4, 5),
+        f"{probe.name} decodes states {tuple(probe.x.shape)} to {tuple(decoded.shape)}",
         "decode returns pictures (b, c, h, w), videos (b, c, f, h, w) or vectors (b, d)",
     )
-    if seen.ndim > 2:
+    if decoded.ndim > 2:
         require(
-            seen.min() >= -1e-3 and seen.max() <= 1 + 1e-3,
-            f"{probe.name} decodes to pictures in [{seen.min():.3g}, {seen.max():.3g}]",
+            decoded.min() >= -1e-3 and decoded.max() <= 1 + 1e-3,
+            f"{probe.name} decodes to pictures in [{decoded.min():.3g}, {decoded.max():.3g}]",
             "decode returns them in [0, 1]: ((z + 1) / 2).clamp(0, 1) where the model's are in [-1, 1]",
         )
     require(
@@ -242,15 +248,15 @@ def decoding(probe: Probe) -> None:
         f"{probe.name} counts {ledger.cost.decodes} decodes for {N} states",
         'begin decode with steerfm.cost.count("decodes", len(z))',
     )
-    if tuple(seen.shape[1:]) == shape:  # no autoencoder, which loses something
-        given = pictures(N, shape).to(probe.x)
+    if tuple(decoded.shape[1:]) == shape:  # no lossy autoencoder
+        originals = pictures(N, shape).to(probe.x)
         with failing(probe.name), torch.no_grad():
-            back = flow_map.decode(flow_map.encode(given))
-        require(near(back, given), f"{probe.name} does not decode what it encodes", "write encode as the inverse of decode")
+            back = flow_map.decode(flow_map.encode(originals))
+        require(near(back, originals), f"{probe.name} does not decode what it encodes", "write encode as the inverse of decode")
 
 
 def conditions(probe: Probe) -> None:
-    """A model with classes has a null condition of one row, which runs beside them."""
+    """A model with classes has a null condition of one row, and runs with it."""
     flow_map, null = probe.flow_map, probe.flow_map.null
     if null is None:
         return
@@ -268,4 +274,4 @@ def conditions(probe: Probe) -> None:
 
 
 CHECKS = (velocities, repeats, rows, identity, jumps, gradients, decoding, conditions, ends, second_time)
-"""What `check_model` looks at, in this order; the first line of each says what holds."""
+"""The checks of `check_model`, in this order; see their docstrings."""

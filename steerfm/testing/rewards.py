@@ -21,10 +21,13 @@ N = 4
 
 @dataclass
 class Probe:
-    """A reward, and what it is asked about.
+    """A reward and its test inputs.
 
     Attributes:
-        images: (N, *shape) noise, of what the reward reads. prompts, labels: one for each.
+        reward: the reward.
+        images: (N, *shape) noise in the reward's space.
+        prompts: N texts.
+        labels: (N,) class indices.
     """
 
     reward: Reward
@@ -38,7 +41,7 @@ class Probe:
 
     @property
     def bounded(self) -> bool:
-        """Whether it reads values in [0, 1]: pictures or video, and neither vectors nor the model's space."""
+        """Whether it reads pictures or video in [0, 1], and not vectors or the model's space."""
         return self.reward.space != MODEL and self.images.ndim >= 4
 
     @property
@@ -46,26 +49,26 @@ class Probe:
         return self.reward.space if self.bounded else "vectors" if self.reward.space != MODEL else "samples"
 
     def __call__(self, images: Tensor | None = None, rows: slice | list[int] = slice(None)) -> Tensor:
-        """Checked values of some rows; a failure is one of the contract."""
+        """Values of some rows, with all checks; a failure breaks the contract."""
         with failing(self.name):
             return self.reward((self.images if images is None else images)[rows], **self.context(rows))
 
     def score(self, images: Tensor) -> Tensor:
-        """What its author wrote, as it is called: without copies, checks or undoing."""
+        """Call the user's `score` directly: without copies, checks or restored state."""
         groups: dict[str, Any] = {"groups": None} if self.reward.groupwise else {}
         return self.reward.score(images.clone(), **self.context(), **groups)
 
     def context(self, rows: slice | list[int] = slice(None)) -> dict[str, Any]:
-        chosen = range(N)[rows] if isinstance(rows, slice) else rows
-        return {"prompts": [self.prompts[row] for row in chosen], "labels": self.labels[list(chosen)]}
+        numbers = range(N)[rows] if isinstance(rows, slice) else rows
+        return {"prompts": [self.prompts[row] for row in numbers], "labels": self.labels[list(numbers)]}
 
     def shades(self) -> Tensor:
-        """(N, *shape): from the lowest to the highest of what a reward can meet, each row of one value."""
+        """(N, *shape): constant rows, from the lowest to the highest possible value."""
         levels = torch.linspace(0, 1, N) if self.bounded else torch.linspace(-1, 1, N)
         return levels.view(N, *(1,) * (self.images.ndim - 1)).expand_as(self.images).clone()
 
-    def written(self) -> bool:
-        """Whether it has a `score` or a `send` of its own; a sum has none."""
+    def has_hook(self) -> bool:
+        """Whether it defines `score` or `send`; a sum does not."""
         return type(self.reward).score is not Reward.score or type(self.reward).send is not Reward.send
 
 
@@ -76,48 +79,48 @@ def check_reward(
     prompts: Sequence[str] | None = None,
     labels: Tensor | None = None,
 ) -> None:
-    """Check that a reward keeps the contract that steering and tuning rely on.
+    """Check a reward against the contract of steering and tuning.
 
     Args:
         reward: a Reward, or a function of pictures.
-        shape: of what it is made for: a picture (c, h, w) (default (3, 32, 32)), a vector (d,), a video (c, f, h, w) (default
+        shape: of one input: a picture (c, h, w) (default (3, 32, 32)), a vector (d,), a video (c, f, h, w) (default
             (3, 4, 32, 32)), or a sample of the model (default (4, 8, 8)).
-        prompts: four, where it cannot read any four words.
-        labels: (4,) class indices, where 0 to 3 are none.
+        prompts: four texts; default simple objects.
+        labels: (4,) class indices; default 0 to 3.
 
     Raises:
-        ContractError: the first thing that is wrong, and how to mend it, in one sentence.
+        ContractError: the first violation and its fix, in one sentence.
     """
     with failing("the reward"):
-        made = as_reward(reward)
+        built = as_reward(reward)
     words = ["a red heart", "a dog", "a house", "an airplane"] if prompts is None else list(prompts)
     classes = torch.arange(N) if labels is None else labels
     if len(words) != N or len(classes) != N:
         raise ValueError(f"check_reward takes {N} prompts and {N} labels, got {len(words)} and {len(classes)}")
-    probe = Probe(made, _samples(made, shape), words, classes)
+    probe = Probe(built, _samples(built, shape), words, classes)
     with untouched():
         for check in CHECKS:
             check(probe)
 
 
 def _samples(reward: Reward, shape: Sequence[int] | None) -> Tensor:
-    """(N, *shape): pictures and video in [0, 1], vectors and the model's own samples normal."""
+    """(N, *shape) noise: pictures and video in [0, 1]; vectors and samples in the model's space are normal."""
     require(
         reward.space in SPACES,
         f"reward {reward.name!r} has space = {reward.space!r}",
-        f"it reads one of {', '.join(map(repr, SPACES))}",
+        f"it must be one of {', '.join(map(repr, SPACES))}",
     )
     require(
         len(reward.spaces) == 1,
         f"reward {reward.name!r} reads {reward.space} and the model's space",
         "check its terms one by one",
     )
-    chosen = tuple(shape or {VIDEO: (3, 4, 32, 32), MODEL: (4, 8, 8)}.get(reward.space, (3, 32, 32)))
-    return pictures(N, chosen, bounded=reward.space != MODEL and len(chosen) >= 3)
+    size = tuple(shape or {VIDEO: (3, 4, 32, 32), MODEL: (4, 8, 8)}.get(reward.space, (3, 32, 32)))
+    return pictures(N, size, bounded=reward.space != MODEL and len(size) >= 3)
 
 
 def facts(probe: Probe) -> None:
-    """It has a name, a range, and needs of labels and prompts only."""
+    """It has a name and a valid range, and needs at most labels and prompts."""
     reward, low, high = probe.reward, *probe.reward.range
     require(reward.name, "a reward has no name", 'set name = "..." on its class')
     require(low < high, f"{probe.name} has the range {reward.range}", "range = (lowest, highest) value that it can have")
@@ -134,7 +137,7 @@ def facts(probe: Probe) -> None:
 
 
 def values(probe: Probe) -> None:
-    """It gives one finite value for each picture, in its range, for noise and for plain pictures."""
+    """It returns one finite value for each picture, in its range, for noise and for constant pictures."""
     low, high = probe.reward.range
     for images, what in (
         (probe.images, "noise"),
@@ -148,7 +151,7 @@ def values(probe: Probe) -> None:
                 "widen range, or clamp the value",
             )
         except ContractError as error:
-            if _expects_signed(probe, images):
+            if _works_signed(probe, images):
                 raise ContractError(
                     f"{probe.name} works for pictures in [-1, 1] only, but gets them in [0, 1]: "
                     "begin its score with images = 2 * images - 1"
@@ -158,10 +161,10 @@ def values(probe: Probe) -> None:
             raise
 
 
-def _expects_signed(probe: Probe, images: Tensor) -> bool:
-    """Whether what fails for pictures in [0, 1] works for the same in [-1, 1]."""
+def _works_signed(probe: Probe, images: Tensor) -> bool:
+    """Whether a reward that fails for pictures in [0, 1] works for the same pictures in [-1, 1]."""
     low, high = probe.reward.range
-    if not probe.bounded or not probe.written():
+    if not probe.bounded or not probe.has_hook():
         return False
     try:
         value = torch.as_tensor(probe.score(2 * images - 1))
@@ -172,7 +175,7 @@ def _expects_signed(probe: Probe, images: Tensor) -> bool:
 
 
 def refusals(probe: Probe) -> None:
-    """It refuses what are no pictures in [0, 1]."""
+    """It refuses inputs that are not pictures in [0, 1]."""
     broken = probe.images.clone()
     broken.view(-1)[1] = float("nan")
     signed = {f"{probe.samples} in [-1, 1]": 2 * probe.images - 1} if probe.bounded else {}
@@ -183,23 +186,23 @@ def refusals(probe: Probe) -> None:
             continue
         except Exception as error:
             raise ContractError(f"{probe.name} fails for {what}: leave __call__ to Reward, and write score") from error
-        raise ContractError(f"{probe.name} takes {what} without a word: leave __call__ to Reward, and write score")
+        raise ContractError(f"{probe.name} accepts {what} without an error: leave __call__ to Reward, and write score")
 
 
 def repeats(probe: Probe) -> None:
-    """It gives the same again, whatever the global random state is, and leaves that state alone."""
+    """It returns the same values again, for any global random state, and does not change that state."""
     first = after_seed(0, probe)
     own = "draw from a torch.Generator of its own, seeded alike at every call"
     require(near(first, after_seed(1, probe), 1e-6), f"{probe.name} depends on the global random state", own)
     require(near(first, after_seed(0, probe), 1e-6), f"{probe.name} gives other values for the same pictures", own)
-    if probe.written():
+    if probe.has_hook():
         with failing(probe.name):
-            moved = moves_global_state(lambda: probe.score(probe.images))
-        require(not moved, f"{probe.name} seeds or draws from a global random state", own)
+            changes_state = moves_global_state(lambda: probe.score(probe.images))
+        require(not changes_state, f"{probe.name} seeds or draws from a global random state", own)
 
 
 def rows(probe: Probe) -> None:
-    """It scores every picture by itself, or the pictures of one group together where it says groupwise."""
+    """It scores every picture separately, or, if groupwise, the pictures of one group together."""
     whole = probe()
     if not probe.reward.groupwise:
         alone = torch.cat([probe(rows=slice(i, i + 1)) for i in range(N)])
@@ -217,20 +220,20 @@ def rows(probe: Probe) -> None:
     require(
         near(together, parts),
         f"{probe.name} compares pictures of different groups",
-        "compare those only whose entries of groups are equal",
+        "compare only pictures with equal entries in groups",
     )
 
 
 def parts(probe: Probe) -> None:
-    """Parts of a batch give the same, and every picture is counted once."""
+    """Parts of a batch have the same values, and every picture is counted once."""
     before, whole = probe.reward.batch_size, probe()
     probe.reward.batch_size = N - 1
     try:
         with Ledger() as ledger:
-            split = probe()
+            in_parts = probe()
     finally:
         probe.reward.batch_size = before
-    require(near(whole, split), f"{probe.name} gives other values in parts of {N - 1}", "score every picture by itself")
+    require(near(whole, in_parts), f"{probe.name} gives other values in parts of {N - 1}", "score every picture by itself")
     require(
         ledger.cost.reward_calls == N,
         f"{probe.name} counts {ledger.cost.reward_calls} calls for {N} pictures",
@@ -239,15 +242,15 @@ def parts(probe: Probe) -> None:
 
 
 def context(probe: Probe) -> None:
-    """It reads labels and prompts only if it says that it needs them, or does without."""
+    """It needs no labels or prompts but those in ``needs``."""
     everything = probe.context()
-    needed = {key: everything[key] if key in probe.reward.needs else None for key in everything}
+    inputs = {key: everything[key] if key in probe.reward.needs else None for key in everything}
     fix = "add what it reads to needs, or do without where it is None"
     try:
-        probe.reward(probe.images, **needed)
+        probe.reward(probe.images, **inputs)
     except Exception as error:
-        known = ", ".join(sorted(probe.reward.needs)) or "neither labels nor prompts"
-        raise ContractError(f"{probe.name} says that it needs {known}, and fails where it gets no more: {fix}") from error
+        inputs_text = ", ".join(sorted(probe.reward.needs)) or "neither labels nor prompts"
+        raise ContractError(f"{probe.name} says that it needs {inputs_text}, and fails where it gets no more: {fix}") from error
     for need in probe.reward.needs:
         try:
             probe.reward(probe.images, **everything | {need: None})
@@ -259,7 +262,7 @@ def context(probe: Probe) -> None:
 
 
 def gradients(probe: Probe) -> None:
-    """Its gradient is that of its value, and a black box has none."""
+    """Its gradient is the derivative of its value; a black box has no gradient."""
     if not probe.reward.differentiable:
         require(
             not _true_gradient_of_score(probe),
@@ -299,8 +302,8 @@ def _gradient(probe: Probe, images: Tensor, fix: str) -> Tensor:
 
 
 def _true_gradient_of_score(probe: Probe) -> bool:
-    """Whether `score` of a black box gives the gradient of its value."""
-    if not probe.written():
+    """Whether a declared black box has a correct gradient after all."""
+    if not probe.has_hook():
         return False
     images = probe.images.clone().requires_grad_()
     try:
@@ -312,11 +315,11 @@ def _true_gradient_of_score(probe: Probe) -> bool:
 
 
 def _is_slope(probe: Probe, value: Callable[[Tensor], Tensor], gradient: Tensor) -> bool:
-    """Whether steps along the gradient change the value by what it says; at one of five lengths, for rounding and kinks."""
+    """Whether steps along the gradient change the value as predicted, for one of five step lengths (rounding, kinks)."""
     largest = gradient.flatten(1).abs().amax(1).clamp_min(1e-30)
     direction = gradient / largest.view(-1, *(1,) * (gradient.ndim - 1))
     for step in (1e-2, 5e-2, 1e-3, 1e-4, 1e-5):
-        ahead, behind = (_moved(probe, sign * step * direction) for sign in (1, -1))
+        ahead, behind = (_move(probe, sign * step * direction) for sign in (1, -1))
         with torch.no_grad():
             change = (value(ahead) - value(behind)).sum()
         expected = (gradient * (ahead - behind)).sum()
@@ -325,14 +328,14 @@ def _is_slope(probe: Probe, value: Callable[[Tensor], Tensor], gradient: Tensor)
     return False
 
 
-def _moved(probe: Probe, by: Tensor) -> Tensor:
+def _move(probe: Probe, by: Tensor) -> Tensor:
     return (probe.images + by).clamp(0, 1) if probe.bounded else probe.images + by
 
 
 def memory(probe: Probe) -> None:
-    """Neither the pictures nor the graph outlive a call."""
+    """It keeps neither pictures nor graphs after a call."""
     alive = []
-    for _ in range(2):  # what is made at the first call may stay
+    for _ in range(2):  # the first call may create objects that stay
         images = probe.images.clone().requires_grad_()
         value = probe(images)
         alive = [weakref.ref(images), weakref.ref(value)]
@@ -345,7 +348,7 @@ def memory(probe: Probe) -> None:
 
 
 def precision(probe: Probe) -> None:
-    """It takes pictures in half precision, and runs under autocast."""
+    """It accepts pictures in half precision and runs under autocast."""
     half = probe(probe.images.half())
     require(
         near(half, probe(probe.images.half().float())),
@@ -357,9 +360,9 @@ def precision(probe: Probe) -> None:
     require(
         value.dtype == torch.float32 and torch.isfinite(value).all(),
         f"{probe.name} is not finite float32 under autocast",
-        "cast to float32 what does not fit into 16 bits",
+        "cast to float32 where 16 bits are not enough",
     )
 
 
 CHECKS = (facts, values, refusals, repeats, rows, parts, context, gradients, memory, precision)
-"""What `check_reward` looks at, in this order; the first line of each says what holds."""
+"""The checks of `check_reward`, in this order; see their docstrings."""

@@ -123,7 +123,7 @@ def test_the_floor_is_data_against_the_other_data():
 @pytest.mark.parametrize("name", SPACES)
 def test_the_shipped_rows_give_a_floor_for_as_many_samples(name):
     """Data of the size of the samples are the least that they can reach; more than the rows there are not."""
-    space = Reference.shipped(name)
+    space = Reference.from_file(name)
     assert space is not None
     few, many = space.floor(500), space.floor(2000)
     assert (few["n"], many["n"], space.floor(50_000)["n"]) == (500, 2000, 2000)

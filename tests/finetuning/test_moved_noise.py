@@ -118,7 +118,7 @@ def test_a_run_leaves_the_map_that_it_measured(kind, more, lora, tmp_path, capsy
 
 def test_who_is_moved_must_be_known(tmp_path):
     module = learnt("generator", 1, tmp_path / "run")
-    with pytest.raises(ValueError, match="whose noise is moved"):
+    with pytest.raises(ValueError, match="the base model is missing"):
         HyperNoise().whole(module.averaged(), module.reference).save("mine")
     HyperNoise().whole(module.averaged(), module.reference, "mine.py:make").save("mine")
     head = json.loads(Path("mine.json").read_text())

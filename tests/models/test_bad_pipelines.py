@@ -130,6 +130,6 @@ def test_arguments() -> None:
 def test_a_switch_that_there_is_not() -> None:
     pipe, call = sd3()
     pipe.register_modules(vae=None)
-    refused(lambda: from_pipeline(pipe, **call, tiling=True), "tiling=True: StableDiffusion3Pipeline has none")
+    refused(lambda: from_pipeline(pipe, **call, tiling=True), "tiling=True: StableDiffusion3Pipeline does not support it")
     fm = from_pipeline(pipe, **call, guidance=1.0)
-    refused(lambda: fm.decode(steerfm.sample(fm, n=2)), "latents (4, 8, 8) cannot be decoded here", "decode()")
+    refused(lambda: fm.decode(steerfm.sample(fm, n=2)), "latents (4, 8, 8) cannot be decoded", "decode()")

@@ -124,7 +124,7 @@ def test_noise_of_tcd_overshoots(eta: float, steps: int) -> None:
 def test_guidance_that_is_not_linear_is_refused() -> None:
     pipe, call = qwen()
     negative = {"negative_prompt_embeds": -call["prompt_embeds"], "negative_prompt_embeds_mask": call["prompt_embeds_mask"]}
-    with pytest.raises(ValueError, match=r"does not guide by .* switch it off, guidance=1"):
+    with pytest.raises(ValueError, match=r"does not guide by .* switch guidance off, guidance=1"):
         from_pipeline(pipe, guidance=4.0, **call, **negative)
     with pytest.raises(ValueError, match="does not guide by"):
         from_pipeline((made := lumina2())[0], guidance=4.0, **made[1])  # cfg_normalization=True

@@ -83,7 +83,7 @@ def test_text_encoders_go_and_their_prompts_stay(name: str) -> None:
     assert torch.equal(steerfm.sample(fm, n=2, steps=2, seeds=0), expected)
     assert torch.equal(steerfm.sample(fm, n=2, steps=2, seeds=0, cond=PROMPTS), expected)
     assert len(fm.grid(5)) == 6
-    with pytest.raises(ValueError, match="'a bird' is new, and the text encoders are dropped: name it in prompt="):
+    with pytest.raises(ValueError, match="'a bird' is new, but the text encoders were dropped: give it in prompt="):
         fm.condition("a bird", 1)
 
 
@@ -94,7 +94,7 @@ def test_embeddings_in_place_of_words() -> None:
     assert torch.equal(rows["encoder_hidden_states"], call["prompt_embeds"])
     with pytest.raises(ValueError, match="prompt_embeds= has 2 rows for n=3 outputs"):
         steerfm.sample(fm, n=3)
-    with pytest.raises(ValueError, match="cond='a cat': this map was made of prompt_embeds="):
+    with pytest.raises(ValueError, match="cond='a cat': this map was made with prompt_embeds="):
         steerfm.sample(fm, n=2, cond="a cat")
     with pytest.raises(ValueError, match="prompt= and prompt_embeds= are given"):
         from_pipeline(pipe, "a cat", guidance=1.0, **call)

@@ -150,5 +150,5 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(tmp_path):
         from_pipeline(pipe, guidance=1.0, two_time=True, lora=[tmp_path / "right", tmp_path / "nowhere"], **given)
     assert torch.equal(pipe.transformer.state_dict()[f"{LAYER}.weight"], before[f"{LAYER}.weight"])
     save_file({f"{LAYER}.lora_magnitude_vector.default.weight": torch.ones(3)}, tmp_path / PEFT)
-    with pytest.raises(ValueError, match="is no factor of a low-rank adapter"):
+    with pytest.raises(ValueError, match="is not a factor of a low-rank adapter"):
         made(lora=tmp_path)

@@ -155,7 +155,7 @@ def test_the_contract_names_a_space_that_there_is_none_of():
 
     with pytest.raises(ContractError, match=r"has space = 'latent': it must be one of 'pictures', 'video', 'model'"):
         check_reward(Wrong())
-    with pytest.raises(RewardError, match="reads one of 'pictures', 'video', 'model'"):
+    with pytest.raises(RewardError, match="must be one of 'pictures', 'video', 'model'"):
         Wrong()(torch.rand(1, 2, 4, 4))
     with pytest.raises(ContractError, match="check its terms one by one"):
         check_reward(First() + Bright())

@@ -380,7 +380,7 @@ def test_good_methods_pass():
 BROKEN_METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "ignores seeds": ({"draw": numbered}, "the same samples for other seeds"),
     "global state": ({"draw": from_the_clock}, "noise that run is given"),
-    "reads other outputs": ({"draw": reading_others}, "keep outputs apart"),
+    "reads other outputs": ({"draw": reading_others}, "keep outputs separate"),
     "loses outputs": (
         {
             "outcome": changed(
@@ -390,7 +390,7 @@ BROKEN_METHODS: dict[str, tuple[dict[str, Any], str]] = {
                 components=lambda o: {name: value[:1] for name, value in o.components.items()},
             )
         },
-        "1 outputs where 3",
+        "1 outputs instead of 3",
     ),
     "forgets the particles' axis": ({"outcome": changed(samples=lambda o: o.samples[:, 0])}, "(n, k, *shape)"),
     "rewards of others": ({"outcome": changed(rewards=lambda o: o.rewards.flip(1))}, "not those of its samples"),
