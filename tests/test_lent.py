@@ -483,7 +483,7 @@ def test_a_broken_plug_in_is_named_and_the_others_are_listed(monkeypatch, capsys
         ({"seeds": [0.5]}, "give one integer"),
         ({"batch_size": 0.5}, "batch_size=0.5: give a whole number"),
         ({"micro_batch": 2.5}, "micro_batch=2.5: give a whole number"),
-        ({"cond": torch.tensor([-1, 99]), "n": 2}, "classes are 0 to 1, and 2 stands for none"),
+        ({"cond": torch.tensor([-1, 99]), "n": 2}, "classes are 0 to 1, and 2 means none"),
         ({"cond": torch.tensor([3])}, "classes are 0 to 1"),
     ],
 )

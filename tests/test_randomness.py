@@ -223,7 +223,7 @@ def test_a_panel_on_seeds_that_are_trained_on_is_refused_at_the_start():
     tasks = Tasks()[torch.zeros(8).long()]
     panel = Panel(base, as_reward(reward), None, tasks, tasks, lambda x: x, seeds=derive(0, "training"))
     watch = Monitor(panel, None, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="trained on"):
+    with pytest.raises(ValueError, match="training uses seeds of 128 bits"):
         tune(Direct(), 0, 1, [watch])
 
 

@@ -88,7 +88,7 @@ def test_an_automatic_strength_is_two_spreads():
     ("strength", "reward", "message"),
     [
         ("strong", lambda x: x[:, 0], "strength='strong': give a number, one per output, or 'auto'"),
-        ("auto", lambda x: 0 * x[:, 0], "is 0 for all of 64 plain samples: give a number"),
+        ("auto", lambda x: 0 * x[:, 0], "is 0 for all 64 plain samples: give a number"),
     ],
 )
 def test_a_strength_that_cannot_be_chosen_is_refused(strength, reward, message):

@@ -290,7 +290,7 @@ def test_modules_that_were_there_before_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != root])
     before = dict(sys.modules)
     for _ in range(2):
-        trust._open_folder(root / "mine.py")
+        trust._add_folder(root / "mine.py")
         steerfm.reward(place(tmp_path / str(_), 1.0))
     assert all(sys.modules[name] is module for name, module in before.items() if not name.startswith("steerfm_user_mine"))
 
