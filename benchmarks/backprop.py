@@ -72,7 +72,7 @@ class Updates:
         tasks = Tasks()[torch.zeros(self.batch).long()]
         noise = Noise([derive(self.seed, "training", self.step, row) for row in range(self.batch)])
         update = Update(
-            self.step, 100, tuned, tuned, reference, self.module.judged[0], tasks, Tasks(), noise,
+            self.step, 100, tuned, tuned, reference, self.module.rewards[0], tasks, Tasks(), noise,
             stream(self.seed, "update", self.step), self.module.control, 1.0,
         )  # fmt: skip
         loss = self.module.method.loss(update)["loss"]

@@ -50,12 +50,12 @@ WEIGHTS = (11 / 120, 0, 27 / 40, 27 / 40, -4 / 15, -4 / 15, 11 / 120)
 
 @dataclass
 class MixtureBatch:
-    """One Gaussian mixture per row: what the posterior p(x_1 | x_t) of a batch of points is.
+    """One Gaussian mixture per row, such as the posterior p(x_1 | x_t) of a batch of points.
 
     Attributes:
         means: (b, k, d).
-        factors: square roots L of the covariances, S = L L': standard deviations (b, k, d) where the components are
-            diagonal, else (b, k, d, d). Zero factors are point masses, which is the posterior at t = 1.
+        factors: square roots L of the covariances, S = L L': standard deviations (b, k, d) if the components are
+            diagonal, else (b, k, d, d). Zero factors are point masses, as in the posterior at t = 1.
         log_weights: (b, k), normalised.
     """
 
@@ -70,7 +70,7 @@ class MixtureBatch:
 
     @property
     def covs(self) -> Tensor:
-        """Variances (b, k, d) where the components are diagonal, else covariances (b, k, d, d)."""
+        """Variances (b, k, d) if the components are diagonal, else covariances (b, k, d, d)."""
         return self.factors**2 if self.diagonal else self.factors @ self.factors.mT
 
     @property
@@ -120,7 +120,7 @@ class MixtureBatch:
 
         Per component, with K = I + L'BL and g = a - B m: the covariance becomes L K^-1 L', the mean moves by
         L K^-1 L' g and the log-weight by r(m) - log det(K)/2 + g' L K^-1 L' g / 2. Neither S^-1 nor B^-1 is needed, so
-        point masses and B = 0 are not special.
+        point masses and B = 0 need no special case.
 
         Args:
             linear: a, (d,).
@@ -164,7 +164,7 @@ class GaussianMixture(nn.Module):
 
     Args:
         means: (k, d).
-        covs: diagonal VARIANCES (k, d), or covariances (k, d, d); told apart by the number of dimensions only.
+        covs: diagonal VARIANCES (k, d), or covariances (k, d, d); the number of dimensions decides.
         weights: (k,), not negative; normalised here. Default: equal.
         interpolant: the path; default linear.
 
@@ -255,7 +255,7 @@ class GaussianMixture(nn.Module):
         return self._components(x, t)[-1].logsumexp(-1)
 
     def score(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """grad log p_t(x), (b, d); finite at t = 1 too, where that of `FlowMap.score` is not."""
+        """grad log p_t(x), (b, d); finite at t = 1 too, unlike `FlowMap.score`."""
         _, y, c, log_joint = self._components(x, t)
         return self._average(log_joint, 0.0, -y / c)
 
@@ -309,12 +309,12 @@ class GaussianMixture(nn.Module):
         """The flow map X_{s,t} of the path, on a copy of this mixture.
 
         Args:
-            steps: Runge-Kutta steps of a jump from 0 to 1 where there is no closed form (k > 1 and d > 1); shorter
-                jumps take their share. With 64 the worst error is about 1e-7 for modes 20 standard deviations apart.
+            steps: Runge-Kutta steps of a jump from 0 to 1 if there is no closed form (k > 1 and d > 1); shorter
+                jumps take proportionally fewer. With 64 the worst error is about 1e-7 for modes 20 standard deviations apart.
         """
         return MixtureFlowMap(self, steps)
 
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- helpers -------------------------------------------------------------------------------------------------
     def _components(self, x: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """t (b, 1, 1); in each component's axes x - alpha m and the variances of p_t (b, k, d); log w_k p_k (b, k)."""
         if x.ndim != 2 or x.shape[1] != self.means.shape[1]:
@@ -342,7 +342,7 @@ class GaussianMixture(nn.Module):
         return MixtureBatch(self.means[None], factors[None], self.log_weights[None])
 
     def _replace(self, means: Tensor, covs: Tensor, log_weights: Tensor) -> GaussianMixture:
-        """Another mixture on the same path; its weights stay logarithms, since a strong tilt underflows them."""
+        """Another mixture on the same path. Its weights stay logarithms, since they underflow under a strong tilt."""
         mixture = GaussianMixture(means, covs, interpolant=self.interpolant)
         mixture.log_weights = log_weights.detach().clone()
         return mixture
@@ -354,8 +354,8 @@ class MixtureFlowMap(FlowMap):
     Differentiable in x, s and t, also by `torch.func.jvp`.
 
     Args:
-        mixture: copied.
-        steps: Runge-Kutta steps of a jump from 0 to 1; shorter jumps take their share.
+        mixture: the mixture, of which the map makes a copy.
+        steps: Runge-Kutta steps of a jump from 0 to 1; shorter jumps take proportionally fewer.
     """
 
     def __init__(self, mixture: GaussianMixture, steps: int = 64) -> None:
@@ -384,7 +384,7 @@ class MixtureFlowMap(FlowMap):
             raise ValueError("a Gaussian mixture is unconditional: pass cond=None")
 
     def _gaussian(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """One Gaussian: C_s and C_t share their eigenvectors, so each axis is a map of its own."""
+        """One Gaussian: C_s and C_t share their eigenvectors, so each axis has a separate map."""
         mean, std = self.mixture.means[0], self.mixture.variances[0].sqrt()
         if self.mixture.axes is None:
             return self.interpolant.gaussian_velocity(x, s, t, mean, std)
@@ -394,7 +394,7 @@ class MixtureFlowMap(FlowMap):
     def _quantile(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """A mixture in one dimension: mass does not cross, so X_{s,t} = F_t^-1 o F_s.
 
-        Where the gap t - s is too small to divide by, one Runge-Kutta step is exact to rounding.
+        If the gap t - s is too small for a division, one Runge-Kutta step is exact up to rounding.
         """
         near = (t - s).abs() < 1e-4
         u_near = self._runge_kutta(x, s, torch.where(near, t, s))
@@ -429,11 +429,11 @@ class MixtureFlowMap(FlowMap):
 
         centre = path.alpha(t) * m
         fixed = tail_x.detach(), centre.detach(), g_t.detach()
-        # The mixture's quantile lies between those of its components, at scores between those that x has in them.
+        # The mixture's quantile is between those of its components, at scores between those of x.
         low, high = (fixed[1] + fixed[2] * z.unsqueeze(-1) for z in z_x.detach().aminmax(dim=-1))
         low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
         y, narrowest = (low + high) / 2, fixed[2].amin(-1, keepdim=True)
-        settled = torch.zeros_like(y, dtype=torch.bool)  # each by itself, so that no row depends on others
+        settled = torch.zeros_like(y, dtype=torch.bool)  # per row, so that rows stay independent
         with torch.no_grad():
             for i in range(28):  # halving, then Newton steps as long as they stay in the bracket
                 residual, slope = h(y, *fixed)
@@ -445,7 +445,7 @@ class MixtureFlowMap(FlowMap):
                 settled = settled | near
                 if i >= 16 and bool(settled.all()):
                     break
-        # Implicit Newton steps leave the value and attach derivatives: one step the first, two steps up to the third.
+        # Implicit Newton steps keep the value and attach derivatives: one step the first, two steps up to the third.
         for _ in range(2):
             residual, slope = h(y, tail_x, centre, g_t)
             y = y - (residual - residual.detach()) / slope
@@ -464,7 +464,7 @@ class MixtureFlowMap(FlowMap):
         return u
 
     def _fractions(self, s: Tensor, t: Tensor) -> Tensor:
-        """Where the steps end, as fractions of the way from s to t: (steps + 1, b, 1), from 0 to 1.
+        """The ends of the steps, as fractions of the way from s to t: (steps + 1, b, 1), from 0 to 1.
 
         Even steps of log((1 + p snr)/(1 + q snr)), snr = t/(1 - t): the log-SNR while the modes form, between the time
         when the widest scale shows through the noise and the time when the narrowest does; finite at both ends.
@@ -477,7 +477,7 @@ class MixtureFlowMap(FlowMap):
         e = (start + (end - start) * even).exp()
         time = (e - 1) / (e - 1 + p - q * e)
         gap = time[-1] - time[0]
-        short = gap.abs() < 1e-3  # rounding would show, and over so short a way the grid does not matter
+        short = gap.abs() < 1e-3  # rounding errors would show, and the grid does not matter for short jumps
         return torch.where(short, even, (time - time[0]) / torch.where(short, 1.0, gap))
 
 

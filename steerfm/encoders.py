@@ -112,7 +112,7 @@ class OpenClip(nn.Module):
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> OpenClip:
-        return super().train(False)  # frozen, wherever it is used
+        return super().train(False)  # always frozen
 
     @property
     def scale(self) -> float:

@@ -225,39 +225,39 @@ def _leaf_key(leaf: Reward) -> Key:
     return id(leaf) if any(isinstance(part, nn.Parameter | _Late) for part in _walk(leaf)) else _key(leaf, {})
 
 
-def _key(part: Any, seen: dict[int, int]) -> Key:
+def _key(part: Any, outer: dict[int, int]) -> Key:
     """A key of an object's value: equal for two objects with the same arguments and the same code in the same file.
 
     Args:
         part: the object.
-        seen: numbers of the enclosing objects, by id.
+        outer: numbers of the enclosing objects, by id.
     """
     if isinstance(part, str | bytes | int | float | complex | None):
         return ("value", part)
-    if id(part) in seen:
-        return ("again", seen[id(part)])
-    seen = {**seen, id(part): len(seen)}
+    if id(part) in outer:
+        return ("again", outer[id(part)])
+    outer = {**outer, id(part): len(outer)}
     if isinstance(part, Tensor):
         values = part.detach().cpu().flatten()
         return ("tensor", tuple(part.shape), hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest())
     if isinstance(part, Mapping):
-        return ("mapping", tuple((str(name), _key(value, seen)) for name, value in part.items()))
+        return ("mapping", tuple((str(name), _key(value, outer)) for name, value in part.items()))
     if isinstance(part, list | tuple):
-        return ("list", tuple(_key(value, seen) for value in part))
+        return ("list", tuple(_key(value, outer) for value in part))
     if isinstance(part, set | frozenset):
         return ("set", tuple(sorted(map(repr, part))))
     if isinstance(part, partial):
-        return ("partial", *(_key(value, seen) for value in (part.func, part.args, dict(sorted(part.keywords.items())))))
+        return ("partial", *(_key(value, outer) for value in (part.func, part.args, dict(sorted(part.keywords.items())))))
     if isinstance(part, MethodType):
-        return ("method", _key(part.__func__, seen), _key(part.__self__, seen))
+        return ("method", _key(part.__func__, outer), _key(part.__self__, outer))
     if isinstance(part, FunctionType):
         plain = str | int | float | Tensor | FunctionType
         used = {name: value for name, value in _globals(part).items() if isinstance(value, plain)}
         place = (part.__code__.co_filename, part.__qualname__, _code_key(part.__code__))
-        return ("function", place, _key(_closure(part), seen), _key(used, seen))
+        return ("function", place, _key(_closure(part), outer), _key(used, outer))
     if isinstance(part, type) or not hasattr(part, "__dict__"):
         return ("kind", part.__module__, part.__qualname__) if isinstance(part, type) else ("a", type(part).__qualname__)
-    return ("object", _class_key(type(part)), _key(_state(part), seen))
+    return ("object", _class_key(type(part)), _key(_state(part), outer))
 
 
 def _state(part: Any) -> dict[str, Any]:

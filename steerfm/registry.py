@@ -72,10 +72,10 @@ def build(spec: Any, kind: Kind, arguments: Mapping[str, Any] | None = None) -> 
         if all_arguments:
             raise ConfigError(f"{kind.what} {spec!r} is an object and takes no arguments: {', '.join(all_arguments)}")
         return target
-    built = make(target, all_arguments, kind.what)
-    if not kind.fits(built):
-        raise ConfigError(f"{kind.what} {spec!r} makes a {type(built).__name__}: {kind.form} is needed")
-    return built
+    out = make(target, all_arguments, kind.what)
+    if not kind.fits(out):
+        raise ConfigError(f"{kind.what} {spec!r} makes a {type(out).__name__}: {kind.form} is needed")
+    return out
 
 
 def find(name: str, kind: Kind) -> Any:

@@ -526,9 +526,9 @@ def reward(spec: str | Callable[..., Any] | Reward, **arguments: Any) -> Reward:
     if "one_process" in arguments and "one_process" not in inspect.signature(target).parameters:
         if not isinstance(one := arguments.pop("one_process"), bool):
             raise RewardError(f"reward {spec!r}: one_process={one!r}: give true or false")
-        built = reward(spec, **arguments)
-        built.one_process = one
-        return built
+        out = reward(spec, **arguments)
+        out.one_process = one
+        return out
     if isinstance(target, type) and issubclass(target, Reward):
         return _build_class(target, arguments)
     if isinstance(target, type) or not callable(target):
@@ -551,14 +551,14 @@ def _build_class(target: type[Reward], arguments: dict[str, Any]) -> Reward:
     takes = inspect.signature(target).parameters
     offloads = "offload" in arguments and "offload" not in takes and arguments.pop("offload")
     check_arguments(target.name, takes, arguments)
-    built = target(**arguments)
+    out = target(**arguments)
     if offloads:
-        if not isinstance(built, Offloading):
+        if not isinstance(out, Offloading):
             raise RewardError(
                 f"reward {target.name!r} cannot be offloaded, no network of it is loaded on the first call: remove offload"
             )
-        built.offloads = True
-    return built
+        out.offloads = True
+    return out
 
 
 def build(value: Any) -> Reward:
@@ -575,8 +575,8 @@ def build(value: Any) -> Reward:
         if not value:
             raise RewardError("reward is an empty list: name at least one")
         return WeightedSum([_term(part) for part in value])
-    weight, built = _term(value)
-    return built if weight == 1 else weight * built
+    weight, out = _term(value)
+    return out if weight == 1 else weight * out
 
 
 def _term(value: Any) -> tuple[float, Reward]:

@@ -305,6 +305,6 @@ def statistics(name: str | Path) -> dict[str, Tensor]:
         test_mean (d,), test_cov (d, d): of the features of the test split, of test_count () pictures, in float64.
         test_texture (): the mean of `metrics.texture` of these pictures.
         test_rows (m, d): the features of some of them, drawn at random.
-        train_...: the same of as many training pictures, but for the rows.
+        train_...: the same for an equal number of training pictures, without the rows.
     """
     return {key: value.to(torch.float64) for key, value in load_file(statistics_file(name)).items()}

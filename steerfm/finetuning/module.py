@@ -106,13 +106,13 @@ class FineTuning(Trained):
         reference = flow_map if lora is None or start is not None else LoRAOff(tuned)
         self.base = (flow_map,)
         self.maps = (tuned, reference)  # in a tuple, so that torch does not register them
-        self.judged = (reward,)
+        self.rewards = (reward,)
         self.method, self.tasks, self.batch_size = method, tasks or Tasks(), batch_size
         self.control, self.scale, self.lora = control, scale, lora
         self.memory: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
         self.group: Group | None = None  # the processes of this run, once they are connected
-        self.spent = Cost()
+        self.total_cost = Cost()
 
     @property
     def reference(self) -> FlowMap:
@@ -141,9 +141,9 @@ class FineTuning(Trained):
             self.place(self.device)
             if self.method.differentiates:
                 one = self.tasks[torch.zeros(1, dtype=torch.long)]
-                ask_for_a_gradient(one.problem(self.reference, by_first(self.judged[0])))
+                ask_for_a_gradient(one.problem(self.reference, by_first(self.rewards[0])))
             if self.scale is None:
-                self.scale = spread(self.reference, self.judged[0], self.tasks, seed=self.seed)
+                self.scale = spread(self.reference, self.rewards[0], self.tasks, seed=self.seed)
 
     def together(self) -> AbstractContextManager[None]:
         """A context in which the processes share the calls of maps from `shared_out`."""
@@ -155,7 +155,7 @@ class FineTuning(Trained):
         """Move the frozen parts, which Lightning does not register."""
         for flow_map in self.maps:
             flow_map.to(device)
-        place(self.judged[0], torch.device(device))
+        place(self.rewards[0], torch.device(device))
 
     def update(self, rows: Tensor) -> Update:
         """This process's share of an update."""
@@ -163,7 +163,7 @@ class FineTuning(Trained):
         step, tuned = self.global_step, self.maps[0]
         reuse = _reuse(self.method)
         first_use = step // reuse * reuse
-        reward = self.judged[0] if self.group is None else by_first(self.judged[0])
+        reward = self.rewards[0] if self.group is None else by_first(self.rewards[0])
         assert self.scale is not None
         return Update(
             step, self.steps, tuned, self.averaged(), self.reference, reward, self.tasks[rows[mine].cpu()],
@@ -196,23 +196,23 @@ class FineTuning(Trained):
             all_counts = tell(self._ledger.cost.counts())
         total = Cost(**{name: sum(counts[name] for counts in all_counts) for name in all_counts[0]})
         cost = replace(total, seconds=time.perf_counter() - self._started, peak_bytes=self._ledger.cost.peak_bytes)
-        self.spent = self.spent + cost  # here: checkpoint callbacks run before later hooks
+        self.total_cost = self.total_cost + cost  # here: checkpoint callbacks run before later hooks
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self.log("train/reward_calls", float(self.spent.reward_calls))
-        self.log("train/evaluations", float(self.spent.evaluations))
-        self.log("train/seconds", self.spent.seconds)
+        self.log("train/reward_calls", float(self.total_cost.reward_calls))
+        self.log("train/evaluations", float(self.total_cost.evaluations))
+        self.log("train/seconds", self.total_cost.seconds)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         with self.together():
             own = {name: torch.cat(tell(rows.cpu())) for name, rows in self.own.items()}
-        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "own": own, "spent": self.spent.as_dict()}
+        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "own": own, "spent": self.total_cost.as_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.scale, self.memory, self.spent = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
+        self.scale, self.memory, self.total_cost = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
         with self.together():
             self.own = {name: rows[part(len(rows), self.group)] for name, rows in checkpoint["own"].items()}
 

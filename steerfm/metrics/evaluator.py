@@ -211,16 +211,16 @@ class Evaluator:
         spec = self.card.get("judge")
         if spec is None or not _is_installed(spec):
             return None
-        built = rewards.build(spec)
-        if any(importlib.util.find_spec(package) is None for package in built.packages):
+        out = rewards.build(spec)
+        if any(importlib.util.find_spec(package) is None for package in out.packages):
             return None
-        if isinstance(built, OfClass):
-            if built.class_names != self.flow_map.class_names or tuple(built.shape) != self.flow_map.shape:
+        if isinstance(out, OfClass):
+            if out.class_names != self.flow_map.class_names or tuple(out.shape) != self.flow_map.shape:
                 return None
-            if isinstance(reward, OfClass) and reward.target is not None and reward.class_names == built.class_names:
-                return rewards.build({**_mapping(spec), "target": built.class_names[reward.target]})
+            if isinstance(reward, OfClass) and reward.target is not None and reward.class_names == out.class_names:
+                return rewards.build({**_mapping(spec), "target": out.class_names[reward.target]})
         requests = {"labels": labels, "prompts": prompts and not labels}
-        return built if all(requests.get(need, False) for need in built.needs) else None
+        return out if all(requests.get(need, False) for need in out.needs) else None
 
 
 def card(flow_map: FlowMap) -> Mapping[str, Any]:

@@ -126,9 +126,9 @@ class Layout:
                 f"its network is called with {', '.join(one.arguments)}, but {STATES[0]} and {TIMES[0]} are needed"
             )
         self.states, self.time, self.second_time = states, time, one.among(SECOND_TIMES)
-        given = one.arguments[states]
-        self.listed = tuple(given[0].shape) if isinstance(given, list) else None
-        self.dtype: torch.dtype = (given[0] if isinstance(given, list) else given).dtype
+        value_of_states = one.arguments[states]
+        self.listed = tuple(value_of_states[0].shape) if isinstance(value_of_states, list) else None
+        self.dtype: torch.dtype = (value_of_states[0] if isinstance(value_of_states, list) else value_of_states).dtype
         self.reference = torch.as_tensor(one.arguments[time])
         self.fixed: dict[str, Any] = {}
         self.parts: dict[Path, Part] = {}

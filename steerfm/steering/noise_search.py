@@ -207,7 +207,7 @@ class ZeroOrderSearch(NoiseSearch):
 
     Costs an iteration: ``candidates`` x (``hops`` forwards, one decode, one reward call) per particle; and one at the start.
     Within a budget: one iteration at 64 evaluations, 3 at 256, the rest particles (docs/methods.md).
-    Samples: no. It is a search: selection by trial follows the reward wherever it leads.
+    Samples: no. It is a search: selection by trial follows the reward anywhere.
 
     Attributes:
         candidates: neighbours of each pivot an iteration.

@@ -258,9 +258,9 @@ class Sampler(Sized, metaclass=TakesNames):
             zero = torch.zeros(len(x), dtype=wide(x.device), device=x.device)
             now = self._look(problem, looks, x, times, 0, None, zero, self._waits(x, times, 0, noise.k))
             log_w = self.parts.correction.start(now).view(-1, noise.k)
-            parents, nobody = Parents(x, now, problem, log_w), Selected.none(log_w)
+            parents, none = Parents(x, now, problem, log_w), Selected.none(log_w)
             log_z, first = log_w.new_zeros(len(log_w)), now.tilt.view_as(log_w)
-            return self._go_on(State(problem, noise, looks, times, 0, x, now, log_w, log_z, first, parents, nobody))
+            return self._go_on(State(problem, noise, looks, times, 0, x, now, log_w, log_z, first, parents, none))
 
     def step(self, state: State) -> State:
         """The state one step later. Gradient-free methods run in inference mode, without a graph."""
@@ -407,14 +407,14 @@ class Sampler(Sized, metaclass=TakesNames):
         if not bool(selected.resampled.any()):
             return replace(state, selected=selected)
         rows = (torch.arange(n, device=log_w.device).unsqueeze(1) * k + selected.ancestors).flatten()
-        again, anew = selected.resampled.unsqueeze(1), 0.0 if selected.log_w is None else selected.log_w
+        rows_resampled, new_w = selected.resampled.unsqueeze(1), 0.0 if selected.log_w is None else selected.log_w
         if (count := selected.ancestors.shape[1]) < k:
             state = replace(state, problem=state.problem.select(rows), noise=state.noise.of(count), looks=state.looks.of(count))
         return replace(
             state,
             x=state.x[rows],
             now=state.now.select(rows),
-            log_w=torch.where(again, anew, log_w.gather(1, selected.ancestors)),
+            log_w=torch.where(rows_resampled, new_w, log_w.gather(1, selected.ancestors)),
             log_z=torch.where(selected.resampled, state.log_z + log_mean(log_w), state.log_z),
             parents=replace(state.parents, selected=selected),
             selected=selected,

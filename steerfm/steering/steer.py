@@ -81,8 +81,8 @@ def steer(
         prompts: for rewards that read them; default the prompts in ``cond``.
         labels: (n,) for rewards that read them; default the labels in ``cond``.
         batch_size: outputs at a time; does not change the result.
-        micro_batch: rows per network call; does not change the result. Default: all, but 128 pictures on a CPU, whose caches
-            do not hold more (4,096 rows at once take 1.5 times as long). It is halved when memory runs out.
+        micro_batch: rows per network call; does not change the result. Default: all, but 128 pictures on a CPU, as many
+            as its caches hold (4,096 rows at once take 1.5 times as long). It is halved when memory runs out.
         lookaheads: keep the first particle's look-ahead pictures in the trace.
         progress: called with (steps done, total steps).
         x0: (n, *shape) initial noise in place of that of the seeds, or (n, k, *shape), one for each particle.

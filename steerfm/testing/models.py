@@ -94,7 +94,7 @@ def velocities(probe: Probe) -> None:
         require(
             isinstance(u, Tensor) and u.shape == probe.x.shape,
             f"{probe.name} answers states {tuple(probe.x.shape)} with {tuple(u.shape) if isinstance(u, Tensor) else type(u)}",
-            "average_velocity returns (b, *shape), a row for each state",
+            "average_velocity returns (b, *shape), one row for each state",
         )
         require(u.dtype == probe.x.dtype, f"{probe.name} answers {probe.x.dtype} with {u.dtype}", "cast back to the dtype of x")
         require(
@@ -188,7 +188,7 @@ def ends(probe: Probe) -> None:
     require(  # the second one alone may be large: at t = 1 the noise is not determined
         abs(data) < 5 and not (data > 0.5 and abs(noise) > 5),
         f"{probe.name} takes {data:.1%} of its noise for data at t = 0, where none of it is",
-        "its noise is at the other end, or what it predicts is something else (noise_at=, predicts=, path= and span= say it)",
+        "its noise is at the other end, or it predicts something else: check noise_at=, predicts=, path= and span=",
     )
 
 

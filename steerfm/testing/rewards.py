@@ -92,12 +92,12 @@ def check_reward(
         ContractError: the first violation and its fix, in one sentence.
     """
     with failing("the reward"):
-        built = as_reward(reward)
+        out = as_reward(reward)
     words = ["a red heart", "a dog", "a house", "an airplane"] if prompts is None else list(prompts)
     classes = torch.arange(N) if labels is None else labels
     if len(words) != N or len(classes) != N:
         raise ValueError(f"check_reward takes {N} prompts and {N} labels, got {len(words)} and {len(classes)}")
-    probe = Probe(built, _samples(built, shape), words, classes)
+    probe = Probe(out, _samples(out, shape), words, classes)
     with untouched():
         for check in CHECKS:
             check(probe)
@@ -245,7 +245,7 @@ def context(probe: Probe) -> None:
     """It needs no labels or prompts but those in ``needs``."""
     everything = probe.context()
     inputs = {key: everything[key] if key in probe.reward.needs else None for key in everything}
-    fix = "add what it reads to needs, or do without where it is None"
+    fix = "add what it reads to needs, or work without it when it is None"
     try:
         probe.reward(probe.images, **inputs)
     except Exception as error:

@@ -128,7 +128,7 @@ def outcome(name: str, folder: Path, strategy: str = "auto", kill: bool = False)
         return {}
     weights = torch.cat([value.flatten() for value in module.learnt().values()])
     logged = {key: values for key, (_, values) in history(folder).items() if "seconds" not in key}
-    seen = module.judged[0].seen if isinstance(module.judged[0], Among) else []
+    seen = module.rewards[0].seen if isinstance(module.rewards[0], Among) else []
     group = processes.active()
     networks = [network for network in module.networks() if network is not module.base[0].body or name != "lora"]
     own = [p.to_local() if isinstance(p, DTensor) else p for network in networks for p in network.parameters()]
@@ -173,11 +173,11 @@ def together(folder: Path) -> dict[str, Any]:
     return out
 
 
-def same(one: dict[str, Any], other: dict[str, Any], judged: bool = True, rel: float = 1e-4) -> None:
+def same(one: dict[str, Any], other: dict[str, Any], rewards: bool = True, rel: float = 1e-4) -> None:
     """Two outcomes are the same, to rounding."""
     assert one["logged"].keys() == other["logged"].keys()
     for key, values in one["logged"].items():
-        if not (judged or key.startswith("train/")):  # of a run that went on, under other numbers
+        if not (rewards or key.startswith("train/")):  # of a run that went on, under other numbers
             continue
         if key == "train/evaluations":  # two processes may both follow a trajectory that rows of each are fitted to
             assert all(two >= value for value, two in zip(values, other["logged"][key]))
@@ -193,7 +193,7 @@ def refused(folder: Path) -> dict[str, str]:
     module = tuning("policy")
     module.batch_size = 6
     broken = tuning("policy")
-    broken.judged = (as_reward(_broken),)
+    broken.rewards = (as_reward(_broken),)
     for name, one in {"rows": module, "row": broken}.items():
         try:
             fit(one, one.data(), folder / f"refused {name}", **QUICK)

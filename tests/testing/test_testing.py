@@ -221,7 +221,7 @@ BROKEN_MODELS: dict[str, tuple[dict[str, Any], str]] = {
         "same time",
     ),
     "scales at s = t": ({"jump": lambda self, x, s, t, cond=None: 1.01 * x}, "same time"),
-    "one velocity for all": ({"average_velocity": lambda self, x, s, t, cond: x[0]}, "a row for each state"),
+    "one velocity for all": ({"average_velocity": lambda self, x, s, t, cond: x[0]}, "one row for each state"),
     "the first state's": ({"average_velocity": lambda self, x, s, t, cond: x[:1].expand_as(x)}, "row"),
     "the first time": ({"average_velocity": lambda self, x, s, t, cond: x * (1 - s[0])}, "a time for each row"),
     "mean of the batch": ({"average_velocity": lambda self, x, s, t, cond: x - x.mean(0)}, "no row may read another"),
