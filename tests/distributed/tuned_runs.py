@@ -173,11 +173,11 @@ def together(folder: Path) -> dict[str, Any]:
     return out
 
 
-def same(one: dict[str, Any], other: dict[str, Any], rewards: bool = True, rel: float = 1e-4) -> None:
+def same(one: dict[str, Any], other: dict[str, Any], judged: bool = True, rel: float = 1e-4) -> None:
     """Two outcomes are the same, to rounding."""
     assert one["logged"].keys() == other["logged"].keys()
     for key, values in one["logged"].items():
-        if not (rewards or key.startswith("train/")):  # of a run that went on, under other numbers
+        if not (judged or key.startswith("train/")):  # of a run that went on, under other numbers
             continue
         if key == "train/evaluations":  # two processes may both follow a trajectory that rows of each are fitted to
             assert all(two >= value for value, two in zip(values, other["logged"][key]))

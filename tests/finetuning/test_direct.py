@@ -133,7 +133,7 @@ def test_more_noise_averages_have_less_variance(flow_map):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"jumps": 0}, "at least one"),
+        ({"jumps": 0}, "jumps=0: must be at least 1"),
         ({"trained": (3,)}, "no jump 3"),
         ({"jitter": 0.7}, "jitter"),
         ({"mix": 2.0}, "mix"),

@@ -112,8 +112,8 @@ def test_a_network_that_gives_another_shape() -> None:
 def test_arguments() -> None:
     pipe, call = sd3()
     refused(lambda: from_pipeline(pipe, **call, heigth=8), "StableDiffusion3Pipeline takes no heigth= (did you mean 'height'?)")
-    refused(lambda: from_pipeline(pipe, **call, num_inference_steps=3), "num_inference_steps=: this is steps=")
-    refused(lambda: from_pipeline(pipe, **call, generator=torch.Generator()), "generator=: this is seeds= of sample and steer")
+    refused(lambda: from_pipeline(pipe, **call, num_inference_steps=3), "num_inference_steps=: use steps=")
+    refused(lambda: from_pipeline(pipe, **call, generator=torch.Generator()), "generator=: use seeds= of sample and steer")
     refused(lambda: from_pipeline(pipe, **call, steps=0), "steps=0")
     half: Any = 2.5
     refused(lambda: from_pipeline(pipe, **call, steps=half), "steps=2.5")

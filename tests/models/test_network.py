@@ -384,7 +384,7 @@ def good(x: Tensor, t: Tensor, cond: object) -> Tensor:
     ("arguments", "words"),
     [
         ({"net": "unet"}, "net='unet': give a module"),
-        ({"net": nn.Identity}, r"Identity: it is a class, call it, Identity\(...\)"),
+        ({"net": nn.Identity}, r"Identity: this is a class, call it: Identity\(...\)"),
         ({"shape": 32}, "shape=32: give the shape"),
         ({"shape": ()}, "shape"),
         ({"shape": (3, 0)}, "shape"),
@@ -428,7 +428,7 @@ class Output:
     [
         (lambda x, t, c: torch.cat([x, x], 1), r"answers states \(2, 4, 8, 8\) with \(2, 8, 8, 8\).*\[:, :4\]"),
         (lambda x, t, c: x.mean(1), r"\(2, 8, 8\): return \(b, \*shape\)"),
-        (lambda x, t, c: x[:1], "a row for each"),
+        (lambda x, t, c: x[:1], "one row for each state"),
         (lambda x, t, c: x.sum(), r"with \(\): return \(b"),
         (lambda x, t, c: (x,), r"returns a tuple: return the tensor"),
         (lambda x, t, c: Output(x), r"returns a Output.*\.sample"),
