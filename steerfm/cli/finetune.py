@@ -213,7 +213,7 @@ class Outcome:
     @property
     def spent(self) -> Cost:
         """The cost of all of it."""
-        first, *others = (module.total_cost for module in self.modules.values())
+        first, *others = (module.spent for module in self.modules.values())
         return sum(others, first)
 
 
@@ -325,7 +325,7 @@ def _facts(run: Outcome) -> dict[str, Any]:
         "the run": _stopped(run),
         **({"semigroup error": "{tuned:.4f} (base {base:.4f})".format(**run.consistency)} if run.consistency else {}),
         "control cost": run.moved,
-        "reward calls": run.modules["tune"].total_cost.reward_calls,
+        "reward calls": run.modules["tune"].spent.reward_calls,
         "network evaluations": run.spent.evaluations,
         "seconds": run.spent.seconds,
     }
@@ -338,7 +338,7 @@ def summary(run: Outcome) -> dict[str, Any]:
         mean, half = reading.over(run.before)
         readings[name] = reading.numbers() | {"over_base": mean, "over_base_half": half}
     parameters = list(run.last.network.parameters())
-    cost = {name: run.modules[name].total_cost.as_dict() if name in run.modules else None for name in ("tune", "distil")}
+    cost = {name: run.modules[name].spent.as_dict() if name in run.modules else None for name in ("tune", "distil")}
     return {
         "stopped": _stopped(run),
         "kept_step": run.monitors["tune"].best_step,

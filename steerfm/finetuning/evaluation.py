@@ -257,8 +257,8 @@ class Monitor(L.Callback):
             if can(self.panel.base, "two_time"):
                 numbers["semigroup"] = semigroup_error(shared_out(module.averaged()), tasks.n, tasks.cond)
         module.log_dict({f"val/{name}": value for name, value in numbers.items()} if step else {})
-        cost = {"reward_calls": float(module.total_cost.reward_calls), "seconds": module.total_cost.seconds}
-        cost["evaluations"] = float(module.total_cost.evaluations)
+        cost = {"reward_calls": float(module.spent.reward_calls), "seconds": module.spent.seconds}
+        cost["evaluations"] = float(module.spent.evaluations)
         is_good = not self._off(numbers)
         self.rows.append({"step": float(step), **numbers, **cost, "kept": float(is_good)})
         counts = self.panel.counts

@@ -112,7 +112,7 @@ class FineTuning(Trained):
         self.memory: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
         self.group: Group | None = None  # the processes of this run, once they are connected
-        self.total_cost = Cost()
+        self.spent = Cost()
 
     @property
     def reference(self) -> FlowMap:
@@ -196,23 +196,23 @@ class FineTuning(Trained):
             all_counts = tell(self._ledger.cost.counts())
         total = Cost(**{name: sum(counts[name] for counts in all_counts) for name in all_counts[0]})
         cost = replace(total, seconds=time.perf_counter() - self._started, peak_bytes=self._ledger.cost.peak_bytes)
-        self.total_cost = self.total_cost + cost  # here: checkpoint callbacks run before later hooks
+        self.spent = self.spent + cost  # here: checkpoint callbacks run before later hooks
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        self.log("train/reward_calls", float(self.total_cost.reward_calls))
-        self.log("train/evaluations", float(self.total_cost.evaluations))
-        self.log("train/seconds", self.total_cost.seconds)
+        self.log("train/reward_calls", float(self.spent.reward_calls))
+        self.log("train/evaluations", float(self.spent.evaluations))
+        self.log("train/seconds", self.spent.seconds)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         with self.together():
             own = {name: torch.cat(tell(rows.cpu())) for name, rows in self.own.items()}
-        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "own": own, "spent": self.total_cost.as_dict()}
+        checkpoint |= {"scale": self.scale, "memory": dict(self.memory), "own": own, "spent": self.spent.as_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.scale, self.memory, self.total_cost = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
+        self.scale, self.memory, self.spent = checkpoint["scale"], checkpoint["memory"], Cost(**checkpoint["spent"])
         with self.together():
             self.own = {name: rows[part(len(rows), self.group)] for name, rows in checkpoint["own"].items()}
 

@@ -95,7 +95,7 @@ def test_a_killed_run_continues_to_the_same_bits(name, tmp_path):
     trainer = fit(again, again.data(), tmp_path / "killed", **QUICK)
     assert trainer.global_step == 10
     assert torch.equal(weights(whole), weights(again))
-    assert again.total_cost.reward_calls == whole.total_cost.reward_calls and again.scale == whole.scale
+    assert again.spent.reward_calls == whole.spent.reward_calls and again.scale == whole.scale
 
 
 def test_the_reference_and_the_base_are_never_changed(tmp_path):
@@ -134,7 +134,7 @@ def losses_and_weights(name: str, devices: int) -> tuple[list[float], torch.Tens
     )  # fmt: skip
     trainer.fit(m, m.data())
     if trainer.is_global_zero:
-        assert m.total_cost.reward_calls == 8 * 6 // SMALL[name].get("reuse", 1)
+        assert m.spent.reward_calls == 8 * 6 // SMALL[name].get("reuse", 1)
     return losses, weights(m)
 
 
