@@ -115,7 +115,7 @@ def test_more_noise_averages_have_less_variance(flow_map):
             x = up.normal()
             up.noise = Noise([1000 + seed])
             method = DRaFTLV(averages=n)
-            loss = method._averaged(up, x, 0.75, x.new_zeros(1))["loss"]
+            loss = method._over_copies(up, x, 0.75, x.new_zeros(1))["loss"]
             found.append(
                 torch.cat(
                     [

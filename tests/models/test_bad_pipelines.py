@@ -89,7 +89,7 @@ def test_schedulers_that_are_not_known() -> None:
     pipe, call = sdxl()
     pipe.scheduler = diffusers.CMStochasticIterativeScheduler()
     refused(
-        lambda: from_pipeline(pipe, guidance=1.0, **call), "CMStochasticIterativeScheduler is not known", "set pipe.scheduler"
+        lambda: from_pipeline(pipe, guidance=1.0, **call), "CMStochasticIterativeScheduler is not supported", "set pipe.scheduler"
     )
 
 
@@ -104,8 +104,8 @@ def test_a_network_that_gives_another_shape() -> None:
     fm = from_pipeline(pipe, **call)
     original = pipe.transformer.forward
     pipe.transformer.forward = lambda *args, **kwargs: (original(*args, **kwargs)[0][:, 1:],)
-    refused(lambda: steerfm.sample(fm, n=2), "FluxTransformer2DModel gives (95, 16) for states of (96, 16)")
-    refused(lambda: from_pipeline(pipe, **call), "FluxTransformer2DModel gives (95, 16) for states of (96, 16)")
+    refused(lambda: steerfm.sample(fm, n=2), "FluxTransformer2DModel returns (95, 16) for states of (96, 16)")
+    refused(lambda: from_pipeline(pipe, **call), "FluxTransformer2DModel returns (95, 16) for states of (96, 16)")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
