@@ -89,7 +89,9 @@ def test_schedulers_that_are_not_known() -> None:
     pipe, call = sdxl()
     pipe.scheduler = diffusers.CMStochasticIterativeScheduler()
     refused(
-        lambda: from_pipeline(pipe, guidance=1.0, **call), "CMStochasticIterativeScheduler is not supported", "set pipe.scheduler"
+        lambda: from_pipeline(pipe, guidance=1.0, **call),
+        "CMStochasticIterativeScheduler is not supported",
+        "set pipe.scheduler",
     )
 
 
