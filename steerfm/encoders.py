@@ -57,7 +57,8 @@ class Preprocessing:
     def __call__(self, pictures: Tensor) -> Tensor:
         """Pictures (b, c, h, w) in [0, 1] to (b, 3, *size), normalised: open_clip's transform, on tensors, with a gradient.
 
-        Grey pictures are repeated. Resizing is antialiased and clipped, one side after the other, as Pillow's is.
+        Grey pictures are repeated. Resizing is antialiased and clipped, one side after the other, as Pillow's is, in the order
+        of Pillow 13, whichever release is installed: scores do not depend on it.
         """
         x = pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
         if x.shape[1] != 3:
@@ -76,7 +77,7 @@ class Preprocessing:
         x = self._round(x)
         if new != (h, w):
             mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
-            columns_first = new[0] < h and new[0] * w < 0.95 * new[1] * h  # Pillow shrinks the longer side first
+            columns_first = new[0] < h and new[0] * w < 0.95 * new[1] * h  # from 13 on Pillow shrinks the longer side first
             for side in ((new[0], w) if columns_first else (h, new[1]), new):
                 x = self._round(F.interpolate(x, side, mode=mode, antialias=True, align_corners=False).clamp(0, 1))
         dh, dw = self.size[0] - new[0], self.size[1] - new[1]

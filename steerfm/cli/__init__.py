@@ -29,6 +29,11 @@ EXAMPLES = {
   steerfm steer label=Dress reward=brightness strength=40 method=best_of_n method.particles=64
   steerfm steer reward=examples/my_reward.py:striped method=fmrg_j n=8
   steerfm steer 'reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]' strength=5""",
+    "play": """examples:
+  steerfm play                                           a page at http://127.0.0.1:7860, with prompts
+  steerfm play model=fashion                             with classes
+  steerfm play reward=my_reward.py:mine strength=5       with a reward of yours
+  steerfm play out=runs/play port=8000                   run folders are kept, a port of your choice""",
     "finetune": """examples:
   steerfm finetune reward=classifier reward.target=Bag                   three minutes on two idle cores
   steerfm finetune --config weighted reward=compressibility label=Dress  a black box
@@ -66,6 +71,7 @@ HELP = {
     "train": "train a flow map or a classifier from a recipe",
     "sample": "draw unsteered samples",
     "steer": "steer samples towards a reward",
+    "play": "steer from a page in the browser (pip install 'steerfm[play]')",
     "finetune": "make a flow map keep a reward",
     "data": "prepare and check training data",
     "evaluate": "measure a flow map: distances, accuracy, consistency",
@@ -78,6 +84,7 @@ SCHEMAS = {
     "train": schemas.TrainConfig,
     "sample": schemas.SampleConfig,
     "steer": schemas.SteerConfig,
+    "play": schemas.PlayConfig,
     "finetune": schemas.FinetuneConfig,
     "evaluate": schemas.EvaluateConfig,
 }
@@ -195,7 +202,7 @@ def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
             from steerfm.cli.bench import bench
 
             bench(options.name, options.arguments, command)
-        case "sample" | "steer" | "evaluate" | "train" | "finetune":
+        case "sample" | "steer" | "play" | "evaluate" | "train" | "finetune":
             if options.command in ("train", "finetune"):
                 from steerfm.cli.console import quiet_lightning
 

@@ -236,6 +236,33 @@ class SteerConfig:
     trainer: SpreadConfig = section(SpreadConfig)
 
 
+OF_MODEL = "null for what configs/play says of the model"
+
+
+@dataclass
+class PlayConfig:
+    """The playground: what its page begins with, and where it is."""
+
+    model: Any = option("emoji", CODE)
+    reward: Any = option(None, f"{REWARD}; {OF_MODEL}, or brightness")
+    method: Any = option(None, "a name (steerfm methods) or FILE.py:CLASS; null for the usual one of the model")
+    judge: Any = option("auto", JUDGE)
+    label: str | None = option(None, f"class that the model is asked for, by name; {OF_MODEL}, or none")
+    prompt: Words = option(None, f"for models and rewards that read words: a text or a list of texts; {OF_MODEL}, or none")
+    n: int = ranged(4, "outputs, of each prompt where there are several", least=1, most=16)
+    seeds: int = seed_field("seed of the first output, the next have seeds + 1, seeds + 2, ...")
+    strength: float | Literal["auto"] | None = finite(
+        None, f"how hard to tilt, in 1 / units of the reward, or auto; {OF_MODEL}, or auto"
+    )
+    guidance: float = finite(1.0, GUIDANCE)
+    device: str = option("auto", DEVICE)
+    out: str | None = option(None, "folder for the run folders; null for a temporary one, which is deleted at the end")
+    host: str = option("127.0.0.1", "address of this machine to listen at; 0.0.0.0 lets the network in")
+    port: int | None = ranged(None, "to listen at; null for the first free one from 7860 on", least=1, most=65_535)
+    share: bool = option(False, "a public link for a week, through Gradio's servers: whoever has it can use the page")
+    browser: bool = option(False, "open the page in the browser")
+
+
 @dataclass
 class EvaluateConfig:
     """A measurement of a flow map."""

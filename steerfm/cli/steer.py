@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ from steerfm.rows import take_rows
 from steerfm.sampling import sample as draw
 from steerfm.steering import Method, Sampler, SteeringResult, steer_batches
 from steerfm.steering.diagnosis import Diagnosis
+from steerfm.steering.outcome import Tick
 from steerfm.steering.result import OVER_TIME
 from steerfm.steering.result import facts as result_facts
+from steerfm.steering.state import Callback
 from steerfm.steering.steer import usual
 
 SHOWN = 32
@@ -41,13 +43,35 @@ COLUMNS = 4
 """Pictures side by side: texts below them can be read on a phone, and are not larger than others elsewhere."""
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while a run steers. What they raise ends the run; the same command continues it.
+
+    Attributes:
+        step: sees the `State` after each step of a method that walks from noise to data.
+        tick: called with (steps done, steps in all), of any method.
+        end: sees what the batches add up to, once all files are there.
+    """
+
+    step: Callback
+    tick: Tick
+    end: Callable[[Steered], None]
+
+
 def steer(config: SteerConfig, command: str = "") -> None:
     """Steer, and write the run folder: samples, result.json, grid.png, trace.png, report.html."""
     on_processes(work, config, command)
 
 
-def work(config: SteerConfig, command: str) -> None:
-    """What one of the processes does: all steer, and the first writes."""
+def work(config: SteerConfig, command: str, watch: Watch | None = None, default: str = "") -> None:
+    """What one of the processes does: all steer, and the first writes.
+
+    Args:
+        config: what to steer, and how.
+        command: that did it, for the page and result.json.
+        watch: who looks on; the samples do not depend on it.
+        default: the run folder where ``config.out`` names none; "" for runs/steer/MODEL-REWARD-METHOD.
+    """
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
     flow_map = load_model(config.model, config.device, config.guidance, config.compile, config.activation_checkpoints)
@@ -55,7 +79,7 @@ def work(config: SteerConfig, command: str) -> None:
         config, method = replace(config, method=instead), build_method(instead)
     check_method(method, flow_map)
     share_weights(flow_map, config.trainer)
-    default = f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
+    default = default or f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
     held = build_judge(config, flow_map, reward)
     judge = held.judge
     want = outputs_of(flow_map, config.label, config.prompt, config.n, reward, config.negative)
@@ -68,7 +92,7 @@ def work(config: SteerConfig, command: str) -> None:
         return
     if held.gap:
         console.print(held.gap, markup=False)
-    batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths)
+    batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths, watch)
     if not first():
         for _ in batches:
             pass
@@ -77,6 +101,8 @@ def work(config: SteerConfig, command: str) -> None:
         judge.to(flow_map.device)
     run = gather(batches, flow_map, want, reward, judge, autocast(flow_map, config.precision))
     finish(config, command, folder, flow_map, want, reward, judge, method, run)
+    if watch is not None:
+        watch.end(run)
 
 
 def finish(
@@ -110,11 +136,13 @@ def steered(
     method: Method,
     seeds: list[int],
     strengths: float | list[float] | str,
+    watch: Watch | None = None,
 ) -> Iterator[tuple[SteeringResult, Tensor]]:
     """A batch of outputs at a time: its result, and plain samples (n, *shape) of the same seeds. Both are a part of the folder
     as soon as they are there; those that a killed run left are read, and with them the strength that "auto" was for them."""
     size, there = config.batch_size, set()
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
+    step = watch.step if watch is not None and isinstance(method, Sampler) else None
     fresh: Iterator[SteeringResult] | None = None  # begins with the first batch that is missing: "auto" costs calls
     with progress("steering", len(batches)) as tick:
         for index, rows in enumerate(batches):
@@ -128,7 +156,7 @@ def steered(
             fresh = fresh or steer_batches(
                 flow_map, reward, method, want.n, seeds, of_first(lambda: _noted(strengths, folder, len(batches))), want.cond,
                 prompts=want.prompts, labels=want.labels, batch_size=size, micro_batch=config.micro_batch,
-                lookaheads=config.lookaheads, progress=tick, skip=there,
+                lookaheads=config.lookaheads, progress=_both(tick, watch), skip=there, callback=step,
             )  # fmt: skip
             with autocast(flow_map, config.precision):
                 result = next(fresh)
@@ -143,6 +171,17 @@ def steered(
                 folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
                 result.save(file, base=base)
             yield result, base
+
+
+def _both(tick: Tick, watch: Watch | None) -> Tick:
+    """The bar of the terminal, and who looks on."""
+
+    def both(done: int, steps: int) -> None:
+        tick(done, steps)
+        if watch is not None:
+            watch.tick(done, steps)
+
+    return both
 
 
 def _part(file: Path, flow_map: FlowMap) -> tuple[SteeringResult, Tensor] | None:

@@ -101,16 +101,26 @@ class Diagnosis:
         """Join diagnoses of different outputs, on the CPU."""
         return cls(**{each.name: torch.cat([getattr(part, each.name).cpu() for part in parts]) for each in fields(cls)})
 
+    @property
+    def too_large(self) -> bool:
+        """Whether one particle stands for all in more than half of the outputs: the strength is too large."""
+        return int((self.alone & self.weighs).sum()) > len(self.alone) / 2
+
+    @property
+    def too_small(self) -> bool:
+        """Whether the strength is too small to matter: weights stayed even, and no gradient moved anything."""
+        return bool(self.weighs.any() and ((self.lowest >= EVEN) & ~self.guided).all())
+
     def in_words(self) -> dict[str, str]:
         """One line each, by name: the ESS, the effect of the strength, how reliable weights are; of a search only the ESS."""
         words, n = ess_in_words(self.log_weights), len(self.log_weights)
         if not self.weighs.any():
             return words
         alone, finite = int((self.alone & self.weighs).sum()), self.heavy.isfinite() & self.weighs
-        if alone > n / 2:
+        if self.too_large:
             effect = "too large: one particle, or its copies, has all the weight"
             words["the strength"] = f"{effect}{_of(alone, n)}; lower it, or use more particles or steps"
-        elif bool(((self.lowest >= EVEN) & ~self.guided).all()):
+        elif self.too_small:
             effect = f"too small to matter: the ESS never fell below {self.lowest.min():.1%}"
             words["the strength"] = f"{effect}; raise it, or use strength=auto"
         else:

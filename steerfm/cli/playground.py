@@ -1,0 +1,530 @@
+"""What the page of `steerfm play` stands on: a form that becomes keys of `steerfm steer`, and a run seen step by step."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shlex
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from steerfm import files, registry, rewards, zoo
+from steerfm.cli.config import PlayConfig, SteerConfig
+from steerfm.cli.loading import load, recipes, sequence
+from steerfm.cli.parts import build_method, build_reward, load_model, pick_device
+from steerfm.cli.steer import Steered, Watch, work
+from steerfm.cost import Ledger, aside
+from steerfm.report.pictures import levels
+from steerfm.steering import METHODS
+from steerfm.steering.diagnosis import Diagnosis
+from steerfm.steering.state import State
+from steerfm.steering.steer import usual
+from steerfm.steering.weights import normalise
+from steerfm.values import ConfigError, line
+
+OUTPUTS, PARTICLES = 4, 8
+"""Outputs of a step that are shown, and particles of each, those with the largest weights."""
+PASSED_ON = ("judge", "device")
+"""Keys that the page does not show, and that every run has."""
+
+
+# --- what is asked for -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Term:
+    """A reward of the form: its name, its weight in the sum, and its settings as they are typed: ``target=Bag``."""
+
+    name: str
+    weight: float = 1.0
+    settings: str = ""
+
+    @classmethod
+    def of(cls, value: Any) -> Term:
+        """The term of a configuration."""
+        name, arguments = registry.named(value, "reward")
+        weight = float(arguments.pop("weight", 1.0))
+        return cls(name, weight, settings(arguments))
+
+    def overrides(self) -> list[str]:
+        """As the only reward of a command."""
+        weight = [] if self.weight == 1 else [f"reward.weight={self.weight:g}"]
+        return [f"reward={self.name}", *weight, *_prefixed("reward", self.settings)]
+
+
+def settings(arguments: Mapping[str, Any]) -> str:
+    """Arguments as they are typed into a field: ``target=Bag quality=75``."""
+    return shlex.join(f"{key}={line(value)}" for key, value in arguments.items())
+
+
+def _prefixed(key: str, typed: str) -> list[str]:
+    """``a=1 b=2`` as overrides of a key.
+
+    Raises:
+        ConfigError: a quotation mark that is not closed, or no ``key=value``.
+    """
+    try:
+        words = shlex.split(typed)
+    except ValueError:
+        raise ConfigError(f"settings of the {key}, {typed!r}: a quotation mark is not closed") from None
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"settings of the {key}: {word!r} is no key=value")
+    return [f"{key}.{word}" for word in words]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the form needs to know of a model.
+
+    Attributes:
+        reads: whether it is asked in words.
+        classes: names of its classes; empty where there are none.
+        usual: its usual method, as configurations have it.
+    """
+
+    reads: bool
+    classes: tuple[str, ...]
+    usual: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is filled in on the page.
+
+    Attributes:
+        model: its name.
+        terms: of the reward.
+        strength: or "auto".
+        words: prompts, one a line.
+        label: name of a class; "" for none.
+        method: its name; "" for the usual one of the model.
+        settings: of the method, as they are typed.
+        budget: network calls an output, into which the method is fitted; None for the size that it has.
+        n, seed, guidance: see `SteerConfig`.
+    """
+
+    model: str
+    terms: tuple[Term, ...]
+    strength: float | Literal["auto"] = "auto"
+    words: str = ""
+    label: str = ""
+    method: str = ""
+    settings: str = ""
+    budget: int | None = None
+    n: int = 4
+    seed: int = 0
+    guidance: float = 1.0
+
+    def prompts(self) -> list[str]:
+        return [text.strip() for text in self.words.splitlines() if text.strip()]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run that is asked for: the configuration, and the command that means the same."""
+
+    config: SteerConfig
+    command: str
+
+
+class Playground:
+    """What all pages of a server share.
+
+    Args:
+        start: what the page begins with.
+        root: folder of the run folders.
+
+    Attributes:
+        shared: whether others than who sits at this machine can reach the page.
+    """
+
+    def __init__(self, start: PlayConfig, root: Path) -> None:
+        self.start, self.root = start, root
+        self.shared = start.share or start.host not in ("127.0.0.1", "localhost", "::1")
+        self._facts: dict[str, Facts] = {}
+        self._numbers = threading.Lock()
+
+    # --- the form ------------------------------------------------------------------------------------------------------
+    def first(self) -> Form:
+        """What the form is filled with when the page opens.
+
+        Raises:
+            ConfigError: an unknown model.
+        """
+        start = self.start
+        form = self.beginning(registry.named(start.model, "model")[0])
+        form = replace(form, n=start.n, seed=start.seeds, guidance=start.guidance)
+        if start.reward is not None:
+            form = replace(form, terms=tuple(map(Term.of, sequence(start.reward))))
+        if start.strength is not None:
+            form = replace(form, strength=start.strength)
+        if start.label is not None:
+            form = replace(form, label=start.label)
+        if start.prompt is not None:
+            form = replace(form, words="\n".join(sequence(start.prompt)))
+        if start.method is not None:
+            method, arguments = registry.named(start.method, "method")
+            form = replace(form, method=method, settings=settings(arguments))
+        return form
+
+    def beginning(self, model: str) -> Form:
+        """What shows a model: what configs/play says of it, or its brightness."""
+        known = recipes("play")
+        shows = load(PlayConfig, str(known[model])) if model in known else PlayConfig(model, {"name": "brightness"})
+        return Form(
+            model, tuple(map(Term.of, sequence(shows.reward))), "auto" if shows.strength is None else shows.strength,
+            "\n".join(sequence(shows.prompt or [])), shows.label or "",
+        )  # fmt: skip
+
+    def facts(self, model: str) -> Facts:
+        """Those of a model, which is loaded once for them."""
+        if model not in self._facts:
+            flow_map = load_model(self._model(model), self.start.device)
+            self._facts[model] = Facts(isinstance(flow_map.null, Mapping), flow_map.class_names, usual(flow_map))
+        return self._facts[model]
+
+    def models(self) -> list[str]:
+        """Flow maps that ship, and the one that the page begins with."""
+        ours = [name for name, head in zoo.models().items() if head["kind"] == "flow_map"]
+        return list(dict.fromkeys([registry.named(self.start.model, "model")[0], *ours]))
+
+    def rewards(self) -> list[str]:
+        """Rewards that are installed, those that show a model, and those that the page begins with."""
+        shown = [term.name for form in (self.first(), *map(self.beginning, self.models())) for term in form.terms]
+        return list(dict.fromkeys([*shown, *rewards.available()]))
+
+    def takes(self, reward: str) -> str:
+        """The settings that a reward takes, as they are typed; "" where there are none, or no such reward can be had."""
+        try:
+            parameters = inspect.signature(rewards.find(reward)).parameters.values()
+        except (ValueError, ImportError):
+            return ""
+        own = [p for p in parameters if p.name not in ("images", "prompts", "labels", "pictures")]
+        return " ".join(f"{p.name}={'...' if p.default in (p.empty, None) else line(p.default)}" for p in own)
+
+    def methods(self) -> list[str]:
+        """Methods by name, that which the page begins with first."""
+        return list(dict.fromkeys([*filter(None, [self.first().method]), *METHODS]))
+
+    def task(self, form: Form) -> Task:
+        """The run that a form asks for.
+
+        Raises:
+            ConfigError, RewardError: what `steerfm steer` would say, in one line.
+        """
+        told = self._overrides(form)
+        config = load(SteerConfig, None, told)
+        if self.shared:
+            self._check_shared(config)
+        if form.budget is not None:
+            told += self._sized(config, form)
+            config = load(SteerConfig, None, told)
+        return Task(config, shlex.join(["steerfm", "steer", *told]))
+
+    def _overrides(self, form: Form) -> list[str]:
+        """The keys of a form as they are typed behind ``steerfm steer``, but for the budget."""
+        told = _named("model", self._model(form.model))
+        facts, texts = self.facts(form.model), form.prompts()
+        told += [f"prompt={line(texts)}"] if texts else []
+        told += [f"label={form.label}"] if form.label and not facts.reads else []
+        told += self._reward(form.terms)
+        told += [f"method={form.method}"] if form.method else []
+        told += _prefixed("method", form.settings)
+        strength = form.strength if isinstance(form.strength, str) else f"{form.strength:g}"
+        told += [f"strength={strength}", f"n={form.n}", f"seeds={form.seed}"]
+        told += [] if form.guidance == 1 else [f"guidance={form.guidance:g}"]
+        for key in PASSED_ON:
+            value = getattr(self.start, key)
+            told += [] if value == getattr(SteerConfig(), key) else _named(key, value)
+        return told
+
+    def _model(self, name: str) -> Any:
+        """The model of a name; with its arguments where it is the one that the page begins with."""
+        return self.start.model if registry.named(self.start.model, "model")[0] == name else name
+
+    def _reward(self, terms: Sequence[Term]) -> list[str]:
+        if not terms:
+            raise ConfigError("no reward: choose one, and a weight other than 0")
+        if len(terms) == 1:
+            return terms[0].overrides()
+        return [f"reward={line([load(SteerConfig, None, term.overrides()).reward for term in terms])}"]
+
+    def _sized(self, config: SteerConfig, form: Form) -> list[str]:
+        """What makes the method of a configuration spend the budget of a form.
+
+        Raises:
+            ConfigError: it cannot be that cheap, or does not know how to.
+        """
+        told, facts = config.method, self.facts(form.model)
+        if not form.method:
+            told = {**facts.usual, **{key: value for key, value in told.items() if key != "name"}}
+        method = build_method(told)
+        if not hasattr(method, "within"):
+            raise ConfigError(
+                f"method {told['name']!r} does not fit itself into a budget: leave that as it is, and set its size"
+            )
+        try:
+            sized = method.within(form.budget)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        name = [] if form.method else _named("method", facts.usual)
+        return name + [f"method.{key}={line(value)}" for key, value in _differences(sized, method).items()]
+
+    def _check_shared(self, config: SteerConfig) -> None:
+        """Refuse what reaches further than the page, where others can reach it: code, files and addresses.
+
+        Raises:
+            ConfigError: naming what.
+        """
+        own = set(_texts([self.start.model, self.start.reward, self.start.method, self.start.judge]))
+        own |= {term.name for model in self.models() for term in self.beginning(model).terms}
+        for text in _texts([config.reward, config.method]):
+            far = registry.is_code(text) or os.path.exists(text) or set(text) & {"/", "\\"}
+            if far and text not in own:
+                raise ConfigError(f"{text}: this page is shared: it takes no code, files or addresses but those it began with")
+
+    # --- runs ----------------------------------------------------------------------------------------------------------
+    def steer(self, task: Task, stop: threading.Event) -> Iterator[Progress | Step | Finished]:
+        """Steer in a folder of its own, and say how it goes; whoever closes the iterator ends the run.
+
+        Args:
+            task: what to do.
+            stop: set it to end the run after the step that it is in.
+
+        Raises:
+            Halted: it was. Whatever a run raises. Then the folder is gone.
+        """
+        folder, said = self._folder(), SimpleQueue()
+
+        def tell(event: Progress | Step) -> None:
+            if stop.is_set():
+                raise Halted
+            said.put(event)
+
+        watch = Watch(
+            step=lambda state: tell(Step.of(state)),
+            tick=lambda done, steps: tell(Progress(done, steps)),
+            end=lambda run: said.put(Finished.of(run, folder, task)),
+        )
+        worker = threading.Thread(target=_worker, args=(task, watch, folder, said.put), daemon=True)
+        worker.start()
+        done = False
+        try:
+            while (event := said.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                done = done or isinstance(event, Finished)
+                yield event
+        finally:
+            stop.set()
+            worker.join()
+            if not done:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folder(self) -> Path:
+        """A new folder, called by the first number that is free."""
+        with self._numbers:
+            taken = [int(path.stem) for path in self.root.glob("*") if path.stem.isdigit()]
+            folder = self.root / f"{max(taken, default=0) + 1:03}"
+            folder.mkdir(parents=True)
+        return folder
+
+
+def _worker(task: Task, watch: Watch, folder: Path, say: Callable[[Any], None]) -> None:
+    """A run, on a thread of its own; at the end it says what it raised, or None."""
+    end = None
+    try:
+        work(task.config, task.command, watch, str(folder))
+    except BaseException as error:  # the thread that waits raises it
+        end = error
+    files.release()
+    say(end)
+
+
+def _named(key: str, value: Any) -> list[str]:
+    """A name, with its arguments, as overrides."""
+    if not isinstance(value, Mapping):
+        return [f"{key}={value if isinstance(value, str) else line(value)}"]
+    name, arguments = registry.named(value, key)
+    return [f"{key}={name}", *(f"{key}.{argument}={line(item)}" for argument, item in arguments.items())]
+
+
+def _differences(new: Any, old: Any) -> dict[str, Any]:
+    """Arguments of ``new`` that ``old`` does not have; of a part the arguments of that."""
+    changed = {f.name: getattr(new, f.name) for f in fields(new) if f.init and getattr(new, f.name) != getattr(old, f.name)}
+    return {
+        key: _differences(value, getattr(old, key)) if is_dataclass(value) else value for key, value in changed.items()
+    }  # fmt: skip
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a value, in whatever depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+# --- what is seen ------------------------------------------------------------------------------------------------------
+class Halted(BaseException):
+    """A run was stopped from the page. No error: nobody on the way is to make something of it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps done, and steps in all."""
+
+    done: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The first outputs after a step, before the selection that follows it.
+
+    Attributes:
+        t: the time.
+        ess: of all outputs, the mean, as a share of the particles.
+        resampled: outputs in which particles were chosen anew.
+        n, k: outputs, and particles of each.
+        pictures: (n', k', h, w, c) bytes, by weight; None where samples are no pictures.
+        ahead: whether these are look-aheads; else they are the particles as they are.
+        weights: (n', k'). reward: (n', k'), NaN where nobody looked. copies: (n', k') how many of each go on.
+    """
+
+    t: float
+    ess: float
+    resampled: int
+    n: int
+    k: int
+    pictures: np.ndarray | None
+    ahead: bool
+    weights: np.ndarray
+    reward: np.ndarray
+    copies: np.ndarray
+
+    @classmethod
+    def of(cls, state: State) -> Step:
+        """What a state shows; its pictures cost the run nothing."""
+        before, problem = state.parents, state.problem
+        weights = normalise(before.log_w).exp()
+        n, k = weights.shape
+        top = weights[:OUTPUTS].argsort(dim=1, descending=True, stable=True)[:, :PARTICLES]
+        rows = (torch.arange(len(top), device=top.device).unsqueeze(1) * k + top).flatten()
+        ahead = before.now.endpoint is not None
+        z = before.x if before.now.endpoint is None else before.now.endpoint
+        with torch.no_grad(), aside(Ledger()):
+            pictures = problem.flow_map.decode(z[rows])
+        scores = before.now.scores
+        reward = torch.full((n * k,), torch.nan) if scores is None else scores.total.float().cpu()
+        ones = torch.ones(state.selected.ancestors.shape, device=top.device)
+        copies = torch.zeros(n, k, device=top.device).scatter_add(1, state.selected.ancestors, ones)
+        return cls(
+            t=state.t, ess=float(state.ess.mean()), resampled=int(state.selected.resampled.sum()), n=n, k=k,
+            pictures=levels(pictures).reshape(*top.shape, *levels(pictures).shape[1:]) if pictures.ndim == 4 else None,
+            ahead=ahead, weights=weights[:OUTPUTS].gather(1, top).cpu().numpy(),
+            reward=reward.view(n, k)[:OUTPUTS].gather(1, top.cpu()).numpy(),
+            copies=copies[:OUTPUTS].gather(1, top).cpu().numpy(),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is done, as its folder has it.
+
+    Attributes:
+        folder: of the run.
+        task: that was done.
+        result: what result.json holds.
+        diagnosis: what the strength did.
+        pictures: {"base", "steered"} bytes (n, h, w, c) of the same seeds; empty where samples are no pictures.
+        rewards: {"base", "steered"} of each picture.
+    """
+
+    folder: Path
+    task: Task
+    result: Mapping[str, Any]
+    diagnosis: Diagnosis
+    pictures: Mapping[str, np.ndarray]
+    rewards: Mapping[str, list[float]]
+
+    @classmethod
+    def of(cls, run: Steered, folder: Path, task: Task) -> Finished:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        pictures = {name: levels(x) for name, x in run.pictures.items() if x.ndim == 4}
+        return cls(folder, task, result, run.diagnosis, pictures, {name: x.tolist() for name, x in run.scores.items()})
+
+    @property
+    def config(self) -> SteerConfig:
+        """What ran: with the method that took the place of one that does not fit the model."""
+        return load(SteerConfig, str(self.folder / "config.yaml"))
+
+    @property
+    def picture(self) -> Path | None:
+        """The picture of the base above the steered, of the first prompt; None where samples are no pictures."""
+        return next((file for file in map(self.folder.joinpath, ("grid.png", "grid-0.png")) if file.is_file()), None)
+
+    @cached_property
+    def archive(self) -> Path:
+        """The folder as a zip file, beside it."""
+        file = self.folder.with_suffix(".zip")
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(self.folder.rglob("*")):
+                if path.is_file() and not path.name.startswith("."):
+                    archive.write(path, Path(f"steerfm-{self.folder.name}") / path.relative_to(self.folder))
+        return file
+
+    def python(self, facts: Facts) -> str:
+        """Python that makes the same samples."""
+        config, device = self.config, pick_device(self.config.device)
+        texts, each = sequence(config.prompt or []), config.n
+        total = each * max(1, len(texts))
+        given: dict[str, Any] = {"n": total, "seeds": _seeds(config.seeds, each, total), "strength": config.strength}
+        asked = [text for text in texts for _ in range(each)]
+        label = config.label
+        if label is None and facts.classes and not facts.reads and "labels" in build_reward(config.reward).needs:
+            label = [facts.classes[i % len(facts.classes)] for i in range(total)]
+        given |= {"label": label} if label is not None else {}
+        given |= {"cond" if facts.reads else "prompts": texts[0] if len(texts) == 1 else asked} if texts else {}
+        name, arguments = registry.named(config.model, "model")
+        where = [f"device={_code(device)}"] if device != "cpu" else []
+        made = ", ".join([_code(name), *where, *(f"{key}={_code(value)}" for key, value in arguments.items())])
+        lines = ["import steerfm", "", f"flow_map = steerfm.load({made})"]
+        lines += [f"flow_map = steerfm.Guided(flow_map, {config.guidance!r})"] if config.guidance != 1 else []
+        what = [f"    {_code(_short(part))}," for part in (config.reward, config.method)]
+        what += [f"    {key}={_code(value)}," for key, value in given.items()]
+        lines += ["result = steerfm.steer(", "    flow_map,", *what, ")", "print(result)", 'result.grid("steered.png")']
+        return "\n".join(lines) + "\n"
+
+
+def _seeds(seeds: int | list[int], each: int, total: int) -> int | list[int]:
+    """Those of `steerfm steer`, where each prompt has the same."""
+    first = list(range(seeds, seeds + each)) if isinstance(seeds, int) else seeds
+    return seeds if total == each else first * (total // len(first))
+
+
+def _short(value: Any) -> Any:
+    """A name alone where it has no arguments."""
+    return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
+
+
+def _code(value: Any) -> str:
+    """A value as Python writes it, texts in double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_code(key)}: {_code(item)}' for key, item in value.items())}}}"
+    return f"[{', '.join(map(_code, value))}]" if isinstance(value, list | tuple) else repr(value)
