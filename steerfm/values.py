@@ -127,7 +127,7 @@ def natural(default: float, doc: str) -> Any:
     return ranged(default, doc, least=0)
 
 
-def finite(default: float, doc: str) -> Any:
+def finite(default: float | None, doc: str) -> Any:
     """A key of any finite number."""
     return ranged(default, doc)
 

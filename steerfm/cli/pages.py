@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.themes import Base
 from gradio.themes.utils.sizes import Size
 from PIL import Image
 
@@ -415,14 +416,14 @@ def _listen(playground: Playground, visits: Visits, fields: Fields, seen: Seen) 
         auto = form.strength == "auto"
         return fill | {fields.auto: auto, fields.strength: gr.Slider(value=_number(form.strength), interactive=not auto)}
 
-    outputs = set(vars(seen).values())
+    outputs = list(vars(seen).values())
     begun = seen.steer.click(begin, None, outputs, **quick)
     begun.then(
         go, fields.all(), outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private", scroll_to_output=False
     )
-    seen.stop.click(halt, None, {seen.status, seen.stop}, **quick)
+    seen.stop.click(halt, None, [seen.status, seen.stop], **quick)
     fields.auto.input(lambda on: gr.Slider(interactive=not on), fields.auto, fields.strength, **quick)
-    fields.model.input(choose, fields.model, fields.all() - {fields.model}, **quick)
+    fields.model.input(choose, fields.model, list(fields.all() - {fields.model}), **quick)
 
 
 # --- the server --------------------------------------------------------------------------------------------------------
@@ -441,10 +442,10 @@ class Policy:
         await self.app(scope, receive, sent)
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Fonts of the system, none smaller than 12 px."""
     sizes = Size("12px", "12px", "13px", "15px", "16px", "20px", "26px", name="text")
-    made = gr.themes.Base(
+    made = Base(
         primary_hue="indigo", neutral_hue="slate", text_size=sizes, font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -294,7 +294,7 @@ class Playground:
                 raise ConfigError(f"{text}: this page is shared: it takes no code, files or addresses but those it began with")
 
     # --- runs ----------------------------------------------------------------------------------------------------------
-    def steer(self, task: Task, stop: threading.Event) -> Iterator[Progress | Step | Finished]:
+    def steer(self, task: Task, stop: threading.Event) -> Generator[Progress | Step | Finished, None, None]:
         """Steer in a folder of its own, and say how it goes; whoever closes the iterator ends the run.
 
         Args:

@@ -19,7 +19,8 @@ from steerfm.cli.playground import Playground
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'steerfm[play]'")
 driver = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium, or its path in CHROMIUM"),
