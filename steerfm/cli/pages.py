@@ -1,4 +1,4 @@
-"""The page of `steerfm play`: fields, what is seen while it steers, and what came out."""
+"""The page of `steerfm play`: the form, the steps of a run, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradio.themes import Base
 from gradio.themes.utils.sizes import Size
 from PIL import Image
 
-from steerfm.cli.playground import Finished, Form, Halted, Playground, Progress, Step, Term
+from steerfm.cli.playground import Form, Halt, Playground, Progress, Result, Step, Term
 from steerfm.cost import Cost
 from steerfm.report.formats import short
 from steerfm.steering.weights import LOW
@@ -41,7 +41,7 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-
 CSS = """
 .gradio-container { max-width: 1200px !important; width: 100% !important; margin: 0 auto !important; }
 .gradio-container > main { box-sizing: border-box; }
-p.said { margin: .3rem 0; } p.quiet { color: var(--body-text-color-subdued); margin: .3rem 0; }
+p.line { margin: .3rem 0; } p.quiet { color: var(--body-text-color-subdued); margin: .3rem 0; }
 p.warning, p.error { border-left: 4px solid #c29200; background: #fff8e1; color: #3d2f00; padding: .5rem .75rem;
   margin: .5rem 0; }
 p.error { border-color: #b00020; background: #fdecea; color: #5f0010; overflow-wrap: anywhere; }
@@ -70,8 +70,8 @@ figure { margin: 0 0 1rem; } figcaption { color: var(--body-text-color-subdued);
 
 
 # --- pieces in HTML ----------------------------------------------------------------------------------------------------
-def say(text: str, kind: str = "said") -> str:
-    """A line for the reader; ``kind`` is said, warning or error."""
+def say(text: str, kind: str = "line") -> str:
+    """A line for the reader; ``kind`` is line, quiet, warning or error."""
     return f'<p class="{kind}" role="{"alert" if kind == "error" else "status"}">{html.escape(text)}</p>'
 
 
@@ -118,21 +118,21 @@ def walk(steps: list[Step]) -> str:
     return f'<figure><figcaption>{about}</figcaption><table class="walk">{head}{rows}</table></figure>' if steps else ""
 
 
-def compared(done: Finished) -> str:
+def comparison(result: Result) -> str:
     """Base above steered, a few outputs at a time, with the reward of each."""
-    rows, prompts = [], done.result["prompts"]
-    number = len(next(iter(done.pictures.values()), ()))
+    rows, prompts = [], result.numbers["prompts"]
+    number = len(next(iter(result.pictures.values()), ()))
     for start in range(0, number, COLUMNS):
-        if prompts and start % done.task.config.n == 0:
-            rows.append(f"<h4>{html.escape(prompts[start // done.task.config.n]['prompt'])}</h4>")
-        for name, pictures in done.pictures.items():
+        if prompts and start % result.task.config.n == 0:
+            rows.append(f"<h4>{html.escape(prompts[start // result.task.config.n]['prompt'])}</h4>")
+        for name, pictures in result.pictures.items():
             tiles = "".join(
                 f'<div><img src="{_source(pictures[i])}" alt="{name}, output {i + 1}">'
-                f"<span>{short(done.rewards[name][i])}</span></div>"
+                f"<span>{short(result.rewards[name][i])}</span></div>"
                 for i in range(start, min(start + COLUMNS, number))
             )
             rows.append(f'<div class="sf-pair"><b>{name}</b>{tiles}</div>')
-    about = f"The same seeds without and with steering; {html.escape(done.result['reward'])} below."
+    about = f"The same seeds without and with steering; {html.escape(result.numbers['reward'])} below."
     return f"<figure><figcaption>{about}</figcaption>{''.join(rows)}</figure>" if rows else ""
 
 
@@ -143,22 +143,22 @@ def plot(file: Path) -> str:
     return f'<p class="quiet narrow">Scroll it to the side.</p>{image}'
 
 
-def summary(done: Finished) -> str:
+def summary(result: Result) -> str:
     """What came out, in numbers and words."""
-    result = done.result
-    held = result["held_out"]
-    rows = [("reward: " + str(result["reward"]), result["reward_base"], result["reward_best"])]
-    rows += [(f"held-out judge: {held['name']}", held["base"], held["steered"])] if held else []
+    numbers = result.numbers
+    judge = numbers["held_out"]
+    rows = [("reward: " + str(numbers["reward"]), numbers["reward_base"], numbers["reward_best"])]
+    rows += [(f"held-out judge: {judge['name']}", judge["base"], judge["steered"])] if judge else []
     cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{short(a)}</td><td>{short(b)}</td></tr>" for name, a, b in rows)
     table = f"<table><tr><th></th><th>base</th><th>steered</th></tr>{cells}</table>"
-    words = done.diagnosis.in_words()
-    wrong = done.diagnosis.too_large or done.diagnosis.too_small
+    words = result.diagnosis.in_words()
+    wrong = result.diagnosis.too_large or result.diagnosis.too_small
     lines = [say(f"{WARNING} the strength is {words.pop('the strength')}", "warning")] if wrong else []
     if not wrong and "low ESS" in words:
         lines.append(say(f"{WARNING} low ESS: {words.pop('low ESS')}", "warning"))
-    lines += [] if held else [say("No held-out judge: the model's card names none that knows what is asked for here.")]
+    lines += [] if judge else [say("No held-out judge: the model's card names none that knows what is asked for here.")]
     lines += [say(f"{name}: {text}") for name, text in words.items()]
-    return table + "".join(lines) + say(f"cost: {Cost(**result['cost'])}")
+    return table + "".join(lines) + say(f"cost: {Cost(**numbers['cost'])}")
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Fields:
     @classmethod
     def of(cls, playground: Playground) -> Fields:
         """The fields, filled with what the page begins with."""
-        form = playground.first()
+        form = playground.initial()
         facts = playground.facts(form.model)
         model = gr.Dropdown(playground.models(), value=form.model, label="Model")
         words = gr.Textbox(form.words, label="Words", info=_words(facts.reads), lines=1, max_lines=4)
@@ -236,7 +236,7 @@ def _classes(classes: tuple[str, ...], label: str) -> dict[str, Any]:
 
 
 def _placeholder(playground: Playground, reward: str) -> str:
-    return (playground.takes(reward) if reward != NONE else "") or "none to set"
+    return (playground.reward_settings(reward) if reward != NONE else "") or "none to set"
 
 
 def _term(playground: Playground, form: Form, place: int) -> tuple[gr.Dropdown, gr.Slider, gr.Textbox]:
@@ -255,7 +255,7 @@ def _term(playground: Playground, form: Form, place: int) -> tuple[gr.Dropdown, 
 
 
 @dataclass(frozen=True)
-class Seen:
+class Panels:
     """What a run fills."""
 
     status: gr.HTML
@@ -273,7 +273,7 @@ class Seen:
     stop: gr.Button
 
     @classmethod
-    def of(cls, steer: gr.Button, stop: gr.Button) -> Seen:
+    def of(cls, steer: gr.Button, stop: gr.Button) -> Panels:
         """Empty."""
         status = gr.HTML(say("Nothing steered yet.", "quiet"), elem_id="status")
         with gr.Tabs(selected="watch") as tabs:
@@ -291,7 +291,7 @@ class Seen:
                 python = gr.Code(language="python", label="In Python", interactive=False, wrap_lines=True)
         return cls(status, tabs, step, walk, numbers, pictures, trace, command, python, picture_file, folder_file, steer, stop)
 
-    def begun(self) -> dict[Any, Any]:
+    def clear(self) -> dict[Any, Any]:
         """All is empty, and the run waits for its turn: one steers at a time."""
         empty = (self.step, self.walk, self.numbers, self.pictures, self.trace, self.command, self.python)
         no = {part: gr.DownloadButton(value=None, interactive=False) for part in (self.picture_file, self.folder_file)}
@@ -299,24 +299,24 @@ class Seen:
         waits = {self.status: say("Waiting for its turn: one run at a time."), self.tabs: gr.Tabs(selected="watch")}
         return {part: "" for part in empty} | no | buttons | waits
 
-    def over(self, text: str, kind: str = "said") -> dict[Any, Any]:
+    def end(self, text: str, kind: str = "line") -> dict[Any, Any]:
         """A run has ended."""
         buttons = {self.steer: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         return buttons | {self.status: say(text, kind)}
 
-    def step_seen(self, steps: list[Step]) -> dict[Any, Any]:
+    def show_step(self, steps: list[Step]) -> dict[Any, Any]:
         return {self.step: figure(steps[-1]), self.walk: walk(steps)}
 
-    def finished(self, done: Finished, python: str) -> dict[Any, Any]:
+    def show_result(self, result: Result, python: str) -> dict[Any, Any]:
         """What a run left."""
-        files = {self.folder_file: gr.DownloadButton(value=str(done.archive), interactive=True)}
-        if done.picture is not None:
-            files[self.picture_file] = gr.DownloadButton(value=str(done.picture), interactive=True)
-        shown = {self.numbers: summary(done), self.pictures: compared(done), self.python: python}
-        shown[self.trace] = plot(done.folder / "trace.png")
+        files = {self.folder_file: gr.DownloadButton(value=str(result.archive), interactive=True)}
+        if result.picture is not None:
+            files[self.picture_file] = gr.DownloadButton(value=str(result.picture), interactive=True)
+        panels = {self.numbers: summary(result), self.pictures: comparison(result), self.python: python}
+        panels[self.trace] = plot(result.folder / "trace.png")
         return (
-            self.over(f"Done in {done.result['cost']['seconds']:.1f} s.")
-            | shown
+            self.end(f"Done in {result.numbers['cost']['seconds']:.1f} s.")
+            | panels
             | files
             | {self.tabs: gr.Tabs(selected="result")}
         )
@@ -348,7 +348,7 @@ class Visits:
 
 
 def run(
-    playground: Playground, fields: Fields, seen: Seen, stop: threading.Event, data: Mapping[Any, Any]
+    playground: Playground, fields: Fields, panels: Panels, stop: threading.Event, data: Mapping[Any, Any]
 ) -> Iterator[dict[Any, Any]]:
     """A run, and what changes on the page after each step of it."""
     steps: list[Step] = []
@@ -356,23 +356,23 @@ def run(
     try:
         form = fields.form(data)
         task = playground.task(form)
-        yield {seen.status: say("Loading."), seen.command: task.command}
+        yield {panels.status: say("Loading."), panels.command: task.command}
         for event in playground.steer(task, stop):
             if isinstance(event, Progress):
                 progress = event
-                yield {seen.status: say(f"Step {event.done} of {event.steps}.")}
+                yield {panels.status: say(f"Step {event.done} of {event.steps}.")}
             elif isinstance(event, Step):
                 steps.append(event)
-                yield seen.step_seen(steps)
+                yield panels.show_step(steps)
             else:
-                yield seen.finished(event, event.python(playground.facts(form.model)))
-    except Halted:
-        yield seen.over(f"Stopped after step {progress.done} of {progress.steps}." if progress.steps else "Stopped.")
+                yield panels.show_result(event, event.python(playground.facts(form.model)))
+    except Halt:
+        yield panels.end(f"Stopped after step {progress.done} of {progress.steps}." if progress.steps else "Stopped.")
     except (ValueError, OSError, ImportError) as error:  # as the command line
-        yield seen.over(" ".join(str(error).split()), "error")
+        yield panels.end(" ".join(str(error).split()), "error")
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        yield seen.over(f"{type(error).__name__}: {' '.join(str(error).split())} (the terminal says where)", "error")
+        yield panels.end(f"{type(error).__name__}: {' '.join(str(error).split())} (the terminal says where)", "error")
 
 
 def page(playground: Playground, visits: Visits) -> gr.Blocks:
@@ -386,29 +386,29 @@ def page(playground: Playground, visits: Visits) -> gr.Blocks:
                     steer = gr.Button("Steer", variant="primary", elem_id="steer", min_width=100)
                     stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=100)
             with gr.Column(scale=3, min_width=300):
-                seen = Seen.of(steer, stop)
-        _listen(playground, visits, fields, seen)
+                panels = Panels.of(steer, stop)
+        _listen(playground, visits, fields, panels)
         demo.unload(visits.leave)
     return demo
 
 
-def _listen(playground: Playground, visits: Visits, fields: Fields, seen: Seen) -> None:
+def _listen(playground: Playground, visits: Visits, fields: Fields, panels: Panels) -> None:
     """What a click does."""
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
     def begin(request: gr.Request) -> dict[Any, Any]:
         visits.begin(request)
-        return seen.begun()
+        return panels.clear()
 
     def go(data: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
-        yield from run(playground, fields, seen, visits.of(request), data)
+        yield from run(playground, fields, panels, visits.of(request), data)
 
     def halt(request: gr.Request) -> dict[Any, Any]:
         visits.stop(request)
-        return {seen.status: say("Stopping after this step."), seen.stop: gr.Button(interactive=False)}
+        return {panels.status: say("Stopping after this step."), panels.stop: gr.Button(interactive=False)}
 
     def choose(name: str) -> dict[Any, Any]:
-        form, facts = playground.beginning(name), playground.facts(name)
+        form, facts = playground.example(name), playground.facts(name)
         first, *others = fields.terms
         fill = dict(zip(first, vars(form.terms[0]).values())) | {term[0]: NONE for term in others}
         fill |= {fields.words: gr.Textbox(form.words, info=_words(facts.reads))}
@@ -416,12 +416,12 @@ def _listen(playground: Playground, visits: Visits, fields: Fields, seen: Seen) 
         auto = form.strength == "auto"
         return fill | {fields.auto: auto, fields.strength: gr.Slider(value=_number(form.strength), interactive=not auto)}
 
-    outputs = list(vars(seen).values())
-    begun = seen.steer.click(begin, None, outputs, **quick)
-    begun.then(
+    outputs = list(vars(panels).values())
+    click = panels.steer.click(begin, None, outputs, **quick)
+    click.then(
         go, fields.all(), outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private", scroll_to_output=False
     )
-    seen.stop.click(halt, None, [seen.status, seen.stop], **quick)
+    panels.stop.click(halt, None, [panels.status, panels.stop], **quick)
     fields.auto.input(lambda on: gr.Slider(interactive=not on), fields.auto, fields.strength, **quick)
     fields.model.input(choose, fields.model, list(fields.all() - {fields.model}), **quick)
 
@@ -445,12 +445,12 @@ class Policy:
 def theme() -> Base:
     """Fonts of the system, none smaller than 12 px."""
     sizes = Size("12px", "12px", "13px", "15px", "16px", "20px", "26px", name="text")
-    made = Base(
+    base = Base(
         primary_hue="indigo", neutral_hue="slate", text_size=sizes, font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
     grey = {name: "*neutral_600" for name in ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")}
-    return made.set(**grey, **{f"{name}_dark": "*neutral_300" for name in grey})
+    return base.set(**grey, **{f"{name}_dark": "*neutral_300" for name in grey})
 
 
 def serve(demo: gr.Blocks, playground: Playground, port: int) -> tuple[str, str | None]:

@@ -68,7 +68,7 @@ def _warm(playground: Playground) -> None:
     """Build what the page begins with: what is wrong with it is said now, and what takes seconds to import is there."""
     from steerfm.report import style  # noqa: F401  matplotlib
 
-    task = playground.task(playground.first())
+    task = playground.task(playground.initial())
     reward, method = build_reward(task.config.reward), build_method(task.config.method)
     method.check(reward)
     flow_map = load_model(task.config.model, task.config.device)
@@ -92,5 +92,5 @@ def _port(config: PlayConfig) -> int:
                     raise ConfigError(f"host={config.host} port={port}: {error.strerror or error}") from None
                 continue
             return port
-    taken = f"port={ports[0]} is taken" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]} are taken"
-    raise ConfigError(f"{taken}: name another one, port=NUMBER, or leave it out for the first free one")
+    problem = f"port={ports[0]} is taken" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]} are taken"
+    raise ConfigError(f"{problem}: name another one, port=NUMBER, or leave it out for the first free one")

@@ -35,11 +35,11 @@ from steerfm.values import ConfigError, line
 
 OUTPUTS, PARTICLES = 4, 8
 """Outputs of a step that are shown, and particles of each, those with the largest weights."""
-PASSED_ON = ("judge", "device")
+HIDDEN = ("judge", "device")
 """Keys that the page does not show, and that every run has."""
 
 
-# --- what is asked for -------------------------------------------------------------------------------------------------
+# --- the form -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Term:
     """A reward of the form: its name, its weight in the sum, and its settings as they are typed: ``target=Bag``."""
@@ -51,14 +51,14 @@ class Term:
     @classmethod
     def of(cls, value: Any) -> Term:
         """The term of a configuration."""
-        name, arguments = registry.named(value, "reward")
+        name, arguments = registry.split_spec(value, "reward")
         weight = float(arguments.pop("weight", 1.0))
         return cls(name, weight, settings(arguments))
 
     def overrides(self) -> list[str]:
         """As the only reward of a command."""
         weight = [] if self.weight == 1 else [f"reward.weight={self.weight:g}"]
-        return [f"reward={self.name}", *weight, *_prefixed("reward", self.settings)]
+        return [f"reward={self.name}", *weight, *_settings_overrides("reward", self.settings)]
 
 
 def settings(arguments: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ def settings(arguments: Mapping[str, Any]) -> str:
     return shlex.join(f"{key}={line(value)}" for key, value in arguments.items())
 
 
-def _prefixed(key: str, typed: str) -> list[str]:
+def _settings_overrides(key: str, typed: str) -> list[str]:
     """``a=1 b=2`` as overrides of a key.
 
     Raises:
@@ -155,14 +155,14 @@ class Playground:
         self._numbers = threading.Lock()
 
     # --- the form ------------------------------------------------------------------------------------------------------
-    def first(self) -> Form:
+    def initial(self) -> Form:
         """What the form is filled with when the page opens.
 
         Raises:
             ConfigError: an unknown model.
         """
         start = self.start
-        form = self.beginning(registry.named(start.model, "model")[0])
+        form = self.example(registry.split_spec(start.model, "model")[0])
         form = replace(form, n=start.n, seed=start.seeds, guidance=start.guidance)
         if start.reward is not None:
             form = replace(form, terms=tuple(map(Term.of, sequence(start.reward))))
@@ -173,11 +173,11 @@ class Playground:
         if start.prompt is not None:
             form = replace(form, words="\n".join(sequence(start.prompt)))
         if start.method is not None:
-            method, arguments = registry.named(start.method, "method")
+            method, arguments = registry.split_spec(start.method, "method")
             form = replace(form, method=method, settings=settings(arguments))
         return form
 
-    def beginning(self, model: str) -> Form:
+    def example(self, model: str) -> Form:
         """What shows a model: what configs/play says of it, or its brightness."""
         known = recipes("play")
         shows = load(PlayConfig, str(known[model])) if model in known else PlayConfig(model, {"name": "brightness"})
@@ -196,14 +196,14 @@ class Playground:
     def models(self) -> list[str]:
         """Flow maps that ship, and the one that the page begins with."""
         ours = [name for name, head in zoo.models().items() if head["kind"] == "flow_map"]
-        return list(dict.fromkeys([registry.named(self.start.model, "model")[0], *ours]))
+        return list(dict.fromkeys([registry.split_spec(self.start.model, "model")[0], *ours]))
 
     def rewards(self) -> list[str]:
         """Rewards that are installed, those that show a model, and those that the page begins with."""
-        shown = [term.name for form in (self.first(), *map(self.beginning, self.models())) for term in form.terms]
-        return list(dict.fromkeys([*shown, *rewards.available()]))
+        examples = [term.name for form in (self.initial(), *map(self.example, self.models())) for term in form.terms]
+        return list(dict.fromkeys([*examples, *rewards.available()]))
 
-    def takes(self, reward: str) -> str:
+    def reward_settings(self, reward: str) -> str:
         """The settings that a reward takes, as they are typed; "" where there are none, or no such reward can be had."""
         try:
             parameters = inspect.signature(rewards.find(reward)).parameters.values()
@@ -214,7 +214,7 @@ class Playground:
 
     def methods(self) -> list[str]:
         """Methods by name, that which the page begins with first."""
-        return list(dict.fromkeys([*filter(None, [self.first().method]), *METHODS]))
+        return list(dict.fromkeys([*filter(None, [self.initial().method]), *METHODS]))
 
     def task(self, form: Form) -> Task:
         """The run that a form asks for.
@@ -222,35 +222,35 @@ class Playground:
         Raises:
             ConfigError, RewardError: what `steerfm steer` would say, in one line.
         """
-        told = self._overrides(form)
-        config = load(SteerConfig, None, told)
+        overrides = self._overrides(form)
+        config = load(SteerConfig, None, overrides)
         if self.shared:
             self._check_shared(config)
         if form.budget is not None:
-            told += self._sized(config, form)
-            config = load(SteerConfig, None, told)
-        return Task(config, shlex.join(["steerfm", "steer", *told]))
+            overrides += self._budget_overrides(config, form)
+            config = load(SteerConfig, None, overrides)
+        return Task(config, shlex.join(["steerfm", "steer", *overrides]))
 
     def _overrides(self, form: Form) -> list[str]:
         """The keys of a form as they are typed behind ``steerfm steer``, but for the budget."""
-        told = _named("model", self._model(form.model))
+        overrides = _spec_overrides("model", self._model(form.model))
         facts, texts = self.facts(form.model), form.prompts()
-        told += [f"prompt={line(texts)}"] if texts else []
-        told += [f"label={form.label}"] if form.label and not facts.reads else []
-        told += self._reward(form.terms)
-        told += [f"method={form.method}"] if form.method else []
-        told += _prefixed("method", form.settings)
+        overrides += [f"prompt={line(texts)}"] if texts else []
+        overrides += [f"label={form.label}"] if form.label and not facts.reads else []
+        overrides += self._reward(form.terms)
+        overrides += [f"method={form.method}"] if form.method else []
+        overrides += _settings_overrides("method", form.settings)
         strength = form.strength if isinstance(form.strength, str) else f"{form.strength:g}"
-        told += [f"strength={strength}", f"n={form.n}", f"seeds={form.seed}"]
-        told += [] if form.guidance == 1 else [f"guidance={form.guidance:g}"]
-        for key in PASSED_ON:
+        overrides += [f"strength={strength}", f"n={form.n}", f"seeds={form.seed}"]
+        overrides += [] if form.guidance == 1 else [f"guidance={form.guidance:g}"]
+        for key in HIDDEN:
             value = getattr(self.start, key)
-            told += [] if value == getattr(SteerConfig(), key) else _named(key, value)
-        return told
+            overrides += [] if value == getattr(SteerConfig(), key) else _spec_overrides(key, value)
+        return overrides
 
     def _model(self, name: str) -> Any:
         """The model of a name; with its arguments where it is the one that the page begins with."""
-        return self.start.model if registry.named(self.start.model, "model")[0] == name else name
+        return self.start.model if registry.split_spec(self.start.model, "model")[0] == name else name
 
     def _reward(self, terms: Sequence[Term]) -> list[str]:
         if not terms:
@@ -259,25 +259,25 @@ class Playground:
             return terms[0].overrides()
         return [f"reward={line([load(SteerConfig, None, term.overrides()).reward for term in terms])}"]
 
-    def _sized(self, config: SteerConfig, form: Form) -> list[str]:
+    def _budget_overrides(self, config: SteerConfig, form: Form) -> list[str]:
         """What makes the method of a configuration spend the budget of a form.
 
         Raises:
             ConfigError: it cannot be that cheap, or does not know how to.
         """
-        told, facts = config.method, self.facts(form.model)
+        spec, facts = config.method, self.facts(form.model)
         if not form.method:
-            told = {**facts.usual, **{key: value for key, value in told.items() if key != "name"}}
-        method = build_method(told)
+            spec = {**facts.usual, **{key: value for key, value in spec.items() if key != "name"}}
+        method = build_method(spec)
         if not hasattr(method, "within"):
             raise ConfigError(
-                f"method {told['name']!r} does not fit itself into a budget: leave that as it is, and set its size"
+                f"method {spec['name']!r} does not fit itself into a budget: leave that as it is, and set its size"
             )
         try:
             sized = method.within(form.budget)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        name = [] if form.method else _named("method", facts.usual)
+        name = [] if form.method else _spec_overrides("method", facts.usual)
         return name + [f"method.{key}={line(value)}" for key, value in _differences(sized, method).items()]
 
     def _check_shared(self, config: SteerConfig) -> None:
@@ -287,14 +287,14 @@ class Playground:
             ConfigError: naming what.
         """
         own = set(_texts([self.start.model, self.start.reward, self.start.method, self.start.judge]))
-        own |= {term.name for model in self.models() for term in self.beginning(model).terms}
+        own |= {term.name for model in self.models() for term in self.example(model).terms}
         for text in _texts([config.reward, config.method]):
             far = registry.is_code(text) or os.path.exists(text) or set(text) & {"/", "\\"}
             if far and text not in own:
                 raise ConfigError(f"{text}: this page is shared: it takes no code, files or addresses but those it began with")
 
     # --- runs ----------------------------------------------------------------------------------------------------------
-    def steer(self, task: Task, stop: threading.Event) -> Generator[Progress | Step | Finished, None, None]:
+    def steer(self, task: Task, stop: threading.Event) -> Generator[Progress | Step | Result, None, None]:
         """Steer in a folder of its own, and say how it goes; whoever closes the iterator ends the run.
 
         Args:
@@ -302,28 +302,28 @@ class Playground:
             stop: set it to end the run after the step that it is in.
 
         Raises:
-            Halted: it was. Whatever a run raises. Then the folder is gone.
+            Halt: it was. Whatever a run raises. Then the folder is gone.
         """
-        folder, said = self._folder(), SimpleQueue()
+        folder, events = self._folder(), SimpleQueue()
 
         def tell(event: Progress | Step) -> None:
             if stop.is_set():
-                raise Halted
-            said.put(event)
+                raise Halt
+            events.put(event)
 
         watch = Watch(
             step=lambda state: tell(Step.of(state)),
             tick=lambda done, steps: tell(Progress(done, steps)),
-            end=lambda run: said.put(Finished.of(run, folder, task)),
+            end=lambda run: events.put(Result.of(run, folder, task)),
         )
-        worker = threading.Thread(target=_worker, args=(task, watch, folder, said.put), daemon=True)
+        worker = threading.Thread(target=_worker, args=(task, watch, folder, events.put), daemon=True)
         worker.start()
         done = False
         try:
-            while (event := said.get()) is not None:
+            while (event := events.get()) is not None:
                 if isinstance(event, BaseException):
                     raise event
-                done = done or isinstance(event, Finished)
+                done = done or isinstance(event, Result)
                 yield event
         finally:
             stop.set()
@@ -334,8 +334,8 @@ class Playground:
     def _folder(self) -> Path:
         """A new folder, called by the first number that is free."""
         with self._numbers:
-            taken = [int(path.stem) for path in self.root.glob("*") if path.stem.isdigit()]
-            folder = self.root / f"{max(taken, default=0) + 1:03}"
+            numbers = [int(path.stem) for path in self.root.glob("*") if path.stem.isdigit()]
+            folder = self.root / f"{max(numbers, default=0) + 1:03}"
             folder.mkdir(parents=True)
         return folder
 
@@ -351,11 +351,11 @@ def _worker(task: Task, watch: Watch, folder: Path, say: Callable[[Any], None]) 
     say(end)
 
 
-def _named(key: str, value: Any) -> list[str]:
+def _spec_overrides(key: str, value: Any) -> list[str]:
     """A name, with its arguments, as overrides."""
     if not isinstance(value, Mapping):
         return [f"{key}={value if isinstance(value, str) else line(value)}"]
-    name, arguments = registry.named(value, key)
+    name, arguments = registry.split_spec(value, key)
     return [f"{key}={name}", *(f"{key}.{argument}={line(item)}" for argument, item in arguments.items())]
 
 
@@ -378,8 +378,8 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-# --- what is seen ------------------------------------------------------------------------------------------------------
-class Halted(BaseException):
+# --- events of a run ------------------------------------------------------------------------------------------------------
+class Halt(BaseException):
     """A run was stopped from the page. No error: nobody on the way is to make something of it."""
 
 
@@ -442,13 +442,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Result:
     """A run that is done, as its folder has it.
 
     Attributes:
         folder: of the run.
         task: that was done.
-        result: what result.json holds.
+        numbers: what result.json holds.
         diagnosis: what the strength did.
         pictures: {"base", "steered"} bytes (n, h, w, c) of the same seeds; empty where samples are no pictures.
         rewards: {"base", "steered"} of each picture.
@@ -456,16 +456,16 @@ class Finished:
 
     folder: Path
     task: Task
-    result: Mapping[str, Any]
+    numbers: Mapping[str, Any]
     diagnosis: Diagnosis
     pictures: Mapping[str, np.ndarray]
     rewards: Mapping[str, list[float]]
 
     @classmethod
-    def of(cls, run: Steered, folder: Path, task: Task) -> Finished:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    def of(cls, run: Steered, folder: Path, task: Task) -> Result:
+        numbers = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         pictures = {name: levels(x) for name, x in run.pictures.items() if x.ndim == 4}
-        return cls(folder, task, result, run.diagnosis, pictures, {name: x.tolist() for name, x in run.scores.items()})
+        return cls(folder, task, numbers, run.diagnosis, pictures, {name: x.tolist() for name, x in run.scores.items()})
 
     @property
     def config(self) -> SteerConfig:
@@ -492,20 +492,20 @@ class Finished:
         config, device = self.config, pick_device(self.config.device)
         texts, each = sequence(config.prompt or []), config.n
         total = each * max(1, len(texts))
-        given: dict[str, Any] = {"n": total, "seeds": _seeds(config.seeds, each, total), "strength": config.strength}
+        keywords: dict[str, Any] = {"n": total, "seeds": _seeds(config.seeds, each, total), "strength": config.strength}
         asked = [text for text in texts for _ in range(each)]
         label = config.label
         if label is None and facts.classes and not facts.reads and "labels" in build_reward(config.reward).needs:
             label = [facts.classes[i % len(facts.classes)] for i in range(total)]
-        given |= {"label": label} if label is not None else {}
-        given |= {"cond" if facts.reads else "prompts": texts[0] if len(texts) == 1 else asked} if texts else {}
-        name, arguments = registry.named(config.model, "model")
+        keywords |= {"label": label} if label is not None else {}
+        keywords |= {"cond" if facts.reads else "prompts": texts[0] if len(texts) == 1 else asked} if texts else {}
+        name, arguments = registry.split_spec(config.model, "model")
         where = [f"device={_code(device)}"] if device != "cpu" else []
-        made = ", ".join([_code(name), *where, *(f"{key}={_code(value)}" for key, value in arguments.items())])
-        lines = ["import steerfm", "", f"flow_map = steerfm.load({made})"]
+        load_arguments = ", ".join([_code(name), *where, *(f"{key}={_code(value)}" for key, value in arguments.items())])
+        lines = ["import steerfm", "", f"flow_map = steerfm.load({load_arguments})"]
         lines += [f"flow_map = steerfm.Guided(flow_map, {config.guidance!r})"] if config.guidance != 1 else []
         what = [f"    {_code(_short(part))}," for part in (config.reward, config.method)]
-        what += [f"    {key}={_code(value)}," for key, value in given.items()]
+        what += [f"    {key}={_code(value)}," for key, value in keywords.items()]
         lines += ["result = steerfm.steer(", "    flow_map,", *what, ")", "print(result)", 'result.grid("steered.png")']
         return "\n".join(lines) + "\n"
 

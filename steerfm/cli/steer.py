@@ -156,7 +156,7 @@ def steered(
             fresh = fresh or steer_batches(
                 flow_map, reward, method, want.n, seeds, of_first(lambda: _noted(strengths, folder, len(batches))), want.cond,
                 prompts=want.prompts, labels=want.labels, batch_size=size, micro_batch=config.micro_batch,
-                lookaheads=config.lookaheads, progress=_both(tick, watch), skip=there, callback=step,
+                lookaheads=config.lookaheads, progress=_ticks(tick, watch), skip=there, callback=step,
             )  # fmt: skip
             with autocast(flow_map, config.precision):
                 result = next(fresh)
@@ -173,7 +173,7 @@ def steered(
             yield result, base
 
 
-def _both(tick: Tick, watch: Watch | None) -> Tick:
+def _ticks(tick: Tick, watch: Watch | None) -> Tick:
     """The bar of the terminal, and who looks on."""
 
     def both(done: int, steps: int) -> None:

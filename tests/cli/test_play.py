@@ -21,7 +21,7 @@ from steerfm import cli
 from steerfm.cli.config import PlayConfig
 from steerfm.cli.loading import load
 from steerfm.cli.parts import build_method
-from steerfm.cli.playground import Finished, Form, Halted, Playground, Progress, Step, Term
+from steerfm.cli.playground import Form, Halt, Playground, Progress, Result, Step, Term
 from steerfm.rewards import RewardError
 from steerfm.steering import METHODS, FeynmanKac
 
@@ -33,7 +33,7 @@ def playground(folder: Path, *keys: str) -> Playground:
     return Playground(load(PlayConfig, None, [f"out={folder}", "judge=null", *keys]), folder)
 
 
-def seen(play: Playground, form: Form, stop: threading.Event | None = None) -> list[Any]:
+def run(play: Playground, form: Form, stop: threading.Event | None = None) -> list[Any]:
     return list(play.steer(play.task(form), stop or threading.Event()))
 
 
@@ -52,8 +52,8 @@ FORMS = {
 def test_the_command_and_the_python_do_the_same(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     play = playground(tmp_path / "runs")
-    *events, done = seen(play, form)
-    assert isinstance(done, Finished) and isinstance(events[0], Progress)
+    *events, done = run(play, form)
+    assert isinstance(done, Result) and isinstance(events[0], Progress)
     samples = load_file(done.folder / "samples.safetensors")
 
     words = shlex.split(done.task.command)
@@ -61,8 +61,8 @@ def test_the_command_and_the_python_do_the_same(form, tmp_path, monkeypatch):
     again = load_file(Path("again/samples.safetensors"))
     assert samples.keys() == again.keys() and all(torch.equal(samples[key], again[key]) for key in samples)
     counts = [json.loads((folder / "result.json").read_text()) for folder in (done.folder, Path("again"))]
-    for told in counts:  # to look on costs the run nothing
-        del told["cost"]["seconds"], told["cost"]["peak_bytes"], told["command"]
+    for numbers in counts:  # to look on costs the run nothing
+        del numbers["cost"]["seconds"], numbers["cost"]["peak_bytes"], numbers["command"]
     assert counts[0] == counts[1]
 
     names: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def test_the_command_and_the_python_do_the_same(form, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_each_step_is_seen(tmp_path):
-    *events, done = seen(playground(tmp_path), BRIGHT)
+    *events, done = run(playground(tmp_path), BRIGHT)
     steps = [event for event in events if isinstance(event, Step)]
     assert [event for event in events if isinstance(event, Progress)] == [Progress(1, 2), Progress(2, 2)]
     assert [step.t for step in steps] == [0.5, 1.0] and all((step.n, step.k) == (2, 4) for step in steps)
@@ -89,9 +89,9 @@ def test_each_step_is_seen(tmp_path):
 @pytest.mark.slow
 def test_a_stop_half_way_ends_the_run_and_the_next_one_runs(tmp_path):
     play, stop = playground(tmp_path), threading.Event()
-    with pytest.raises(Halted):
+    with pytest.raises(Halt):
         for event in play.steer(play.task(BRIGHT), stop):
-            assert not isinstance(event, Finished)
+            assert not isinstance(event, Result)
             if isinstance(event, Step):
                 stop.set()
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +99,7 @@ def test_a_stop_half_way_ends_the_run_and_the_next_one_runs(tmp_path):
     next(running)
     running.close()  # the page was closed
     assert list(tmp_path.iterdir()) == []
-    assert isinstance(seen(play, BRIGHT)[-1], Finished)
+    assert isinstance(run(play, BRIGHT)[-1], Result)
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_a_reward_that_raises_is_named(tmp_path):
     mine.write_text("def wrong(images):\n    raise KeyError('no such weight')\n")
     play = playground(tmp_path / "runs", f"reward={mine}:wrong", "model=fashion")
     with pytest.raises(RewardError, match=r"wrong.*no such weight"):
-        seen(play, replace(play.first(), strength=1.0))
+        run(play, replace(play.initial(), strength=1.0))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -132,7 +132,7 @@ def test_a_reward_that_raises_is_named(tmp_path):
 )
 def test_bad_input_is_one_line_that_names_the_fix(form, fix, tmp_path):
     with pytest.raises(ValueError, match=fix):
-        seen(playground(tmp_path), form)
+        run(playground(tmp_path), form)
 
 
 def test_every_method_fits_the_budget_that_is_chosen(tmp_path):
@@ -148,7 +148,7 @@ def test_a_model_without_jumps_gets_the_budget_in_its_own_method(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("import steerfm\nmap = steerfm.VelocityModel(lambda x, t, cond: -x, shape=(1, 8, 8))\n")
     play = playground(tmp_path, f"model={mine}:map", "reward=brightness")
-    task = play.task(replace(play.first(), budget=64))
+    task = play.task(replace(play.initial(), budget=64))
     assert a(FeynmanKac, build_method(task.config.method)).within(64) == build_method(task.config.method)
 
 
@@ -156,16 +156,16 @@ def test_the_page_begins_with_what_is_given(tmp_path):
     keys = ["model=fashion", "reward=[{name: classifier, target: Bag}, {name: symmetry, weight: 20}]", "strength=auto"]
     keys += ["method=das", "method.particles=8", "n=3", "seeds=5", "label=Dress"]
     play = playground(tmp_path, *keys)
-    form = play.first()
+    form = play.initial()
     assert form.terms == (Term("classifier", 1.0, "target=Bag"), Term("symmetry", 20.0))
     task = play.task(form)
     assert task.config.reward == [{"name": "classifier", "target": "Bag"}, {"name": "symmetry", "weight": 20.0}]
     assert task.config.method == {"name": "das", "particles": 8} and task.config.label == "Dress"
     assert (task.config.strength, task.config.n, task.config.seeds, task.config.judge) == ("auto", 3, 5, None)
     shows = playground(tmp_path)
-    assert shows.first() == replace(shows.beginning("emoji"), n=4) and shows.first().words == "a heart"
+    assert shows.initial() == replace(shows.example("emoji"), n=4) and shows.initial().words == "a heart"
     assert {"fashion", "emoji"} <= set(shows.models()) and "fashion-judge" not in shows.models()
-    assert "target=..." in shows.takes("classifier") and shows.takes("brightness") == ""
+    assert "target=..." in shows.reward_settings("classifier") and shows.reward_settings("brightness") == ""
 
 
 def test_a_page_that_others_reach_takes_no_code_and_no_files(tmp_path):
@@ -180,7 +180,7 @@ def test_a_page_that_others_reach_takes_no_code_and_no_files(tmp_path):
     far += [Term("target_image", settings=f"target={picture}")]
     for keys in (["host=0.0.0.0"], ["share=true"]):
         play = playground(tmp_path, *keys)
-        assert play.task(play.first()) and play.task(BRIGHT)
+        assert play.task(play.initial()) and play.task(BRIGHT)
         for term in far:
             with pytest.raises(ValueError, match="this page is shared: it takes no code, files or addresses"):
                 play.task(replace(BRIGHT, terms=(term,)))
