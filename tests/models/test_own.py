@@ -333,7 +333,7 @@ def test_a_file_that_moved_changed_or_lost_what_it_imports_is_one_line(here, cap
     file, maps = saved(here), here / "maps.py"
     source = maps.read_text()
     maps.rename(here / "moved.py")
-    one_line(capsys, file, "names maps.py, and there is no such file: put it back, or beside mine.safetensors")
+    one_line(capsys, file, "needs maps.py, but there is no such file: restore it, or put it next to mine.safetensors")
     (here / "runs" / "maps.py").write_text(source)  # beside the weights, with what it imports
     one_line(capsys, file, "helper.py is gone")
     (here / "runs" / "helper.py").write_text(HELPER)

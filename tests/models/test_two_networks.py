@@ -139,7 +139,7 @@ def test_an_adapter_of_one_network_leaves_the_other(tmp_path) -> None:
         torch.testing.assert_close(getattr(pipe, part).get_submodule(layer).weight, before[part] + 1)
         assert torch.equal(getattr(pipe, other).get_submodule(layer).weight, before[other])
     write(factors, tmp_path / FILE, "blocks")
-    with pytest.raises(ValueError, match="does not say whether it adapts transformer or transformer_2"):
+    with pytest.raises(ValueError, match="does not say whether it is for transformer or transformer_2"):
         from_pipeline(pipe, guidance=1.0, lora=tmp_path, **call)
 
 

@@ -115,5 +115,5 @@ def test_all_methods_take_it_and_others_say_no():
     two = made("flux schnell", two_time=True)
     result = steerfm.steer(two, lambda images: images.mean((1, 2, 3)), steerfm.FeynmanKac(particles=2, steps=2))
     assert torch.isfinite(result.samples).all()
-    with pytest.raises(ValueError, match="it is not known how SanaTransformer2DModel takes a second time"):
+    with pytest.raises(ValueError, match="two_time=True is not supported for SanaTransformer2DModel"):
         made("sana", two_time=True)
