@@ -335,7 +335,7 @@ def test_a_file_that_moved_changed_or_lost_what_it_imports_is_one_line(here, cap
     maps.rename(here / "moved.py")
     one_line(capsys, file, "needs maps.py, but there is no such file: restore it, or put it next to mine.safetensors")
     (here / "runs" / "maps.py").write_text(source)  # beside the weights, with what it imports
-    one_line(capsys, file, "helper.py is gone")
+    one_line(capsys, file, "helper.py is missing")
     (here / "runs" / "helper.py").write_text(HELPER)
     assert run(capsys, "sample", f"model={file}", "n=1", "out=x", "force=true")[0] == 0
     maps.write_text(source)
