@@ -110,7 +110,7 @@ def finish(
     judge: Reward | None, method: Method, run: Steered,
 ) -> None:  # fmt: skip
     """The files of a run, and what it prints."""
-    folder.merge_parts("samples", told=result_facts(run.cost, flow_map))
+    folder.merge_parts("samples", metadata=result_facts(run.cost, flow_map))
     header, table = _compare(run, reward, judge)
     label = split_spec(config.method, "method")[0]
     trace = run.first.plot(folder.path / "trace.png", label, want.names, run.values["rewards"])

@@ -27,7 +27,7 @@ from steerfm.networks import NETWORKS, UNet
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.report.card import model_card
 from steerfm.report.plots import curves_plot
-from steerfm.report.run_folder import ANEW, edited
+from steerfm.report.run_folder import ANEW, changed_inputs
 from steerfm.sampling import sample as draw
 from steerfm.trust import nearest
 from steerfm.values import ConfigError
@@ -357,7 +357,7 @@ def _another_training(config: TrainConfig, folder: Path, told: Mapping[str, str]
     file = folder / "config.yaml"
     if not any((folder / "checkpoints").glob("*.ckpt")):
         return ""
-    if changed := edited(folder, told):
+    if changed := changed_inputs(folder, told):
         return f": {', '.join(changed)}: edited since this run began"
     before = load(TrainConfig, str(file)) if file.is_file() and file.stat().st_size else config
     for key in ("task", "network", "data.name"):

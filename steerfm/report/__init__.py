@@ -1,9 +1,10 @@
-"""What a run leaves behind: one folder with its configuration, numbers, samples, pictures and a page to look at.
+"""The run folder: configuration, numbers, samples, pictures and a report page.
 
     config.yaml  result.json  metrics.jsonl  samples.safetensors  grid.png  trace.png  report.html
 
-Takes tensors, dictionaries and strings only, so that anything can write a run folder. Figures are built without pyplot:
-no backend is chosen and no global style is touched.
+The functions take only tensors, dictionaries and strings, so any code can write a run folder. Figures are built without
+pyplot: no backend is chosen and no global style changes.
 
-`run_folder` keeps files, `pictures` draws grids, `plots` lines, `page` writes report.html and `card` a model's README.md.
+`run_folder` stores files, `pictures` draws grids, `plots` draws curves, `page` writes report.html, and `card` writes a
+model's README.md.
 """

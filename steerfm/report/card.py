@@ -11,12 +11,12 @@ from steerfm.report.formats import short
 
 
 def model_card(name: str, card: Mapping[str, Any]) -> str:
-    """README.md of a trained model, with the front matter that model hubs read.
+    """Return the README.md of a trained model, with the front matter that model hubs read.
 
     Args:
-        name: of the model.
-        card: any of description, command (how to train it again), usage (code), data, licence, recipe, metrics and
-            more: texts, or dictionaries of names and values, which become tables.
+        name: name of the model.
+        card: sections by name, such as description, command (how to train it again), usage (code), data, licence, recipe
+            and metrics. A section is a text, or a dictionary of names and values, which becomes a table.
     """
     card = dict(card)
     licence = str(card.get("licence", ""))

@@ -1,4 +1,4 @@
-"""Values as JSON holds them, and as people read them."""
+"""Convert values for JSON, and for people to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """Anything as what JSON holds: tensors and arrays as lists, floats with 7 digits, NaN and infinities as None."""
+    """Convert a value to JSON types: tensors and arrays to lists, floats to 7 digits, NaN and infinities to None."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -31,7 +31,7 @@ def plain(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """A value as a short text: four digits for numbers, lists and dictionaries in one line."""
+    """Format a value as one line of text, numbers with four digits."""
     value = value if isinstance(value, str) else plain(value)
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

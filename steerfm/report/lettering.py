@@ -1,4 +1,4 @@
-"""Texts in pictures: how wide they are in pixels, and where they break."""
+"""Measure and wrap the text in figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DPI = 100
 
 
 def text_width(text: str, size: float) -> float:
-    """Width in pixels of the longest line of a text set in ``size`` points."""
+    """Return the width in pixels of the longest line of a text of ``size`` points."""
     font = FontProperties(size=size)
     lines = [line for line in text.split("\n") if line]
     widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in lines]
@@ -24,11 +24,11 @@ def text_height(lines: int, size: float) -> int:
 
 
 def wrap(text: str, width: float, size: float, lines: int = 4) -> str:
-    """Break a text into at most ``lines`` lines of ``width`` pixels; what is left over becomes an ellipsis."""
+    """Wrap a text to at most ``lines`` lines of ``width`` pixels; an ellipsis replaces the rest."""
     broken: list[str] = []
     for paragraph in str(text).split("\n"):
         broken.append("")
-        for piece in re.split(r"(?<=[\s(,/_])", paragraph):  # breaks after spaces, and inside calls, paths and names
+        for piece in re.split(r"(?<=[\s(,/_])", paragraph):  # break after spaces, and inside calls, paths and names
             if broken[-1] and text_width((broken[-1] + piece).rstrip(), size) > width:
                 broken.append("")
             broken[-1] += piece

@@ -1,4 +1,4 @@
-"""report.html: one page that needs no other file."""
+"""Write report.html, a single self-contained page."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def report(
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
     pictures: Sequence[tuple[str, str | Path]] = (),
 ) -> Path:
-    """Write report.html: one page that needs no other file, so that it can be mailed.
+    """Write report.html, a single self-contained page that can be sent by mail.
 
     Args:
-        folder: of the run; its config.yaml, where there is one, ends the page.
+        folder: run folder. Its config.yaml, if present, is shown at the end of the page.
         title: heading.
-        facts: name -> value; ``command`` is set as code.
-        tables: (caption, header, rows).
-        pictures: (caption, path); paths are relative to the folder, or to where the command runs.
+        facts: values by name; ``command`` is shown as code.
+        tables: (caption, header, rows) of each table.
+        pictures: (caption, path) of each picture. Paths are relative to the folder or to the working directory.
+
+    Returns:
+        Path of the page.
 
     Raises:
-        FileNotFoundError: a picture is missing.
+        FileNotFoundError: a picture does not exist.
     """
     folder = Path(folder)
     facts = dict(facts)
@@ -100,19 +103,22 @@ summary { cursor: pointer; color: var(--soft); }
 
 
 def _figure(caption: str, file: Path) -> str:
-    """A picture with its caption; a plot no larger than its texts need."""
+    """Return a picture with its caption. A plot is shown no wider than its text needs."""
     data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
-    from steerfm.report.style import DPI, WIDTH  # matplotlib: only a page of pictures waits for it
+    from steerfm.report.style import DPI, WIDTH  # matplotlib is slow to import: only pages with pictures need it
 
-    plot = ' class="plot"' if int.from_bytes(data[16:20], "big") == round(WIDTH * DPI) else ""  # where a png says its width
+    # bytes 16 to 20 of a png hold its width
+    plot = ' class="plot"' if int.from_bytes(data[16:20], "big") == round(WIDTH * DPI) else ""
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     image = f'<img{plot} src="{source}" alt="{_escape(caption)}">'
     return f"<figure><figcaption>{_escape(caption)}</figcaption>{image}</figure>"
 
 
 def _table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """A table that scrolls by itself where it is wider than the page. Columns of figures stand on the right, in one line; what
-    a row is about has the colour that it has in plots."""
+    """Return a table that scrolls if it is wider than the page.
+
+    Columns of numbers are aligned right. A name in the first column has the same colour as in the plots.
+    """
     figures = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(header))]
     head = "".join(_cell("th", cell, figure) for cell, figure in zip(header, figures))
     body = "".join(
@@ -131,7 +137,7 @@ def _cell(tag: str, cell: Any, figure: bool, dot: bool = False) -> str:
 
 
 def _is_figure(cell: Any) -> bool:
-    """A number, or a text of numbers: "-0.014±0.051", "0.3 to 0.4"; nothing at all is one that is missing."""
+    """Whether a cell is a number or a text such as "-0.014±0.051" or "0.3 to 0.4". An empty cell is a missing number."""
     if isinstance(cell, bool):
         return False
     return isinstance(cell, int | float | np.number) or bool(

@@ -1,4 +1,4 @@
-"""Grids of pictures, every pixel a square of whole screen pixels."""
+"""Grids of pictures, enlarged by whole numbers so that pixels stay sharp."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from steerfm.report.lettering import DPI, text_height, text_width, wrap
 from steerfm.report.style import INK, save_figure
 
 GAP, MARGIN = 6, 14
-"""Pixels between pictures, and around all."""
+"""Pixels between pictures, and around the grid."""
 SMALLEST, READABLE = 8.0, 9.3 / 358 * 72 / DPI
-"""Points of a text; points a pixel of width, so that a text is 9.3 pixels high where the grid is shrunk to a page of 390."""
+"""Smallest text size in points; points per pixel of width, for text 9.3 pixels high on a page 390 pixels wide."""
 
 
 def picture_grid(
@@ -29,19 +29,22 @@ def picture_grid(
     title: str = "",
     headings: Mapping[int, str] | None = None,
 ) -> Path:
-    """Draw pictures in rows and columns, every pixel a square of whole screen pixels.
+    """Draw pictures in rows and columns, enlarged by whole numbers so that pixels stay sharp.
 
     Args:
-        pictures: (rows, columns, c, h, w) in [0, 1], others are clipped, NaN is black. c = 1 is grey, 3 is colour; of any other
-            number the channels stand side by side, in grey.
-        path: of the png.
-        row_labels: a label left of each row.
-        captions: a text under each picture, [row][column]; may hold line breaks, long ones are wrapped.
-        title: above the grid.
-        headings: row -> a text above it, and a gap; a gap only, where the text is empty.
+        pictures: (rows, columns, c, h, w) in [0, 1]. Other values are clipped, and NaN becomes black. One channel is
+            grey, three are colour; any other number of channels is drawn side by side, in grey.
+        path: png file to write.
+        row_labels: text to the left of each row.
+        captions: text under each picture, as captions[row][column]. Long lines are wrapped.
+        title: text above the grid.
+        headings: row -> text above that row, with a gap; an empty text adds only the gap.
+
+    Returns:
+        Path of the png.
 
     Raises:
-        ValueError: another shape of pictures, or labels and captions that do not fit it.
+        ValueError: pictures of another shape, or labels or captions that do not match it.
     """
     cells = enlarged(pictures, size=112)
     rows, columns, height, width = cells.shape[:4]
@@ -74,14 +77,17 @@ def picture_grid(
 
 @dataclass(frozen=True)
 class Plan:
-    """Where things are in a grid, in pixels, its texts, broken into lines, and their size in points.
+    """Layout of a grid. Positions are in pixels, and text is wrapped already.
 
     Attributes:
-        left: of the first picture.
-        inner: width of all pictures.
-        height: of the whole.
-        tops: of each row of pictures.
-        headings: the title and those above rows, each with its top.
+        size: text size in points.
+        left: x of the first picture.
+        inner: width of all pictures together.
+        height: height of the grid.
+        tops: y of each row of pictures.
+        headings: (y, text) of the title and of the headings above rows.
+        labels: text to the left of each row.
+        captions: text under each picture, as captions[row][column].
     """
 
     size: float
@@ -97,11 +103,11 @@ class Plan:
 def _plan(
     shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequence[str]], title: str, above: Mapping[int, str]
 ) -> Plan:
-    """Room for texts that can still be read where the grid is as wide as a phone: the wider it is, the larger they are."""
+    """Lay out a grid. Text grows with the width of the grid, so that it stays legible when scaled down to a phone."""
     rows, columns, height, width = shape
     inner = columns * (width + GAP) - GAP
     left, size, broken = MARGIN, SMALLEST, []
-    for _ in range(4 if labels else 1):  # larger labels make it wider
+    for _ in range(4 if labels else 1):  # larger labels widen the grid, which enlarges the labels
         size = max(SMALLEST, READABLE * (left + inner + MARGIN))
         lines = max(2, int((height + GAP + (text_height(1, size) if captions else 0)) / text_height(1, size)))
         broken = [wrap(text, max(120, 0.26 * inner), size, lines=lines) for text in labels]
@@ -113,7 +119,7 @@ def _plan(
     y, tops, headings = MARGIN, [], []
 
     def head(text: str) -> int:
-        """Put a heading at y; how far down it goes."""
+        """Add a heading at y, and return its height."""
         text = wrap(text, inner + left - MARGIN, size * 1.1)
         headings.append((y, text))
         return text_height(text.count("\n") + 1, size) + 8
@@ -129,8 +135,10 @@ def _plan(
 
 
 def levels(pictures: Tensor) -> np.ndarray:
-    """Pictures (..., c, h, w) in [0, 1], others are clipped, as bytes (..., h, w, c) with c = 1 or 3; NaN is black, other
-    channels stand side by side in grey."""
+    """Convert pictures (..., c, h, w) in [0, 1] to uint8 (..., h, w, c) with c = 1 or 3.
+
+    Other values are clipped, and NaN becomes black. Any other number of channels is drawn side by side, in grey.
+    """
     return (_visible(pictures) * 255).round().byte().movedim(-3, -1).numpy()
 
 
@@ -141,12 +149,12 @@ def _visible(pictures: Tensor) -> Tensor:
 
 
 def enlarged(pictures: Tensor, size: int) -> np.ndarray:
-    """Pictures (rows, columns, c, h, w) in [0, 1] as (rows, columns, h', w', 3) uint8, about ``size`` pixels wide."""
+    """Convert pictures (rows, columns, c, h, w) in [0, 1] to uint8 (rows, columns, h', w', 3), about ``size`` pixels wide."""
     if pictures.ndim != 5 or not pictures.numel():
         raise ValueError(f"pictures must be (rows, columns, c, h, w), got {tuple(pictures.shape)}")
     pictures = _visible(pictures)
     height, width = pictures.shape[-2:]
-    if width > 3 * size:  # large pictures are averaged down, so that a grid stays a file to mail
+    if width > 3 * size:  # average large pictures down, so that the file stays small
         small = (max(1, round(height * 3 * size / width)), 3 * size)
         pictures = adaptive_avg_pool2d(pictures.flatten(0, 1), small).unflatten(0, pictures.shape[:2])
     scale = max(1, round(size / width))

@@ -1,4 +1,4 @@
-"""Plots of training, of methods against each other, and of a map against the number of its jumps."""
+"""Plots of training curves, of methods against cost, and of a map against its number of jumps."""
 
 from __future__ import annotations
 
@@ -27,24 +27,27 @@ from steerfm.report.style import (
 )
 
 OTHERS = "#c9ced6"
-"""Of lines that have no name in the plot."""
-NAMED = 6
-"""Methods that a cost plot names beside the baseline and the default."""
+"""Colour of the lines that the legend does not name."""
+LABELLED_METHODS = 6
+"""Number of methods that the legend of a cost plot names, besides the baseline and the default."""
 DEFAULT = "funnel"
 
 
 def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Path:
-    """Draw training curves as small multiples, one panel a name.
+    """Draw training curves, one panel each.
 
-    Long curves are drawn twice: as they are, and smoothed. Positive curves whose trend spans more than a factor
-    of 30 get a logarithmic axis.
+    A long curve is drawn twice: raw and smoothed. A positive curve gets a logarithmic axis if its trend spans more than a
+    factor of 30.
 
     Args:
-        columns: name -> (steps, values), both (m,); values that are not finite are left out.
-        path: of the png.
+        columns: name -> (steps, values), both (m,). Values that are not finite are skipped.
+        path: png file to write.
+
+    Returns:
+        Path of the png.
 
     Raises:
-        ValueError: no curves.
+        ValueError: there are no curves.
     """
     if not columns:
         raise ValueError("no curves to draw")
@@ -58,14 +61,14 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
         name_axes(ax, "step")
     if long:
         tone = look("value").colour
-        smoothed = Line2D([], [], color=tone, linewidth=1.6, label="mean over a twentieth")
-        marks = [Line2D([], [], color=tone, alpha=0.3, linewidth=0.8, label="as logged"), smoothed]
+        trend = Line2D([], [], color=tone, linewidth=1.6, label="mean over a twentieth")
+        marks = [Line2D([], [], color=tone, alpha=0.3, linewidth=0.8, label="as logged"), trend]
         _key_below(fig, marks)
     return save_figure(fig, path)
 
 
 def _curve(ax: Any, title: str, steps: np.ndarray, values: np.ndarray) -> bool:
-    """One curve; whether it is so long that it was smoothed."""
+    """Draw one curve; return whether it was long enough to be smoothed."""
     tone, long = look("value").colour, len(values) > 40
     trend = smooth(values) if long else values
     wide = len(values) > 0 and values.min() > 0 and trend.max() > 30 * trend.min()
@@ -82,7 +85,7 @@ def _curve(ax: Any, title: str, steps: np.ndarray, values: np.ndarray) -> bool:
 
 
 def in_parts(title: str, values: Any) -> tuple[str, float]:
-    """A title with the unit in which small values have few digits, and how many of it make one."""
+    """Choose a unit in which small values have few digits; return the title with that unit, and the factor to multiply by."""
     largest = max((abs(float(value)) for value in values), default=0.0)
     for unit, factor in (("thousandths", 1e3), ("millionths", 1e6), ("billionths", 1e9)):
         if largest < 5e-3 <= largest * factor:
@@ -91,7 +94,7 @@ def in_parts(title: str, values: Any) -> tuple[str, float]:
 
 
 def readable(name: str) -> str:
-    """The name of a logged number as words: ``train/gradient_norm`` is "gradient norm, training"."""
+    """Return the name of a logged number in words: ``train/gradient_norm`` becomes "gradient norm, training"."""
     where, _, what = name.rpartition("/")
     words = what.replace("_", " ")
     return f"{words}, {where.replace('train', 'training', 1)}" if where else words
@@ -105,40 +108,48 @@ def cost_plot(
     lower_is_better: bool = False,
     baseline: str = "best_of_n",
 ) -> Path:
-    """Draw what methods reach against what they cost. The baseline, the default method and the best six at their largest cost
-    are named, each in the colour that is its own in every plot; the others are grey.
+    """Draw the result of each method against its cost.
+
+    The legend names the baseline, the default method and the six methods that are best at their largest cost. The others are
+    grey.
 
     Args:
-        lines: method -> (evaluations, mean, half of its interval) by rising cost.
-        path: of the png.
-        lower_is_better: an error, on a logarithmic axis, rather than a reward.
+        lines: method -> (evaluations, mean, half-width of its interval), by rising cost.
+        path: png file to write.
+        title: title of the plot.
+        ylabel: name of the result.
+        lower_is_better: whether the result is an error, on a logarithmic axis, rather than a reward.
+        baseline: name of the baseline in ``lines``.
+
+    Returns:
+        Path of the png.
 
     Raises:
-        ValueError: no lines.
+        ValueError: there are no lines.
     """
-    ranked = sorted((name for name in lines if lines[name]), key=lambda name: lines[name][-1][1], reverse=not lower_is_better)
-    if not ranked:
+    order = sorted((name for name in lines if lines[name]), key=lambda name: lines[name][-1][1], reverse=not lower_is_better)
+    if not order:
         raise ValueError("no lines to draw")
-    chosen = set(ranked[:NAMED])
-    named = [name for name in ranked if name in chosen or subject(name) in (baseline, "base", DEFAULT) or name == baseline]
+    best = set(order[:LABELLED_METHODS])
+    labelled = [name for name in order if name in best or subject(name) in (baseline, "base", DEFAULT) or name == baseline]
     fig = new_figure(3.6)
     ax = fig.add_subplot()
     prepare(ax, title)
-    for name in ranked:
+    for name in order:
         cost, mean, half = zip(*lines[name])
         at = look(name)
         kind = {"color": at.colour, "marker": at.marker, "linestyle": at.line, "linewidth": 1.8, "markersize": 5.5, "zorder": 3}
-        if name not in named:
+        if name not in labelled:
             kind = {"color": OTHERS, "marker": "", "linewidth": 1.0, "zorder": 1}
         ax.errorbar(cost, mean, half, capsize=2, elinewidth=1, **kind)
-    points = [point for name in ranked for point in lines[name]]
+    points = [point for name in order for point in lines[name]]
     count_by_factors(ax.xaxis, [cost for cost, _, _ in points])
     if lower_is_better:
         count_by_factors(ax.yaxis, [mean for _, mean, _ in points])
     better = "lower is better, log scale" if lower_is_better else "higher is better"
     name_axes(ax, "network evaluations an output (log scale)", f"{ylabel}\n({better})")
-    marks = [mark(look(name), name) for name in named]
-    if others := len(ranked) - len(named):
+    marks = [mark(look(name), name) for name in labelled]
+    if others := len(order) - len(labelled):
         marks.append(Line2D([], [], color=OTHERS, linewidth=1.0, label=f"{others} other{'s' if others > 1 else ''}"))
     add_key(fig, marks, "Bars are 95% intervals. Methods, the best at their largest cost first:")
     return save_figure(fig, path)
@@ -151,17 +162,21 @@ def jumps_plot(
     many: str,
     step: str = "jump",
 ) -> Path:
-    """Draw what is measured against the number of jumps, one panel a measure.
+    """Draw each metric against the number of jumps, one panel each.
 
     Args:
         jumps: numbers of jumps, in any order.
-        lines: measure -> (a value for each number of jumps, that of the reference sampler, that of the data or None).
-        path: of the png.
+        lines: metric -> (its values, one for each number of jumps; its value for the reference sampler; its value for the data,
+            or None).
+        path: png file to write.
         many: name of the reference sampler.
-        step: what one of the jumps is called.
+        step: word for one jump.
+
+    Returns:
+        Path of the png.
 
     Raises:
-        ValueError: no lines.
+        ValueError: there are no lines.
     """
     if not lines:
         raise ValueError("no lines to draw")
@@ -198,12 +213,18 @@ def frontier_plot(
     xlabel: str,
     ylabel: str,
 ) -> Path:
-    """Draw what is gained against what is given up: named points, and the way that runs took there.
+    """Draw a trade-off: points, and the paths that runs took to them.
 
     Args:
-        points: name -> (x, y), numbered in the picture and in its key.
-        paths: name -> (x, y) in order, drawn as lines with an open marker at their start; of one point, as that point.
-        path: of the png.
+        points: name -> (x, y); the points are numbered in the plot and in the legend.
+        paths: name -> (x, y) in order. A path is drawn as a line with an open marker at its start; a path of one point as that
+            point.
+        path: png file to write.
+        xlabel: name of the x axis.
+        ylabel: name of the y axis.
+
+    Returns:
+        Path of the png.
     """
     fig = new_figure(3.6)
     ax = fig.add_subplot()
@@ -222,12 +243,12 @@ def frontier_plot(
         marks.append(mark(at, f"{i + 1} {name}", linestyle="none", size=8))
     name_axes(ax, xlabel, ylabel)
     began = any(len(line) > 1 for line in paths.values())
-    add_key(fig, marks, "An open marker is where a run began, dots are what it was on the way." if began else "")
+    add_key(fig, marks, "Open markers show where a run started, and dots its course." if began else "")
     return save_figure(fig, path)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of about a twentieth of the curve, cut at its ends."""
+    """Smooth values (m,) by a centred moving average over about a twentieth of the curve, with shorter windows at its ends."""
     half = max(2, len(values) // 40)
     total = np.concatenate([[0.0], np.cumsum(values)])
     low = np.maximum(np.arange(len(values)) - half, 0)
@@ -237,12 +258,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 # --- small multiples -------------------------------------------------------------------------------------------------
 GUTTER, FOOT = 0.8, 0.75
-"""Inches left of a panel, for ticks, and below all, for the name of their axis and a key."""
+"""Inches to the left of a panel, for ticks, and below all panels, for the axis label and the legend."""
 
 
 def _panels(count: int, each: float) -> tuple[Figure, list[Any]]:
-    """A figure of ``count`` panels, two side by side, ``each`` inches high without their titles; by hand, as a layout engine
-    takes seconds for many."""
+    """Return a figure with ``count`` panels, two in a row, each ``each`` inches high without its title.
+
+    Positions are computed here because a layout engine takes seconds for many panels.
+    """
     across = min(2, count)
     down = -(-count // across)
     height = down * (each + 0.75) + FOOT
@@ -251,8 +274,8 @@ def _panels(count: int, each: float) -> tuple[Figure, list[Any]]:
     axes = []
     for i in range(count):
         row, column = divmod(i, across)
-        left, top = GUTTER - 0.02 + column * (wide + GUTTER), 0.45 + row * (each + 0.75)
-        axes.append(fig.add_axes((left / WIDTH, 1 - (top + each) / height, wide / WIDTH, each / height)))
+        x, top = GUTTER - 0.02 + column * (wide + GUTTER), 0.45 + row * (each + 0.75)
+        axes.append(fig.add_axes((x / WIDTH, 1 - (top + each) / height, wide / WIDTH, each / height)))
     return fig, axes
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, numbers and tensors, each file whole or not there at all."""
+"""The folder of a run: its configuration, numbers and tensors. Every file is written atomically."""
 
 from __future__ import annotations
 
@@ -18,33 +18,32 @@ from steerfm import files
 from steerfm.report.formats import plain
 
 RESULTS = ("*.safetensors", "result.json", "*.ckpt", "parts/*", "cells/*", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
-"""Files of a run folder that are worth something."""
+"""Files of a run folder that hold results."""
 NEUTRAL = {"out", "force"}
-"""Keys of a configuration that do not make it another run."""
+"""Configuration keys that may differ when a run is continued."""
 ANEW = "choose another out= or delete it, or start anew with force=true"
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
-"""Sizes of safetensors' types."""
+"""Bytes per number of each safetensors type."""
 
 
 class RunFolder:
-    """The folder of one run. Every file appears whole or not at all, so a kill loses at most the part in progress.
+    """The folder of one run. Files are written atomically, so a killed run loses at most the part in progress.
 
-    One process writes it: with several ranks, rank 0.
+    Only one process writes the folder: with several ranks, rank 0.
 
     Args:
-        path: of the folder; made if missing.
-        config_yaml: the run's configuration, kept as config.yaml. It decides whether an existing folder is continued;
-            its keys ``out`` and ``force`` are ignored, so that a folder can be moved.
-            A run that has no result yet is replaced.
-        resume: continue a folder that holds a run with the same configuration; False: such a folder is an error.
-        inputs: what else makes the run: digests of the files that it reads, by name; kept as inputs.json.
-        shared: several processes write the folder, each its own files: nobody is refused.
-        force: start anew in a folder that holds another run, or this one and finished: what it wrote is deleted, nothing else.
-            An unfinished run of the same configuration goes on.
+        path: the folder; created if missing.
+        config_yaml: configuration of the run, stored as config.yaml. An existing run with the same configuration is continued.
+            The keys ``out`` and ``force`` are ignored, so that a folder can be moved. A run without results is replaced.
+        resume: whether to continue an existing run with the same configuration; if False, such a folder is an error.
+        inputs: digests of the files that the run reads, by name, stored as inputs.json.
+        shared: whether several processes may write the folder, each its own files.
+        force: whether to start again in a folder that holds another run or a finished one. Only files that a run wrote are
+            deleted. An unfinished run with the same configuration is continued.
 
     Raises:
-        ValueError: the folder holds another configuration, a run of files that were edited since, a run although ``resume`` is
-            False, or is no folder; another process writes it.
+        ValueError: ``path`` is not a folder; another process is writing it; it holds a run with another configuration, or a run
+            whose input files have changed; or it holds any run and ``resume`` is False.
     """
 
     def __init__(
@@ -65,43 +64,43 @@ class RunFolder:
         else:
             files.claim(self.path)
         files.keep_list(self.path)
-        config, known = self.path / "config.yaml", self.path / "inputs.json"
+        config, digests = self.path / "config.yaml", self.path / "inputs.json"
         if config.is_file():
             self._continue(config_yaml, resume, inputs or {}, force)
-        if inputs is not None and not (config.is_file() and known.is_file()):
-            files.write(known, json.dumps(dict(inputs), indent=1) + "\n")
+        if inputs is not None and not (config.is_file() and digests.is_file()):
+            files.write(digests, json.dumps(dict(inputs), indent=1) + "\n")
         if not config.is_file():
             files.write(config, config_yaml)
-        files.drop_cut_line(self.path / "metrics.jsonl")  # the step is logged again
+        files.drop_cut_line(self.path / "metrics.jsonl")  # that step will be logged again
         if (self.path / "result.json").is_file():
             self.clear_parts()
 
     def _continue(self, config_yaml: str, resume: bool, inputs: Mapping[str, str], force: bool) -> None:
-        """Make room for a run in a folder that holds one, or refuse."""
+        """Prepare a folder that already holds a run, or raise if the new run may not continue there."""
         config = self.path / "config.yaml"
         before, now = _read_yaml(config.read_text(encoding="utf-8")), _read_yaml(config_yaml)
-        different, changed, begun = _differences(before, now), edited(self.path, inputs), self._holds_results()
+        different, stale, has_results = _differences(before, now), changed_inputs(self.path, inputs), self._holds_results()
         own = isinstance(before, dict) and isinstance(now, dict) and before.keys() - NEUTRAL == now.keys() - NEUTRAL
         ours = own or (self.path / files.LIST).is_file()
         finished = any((self.path / name).is_file() for name in ("result.json", "summary.json"))
-        if force and ours and (different or changed or finished):
+        if force and ours and (different or stale or finished):
             files.clear(self.path)
             return
         fix = ANEW if ours else "choose another out= or delete it"
-        if not resume and (begun or not different):
+        if not resume and (has_results or not different):
             raise ValueError(f"{self.path} holds a run already; {fix}")
-        if different and (begun or not own):
+        if different and (has_results or not own):
             names = ", ".join(different[:3]) + (f" and {len(different) - 3} more" if len(different) > 3 else "")
             raise ValueError(f"{self.path} holds a run with another configuration (differs in: {names}); {fix}")
-        if changed and begun:
-            raise ValueError(f"{self.path}: {', '.join(changed)}: edited since this run began; {fix}")
-        if different or changed:  # a run that failed before its first result is in nobody's way
+        if stale and has_results:
+            raise ValueError(f"{self.path}: {', '.join(stale)}: edited since this run began; {fix}")
+        if different or stale:  # the earlier run has no results: replace it
             for log in self.path.rglob("metrics.jsonl"):
                 log.unlink(missing_ok=True)
             config.unlink()
 
     def _holds_results(self) -> bool:
-        """Whether there is something that a run could go on from, or that would be lost."""
+        """Whether the folder holds results that a run could continue from, or that would be lost."""
         return any(next(self.path.glob(pattern), None) for pattern in RESULTS)
 
     def __fspath__(self) -> str:
@@ -109,7 +108,7 @@ class RunFolder:
 
     # --- numbers -----------------------------------------------------------------------------------------------------
     def log(self, *, once: Sequence[str] = (), **numbers: Any) -> None:
-        """Append one line to metrics.jsonl, in place of an earlier one with the same values of the keys ``once``."""
+        """Append a line to metrics.jsonl; it replaces an earlier line with the same values of the keys ``once``."""
         line, file = plain(numbers), self.path / "metrics.jsonl"
         rows = self.history() if once else []
         others = [row for row in rows if any(row.get(key) != line[key] for key in once)]
@@ -120,17 +119,17 @@ class RunFolder:
             log.write(json.dumps(line, allow_nan=False) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, in order."""
+        """Return the lines of metrics.jsonl, in order."""
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
     def save_result(self, result: Mapping[str, Any]) -> Path:
-        """Write result.json: tensors become lists, floats get 7 digits, NaN and infinities become null."""
+        """Write result.json: tensors become lists, floats are rounded to 7 digits, NaN and infinities become null."""
         text = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False)
         return files.write(self.path / "result.json", (text + "\n").encode())
 
     def load_result(self) -> dict[str, Any] | None:
-        """result.json, or None where the run is not finished."""
+        """Return the content of result.json, or None if the run is not finished."""
         file = self.path / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -140,10 +139,11 @@ class RunFolder:
         return files.write(self.path / f"{name}.safetensors", _pack(tensors))
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
-        """Read ``name``.safetensors, on the CPU.
+        """Read ``name``.safetensors onto the CPU.
 
         Raises:
-            FileNotFoundError, ValueError: the file is missing, or corrupt.
+            FileNotFoundError: the file is missing.
+            ValueError: the file is corrupt.
         """
         file = self.path / f"{name}.safetensors"
         if not file.is_file():
@@ -155,38 +155,43 @@ class RunFolder:
 
     # --- parts: batches of an unfinished run -------------------------------------------------------------------------
     def save_part(self, index: int, tensors: Mapping[str, Tensor], prefix: str = "part") -> Path:
-        """Keep one batch of an unfinished run: parts/``prefix``-``index``.safetensors."""
+        """Save one batch of an unfinished run as parts/``prefix``-``index``.safetensors."""
         return files.write(self.part(index, prefix), _pack(tensors))
 
     def load_part(self, index: int, prefix: str = "part") -> dict[str, Tensor] | None:
-        """The tensors of a part, or None where it is missing or corrupt and has to be done (again)."""
+        """Return the tensors of a part, or None if it is missing or corrupt and must be computed again."""
         try:
             return load(self.part(index, prefix).read_bytes())
         except (FileNotFoundError, SafetensorError):
             return None
 
     def parts(self, prefix: str = "part") -> list[int]:
-        """Indices of the parts that can be loaded, in order."""
+        """Return the indices of the parts that can be loaded, in order."""
         return [index for index in self._indices(prefix) if self.load_part(index, prefix) is not None]
 
     def merge_parts(
-        self, name: str, keys: Sequence[str] = (), prefix: str = "part", told: Mapping[str, str] | None = None
+        self, name: str, keys: Sequence[str] = (), prefix: str = "part", metadata: Mapping[str, str] | None = None
     ) -> Path:
-        """Write ``name``.safetensors: tensors of all parts, joined along their first axis, a part at a time in memory.
+        """Concatenate all parts along the first axis into ``name``.safetensors, with one part in memory at a time.
 
         Args:
-            keys: names of the tensors; default those that all parts have.
-            told: what the file says of itself beside them.
+            name: name of the file, without its suffix.
+            keys: names of the tensors; by default those that all parts have.
+            prefix: prefix of the parts.
+            metadata: metadata of the file.
+
+        Returns:
+            Path of the file.
         """
         parts = [self.part(index, prefix) for index in self._indices(prefix)]
-        facts: list[dict[str, tuple[str, list[int]]]] = []  # of each part, of each key: type and shape
+        facts: list[dict[str, tuple[str, list[int]]]] = []  # (type, shape) of each key of each part
         for file in parts:
             with safe_open(file, "pt") as tensors:
                 views = {key: tensors.get_slice(key) for key in keys or tensors.keys()}
                 facts.append({key: (view.get_dtype(), view.get_shape()) for key, view in views.items()})
         kinds = {key: kind for key, (kind, _) in facts[0].items() if all(key in part for part in facts)}
-        keys = sorted(kinds, key=lambda key: (-BYTES[kinds[key]], key))  # large types first: each stays aligned
-        header: dict[str, Any] = {"__metadata__": dict(told)} if told else {}
+        keys = sorted(kinds, key=lambda key: (-BYTES[kinds[key]], key))  # larger types first, for alignment
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for key in keys:
             shape = [sum(part[key][1][0] for part in facts), *facts[0][key][1][1:]]
@@ -205,11 +210,11 @@ class RunFolder:
         return files.write(self.path / f"{name}.safetensors", content())
 
     def clear_parts(self) -> None:
-        """Delete all parts: the run is finished."""
+        """Delete all parts of a finished run."""
         parts = self.path / "parts"
         for file in parts.glob("*-[0-9]*.safetensors"):
             file.unlink(missing_ok=True)
-        with suppress(OSError):  # there is none, or somebody else's files are in it
+        with suppress(OSError):  # there is no such folder, or it holds other files
             parts.rmdir()
 
     def _indices(self, prefix: str) -> list[int]:
@@ -217,15 +222,16 @@ class RunFolder:
         return sorted(int(end) for file in parts if (end := file.stem.removeprefix(f"{prefix}-")).isdigit())
 
     def part(self, index: int, prefix: str = "part") -> Path:
-        """Where a part is, once it is there."""
+        """Return the path of a part, whether or not it exists."""
         return self.path / "parts" / f"{prefix}-{index:05d}.safetensors"
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a file.
+    """Read one tensor from a safetensors file.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, torn, or has no such tensor.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is corrupt or has no such tensor.
     """
     try:
         with safe_open(file, "pt") as tensors:
@@ -234,17 +240,17 @@ def read_tensor(file: Path, name: str) -> Tensor:
         raise ValueError(f"{file} is corrupt ({error})") from None
 
 
-def edited(folder: Path, inputs: Mapping[str, str]) -> list[str]:
-    """Names of the inputs that are no longer what the run of a folder began with."""
+def changed_inputs(folder: Path, inputs: Mapping[str, str]) -> list[str]:
+    """Return the names of the inputs that have changed since the run in a folder began."""
     try:
         before = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run of an earlier version, or one that was killed at its start
+    except (OSError, ValueError):  # a run of an earlier version, or one killed at its start
         return []
     return [name for name in inputs if name in before and before[name] != inputs[name]]
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:
-    # clone: safetensors refuses tensors that share memory, such as expanded ones and views of one batch
+    # clone: safetensors refuses tensors that share memory, such as views of one batch
     return save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
 
 
@@ -256,7 +262,7 @@ def _read_yaml(text: str) -> Any:
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configurations differ."""
+    """Return the dotted keys in which two configurations differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [key for key in {**a, **b} if prefix or key not in NEUTRAL]
         missing = object()

@@ -1,6 +1,6 @@
-"""How plots look: sizes, axes, ticks, the key below, and the file that they become.
+"""The style of all plots: sizes, axes, ticks and legend.
 
-A plot is as narrow as a phone and as tall as it needs: on a page 390 pixels wide its texts are more than nine pixels high.
+A plot is narrow and as tall as it needs, so that its text is more than nine pixels high on a page 390 pixels wide.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from steerfm.report.palette import Look
 
 INK, SOFT, LINE = "#1f2933", "#7b8794", "#e4e7eb"
 WIDTH, TEXT, DPI = 5.0, 9.5, 140
-"""Inches; points; pixels an inch. A page of 390 pixels leaves a plot 358: 9.5 points are 9.4 pixels."""
+"""Width in inches; text size in points; pixels per inch. On a page of 390 pixels a plot has 358, and text is 9.4 high."""
 ROW = 0.2
-"""Inches that a line of text takes."""
+"""Height of a line of text, in inches."""
 
 
 def new_figure(height: float) -> Figure:
-    """A figure of `WIDTH` that makes room for what is around its axes."""
+    """Return a figure of width `WIDTH`, with room around its axes for labels and legend."""
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
 def prepare(ax: Any, title: str, width: float = WIDTH - 1) -> None:
-    """Axes with a title on the left, broken to ``width`` inches, and quiet lines."""
-    text = wrap(title, width * 100, TEXT, lines=3)  # lettering counts a hundred pixels an inch
+    """Style axes: light lines, and a title on the left, wrapped to ``width`` inches."""
+    text = wrap(title, width * 100, TEXT, lines=3)  # lettering assumes 100 pixels per inch
     ax.set_title(text, fontsize=TEXT, color=INK, loc="left", y=1.0, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(SOFT)
@@ -48,20 +48,20 @@ def prepare(ax: Any, title: str, width: float = WIDTH - 1) -> None:
 
 
 def name_axes(ax: Any, x: str = "", y: str = "") -> None:
-    """What the axes show."""
+    """Label the axes."""
     for label, write in ((x, ax.set_xlabel), (y, ax.set_ylabel)):
         if label:
             write(label, fontsize=TEXT, color=INK)
 
 
 def count_up(axis: Axis, ticks: int = 5) -> None:
-    """A linear axis with ticks as people write them."""
-    axis.set_major_formatter(Counted(useOffset=False))
+    """Make an axis linear, with plain numbers as ticks."""
+    axis.set_major_formatter(PlainTicks(useOffset=False))
     axis.set_major_locator(MaxNLocator(ticks))
 
 
-class Counted(ScalarFormatter):
-    """Ticks of one axis, in as many digits as tell them apart."""
+class PlainTicks(ScalarFormatter):
+    """Format the ticks of one axis with as many digits as are needed to distinguish them."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -78,7 +78,7 @@ class Counted(ScalarFormatter):
 
 
 def count_by_factors(axis: Axis, values: Any) -> None:
-    """A logarithmic axis over positive ``values``, with ticks as people write them."""
+    """Make an axis over positive ``values`` logarithmic, with plain numbers as ticks."""
     values = np.asarray(values, float)
     span = np.log10(values.max() / values.min()) if len(values) and values.min() > 0 else 0.0
     steps = (1, 2, 3, 5) if span < 0.7 else (1, 2, 5) if span < 1.6 else (1, 3) if span < 2.5 else (1,)
@@ -90,7 +90,7 @@ def count_by_factors(axis: Axis, values: Any) -> None:
 
 
 def number(value: float) -> str:
-    """A number on an axis as people write it: 0.00002, 20,000, 1.5M; no powers of ten."""
+    """Format a number for an axis without powers of ten: 0.00002, 20,000, 1.5M."""
     if abs(value) < 1e5:
         return f"{value:,.0f}" if abs(value) >= 1e4 else format(Decimal(f"{value:.4g}"), "f")
     factor, unit = next((factor, unit) for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= factor)
@@ -98,13 +98,13 @@ def number(value: float) -> str:
 
 
 def mark(look: Look, label: str = "", width: float = 1.8, size: float = 5.5, **more: Any) -> Line2D:
-    """The line and marker of a look, for a key."""
+    """Return the line and marker of a look, for a legend."""
     kind = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "linewidth": width, "markersize": size}
     return Line2D([], [], label=label, **kind | more)
 
 
 def add_key(fig: Figure, marks: Sequence[Artist], note: str = "", columns: int = 2) -> None:
-    """Say below a figure what its marks are, and make it so much taller; ``note`` stands above them."""
+    """Add a legend below a figure, with ``note`` as its title, and make the figure taller by its height."""
     labels = [wrap(str(artist.get_label()), 100 * (WIDTH / columns - 0.5), TEXT, lines=2) for artist in marks]
     note = wrap(note, 100 * (WIDTH - 0.2), TEXT, lines=4)
     rows = -(-len(marks) // columns) * max((label.count("\n") + 1 for label in labels), default=0)
@@ -121,7 +121,7 @@ def add_key(fig: Figure, marks: Sequence[Artist], note: str = "", columns: int =
 
 
 def save_figure(fig: Figure, path: str | Path) -> Path:
-    """Write a figure, whole or not at all."""
+    """Write a figure to a file, atomically."""
     path = Path(path)
     with files.whole(path) as temporary:
         fig.savefig(temporary, facecolor="white", format=path.suffix[1:] or "png")
@@ -129,7 +129,7 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
 
 
 def array(value: Any) -> np.ndarray:
-    """A tensor, array or list as an array."""
+    """Convert a tensor, array or list to an array."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value).numpy()

@@ -1,4 +1,4 @@
-"""The plot of a steered run: value, effective sample size and guidance over time, final rewards, look-ahead pictures."""
+"""Plot a steering run: value, effective sample size and guidance over time, final rewards, and look-ahead pictures."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ TITLES = {
     "ess": "effective sample size, share of the particles",
     "guidance_ratio": "length of the guidance / length of the step",
 }
-"""Of the panels over time."""
+"""Titles of the panels over time."""
 GROUPS = 6
-"""Prompts that are drawn apart."""
+"""Largest number of prompts with a line of their own."""
 RESAMPLED = {"marker": "v", "color": INK, "linestyle": "none", "markersize": 5, "mew": 0}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Outputs that were asked for the same: their name, look and indices."""
+    """Outputs with the same condition.
+
+    Attributes:
+        name: prompt or class of the outputs.
+        look: how they are drawn.
+        rows: indices of the outputs; empty for all outputs.
+    """
 
     name: str
     look: Look
@@ -36,26 +42,29 @@ class Group:
 
 
 def trace_plot(trace: Mapping[str, Any], path: str | Path, method: str = "value", names: Sequence[str] = ()) -> Path:
-    """Draw how a steered run went; only what ``trace`` holds is drawn.
+    """Draw the course of a steering run. Every entry of ``trace`` is optional.
 
-    Lines are medians and bands the middle 80 % of particles; values that are not finite are left out. Outputs that were asked
-    for different things, whose rewards therefore differ, are drawn apart, the first six of them.
+    Lines are medians, and bands the middle 80 % of particles. Values that are not finite are skipped. Outputs with different
+    prompts have different rewards, so each of the first six prompts has a line of its own.
 
     Args:
-        trace: tensors or arrays (T steps, n outputs, k particles):
-            t (T,): times; default: the number of the step.
+        trace: tensors or arrays, for T steps, n outputs and k particles:
+            t (T,): times; by default the number of the step.
             value (T, n, k): value of every particle, higher is better.
-            rewards (m, k): final rewards, of these n outputs or of more.
+            rewards (m, k): final rewards, for m >= n outputs.
             ess (T, n): effective sample size as a share of the particles, in (0, 1].
-            resampled (T, n): bool, where an output was resampled.
-            guidance_ratio (T, n, k): norm of the guidance over the norm of the drift; 0 or NaN where there is none.
-            lookaheads (T, n, c, h, w): pictures in [0, 1]; those of the first three outputs are drawn.
-        path: of the png.
-        method: whose colour the lines have.
-        names: what each of the m outputs was asked for, such as its prompt.
+            resampled (T, n): bool, whether the output was resampled.
+            guidance_ratio (T, n, k): norm of the guidance divided by the norm of the drift; 0 or NaN without guidance.
+            lookaheads (T, n, c, h, w): pictures in [0, 1]; only the first three outputs are drawn.
+        path: png file to write.
+        method: name of the method, which sets the colour of the lines.
+        names: prompt or class of each of the m outputs.
+
+    Returns:
+        Path of the png.
 
     Raises:
-        ValueError: an entry with another number of steps than ``t``.
+        ValueError: an entry and ``t`` have different numbers of steps.
     """
     data = {key: array(value) for key, value in trace.items() if value is not None}
     t, x_label = _times(data)
@@ -91,7 +100,7 @@ def trace_plot(trace: Mapping[str, Any], path: str | Path, method: str = "value"
 
 
 def _times(data: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
-    """The times of the steps, or their numbers, and what they are."""
+    """Return the times of the steps, or their numbers without ``t``, and the label of the time axis."""
     series = [key for key in (*TITLES, "resampled", "lookaheads") if key in data]
     steps = len(data["t"]) if "t" in data else len(data[series[0]]) if series else 0
     for key in series:
@@ -105,22 +114,22 @@ def _guided(ratio: np.ndarray) -> bool:
 
 
 def _groups(names: Sequence[str], method: str) -> list[Group]:
-    """Outputs by what they were asked for; one group of all where that is the same for all."""
+    """Group outputs by name; a single group if all have the same name."""
     different = list(dict.fromkeys(names))
     if len(different) < 2:
-        return [Group("", look(method), np.arange(0))]  # no indices: all
-    asked = np.array(names)
-    looks = [Look(COLOURS[i], OWN_MARKERS[i], LINES[i % len(LINES)]) for i in range(GROUPS)]  # few and all different
-    return [Group(name, at, np.flatnonzero(asked == name)) for name, at in zip(different, looks)]
+        return [Group("", look(method), np.arange(0))]  # no indices: all outputs
+    requests = np.array(names)
+    looks = [Look(COLOURS[i], OWN_MARKERS[i], LINES[i % len(LINES)]) for i in range(GROUPS)]  # all different
+    return [Group(name, at, np.flatnonzero(requests == name)) for name, at in zip(different, looks)]
 
 
 def _of(values: np.ndarray, rows: np.ndarray, axis: int) -> np.ndarray:
-    """The values of some outputs; of all where none are named."""
+    """Select the values of these outputs along an axis; all values if ``rows`` is empty."""
     return values.take(rows[rows < values.shape[axis]], axis) if len(rows) else values
 
 
 def _draw(ax: Any, x: np.ndarray, values: np.ndarray, groups: Sequence[Group]) -> None:
-    """Median and middle 80 % over everything but the steps of values (T, n, ...), a line a group."""
+    """Draw the median and the middle 80 % of values (T, n, ...) at each step, one line per group."""
     for group in groups:
         mine = _of(values, group.rows, 1).reshape(len(values), -1).astype(float)
         rows = [row[np.isfinite(row)] for row in mine]
@@ -140,14 +149,14 @@ def _mark_resampling(ax: Any, x: np.ndarray, ess: np.ndarray, resampled: np.ndar
 
 
 def _draw_rewards(ax: Any, rewards: np.ndarray, groups: Sequence[Group]) -> None:
-    """Final rewards (m, k) as dots, a row a group, spread in a fixed pattern, with the median as a bar."""
+    """Draw final rewards (m, k) as dots, one row per group, jittered in a fixed pattern, with the median as a bar."""
     prepare(ax, "final reward of every particle")
     for place, group in enumerate(groups):
         values = _of(rewards, group.rows, 0).astype(float)
         values = values[np.isfinite(values)]
-        spread = place + 0.6 * ((np.arange(len(values)) * 0.618) % 1 - 0.5)
+        heights = place + 0.6 * ((np.arange(len(values)) * 0.618) % 1 - 0.5)
         look_ = {"marker": "o" if len(groups) == 1 else group.look.marker, "color": group.look.colour}
-        ax.plot(values, spread, linestyle="none", alpha=0.5, markersize=5, mew=0, **look_)
+        ax.plot(values, heights, linestyle="none", alpha=0.5, markersize=5, mew=0, **look_)
         if len(values):
             ax.vlines(np.median(values), place - 0.4, place + 0.4, color=INK, linewidth=1.6)
     ax.set_ylim(len(groups) - 0.4, -0.6)
@@ -156,7 +165,13 @@ def _draw_rewards(ax: Any, rewards: np.ndarray, groups: Sequence[Group]) -> None
 
 @dataclass(frozen=True)
 class Strip:
-    """One canvas (h, w, 3) of look-ahead pictures, the steps that it shows, and the number of its rows."""
+    """Look-ahead pictures on one canvas.
+
+    Attributes:
+        canvas: (h, w, 3) uint8.
+        steps: step of each column.
+        rows: number of rows, one per output.
+    """
 
     canvas: np.ndarray
     steps: list[int]
@@ -164,12 +179,12 @@ class Strip:
 
 
 def _strip(lookaheads: np.ndarray, rows: int = 3, columns: int = 6) -> Strip:
-    """Look-ahead pictures (T, n, c, h, w) of some steps and of the first outputs."""
-    shown = sorted({round(i) for i in np.linspace(0, len(lookaheads) - 1, columns)})
-    cells = enlarged(as_tensor(lookaheads[shown, :rows]).transpose(0, 1), size=84)
-    padded = np.pad(cells, [(0, 0), (0, 0), (2, 2), (2, 2), (0, 0)], constant_values=255)
-    count, across, height, width = padded.shape[:4]
-    return Strip(padded.transpose(0, 2, 1, 3, 4).reshape(count * height, across * width, 3), shown, count)
+    """Arrange look-ahead pictures (T, n, c, h, w) of the first outputs at evenly spaced steps."""
+    steps = sorted({round(i) for i in np.linspace(0, len(lookaheads) - 1, columns)})
+    cells = enlarged(as_tensor(lookaheads[steps, :rows]).transpose(0, 1), size=84)
+    framed = np.pad(cells, [(0, 0), (0, 0), (2, 2), (2, 2), (0, 0)], constant_values=255)
+    count, across, height, width = framed.shape[:4]
+    return Strip(framed.transpose(0, 2, 1, 3, 4).reshape(count * height, across * width, 3), steps, count)
 
 
 def _draw_strip(ax: Any, strip: Strip, times: Sequence[str], x_label: str) -> None:
@@ -184,8 +199,8 @@ def _draw_strip(ax: Any, strip: Strip, times: Sequence[str], x_label: str) -> No
     ax.spines[:].set_visible(False)
 
 
-def _explain(fig: Any, panels: Sequence[str], rewards: bool, resampled: bool, groups: Sequence[Group], asked: int) -> None:
-    """The key: what lines, bands, triangles, dots and bars are."""
+def _explain(fig: Any, panels: Sequence[str], rewards: bool, resampled: bool, groups: Sequence[Group], prompts: int) -> None:
+    """Add the legend of lines, bands, triangles, dots and bars."""
     plain, tone = len(groups) == 1, groups[0].look
     marks = [] if plain else [mark(group.look, group.name) for group in groups]
     if panels:
@@ -199,4 +214,4 @@ def _explain(fig: Any, panels: Sequence[str], rewards: bool, resampled: bool, gr
         marks.append(Line2D([], [], label="final reward of a particle", **dot))
         marks.append(Line2D([], [], color=INK, marker="|", linestyle="none", markersize=9, mew=1.6, label="median of these"))
     if marks:
-        add_key(fig, marks, f"The first {GROUPS} of {asked} prompts:" if asked > GROUPS else "")
+        add_key(fig, marks, f"The first {GROUPS} of {prompts} prompts:" if prompts > GROUPS else "")
