@@ -1,4 +1,4 @@
-"""The command line: ``steerfm COMMAND [--config FILE_OR_RECIPE] key.sub=value ...``. Parses, runs, prints errors in a line."""
+"""The command line: ``steerfm COMMAND [--config FILE_OR_RECIPE] key.sub=value ...``. Errors are printed on one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steerfm.signals import Stopped, raised, stop_message
 
 EXAMPLES = {
     "train": """examples:
-  steerfm train --config fashion                         train the shipped flow map anew (hours on a CPU)
+  steerfm train --config fashion                         train the shipped flow map from scratch (hours on a CPU)
   steerfm train --config fashion optimizer.steps=40000   longer; the same command continues a killed run""",
     "sample": """examples:
   steerfm sample model=fashion label=Bag n=16 steps=4
@@ -36,12 +36,12 @@ EXAMPLES = {
   steerfm play out=runs/play port=8000                   run folders are kept, a port of your choice""",
     "finetune": """examples:
   steerfm finetune reward=classifier reward.target=Bag                   three minutes on two idle cores
-  steerfm finetune --config weighted reward=compressibility label=Dress  a black box
+  steerfm finetune --config weighted reward=compressibility label=Dress  a black-box reward
   steerfm finetune --config direct label=all control=0.3 lora.rank=4""",
     "data": """examples:
   steerfm data emoji             fetch four npm packages, prepare 9,516 captioned pictures of 32 x 32
   steerfm data emoji --size 64
-  steerfm data fashion           where Fashion-MNIST is read from
+  steerfm data fashion           find Fashion-MNIST, or download it
   steerfm data folder --root pictures/ --size 32""",
     "evaluate": """examples:
   steerfm evaluate model=fashion                         10,000 samples: half an hour on a CPU
@@ -51,20 +51,20 @@ EXAMPLES = {
     "rewards": """examples:
   steerfm rewards
   steerfm rewards classifier
-  steerfm rewards my_reward.py:mine --check                   whether it keeps the contract, and if not, what mends it
-  steerfm rewards target_image --check reward.target=a.png model=emoji   with arguments, on a model's shape of pictures""",
+  steerfm rewards my_reward.py:mine --check                   check that it meets the contract, and how to fix it if not
+  steerfm rewards target_image --check reward.target=a.png model=emoji   with arguments, on pictures of a model's shape""",
     "methods": "examples:\n  steerfm methods\n  steerfm methods das",
     "bench": """examples:
-  steerfm bench                                       what there is
+  steerfm bench                                       list the benchmarks
   steerfm bench quick                                 methods at equal cost on Fashion-MNIST: two minutes
-  steerfm bench quick methods.mine=my_method.py:Mine  and one of your own among them
-  steerfm bench quick --workers 4                     by four processes; or the same command on several machines
+  steerfm bench quick methods.mine=my_method.py:Mine  and one of your own
+  steerfm bench quick --workers 4                     with four processes; or run the same command on several machines
   steerfm bench exact --help""",
 }
-TEXTS = """texts (prompts, labels, names, paths) are taken as they stand: prompt=12:30, prompt="a dog #1"
-  prompt='[a dog, "cat, asleep"]'   several; a text that starts with [ and ends with ] is ["[red]"]
-  prompt=FILE                       a file with a prompt a line, csv, JSON or JSON lines, whatever its ending
-  label=null                        takes a label away; in a prompt, null is a word
+TEXTS = """texts (prompts, labels, names, paths) are used literally: prompt=12:30, prompt="a dog #1"
+  prompt='[a dog, "cat, asleep"]'   a list; write the text [red] as '["[red]"]'
+  prompt=FILE                       a file with one prompt per line, csv, JSON or JSON lines, whatever its ending
+  label=null                        no label; in a prompt, null is a word
 
 """
 HELP = {
@@ -72,7 +72,7 @@ HELP = {
     "sample": "draw unsteered samples",
     "steer": "steer samples towards a reward",
     "play": "steer from a page in the browser (pip install 'steerfm[play]')",
-    "finetune": "make a flow map keep a reward",
+    "finetune": "fine-tune a flow map on a reward",
     "data": "prepare and check training data",
     "evaluate": "measure a flow map: distances, accuracy, consistency",
     "models": "list the shipped models, or show the card of one",
@@ -98,9 +98,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in HELP.items():
         keys = ""
         if name in SCHEMAS:
-            keys = (
-                f"keys, each with its default, what it means and what it takes:\n{_indent(loading.explain(SCHEMAS[name]))}\n\n"
-            )
+            keys = f"keys, with their defaults, meaning and values:\n{_indent(loading.explain(SCHEMAS[name]))}\n\n"
             recipes = ", ".join(loading.recipes(name))
             keys += f"recipes: {recipes}\n\n" if recipes else ""
             keys += TEXTS if name != "train" else ""
@@ -108,24 +106,24 @@ def parser() -> argparse.ArgumentParser:
             name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=keys + EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        sub.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         if name in SCHEMAS:
             sub.add_argument("--config", metavar="FILE_OR_RECIPE", help="a yaml file, or the name of a shipped recipe")
-            sub.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+            sub.add_argument("--show", action="store_true", help="print the complete configuration and exit")
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the configuration")
         elif name in ("rewards", "methods", "models"):
             sub.add_argument("name", nargs="?", help="the one to explain")
             if name == "rewards":
-                sub.add_argument("--check", action="store_true", help="check that it keeps the contract (steerfm.testing)")
+                sub.add_argument("--check", action="store_true", help="check that it meets the contract (steerfm.testing)")
                 sub.add_argument(
-                    "settings", nargs="*", metavar="key=value", help="reward.KEY=, model=, prompt= or label= of a check"
+                    "settings", nargs="*", metavar="key=value", help="for --check: reward.KEY=, model=, prompt= or label="
                 )
             if name in ("methods", "models"):
-                sub.add_argument("--markdown", action="store_true", help="the table of the documentation")
+                sub.add_argument("--markdown", action="store_true", help="print the table of the documentation")
         elif name == "data":
-            sub.add_argument("name", help="emoji, fashion, or folder: your own pictures, in --root")
-            sub.add_argument("--size", type=int, default=32, help="side of the pictures; of emoji 8 to 64")
-            sub.add_argument("--root", help="folder of the data; default $STEERFM_DATA or ~/.cache/steerfm")
+            sub.add_argument("name", help="emoji, fashion, or folder for your own pictures in --root")
+            sub.add_argument("--size", type=int, default=32, help="side of the pictures in pixels; 8 to 64 for emoji")
+            sub.add_argument("--root", help="data folder; default $STEERFM_DATA or ~/.cache/steerfm")
         elif name == "bench":
             sub.add_argument("name", nargs="?", help="the benchmark to run")
             sub.add_argument("arguments", nargs=argparse.REMAINDER, help="its options; --help lists them")
@@ -133,8 +131,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 where nothing was learnt, 2 for bad input or a file that cannot be written,
-    130 after Ctrl-C and 143 after SIGTERM."""
+    """Run a command.
+
+    Args:
+        argv: arguments of the command line, without the program name; by default those of the process.
+
+    Returns:
+        Exit code: 0; 1 if a training learnt nothing; 2 for bad input or a file that cannot be written; 130 after Ctrl-C; 143
+        after SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     options, extra = parser().parse_known_args(argv)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics)(\.|$)")
@@ -153,31 +158,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     finally:
-        if files := sys.modules.get("steerfm.files"):  # not for --help: it takes torch
+        if files := sys.modules.get("steerfm.files"):  # --help does not import it, because it imports torch
             files.release()
 
 
 def _main(options: argparse.Namespace, extra: list[str], argv: list[str]) -> int:
     config = None
-    if hasattr(options, "overrides"):  # overrides may stand on both sides of --config
+    if hasattr(options, "overrides"):  # overrides may come before and after --config
         config = loading.load(SCHEMAS[options.command], options.config, [*options.overrides, *extra])
         if options.show:
             print(loading.dump(config), end="")
             return 0
     elif options.command == "bench":
         options.arguments += extra
-    elif options.command == "rewards":  # settings may stand on both sides of --check
+    elif options.command == "rewards":  # settings may come before and after --check
         options.settings += extra
         if options.settings and not options.check:
-            raise ValueError(f"{options.settings[0]}: only a check takes settings: steerfm rewards {options.name} --check")
+            raise ValueError(f"{options.settings[0]}: settings need --check: steerfm rewards {options.name} --check")
     elif extra:
         parser().error(f"unrecognized arguments: {' '.join(extra)}")
     return _run(options, argv, config)
 
 
 def _run(options: argparse.Namespace, argv: list[str], config: object) -> int:
-    command = shlex.join(["steerfm", *argv])  # to be pasted into a shell
-    match options.command:  # torch takes seconds to import: not for --help or a misspelt key
+    command = shlex.join(["steerfm", *argv])  # can be pasted into a shell
+    match options.command:  # torch takes seconds to import, so --help and configuration errors do without it
         case "models":
             from steerfm.cli.listing import list_models
 

@@ -1,4 +1,4 @@
-"""``python -m steerfm`` is the command ``steerfm``."""
+"""``python -m steerfm.cli`` runs the command ``steerfm``."""
 
 import sys
 

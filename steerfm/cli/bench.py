@@ -1,9 +1,9 @@
-"""`steerfm bench`: methods compared at equal cost over a sweep of cells, each kept as a file, and one table of all of them.
+"""`steerfm bench`: compare methods at equal cost over a sweep of cells, each stored in a file, and tabulate them.
 
-The rules of a fair comparison are not left to the suite: every method gets the steps and particles that one budget of network
-evaluations buys, plain samples and best-of-n of the same map are always there, what counts is a reward that no method has
-seen (where there is none, the reward itself, and the tables say so), at least four seeds are drawn, and diversity, distance to
-the data and wall time stand beside the reward.
+The rules of a fair comparison are fixed. Every method gets the steps and particles that one budget of network evaluations buys.
+Plain samples and best-of-n of the same map are always included. Methods are ranked by a reward that none of them sees; if there
+is none, by the reward itself, and the tables say so. There are at least four seeds. Diversity, distance to the data and wall
+time are shown beside the reward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from steerfm import files, shipped
 from steerfm.capabilities import in_steps
 from steerfm.cli.config import NOTHING, BenchConfig, SteerConfig
 from steerfm.cli.console import console, print_table, progress, quiet_lightning
-from steerfm.cli.loading import explain, find_recipe, kept, load, make, plain, recipes
+from steerfm.cli.loading import config_yaml, explain, find_recipe, load, make, plain, recipes
 from steerfm.cli.outputs import Outputs, outputs_of
 from steerfm.cli.parts import build_judge, build_method, build_reward, check_needs, load_model
 from steerfm.cli.runs import contents, stem
@@ -47,7 +47,7 @@ from steerfm.cli.standings import (
 )
 from steerfm.cli.standings import draw as draw_standings
 from steerfm.cli.suites import TAKEN, as_keys, baseline, check_difference, check_keys, methods_of, share_of
-from steerfm.cli.workers import device_of, launched, local_number, run_workers, share_out, threads
+from steerfm.cli.workers import device_of, launcher, local_number, run_workers, share_out, threads
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.metrics import (
@@ -74,11 +74,11 @@ from steerfm.values import ConfigError
 
 __all__ = ["TAKEN", "bench", "inert", "summary", "sweep", "within_budget", "work"]
 LEAST_SEEDS = 4
-SCRIPTS = "the scripts behind the measured pages (exact, smc, finetune, ...) are no part of the package: run them in a checkout"
+SCRIPTS = "the scripts behind the pages of results (exact, smc, ...) are not part of the package: run them in a checkout"
 
 
 def bench(name: str | None, arguments: list[str], command: str = "") -> None:
-    """List the benchmarks, or run one: a suite (a recipe or a yaml file), or a script with a ``main(arguments)``."""
+    """List the benchmarks, or run one: a suite (a recipe or a yaml file), or a script with a function ``main(arguments)``."""
     scripts = {path.stem: path for path in sorted(shipped.folder("benchmarks").glob("*.py"))}
     suites = recipes("bench")
     if name is None:
@@ -91,9 +91,9 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
         quiet_lightning()
         runpy.run_path(str(scripts[name]))["main"](arguments)
     elif name not in suites and not Path(name).is_file():
-        known = [*suites, *scripts]
-        listed = f"{nearest(name, known)}; benchmarks: {', '.join(known)}"
-        raise ConfigError(f"unknown benchmark {name!r}{listed}" + ("" if scripts else f"; {SCRIPTS}"))
+        names = [*suites, *scripts]
+        suggestion = f"{nearest(name, names)}; benchmarks: {', '.join(names)}"
+        raise ConfigError(f"unknown benchmark {name!r}{suggestion}" + ("" if scripts else f"; {SCRIPTS}"))
     elif {"-h", "--help"} & set(arguments):
         path = find_recipe(name, "bench")
         print(f"{BenchConfig.__doc__}\n\n{explain(BenchConfig)}\n\n{path}:\n{path.read_text()}")
@@ -104,11 +104,11 @@ def bench(name: str | None, arguments: list[str], command: str = "") -> None:
 # --- cells -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Yardstick:
-    """What diversity and distance are measured in.
+    """The feature space of diversity and distance.
 
     Attributes:
-        features: pictures or vectors to features (b, d).
-        reference: mean and covariance of the data's, or None.
+        features: maps pictures or vectors to features (b, d).
+        reference: mean (d,) and covariance (d, d) of the data's features, or None.
     """
 
     features: Callable[[Tensor], Tensor]
@@ -116,14 +116,14 @@ class Yardstick:
 
     @classmethod
     def of(cls, flow_map: FlowMap) -> Yardstick:
-        """The first space that the map's card names; where it names none, the sample itself."""
+        """Return the first space that the map's card names, or by default the samples themselves."""
         evaluator = Evaluator(flow_map, progress=progress)
         space = evaluator.first
         try:
-            known = evaluator.reference(space)
+            reference = evaluator.reference(space)
         except FileNotFoundError:  # the data are not prepared
-            known = None
-        return cls(space.features, None if known is None else (known.mean, known.cov))
+            reference = None
+        return cls(space.features, None if reference is None else (reference.mean, reference.cov))
 
 
 FACTS = ("evaluations", "forwards", "backwards", "reward_calls", "seconds")
@@ -131,14 +131,16 @@ FACTS = ("evaluations", "forwards", "backwards", "reward_calls", "seconds")
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A model and what its outputs are asked for.
+    """A model, a reward, and the outputs to draw.
 
     Attributes:
-        name: of the problem in its suite.
-        config: as for `steerfm steer`.
-        reward: what methods see.
-        judge: what counts; None where there is none, and then the reward itself does.
-        outputs: what they are asked for, a row each.
+        name: name of the problem in its suite.
+        config: configuration as for `steerfm steer`.
+        flow_map: the model.
+        yardstick: feature space of diversity and distance.
+        reward: the reward that methods see.
+        judge: the held-out reward that ranks methods; None to rank them by the reward itself.
+        outputs: conditions of the outputs, one row each.
     """
 
     name: str
@@ -151,15 +153,15 @@ class Problem:
 
     @cached_property
     def strengths(self) -> float | list[float]:
-        """One for all outputs, or for each. "auto" is worked out once, at no method's cost."""
-        told = self.outputs.strengths(self.config.strength)
-        if isinstance(told, str):
-            return automatic(self.flow_map, self.reward, self.outputs.to(self.flow_map.device), told)
-        return told
+        """Strength of all outputs, or of each. "auto" is computed once, and its cost is not counted for any method."""
+        strength = self.outputs.strengths(self.config.strength)
+        if isinstance(strength, str):
+            return automatic(self.flow_map, self.reward, self.outputs.to(self.flow_map.device), strength)
+        return strength
 
     @property
     def unsteered(self) -> str:
-        """What plain samples are called: `BASE`, or how many steps the model takes by itself."""
+        """Name of plain samples in tables: `BASE`, or the same with the model's own number of steps."""
         return f"unsteered, {in_steps(self.flow_map, self.flow_map.steps)}"
 
     @property
@@ -167,14 +169,22 @@ class Problem:
         return f"{self.name}, {stem(self.config.model)}, strength {short(self.config.strength)}"
 
     def evaluations(self, method: Method) -> float:
-        """Network evaluations of one output, by trying it."""
+        """Measure the network evaluations of one output by drawing it."""
         row = self.outputs[:1]
-        told = {"prompts": row.prompts, "labels": row.labels}
+        context = {"prompts": row.prompts, "labels": row.labels}
         strength = self.strengths[0] if isinstance(self.strengths, list) else self.strengths
-        return steer(self.flow_map, self.reward, method, 1, 0, strength, row.cond, **told).cost.evaluations
+        return steer(self.flow_map, self.reward, method, 1, 0, strength, row.cond, **context).cost.evaluations
 
     def measure(self, method: Method | None, seed: int) -> dict[str, Tensor]:
-        """One cell: the best particle of each output by the reward, as the judge sees it; None draws plain samples."""
+        """Measure one cell: score the particle of each output with the highest reward by the judge.
+
+        Args:
+            method: the method; None for plain samples.
+            seed: number of the repetition.
+
+        Returns:
+            Scores (n,), features (n, d), facts (`FACTS` per output), and the first pictures.
+        """
         want, size, strengths = self.outputs, self.config.batch_size, self.strengths
         seeds = want.seeds(seed * self.config.n)
         with Ledger() as ledger:
@@ -188,27 +198,31 @@ class Problem:
         cost = ledger.cost
         with torch.inference_mode():
             pictures = self.flow_map.decode(x)
-            told = {"prompts": want.prompts, "labels": want.labels}
+            context = {"prompts": want.prompts, "labels": want.labels}
             groups = torch.arange(want.n, device=pictures.device) // want.each
             judges = {"reward": self.reward} | ({"held_out": self.judge} if self.judge else {})
-            scores = {name: judge.evaluate(pictures, **told, groups=groups, latents=x).total for name, judge in judges.items()}
+            context |= {"groups": groups, "latents": x}
+            scores = {name: judge.evaluate(pictures, **context).total for name, judge in judges.items()}
             features = self.yardstick.features(pictures)
         facts = [cost.evaluations, cost.forwards, cost.backwards, cost.reward_calls, cost.seconds]
-        found = {name: value.float().cpu().clone() for name, value in scores.items()}
-        found |= {"features": features.half().cpu().clone(), "facts": torch.tensor(facts, dtype=torch.float64) / want.n}
+        tensors = {name: value.float().cpu().clone() for name, value in scores.items()}
+        tensors |= {"features": features.half().cpu().clone(), "facts": torch.tensor(facts, dtype=torch.float64) / want.n}
         if pictures.ndim == 4:
-            found["pictures"] = (pictures[:12].float().cpu() * 255).round().to(torch.uint8)
-        return found
+            tensors["pictures"] = (pictures[:12].float().cpu() * 255).round().to(torch.uint8)
+        return tensors
 
 
 def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int, steps: int | None = None) -> Any:
-    """The method in its best shape for a budget; None where it cannot be that cheap.
+    """Fit a method to a budget.
 
     Args:
-        method: that fits itself; or one of your own, which gets the particles that the budget buys, where it is a dataclass.
-        evaluations: of one output, of a method.
-        budget: the most of them.
-        steps: that a suite asks for, in place of those of the method's shape.
+        method: a method. One without its own rule gets the particles that the budget buys, if it is a dataclass.
+        evaluations: returns the network evaluations of one output of a method.
+        budget: most network evaluations per output.
+        steps: number of steps that the suite sets; None for the method's own choice.
+
+    Returns:
+        The method at the best size for the budget, or None if even its smallest size costs more.
     """
     try:
         if isinstance(method, Sized):
@@ -226,7 +240,7 @@ def within_budget(method: Any, evaluations: Callable[[Any], float], budget: int,
 # --- the sweep -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Column:
-    """What is measured at every seed: a problem, a budget, and a method by its name in the suite (`BASE` at budget 0)."""
+    """A problem, a budget, and a method by its name in the suite (`BASE` has budget 0); measured at every seed."""
 
     problem: Problem
     budget: int
@@ -234,17 +248,17 @@ class Column:
 
     @property
     def words(self) -> str:
-        """What tables call the method."""
+        """Name of the method in tables."""
         return self.problem.unsteered if self.method == BASE else self.method
 
 
 Cells = Mapping[Column, list[dict[str, Tensor]]]
-"""What was measured, seed by seed; a method that cannot be so cheap has no cells."""
+"""Measurements, seed by seed. A method that does not fit its budget has none."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a column at a seed, and the name of its file."""
+    """One measurement: a column at a seed, with the name of its file."""
 
     column: Column
     seed: int
@@ -253,13 +267,13 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The cells of a sweep, and where they are.
+    """The cells of a sweep and their folder.
 
     Attributes:
-        folder: of the run.
-        methods: by name, as they are configured.
-        columns: of the table.
-        seeds: of each column.
+        folder: the run folder.
+        methods: configuration of each method by name.
+        columns: columns of the sweep.
+        seeds: number of seeds of each column.
     """
 
     folder: RunFolder
@@ -280,32 +294,31 @@ class Plan:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Column by column."""
-        told = self.methods
-        return [Cell(c, seed, _file(c, told.get(c.method), seed)) for c in self.columns for seed in range(self.seeds)]
+        """All cells, column by column."""
+        methods = self.methods
+        return [Cell(c, seed, _file(c, methods.get(c.method), seed)) for c in self.columns for seed in range(self.seeds)]
 
-    def done(self) -> int:
-        """How many cells have a file."""
+    def count(self) -> int:
+        """Count the cells that have a file."""
         return sum((self.folder.path / f"{cell.name}.safetensors").is_file() for cell in self.cells)
 
     def load(self, cell: Cell) -> dict[str, Tensor] | None:
-        """What was measured; None where nothing was."""
+        """Read the measurement of a cell; None if there is none."""
         try:
             tensors = self.folder.load_tensors(cell.name)
         except (FileNotFoundError, ValueError):
             return None
         if cell.column.problem.judge is None:
-            tensors.pop("held_out", None)  # of a judge that was taken for one
+            tensors.pop("held_out", None)  # a file may hold the scores of a judge that was not held out
         return tensors
 
     def measure(self, share: str, tick: Callable[[int, int], None], check: Callable[[], None] = lambda: None) -> None:
-        """Measure what has no file yet and nobody else is at; returns once nobody is.
+        """Measure all cells that have no file, together with any other processes; returns when all are measured.
 
         Args:
-            share: which part of the cells.
-            tick: called with how many there are, and how many there will be.
-            check: called
-                before a cell; raises to end all.
+            share: part of the cells to measure, such as "2/4".
+            tick: called with the number of finished cells, and of all cells.
+            check: called before each cell; may raise to stop.
         """
         part, parts = share_of(share)
         mine = [cell for number, cell in enumerate(self.cells) if number % parts == part]
@@ -314,18 +327,19 @@ class Plan:
             check()
             if self.load(cell := mine[number]) is not None:
                 return
-            told = self.methods.get(cell.column.method)
-            method = self.affordable(cell.column) if told else None
-            measured = cell.column.problem.measure(method, cell.seed) if method or not told else {}
-            self.folder.save_tensors(cell.name, measured)
+            settings = self.methods.get(cell.column.method)
+            method = self.affordable(cell.column) if settings else None
+            tensors = cell.column.problem.measure(method, cell.seed) if method or not settings else {}
+            self.folder.save_tensors(cell.name, tensors)
 
         share_out(self.folder.path, [cell.name for cell in mine], make, tick)
 
     def affordable(self, column: Column) -> Method | None:
-        """The method of a column in the shape that its budget buys, worked out once."""
+        """Return the method of a column at the size that its budget buys; None if it does not fit."""
         if column not in self._affordable:
-            told = self.methods[column.method]
-            self._affordable[column] = _affordable(build_method(told), column, told.get("steps", told.get("iterations")))
+            settings = self.methods[column.method]
+            steps = settings.get("steps", settings.get("iterations"))
+            self._affordable[column] = _affordable(build_method(settings), column, steps)
         return self._affordable[column]
 
     @cached_property
@@ -334,58 +348,60 @@ class Plan:
 
 
 def sweep(config: BenchConfig, suite: str, command: str = "") -> None:
-    """Measure every cell that has no file yet, then write the table, the plots and the report of all of them. Any number of
-    processes may do so at once with one folder, on any machines; ``config.workers`` starts some."""
+    """Measure every cell that has no file, then write the tables, the plots and the report.
+
+    Any number of processes, on any machines, may share one folder; ``config.workers`` of them are started here.
+    """
     methods, problems = methods_of(config), _problems(config)
     check_difference(config.difference, [*dict.fromkeys(problem.unsteered for problem in problems), *methods])
     _, parts = share_of(config.share)
-    several = launched()
-    if config.force and (parts > 1 or several):
-        which = f"share={config.share}" if parts > 1 else f"{several}={os.environ[several]}"
-        raise ConfigError(f"force=true {which}: would delete what the other processes measure; start anew with one")
+    variable = launcher()
+    if config.force and (parts > 1 or variable):
+        which = f"share={config.share}" if parts > 1 else f"{variable}={os.environ[variable]}"
+        raise ConfigError(f"force=true {which}: this would delete the cells of the other processes; use one process")
     folder = _folder(config, suite)
-    files.write(folder.path / "suite.yaml", kept(replace(config, workers=1)))
+    files.write(folder.path / "suite.yaml", config_yaml(replace(config, workers=1)))
     plan = Plan.of(config, folder, methods, problems)
-    before = _made(folder)
+    before = _tables_written(folder)
     what = f"bench {suite}" if config.workers == 1 else f"bench {suite}, {config.workers} workers"
     with progress(what, len(plan.cells)) as tick:
         if config.workers > 1:
-            told = replace(config, force=False, workers=1)
-            calls = [replace(told, device=device_of(config.device, number)) for number in range(config.workers)]
-            run_workers([("steerfm.cli.bench:work", (call, suite)) for call in calls], plan.done, len(plan.cells), tick)
+            worker_config = replace(config, force=False, workers=1)
+            calls = [replace(worker_config, device=device_of(config.device, number)) for number in range(config.workers)]
+            run_workers([("steerfm.cli.bench:work", (call, suite)) for call in calls], plan.count, len(plan.cells), tick)
         plan.measure(config.share, tick)
-    measured = [plan.load(cell) for cell in plan.cells]
-    if missing := measured.count(None):
-        console.print(f"{missing} of {len(measured)} cells are left to other shares: {folder.path}")
+    results = [plan.load(cell) for cell in plan.cells]
+    if missing := results.count(None):
+        console.print(f"{missing} of {len(results)} cells are left to other shares: {folder.path}")
         return
     cells: dict[Column, list[dict[str, Tensor]]] = {}
-    for cell, tensors in zip(plan.cells, measured):
+    for cell, tensors in zip(plan.cells, results):
         if tensors:
             cells.setdefault(cell.column, []).append(tensors)
     of = _digest(plan, config)
     with files.Claims(folder.path) as claims, claims.of("tables", wait=True):
-        if (made := _made(folder)) != before and made.get("of") == of:
+        if (now := _tables_written(folder)) != before and now.get("of") == of:
             console.print(
-                f"all {len(measured)} cells are measured; another process wrote the tables: {folder.path / 'report.html'}"
+                f"all {len(results)} cells are measured; another process wrote the tables: {folder.path / 'report.html'}"
             )
             return
         files.sweep(folder.path)
         _write(config, suite, folder, cells, summary(cells, baseline(methods) or BASELINE), command, of)
 
 
-def work(told: tuple[BenchConfig, str], check: Callable[[], None]) -> None:
-    """What a worker does: it measures, and leaves the tables to others."""
-    config, suite = told
+def work(task: tuple[BenchConfig, str], check: Callable[[], None]) -> None:
+    """Entry point of a worker, which measures cells and writes no tables."""
+    config, suite = task
     Plan.of(config, _folder(config, suite), methods_of(config), _problems(config)).measure(config.share, lambda *_: None, check)
 
 
 def _folder(config: BenchConfig, suite: str) -> RunFolder:
-    """One folder takes further methods, problems and budgets, and several processes."""
+    """Open the folder of a sweep. It can take further methods, problems and budgets, and several processes at once."""
     return RunFolder(Path(config.out or f"runs/bench/{suite}"), f"suite: {suite}\n", shared=True, force=config.force)
 
 
-def _made(folder: RunFolder) -> dict[str, Any]:
-    """Which tables are there: when they were written, and of which cells."""
+def _tables_written(folder: RunFolder) -> dict[str, Any]:
+    """Return when the tables in a folder were written, and the digest of their cells; empty without tables."""
     file = folder.path / "summary.json"
     try:
         return {"at": file.stat().st_mtime_ns, "of": json.loads(file.read_text()).get("of")}
@@ -394,62 +410,66 @@ def _made(folder: RunFolder) -> dict[str, Any]:
 
 
 def _digest(plan: Plan, config: BenchConfig) -> str:
-    """What tables depend on: their cells by name, and the difference that is asked for."""
+    """Return a digest of what the tables depend on: the names of the cells, and the pair of the difference."""
     return hashlib.sha256(
         "\n".join([*(f"{cell.column.method} {cell.name}" for cell in plan.cells), *config.difference]).encode()
     ).hexdigest()[:20]
 
 
 def _affordable(method: Method, column: Column, steps: int | None) -> Method | None:
-    """What the column's budget buys; None also for a method that follows a gradient which the reward does not have, and where
-    too few particles are left for its settings, such as one for a warm-up."""
+    """Fit a method to the budget of a column.
+
+    Returns:
+        The method, or None if it does not fit the budget, if it needs a gradient that the reward does not have, or if the
+        budget buys too few particles for its settings.
+    """
     try:
         method.check(column.problem.reward)
     except RewardError:
         return None
-    sized = within_budget(method, column.problem.evaluations, column.budget, steps)
+    affordable = within_budget(method, column.problem.evaluations, column.budget, steps)
     try:
-        if sized is not None:
-            sized.check(column.problem.reward)
+        if affordable is not None:
+            affordable.check(column.problem.reward)
     except ValueError:
         return None
-    return sized
+    return affordable
 
 
 def _file(column: Column, method: Any, seed: int) -> str:
-    """A name for a cell that changes with what its numbers depend on, files of one's own included, and with nothing else."""
-    told = plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
+    """Name the file of a cell by a digest of all that its numbers depend on, including the user's files."""
+    settings = plain(column.problem.config) | {"budget": column.budget, "method": method, "seeds": seed}
     if column.method == BASE != column.problem.unsteered:
-        told["unsteered"] = column.problem.unsteered
+        settings["unsteered"] = column.problem.unsteered
     for neutral in ("out", "force", "device", "lookaheads", "batch_size"):
-        told.pop(neutral)
-    text = json.dumps(told | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
+        settings.pop(neutral)
+    text = json.dumps(settings | {"steerfm": steerfm.__version__}, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode())
-    for _, held in sorted(contents(told).items()):
-        digest.update(held.encode())
+    for _, file_digest in sorted(contents(settings).items()):
+        digest.update(file_digest.encode())
     return f"cells/{digest.hexdigest()[:20]}"
 
 
 def inert(value: Any) -> Any:
-    """A cell of a csv file that no spreadsheet takes for a formula; numbers stay numbers."""
+    """Escape a csv value that a spreadsheet would read as a formula; numbers are unchanged."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _problems(config: BenchConfig) -> list[Problem]:
-    """Every model with every problem and strength, checked before anything is measured."""
+    """Build every combination of model, problem and strength, and check them before anything is measured."""
     if config.seeds < LEAST_SEEDS:
-        raise ConfigError(f"seeds={config.seeds}: at least {LEAST_SEEDS} are needed to know how far to trust a difference")
+        raise ConfigError(f"seeds={config.seeds}: give at least {LEAST_SEEDS}, which an interval needs")
     if not config.problems:
         raise ConfigError(NOTHING)
     check_keys(config.problems)
-    made = []
+    problems = []
     for model in config.models:
         flow_map = load_model(model, device_of(config.device, local_number()))
         yardstick = Yardstick.of(flow_map)
-        for name, told in config.problems.items():
+        for name, keys in config.problems.items():
             for strength in config.strengths:
                 here = {"model": model, "n": config.n, "batch_size": config.batch_size, "strength": strength}
-                problem = make(SteerConfig, here | dict(told), f"problems.{name}.")
+                problem = make(SteerConfig, here | dict(keys), f"problems.{name}.")
                 reward = build_reward(problem.reward)
                 judge = build_judge(problem, flow_map, reward).judge
                 if judge is None:
@@ -457,34 +477,41 @@ def _problems(config: BenchConfig) -> list[Problem]:
                 want = outputs_of(flow_map, problem.label, problem.prompt, problem.n, reward, problem.negative)
                 check_needs((reward, judge), want.labels, want.prompts)
                 want.strengths(problem.strength)
-                made.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
-    return made
+                problems.append(Problem(name, problem, flow_map, yardstick, reward, judge, want))
+    return problems
 
 
-# --- what the cells say ----------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
-    """One row a column: means over seeds, the bootstrap interval of what counts, its differences to best-of-n and to plain
-    samples paired by seed and output, rank within the budget, and whether no row of the problem that costs no more is better
-    (Pareto)."""
+    """Summarise the cells, one row per column.
+
+    A row holds means over seeds; the bootstrap interval of the score that counts; its differences to best-of-n and to plain
+    samples, paired by seed and output; the rank within the budget; and ``pareto``, whether no row of the problem has a higher
+    score at the same or lower cost.
+
+    Args:
+        cells: measurements of each column.
+        best_of_n: name of best-of-n in the suite.
+    """
     rows = []
-    for column, found in cells.items():
-        problem, counts = column.problem, what_counts(found)
-        held = torch.stack([cell[counts] for cell in found])
-        low, high = bootstrap(held.mean(1))
-        features = torch.cat([cell["features"].float() for cell in found])
+    for column, repetitions in cells.items():
+        problem, counts = column.problem, what_counts(repetitions)
+        scores = torch.stack([cell[counts] for cell in repetitions])
+        low, high = bootstrap(scores.mean(1))
+        features = torch.cat([cell["features"].float() for cell in repetitions])
         row = {
             "model": stem(problem.config.model), "problem": problem.name, "strength": problem.config.strength,
-            "budget": column.budget, "method": column.words, "seeds": len(found), "outputs": held.numel(),
-            **({"held_out": held.mean().item()} if counts == "held_out" else {}),
-            "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in found]).mean().item(),
-            "diversity": _diversity(features, problem.outputs.names * len(found)),
+            "budget": column.budget, "method": column.words, "seeds": len(repetitions), "outputs": scores.numel(),
+            **({"held_out": scores.mean().item()} if counts == "held_out" else {}),
+            "low": low, "high": high, "reward": torch.stack([cell["reward"] for cell in repetitions]).mean().item(),
+            "diversity": _diversity(features, problem.outputs.names * len(repetitions)),
             "distance": _distance(features, problem.yardstick.reference),
-            **dict(zip(FACTS, torch.stack([cell["facts"] for cell in found]).mean(0).tolist())),
+            **dict(zip(FACTS, torch.stack([cell["facts"] for cell in repetitions]).mean(0).tolist())),
         }  # fmt: skip
         others = {BASELINE: Column(problem, column.budget, best_of_n), "unsteered": Column(problem, 0, BASE)}
         for name, other in others.items():
             if other in cells and other != column:
-                differences = held - torch.stack([cell[counts] for cell in cells[other]])
+                differences = scores - torch.stack([cell[counts] for cell in cells[other]])
                 row[f"over_{name}"], row[f"over_{name}_half"] = interval(differences.flatten())
         rows.append(row)
     for row, column in zip(rows, cells):
@@ -495,8 +522,11 @@ def summary(cells: Cells, best_of_n: str = BASELINE) -> list[dict[str, Any]]:
 
 
 def differences(cells: Cells, a: str, b: str) -> dict[Column, Difference]:
-    """By how much the held-out reward (the reward, where there is no judge) of method ``a`` is above that of ``b``, output by
-    output of the same seeds: for each problem and budget, by its column of ``a``; nothing where one of them has no cells."""
+    """Compare two methods on the same seeds and outputs, by the held-out reward or, without a judge, by the reward.
+
+    Returns:
+        The difference a - b for each problem and budget where both have cells, by the column of ``a``.
+    """
     out = {}
     for column in cells:
         one, other = (
@@ -505,29 +535,29 @@ def differences(cells: Cells, a: str, b: str) -> dict[Column, Difference]:
         )
         if column in (one, other) and column.budget and one in cells and other in cells:
             counts = what_counts([*cells[one], *cells[other]])
-            held = (torch.stack([cell[counts] for cell in cells[of]]) for of in (one, other))
-            out[replace(column, method=a)] = paired_difference(*held)
+            scores = (torch.stack([cell[counts] for cell in cells[of]]) for of in (one, other))
+            out[replace(column, method=a)] = paired_difference(*scores)
     return out
 
 
 def _diversity(features: Tensor, names: Sequence[str]) -> float:
-    """Mean distance between outputs that were asked for the same."""
+    """Return the mean distance between outputs with the same condition."""
     index: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         index.setdefault(name, []).append(row)
-    found = [pairwise_diversity(features[rows]) for rows in index.values() if len(rows) > 1]
-    return sum(found) / len(found) if found else float("nan")
+    distances = [pairwise_diversity(features[rows]) for rows in index.values() if len(rows) > 1]
+    return sum(distances) / len(distances) if distances else float("nan")
 
 
 def _distance(features: Tensor, reference: tuple[Tensor, Tensor] | None) -> float:
-    """Fréchet distance to the data: biased upwards for so few, to be compared within one suite only."""
+    """Return the Fréchet distance to the data. For few samples it is biased upwards: compare it only within one suite."""
     return float("nan") if reference is None else frechet_distance(*feature_statistics(features), *reference)
 
 
 def _write(
     config: BenchConfig, suite: str, folder: RunFolder, cells: Cells, rows: list[dict[str, Any]], command: str, of_cells: str
 ) -> None:
-    """cells.csv (a line a cell), summary.json, a plot and pictures of each problem, report.html; prints the tables."""
+    """Write cells.csv, summary.json, the plots and pictures of each problem, and report.html; print the tables."""
     _write_cells(folder.path / "cells.csv", cells, rows)
     tables, pictures, names = [], [], []
     for problem in dict.fromkeys(column.problem for column in cells):
@@ -541,36 +571,37 @@ def _write(
         pictures += draw_standings(problem.title, of, first, last, folder.path / name)
     apart = differences(cells, *config.difference) if config.difference else {}
     if config.difference:
-        found = [(of.problem.title, of.budget, what_counts(cells[of]), d) for of, d in apart.items()]
-        tables.insert(0, difference_table(config.difference, found))
+        lines = [(of.problem.title, of.budget, what_counts(cells[of]), d) for of, d in apart.items()]
+        tables.insert(0, difference_table(config.difference, lines))
     means = mean_ranks(rows)
     tables.append(("mean rank over problems and budgets", ["method", "rank"], [[n, f"{r:.2f}"] for n, r in means.items()]))
-    told = {
+    facts = {
         "suite": suite, "command": command, "n": config.n, "seeds": config.seeds, "threads": threads(config.workers),
         "machine": platform.machine(), "torch": torch.__version__, "steerfm": steerfm.__version__,
     }  # fmt: skip
     of = [{"of": config.difference, "problem": c.problem.title, "budget": c.budget, **asdict(d)} for c, d in apart.items()]
-    whole = told | {"of": of_cells, "ranks": means, "rows": rows} | ({"differences": of} if of else {})
+    whole = facts | {"of": of_cells, "ranks": means, "rows": rows} | ({"differences": of} if of else {})
     files.write(folder.path / "summary.json", json.dumps(whole, indent=1))
-    page = report(folder, f"Benchmark {suite}", told, tables, pictures)
+    page = report(folder, f"Benchmark {suite}", facts, tables, pictures)
     console.print(STAR)
     console.print("mean rank: " + ", ".join(f"{name} {rank:.1f}" for name, rank in means.items()))
     console.print(f"{sum(map(len, cells.values()))} cells: {folder.path / 'cells.csv'}, {folder.path / 'summary.json'}, {page}")
 
 
 def _at(rows: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """The rows at a budget, and of plain samples."""
+    """Return the rows at a budget, and those of plain samples."""
     return [row for row in rows if row["budget"] in (0, budget)]
 
 
 def _write_cells(path: Path, cells: Cells, rows: list[dict[str, Any]]) -> None:
-    """A line a cell, under the facts of its row."""
+    """Write cells.csv: one line per cell, with the facts of its row."""
     facts = ["model", "problem", "strength", "budget", "method"]
     with files.whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*facts, "seed", "held_out", "reward", *FACTS])
-        for row, measured in zip(rows, cells.values()):
-            for seed, cell in enumerate(measured):
-                held = [f"{cell['held_out'].mean().item():.6g}"] if "held_out" in cell else [""]
+        for row, repetitions in zip(rows, cells.values()):
+            for seed, cell in enumerate(repetitions):
+                held_out = [f"{cell['held_out'].mean().item():.6g}"] if "held_out" in cell else [""]
                 numbers = [cell["reward"].mean().item(), *cell["facts"].tolist()]
-                writer.writerow([*(inert(row[fact]) for fact in facts), seed, *held, *(f"{number:.6g}" for number in numbers)])
+                own = (inert(row[fact]) for fact in facts)
+                writer.writerow([*own, seed, *held_out, *(f"{number:.6g}" for number in numbers)])

@@ -1,4 +1,4 @@
-"""`steerfm rewards NAME --check`: whether a reward keeps the contract."""
+"""`steerfm rewards NAME --check`: check that a reward meets the contract."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ KEYS = ("reward.", "model=")
 
 
 def check_reward(name: str | None, settings: Sequence[str]) -> None:
-    """Check a reward on pictures as a model draws them, and say what holds.
+    """Check a reward on pictures of a model's shape, and print the checks that it passes.
 
     Args:
-        name: of the reward, or path/to/file.py:name.
-        settings: key=value as for `steerfm steer`: arguments reward.KEY=, and model= for its shape of pictures.
+        name: name of the reward, or path/to/file.py:name.
+        settings: key=value as for `steerfm steer`: arguments reward.KEY=, and model= for the shape of the pictures.
 
     Raises:
-        ConfigError: no name, or a key that a check has no use for. RewardError: what is wrong with the reward, and its mending.
+        ConfigError: the name is missing, or a key is not one of a check.
+        RewardError: the reward breaks the contract. The message says how to fix it.
     """
     if name is None:
         raise ConfigError("name the reward to check: steerfm rewards NAME --check")
@@ -44,6 +45,6 @@ def check_reward(name: str | None, settings: Sequence[str]) -> None:
     except testing.ContractError as error:
         raise rewards.RewardError(str(error)) from error
     print = Console(soft_wrap=True, markup=False, highlight=False).print
-    print(f"{reward.name} keeps the contract, on {reward.space if reward.space != MODEL else 'samples'} of shape {shape}:")
+    print(f"{reward.name} meets the contract, on {reward.space if reward.space != MODEL else 'samples'} of shape {shape}:")
     for check in CHECKS:
         print(f"  {(check.__doc__ or '').splitlines()[0]}")

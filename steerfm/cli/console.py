@@ -1,4 +1,4 @@
-"""What the commands print: texts, tables, bars of progress."""
+"""Console output: text, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-"""Prints texts as they are: a name in brackets is no style, and a path or command that is broken cannot be pasted. What is to
-be bold is a `Text`."""
+"""Prints text literally: brackets are no markup, and long lines are not broken, so that paths and commands can be pasted. Bold
+text is a `Text`."""
 
 
 class WholeWords(Table):
-    """A table that breaks no word: columns become narrower where there are spaces, the widest first; where that is not enough,
-    the lines are longer than the terminal."""
+    """A table that never breaks a word.
+
+    Columns are narrowed at spaces, the widest first. If that is not enough, lines are longer than the terminal.
+    """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         cells = [[str(cell) for cell in (column.header, *column.cells)] for column in self.columns]
@@ -35,7 +37,7 @@ class WholeWords(Table):
 
 
 def make_table(*columns: str, title: str = "") -> Table:
-    """A table without frames."""
+    """Return a table without borders."""
     return WholeWords(*columns, title=title or None, box=box.SIMPLE, title_justify="left", pad_edge=False)
 
 
@@ -49,15 +51,15 @@ def print_table(header: Iterable[str], rows: Iterable[Iterable[str]], title: str
 
 @contextmanager
 def progress(what: str, total: int):
-    """One bar, on a terminal only; yields tick(done, total)."""
+    """Show a progress bar if the output is a terminal; yields the function tick(count, total)."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda count, total: bar.update(task, completed=count, total=total)
 
 
 def quiet_lightning() -> None:
-    """Lightning's tips and lists of devices hide what a run has to say."""
-    import lightning.pytorch  # noqa: F401  sets its own level
+    """Silence Lightning's tips and device lists, which bury the output of a run."""
+    import lightning.pytorch  # noqa: F401  its import sets the log level
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

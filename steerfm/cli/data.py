@@ -7,7 +7,13 @@ from steerfm.cli.parts import data_set
 
 
 def prepare_data(name: str, size: int, root: str | None) -> None:
-    """Prepare and check a data set, and say what there is of it and under which licence."""
+    """Prepare and check a data set, and print its size and licence.
+
+    Args:
+        name: of the data set.
+        size: side of the pictures, in pixels.
+        root: data folder; None for the default.
+    """
     with progress("preparing", 1) as tick:
         table, lines = data_set(name).prepare(root, size, tick)
     if table:

@@ -1,4 +1,4 @@
-"""`steerfm evaluate`: distances to the data, texture, agreement with what was asked, diversity and consistency of a map."""
+"""`steerfm evaluate`: distance to the data, texture, agreement with the condition, diversity and consistency of a map."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from steerfm.transitions import Diffuse, Transition
 from steerfm.values import ConfigError
 
 POOL = 100
-"""Prompts among which the right one is looked for."""
+"""Number of prompts in a retrieval test, the right one included."""
 PAIRS = 500
-"""Samples, at most, that diversity and consistency are measured on, and the way off the Euler steps of the same noise."""
-SHOWN = 32
-"""Samples of each sampler that are drawn."""
+"""Most samples for diversity, consistency and the distance to the reference sampler's outputs from the same noise."""
+DRAWN_SAMPLES = 32
+"""Samples of each sampler in a picture."""
 
 Agreement = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
-"""Features by space and row numbers to what agrees with what was asked, (b,), by name."""
+"""A function of features by space and of row numbers (b,) that returns scores (b,) by name: agreement with the condition."""
 
 
 @dataclass
 class Examiner:
-    """What the samples of a model are held against.
+    """What the samples of a model are measured against.
 
     Attributes:
-        cond: n rows.
-        names: of the rows, for pictures.
-        spaces: by the name of their network; the first is that of diversity.
-        references: of the data, in some of them.
-        texture: mean of the data's, where they are known.
-        agreement: with what was asked for.
-        gaps: what cannot be measured, and why: a line each.
+        cond: condition of the n samples.
+        names: prompts or classes of the first samples, for pictures.
+        spaces: feature spaces by the name of their network. Diversity uses the first one.
+        references: statistics of the data, in those spaces that have them.
+        texture: mean texture of the data, if known.
+        agreement: scores the agreement of samples with their condition.
+        gaps: what cannot be measured and why, one line each.
     """
 
     cond: Condition
@@ -65,17 +65,17 @@ class Examiner:
     spaces: Mapping[str, Space]
     references: Mapping[str, Reference]
     texture: float | None = None
-    agreement: Agreement = lambda found, rows: {}
+    agreement: Agreement = lambda features, rows: {}
     gaps: list[str] = field(default_factory=list)
 
     @property
-    def known(self) -> Reference | None:
-        """The data in the space that counts."""
+    def main_reference(self) -> Reference | None:
+        """Statistics of the data in the first space that has them."""
         return next(iter(self.references.values()), None)
 
 
 def evaluate(config: EvaluateConfig, command: str = "") -> None:
-    """Measure a flow map at several numbers of jumps against many Euler steps; a killed run continues."""
+    """Measure a flow map at several numbers of jumps against many Euler steps. The same command continues a killed run."""
     flow_map = load_model(config.model, config.device)
     plans = samplers(flow_map, config)
     examiner = examine(flow_map, config)
@@ -83,36 +83,37 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     if folder.load_result() is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
-    rows, drawn = measure(flow_map, examiner, config, folder, plans)
+    rows, samples = measure(flow_map, examiner, config, folder, plans)
     n, (many, *_) = min(PAIRS, config.n), plans[0]
-    jumpy = can(flow_map, "two_time")  # of others jumps between any two times were never trained
+    jumpy = can(flow_map, "two_time")  # other maps were not trained to jump between any two times
     consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n))) if jumpy else {}
-    floors = {name: known.floor(config.n) for name, known in examiner.references.items()}
+    floors = {name: reference.floor(config.n) for name, reference in examiner.references.items()}
     tables = _tables(rows, floors, many, config.n)
     _print(config, tables, consistency, examiner.gaps)
     pictures = _plot(rows, floors, plans, step_of(flow_map), folder.path / "jumps.png")
-    pictures += _draw_samples({name: drawn[name] for name in rows}, examiner.names, folder.path)
+    pictures += _draw_samples({name: samples[name] for name in rows}, examiner.names, folder.path)
     facts = {"command": command, **consistency, **({"not measured": "; ".join(examiner.gaps)} if examiner.gaps else {})}
     report(folder, f"Evaluation of {stem(config.model)}", facts, tables, pictures)
-    apart = examiner.known.apart if examiner.known else None
+    apart = examiner.main_reference.apart if examiner.main_reference else None
     summary: dict[str, Any] = {
-        "command": command, "n": config.n, "samplers": {name: _nested(row) for name, row in rows.items()}, "data": floors,
+        "command": command, "n": config.n, "samplers": {name: _by_space(row) for name, row in rows.items()}, "data": floors,
         "texture_of_data": examiner.texture, "train_test": apart, "gaps": examiner.gaps, **consistency,
     }  # fmt: skip
-    folder.save_result(summary)  # last: its presence says that the run is finished
+    folder.save_result(summary)  # last: it marks the run as finished
     folder.clear_parts()
 
 
 Plan = tuple[str, int, Transition | None]
-"""A sampler: its name, its number of steps, and its transition; None for the map's own."""
+"""A sampler: name, number of steps, and transition (None for the map's own)."""
 
 
 def samplers(flow_map: FlowMap, config: EvaluateConfig) -> list[Plan]:
-    """What is measured, the first of which the others are held against: many Euler steps of a velocity, the most jumps of a map
-    that has none.
+    """Return the samplers to measure. The first one is the reference of the others.
+
+    The reference is many Euler steps or, for a map without a velocity, the most jumps.
 
     Raises:
-        ConfigError: steps that the map cannot make.
+        ConfigError: the map can make none of the numbers of steps.
     """
     counts = config.steps if can(flow_map, "velocity") or can(flow_map, "endpoint") else [n for n in config.steps if n == 1]
     if not counts:
@@ -127,33 +128,36 @@ def samplers(flow_map: FlowMap, config: EvaluateConfig) -> list[Plan]:
 def measure(
     flow_map: FlowMap, examiner: Examiner, config: EvaluateConfig, folder: RunFolder, plans: list[Plan]
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """The numbers of each sampler by its name, the first plan's last, and its first pictures; those that a killed run left are
-    read."""
+    """Measure all samplers; results of a killed run are read from its folder.
+
+    Returns:
+        The metrics of each sampler by name, those of the reference sampler last, and the first samples of each sampler.
+    """
     batches = [slice(b, min(b + config.batch_size, config.n)) for b in range(0, config.n, config.batch_size)]
     rows: dict[str, dict[str, float]] = {}
-    drawn, ends = {}, None
+    samples, ends = {}, None
     with progress("evaluating", len(plans) * len(batches)) as tick:
-        for done, (name, steps, transition) in enumerate(plans):
-            part = folder.load_part(done, prefix="plan")
+        for index, (name, steps, transition) in enumerate(plans):
+            part = folder.load_part(index, prefix="plan")
             if part is None:
                 part = _plan(
                     flow_map, examiner, batches, (steps, transition), ends, config.seeds,
-                    lambda i, done=done: tick(done * len(batches) + i, len(plans) * len(batches)),
+                    lambda i, index=index: tick(index * len(batches) + i, len(plans) * len(batches)),
                 )  # fmt: skip
-                folder.save_part(done, part, prefix="plan")
-            drawn[name], last = part.pop("pictures"), part.pop("ends")
-            ends = last if done == 0 else ends
+                folder.save_part(index, part, prefix="plan")
+            samples[name], last = part.pop("pictures"), part.pop("ends")
+            ends = last if index == 0 else ends
             if not can(flow_map, "velocity"):
                 part.pop("to_euler")
             rows[name] = in_order(part, examiner.references)
             folder.log(sampler=name, **rows[name], once=("sampler",))
     many = plans[0][0]
     rows[many] = rows.pop(many)
-    return rows, drawn
+    return rows, samples
 
 
 def in_order(numbers: Mapping[str, Tensor], spaces: Iterable[str]) -> dict[str, float]:
-    """Distances by space, the first of which counts, then the others by name: a part that is read again has lost its order."""
+    """Order metrics: distances by space, then the others by name. Metrics read from a file have lost their order."""
     first = [f"{name}/{kind}" for name in spaces for kind in ("frechet", "kernel")]
     return {key: float(numbers[key]) for key in [*first, *sorted(numbers.keys() - set(first))]}
 
@@ -162,15 +166,24 @@ def _plan(
     flow_map: FlowMap, examiner: Examiner, batches: list[slice], walk: tuple[int, Transition | None], ends: Tensor | None,
     seed: int, tick: Callable[[int], None],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Metrics of one sampler over all batches, its first pictures and ``ends``, its own where none are given."""
-    from steerfm.metrics import FrechetDistance, KernelDistance  # seconds, which benchmarks need not wait
+    """Measure one sampler over all batches.
 
-    metrics = {  # features are computed once, for both
-        name: (FrechetDistance(nn.Identity(), (known.mean, known.cov)), KernelDistance(nn.Identity(), known.rows))
-        for name, known in examiner.references.items()
+    Args:
+        walk: number of steps, and transition.
+        ends: first samples of the reference sampler; None for the reference sampler itself.
+        tick: called with the number of finished batches.
+
+    Returns:
+        Metrics by name, the first pictures, and ``ends`` if this is the reference sampler.
+    """
+    from steerfm.metrics import FrechetDistance, KernelDistance  # slow to import, and benchmarks do not need it
+
+    metrics = {  # both metrics share the features
+        name: (FrechetDistance(nn.Identity(), (reference.mean, reference.cov)), KernelDistance(nn.Identity(), reference.rows))
+        for name, reference in examiner.references.items()
     }
     steps, transition = walk
-    few = min(PAIRS, max(SHOWN, 2**22 // math.prod(flow_map.shape)))  # large pictures fill the memory
+    few = min(PAIRS, max(DRAWN_SAMPLES, 2**22 // math.prod(flow_map.shape)))  # fewer large pictures, to save memory
     total: dict[str, float] = {}
     seconds, first, features = 0.0, [], []
     with torch.inference_mode():
@@ -180,18 +193,18 @@ def _plan(
                 x = draw(flow_map, rows.stop - rows.start, steps, seed + rows.start, cond, transition)
             seconds += ledger.cost.seconds
             pictures = flow_map.decode(x)
-            found = {name: space.features(pictures) for name, space in examiner.spaces.items()}
+            batch = {name: space.features(pictures) for name, space in examiner.spaces.items()}
             for name, pair in metrics.items():
                 for metric in pair:
-                    metric.update(found[name])
-            values = examiner.agreement(found, torch.arange(rows.start, rows.stop))
+                    metric.update(batch[name])
+            values = examiner.agreement(batch, torch.arange(rows.start, rows.stop))
             if pictures.ndim == 4 and min(pictures.shape[2:]) >= 3:
                 values["texture"] = texture(pictures) / (examiner.texture or 1.0)
             for name, value in values.items():
                 total[name] = total.get(name, 0.0) + float(value.sum())
             if rows.start < PAIRS:
-                looked = next(iter(found.values())) if found else pixels().features(pictures)
-                features.append(looked[: PAIRS - rows.start])
+                sample_features = next(iter(batch.values())) if batch else pixels().features(pictures)
+                features.append(sample_features[: PAIRS - rows.start])
             if rows.start < few:
                 first.append(pictures[: few - rows.start].float().cpu())
             tick(i + 1)
@@ -202,27 +215,27 @@ def _plan(
     out |= {"to_euler": 0.0 if ends is None else (own - ends).square().mean().sqrt().item()}
     out |= {"diversity": pairwise_diversity(torch.cat(features)), "seconds": seconds}
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in out.items()}
-    return numbers | {"pictures": own[:SHOWN].clone(), "ends": own if ends is None else own[:0].clone()}
+    return numbers | {"pictures": own[:DRAWN_SAMPLES].clone(), "ends": own if ends is None else own[:0].clone()}
 
 
 TITLES = {"to_euler": "off Euler"}
 
 
-# --- what comes out ----------------------------------------------------------------------------------------------------
+# --- results -----------------------------------------------------------------------------------------------------------
 Rows = Mapping[str, Mapping[str, float]]
-"""Numbers by sampler."""
+"""Metrics by sampler."""
 Tables = list[tuple[str, list[str], list[list[str]]]]
-"""Title, header and lines of each."""
+"""Title, header and lines of each table."""
 
 
 def _distance(key: str) -> tuple[str, str]:
-    """The space and the kind of a distance; no space for other numbers. Names of spaces may be paths."""
+    """Return the space and the kind of a distance; empty texts for other metrics. Names of spaces may be paths."""
     name, _, kind = key.rpartition("/")
     return (name, kind) if kind in ("frechet", "kernel") else ("", "")
 
 
-def _nested(row: Mapping[str, float]) -> dict[str, Any]:
-    """The numbers of a sampler for result.json: distances by space, and those of the first space once more by themselves."""
+def _by_space(row: Mapping[str, float]) -> dict[str, Any]:
+    """Nest the metrics of a sampler for result.json: distances by space, with those of the first space also at the top."""
     spaces: dict[str, dict[str, float]] = {}
     for key, value in row.items():
         name, kind = _distance(key)
@@ -233,7 +246,7 @@ def _nested(row: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _tables(rows: Rows, floors: Rows, many: str, n: int) -> Tables:
-    """(title, header, lines): the distances in each space, the agreement, and what is measured on the samples themselves."""
+    """Return the tables of the report: distances in each space, agreement, and metrics of the samples themselves."""
     tables = []
     for space, floor in floors.items():
         distances = {name: (row[f"{space}/frechet"], row[f"{space}/kernel"]) for name, row in rows.items()}
@@ -267,17 +280,17 @@ def _print(config: EvaluateConfig, tables: Tables, consistency: Mapping[str, flo
 
 
 def _draw_samples(pictures: Mapping[str, Tensor], names: list[str], folder: Path) -> list[tuple[str, Path]]:
-    """samples-0.png, ...: the first samples of each sampler, where they are pictures."""
-    drawn = []
+    """Draw the first samples of each sampler as samples-0.png, ..., if they are pictures."""
+    figures = []
     for index, (name, some) in enumerate(pictures.items()):
         if some.ndim == 4 and some.shape[1] in (1, 3):
-            shown, captions = grid_rows(some, names[: len(some)])
-            drawn.append((name, picture_grid(shown, folder / f"samples-{index}.png", captions=captions, title=name)))
-    return drawn
+            grid, captions = grid_rows(some, names[: len(some)])
+            figures.append((name, picture_grid(grid, folder / f"samples-{index}.png", captions=captions, title=name)))
+    return figures
 
 
 def _plot(rows: Rows, floors: Rows, plans: list[Plan], step: str, path: Path) -> list[tuple[str, Path]]:
-    """Every measure against the number of jumps; nothing where there is one sampler."""
+    """Plot every metric against the number of jumps; nothing if there is only one sampler."""
     (many, *_), *others = plans
     lines = {}
     for key in rows[many] if others else ():
@@ -291,18 +304,18 @@ def _plot(rows: Rows, floors: Rows, plans: list[Plan], step: str, path: Path) ->
     return [(f"by the number of {step}s", jumps_plot([steps for _, steps, _ in others], lines, path, many, step))]
 
 
-# --- what models are held against --------------------------------------------------------------------------------------
+# --- references --------------------------------------------------------------------------------------------------------
 def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
-    """What the model's card names decides; where it names nothing, the samples speak for themselves."""
+    """Collect the references that the model's card names. Without any, only metrics of the samples themselves remain."""
     evaluator = Evaluator(flow_map, progress=progress)
-    found = {name: evaluator.reference(space) for name, space in evaluator.spaces.items()}
-    references = {name: reference for name, reference in found.items() if reference is not None}
-    cond, names, agreement = _asked(evaluator, config, bool(references))
-    gaps, known = list(evaluator.gaps), next(iter(references.values()), None)
-    own = known.texture if known else _texture(evaluator, gaps)
+    by_space = {name: evaluator.reference(space) for name, space in evaluator.spaces.items()}
+    references = {name: reference for name, reference in by_space.items() if reference is not None}
+    cond, names, agreement = _conditions(evaluator, config, bool(references))
+    gaps, main = list(evaluator.gaps), next(iter(references.values()), None)
+    own = main.texture if main else _texture(evaluator, gaps)
     if not references and not any(gap.startswith("no distances") for gap in gaps):
         also = "" if own else ", texture is not relative to theirs"
-        why = f"no distances to the data{also}: no network is known of {split_spec(config.model, 'model')[0]}'s data"
+        why = f"no distances to the data{also}: there is no feature network for {split_spec(config.model, 'model')[0]}'s data"
         gaps.append(
             f"{why} (card.data is {flow_map.data!r}, classes {len(flow_map.class_names)}; card.features names networks)"
         )
@@ -310,14 +323,16 @@ def examine(flow_map: FlowMap, config: EvaluateConfig) -> Examiner:
 
 
 def _tuned_on(evaluator: Evaluator) -> list[str]:
-    """A line for each network that is not held out: it is in the reward that the model was tuned on. A reward of somebody's
-    file is not run for that."""
+    """Return a line for each network that is not held out because the model was tuned on it.
+
+    Code of a reward file is not run for this check.
+    """
     recipe = evaluator.flow_map.card.get("recipe")
     spec = recipe.get("reward") if isinstance(recipe, Mapping) else None
     try:
         terms = [split_spec(term, "reward")[0] for term in (spec if isinstance(spec, list) else [spec] if spec else [])]
         reward = rewards.build(spec) if terms and all(term in rewards.available() for term in terms) else None
-    except ValueError:  # it was tuned elsewhere
+    except ValueError:  # the reward is not installed here
         reward = None
     if reward is None:
         return []
@@ -326,7 +341,7 @@ def _tuned_on(evaluator: Evaluator) -> list[str]:
 
 
 def _texture(evaluator: Evaluator, gaps: list[str]) -> float | None:
-    """Mean of that of the data's own pictures, where no network is known of them."""
+    """Return the mean texture of the data's pictures, for data without a feature network."""
     try:
         pictures = evaluator.pictures
     except FileNotFoundError as error:
@@ -335,43 +350,48 @@ def _texture(evaluator: Evaluator, gaps: list[str]) -> float | None:
     return None if pictures is None or min(pictures.shape[2:]) < 3 else float(texture(pictures).mean())
 
 
-def _asked(evaluator: Evaluator, config: EvaluateConfig, compared: bool) -> tuple[Condition, list[str], Agreement]:
-    """The condition of n rows, the names of the first, and how agreement with them is measured."""
+def _conditions(evaluator: Evaluator, config: EvaluateConfig, with_data: bool) -> tuple[Condition, list[str], Agreement]:
+    """Return the condition of n rows, the names of the first ones, and the function that scores agreement with them."""
     flow_map, n = evaluator.flow_map, config.n
     if flow_map.class_names:
-        return _classes(evaluator, n, config.seeds, compared)
-    if isinstance(flow_map.null, Mapping):  # it is asked in words
+        return _classes(evaluator, n, config.seeds, with_data)
+    if isinstance(flow_map.null, Mapping):  # text-conditional
         prompts = read_prompts(config.prompt) or (evaluator.data.prompts(config.held_out) if evaluator.data else [])
         if prompts:
             texts = [prompts[i % len(prompts)] for i in range(n)]
-            return flow_map.condition(texts, n), texts[:SHOWN], _retrieval(evaluator, prompts, n)
-    return None, [""] * min(SHOWN, n), lambda found, rows: {}
+            return flow_map.condition(texts, n), texts[:DRAWN_SAMPLES], _retrieval(evaluator, prompts, n)
+    return None, [""] * min(DRAWN_SAMPLES, n), lambda features, rows: {}
 
 
-def _classes(evaluator: Evaluator, n: int, seed: int, compared: bool) -> tuple[Condition, list[str], Agreement]:
-    """Classes drawn like the data's where samples are held against them: estimates that take samples for independent are too
-    low for classes in turn. The accuracy is that of the judge's network, or of the last that knows classes."""
+def _classes(evaluator: Evaluator, n: int, seed: int, with_data: bool) -> tuple[Condition, list[str], Agreement]:
+    """Draw random classes if samples are compared with the data, else take all classes in turn.
+
+    Distance estimates assume independent samples, and classes in turn would bias them downwards. Accuracy is that of the
+    judge's network, or else of the last network that knows the classes.
+    """
     names = evaluator.flow_map.class_names
-    labels = torch.randint(len(names), (n,), generator=stream(seed, "labels")) if compared else torch.arange(n) % len(names)
+    labels = torch.randint(len(names), (n,), generator=stream(seed, "labels")) if with_data else torch.arange(n) % len(names)
     knowing = (
         space for space in (evaluator.judged, *reversed(evaluator.spaces.values())) if space is not None and space.logits
     )
     judge = next(knowing, None)
 
-    def agreement(found: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def agreement(features: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         if judge is None or judge.logits is None:
             return {}
-        return {"accuracy": judge.logits(found[judge.name]).argmax(1).cpu() == labels[rows]}
+        return {"accuracy": judge.logits(features[judge.name]).argmax(1).cpu() == labels[rows]}
 
-    asked = [names[label] for label in labels.tolist()]
-    return evaluator.flow_map.condition(asked, n), asked[:SHOWN], agreement
+    classes = [names[label] for label in labels.tolist()]
+    return evaluator.flow_map.condition(classes, n), classes[:DRAWN_SAMPLES], agreement
 
 
 def _retrieval(evaluator: Evaluator, prompts: list[str], n: int) -> Agreement:
-    """Likeness to the prompt in every space of words, and in the first of them whether the right one of up to 100 prompts is
-    the likest, or of the ten likest."""
+    """Score similarity to the prompt in every image-text space, and retrieval in the first of them.
+
+    Retrieval is recall at 1 and 10: whether the right prompt is among the 1 or 10 most similar of up to 100.
+    """
     readers = {name: space for name, space in evaluator.spaces.items() if space.image and space.text}
-    judged = evaluator.judged
+    judge = evaluator.judged
     texts: dict[str, Tensor] = {}
     with torch.inference_mode():
         for name, space in readers.items():
@@ -383,13 +403,13 @@ def _retrieval(evaluator: Evaluator, prompts: list[str], n: int) -> Agreement:
     own = torch.arange(n) % len(prompts)
     pools = (pools + 1 + own[:, None]) % len(prompts)  # never the prompt itself
 
-    def agreement(found: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def agreement(features: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         scores: dict[str, Tensor] = {}
         for number, (name, space) in enumerate(readers.items()):
             assert space.image is not None
-            image = space.image(found[name]).cpu()
+            image = space.image(features[name]).cpu()
             right = (image * texts[name][own[rows]]).sum(1)
-            scores["judge" if space is judged else name] = right
+            scores["judge" if space is judge else name] = right
             if number == 0:
                 rank = (torch.einsum("bd,bkd->bk", image, texts[name][pools[rows]]) >= right[:, None]).sum(1)
                 scores |= {f"R@{k} of {others + 1}": rank < k for k in (1, 10)}

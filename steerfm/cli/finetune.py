@@ -1,4 +1,4 @@
-"""`steerfm finetune`: from a typed configuration to a tuned map, a run folder and a report."""
+"""`steerfm finetune`: fine-tune a flow map, and write the tuned map, a run folder and a report."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ from steerfm.values import ConfigError
 
 JUMPS = (1, 2, 4, 8)
 COLUMNS = 6
-"""Samples of a sampler that are drawn."""
+"""Samples of each sampler in a picture."""
 PER_PROMPT = 8
-"""Outputs of each prompt that a panel judges at least: diversity is that within a prompt."""
+"""Fewest outputs per prompt in an evaluation, because diversity is measured within a prompt."""
 
 
 def finetune(config: FinetuneConfig, command: str = "") -> None:
-    """Fine-tune a flow map towards a reward; the same command continues a killed run, on any number of processes."""
+    """Fine-tune a flow map on a reward. The same command continues a killed run, on any number of processes."""
     check_trainer(config.trainer, "auto", "ddp", STRATEGY)
     on_processes(work, config, command)
 
 
 def work(config: FinetuneConfig, command: str) -> None:
-    """What one of the processes does: all tune and judge, and the first writes."""
+    """Run the command in one process. All processes train and evaluate, and the first one writes."""
     quiet_lightning()
     base = zoo.load(config.model)
     try:
         check_weights(base)
-        base.head()  # of the file that is going to be written
+        base.head()  # the head of the file that this run will write
     except ValueError as error:
         raise ConfigError(f"model={config.model}: {error}") from None
     reward, method = build_reward(config.reward), build_method(config.method, METHOD)
@@ -84,9 +84,9 @@ def work(config: FinetuneConfig, command: str) -> None:
         config, method = replace(config, method=instead), build_method(instead, METHOD)
     if config.label is None and "labels" in reward.needs and base.class_names:
         config = replace(config, label="all")
-        console.print(f"label=all: reward {reward.name!r} reads the class of each picture; label=NAME for one")
-    held = build_judge(config, base, reward)
-    judge = held.judge
+        console.print(f"label=all: reward {reward.name!r} reads the class of each picture; choose one class with label=NAME")
+    held_out = build_judge(config, base, reward)
+    judge = held_out.judge
     tasks = make_tasks(base, config.label, config.prompt)
     check_needs((reward, judge), tasks.labels, tasks.prompts)
     check(method, reward, config.control, base)
@@ -100,8 +100,8 @@ def work(config: FinetuneConfig, command: str) -> None:
         of_first(lambda: drop_checkpoints(folder))
         console.print(FINISHED.format(folder.path), markup=False)
         return
-    if held.gap:
-        console.print(held.gap, markup=False)
+    if held_out.gap:
+        console.print(held_out.gap, markup=False)
     panel = build_panel(base, reward, judge, config, config.watch.n)
     before = panel.measure(chain()(shared_out(base)))
     options = {"tasks": tasks, "batch_size": config.batch_size, "control": config.control, "lora": lora, "seed": config.seed}
@@ -110,10 +110,10 @@ def work(config: FinetuneConfig, command: str) -> None:
         {"tune": module},
         {"tune": run(module, panel, before, folder.path / "tune", config, config.watch.patience)},
     )
-    # a network without jumps between any two times is sampled as it was tuned, but for one that only moves the noise
+    # Only a map with jumps between any two times needs distillation, or a network that only moves the noise.
     apart = can(base, "two_time") or (isinstance(method, HyperNoise) and can(base, "velocity"))
     if config.distil.steps and apart and not method.law_is_map:
-        modules["distil"] = distilled(module, lora, reward, config)
+        modules["distil"] = distillation(module, lora, reward, config)
         monitors["distil"] = run(modules["distil"], panel, before, folder.path / "distil", config, patience=0)
     outcome = examine(config, panel, before, modules, monitors)
     if first():
@@ -122,7 +122,7 @@ def work(config: FinetuneConfig, command: str) -> None:
 
 
 def share_out(config: FinetuneConfig, method: Any, base: FlowMap) -> None:
-    """Refuse what cannot be shared out among the processes, before the work; and save memory where that is asked for."""
+    """Check that the work can be split among the processes, and set up the savings of memory that the user asked for."""
     for rows, group in ((config.batch_size, method.group), *([(config.distil.batch_size, 1)] if config.distil.steps else [])):
         check_shares(rows, group, size())
     if config.trainer.activation_checkpoints:
@@ -132,14 +132,14 @@ def share_out(config: FinetuneConfig, method: Any, base: FlowMap) -> None:
 
 
 def usual(base: FlowMap) -> dict[str, Any]:
-    """The method where nobody names one, for a map that cannot make all jumps: the chain that it is sampled by is tuned."""
+    """Return the default method for a map that cannot make all jumps: it tunes the chain of steps of the map's sampler."""
     if can(base, "endpoint") or can(base, "velocity"):
         return {"name": "draft_k", "jumps": base.steps}
     return {"name": "direct", "jumps": 1, "trained": None}
 
 
 def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: FinetuneConfig, patience: int) -> Monitor:
-    """One training: continue or start it, then put the best weights back."""
+    """Start or continue one training, then restore the best weights."""
     w, t = config.watch, config.trainer
     every = w.every if patience else max(1, module.steps // 4)
     monitor = Monitor(panel, base, folder, every, w.floor, patience)
@@ -151,9 +151,9 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
             progress=console.is_terminal, callbacks=[monitor], logger=t.logger, settings=plain(config),
         )  # fmt: skip
     except RewardError as error:
-        kept = folder / "checkpoints" / "last.ckpt"
+        checkpoint = folder / "checkpoints" / "last.ckpt"
         where = (
-            f"the run up to there is kept in {kept}; the same command goes on from it" if kept.is_file() else "nothing was run"
+            f"the run so far is in {checkpoint}; the same command continues it" if checkpoint.is_file() else "nothing was run"
         )
         raise type(error)(f"step {module.global_step + 1}: {error}; {where}") from error
     monitor.restore(module)
@@ -163,14 +163,14 @@ def run(module: FineTuning, panel: Panel, base: Reading, folder: Path, config: F
     return monitor
 
 
-def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: FinetuneConfig) -> FineTuning:
-    """The module that fits one flow map to what was learnt: on its samples or, where that is a velocity, to the velocity."""
+def distillation(module: FineTuning, lora: LoRA | None, reward: Reward, config: FinetuneConfig) -> FineTuning:
+    """Return the module that distils the tuned sampler into one flow map, from its velocity if it is one, else its samples."""
     d, apart = config.distil, lora is not None or sharded(module.network)
     base = zoo.load(config.model) if apart else module.maps[1]
-    learnt = module.averaged() if module.method.law_is_velocity else None
-    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), learnt)
+    velocity = module.averaged() if module.method.law_is_velocity else None
+    method = Distil(module.law(), d.samples, d.pools, Refit(d.trajectory), velocity)
     options: dict[str, Any] = schedule(config.optimizer) | {"lr": d.lr, "steps": d.steps, "decay": d.decay, "ema": d.ema}
-    start = learnt if lora is None else None
+    start = velocity if lora is None else None
     if start is not None and apart:
         start = zoo.load(config.model)
         put(start.body, whole_weights(module.ema.state_dict()))
@@ -182,16 +182,19 @@ def distilled(module: FineTuning, lora: LoRA | None, reward: Reward, config: Fin
 
 @dataclass
 class Outcome:
-    """What a fine-tuning came to.
+    """Result of a fine-tuning.
 
     Attributes:
-        base, tuned: the maps; ``tuned`` is whole, adapters are merged into it.
-        network: they are apart in it.
-        modules, monitors: of the tuning, "tune", and of what made one flow map of it, "distil", where that was needed.
-        panel: who judged.
-        readings: by sampler.
-        before: that of the base in its usual number of jumps.
-        consistency: semigroup error of "base" and "tuned". moved: control cost.
+        base: the base map.
+        tuned: the tuned map, with its adapters merged.
+        network: the tuned network, with its adapters apart.
+        modules: modules of the stages "tune" and, if it was needed, "distil".
+        monitors: monitors of the same stages.
+        panel: the evaluation.
+        readings: metrics by sampler.
+        before: metrics of the base at its usual number of jumps.
+        consistency: semigroup errors of "base" and "tuned".
+        control: control cost.
     """
 
     base: FlowMap
@@ -203,7 +206,7 @@ class Outcome:
     readings: dict[str, Reading]
     before: Reading
     consistency: dict[str, float]
-    moved: float
+    control: float
 
     @property
     def last(self) -> FineTuning:
@@ -211,8 +214,8 @@ class Outcome:
         return list(self.modules.values())[-1]
 
     @property
-    def spent(self) -> Cost:
-        """The cost of all of it."""
+    def cost(self) -> Cost:
+        """Cost of all stages."""
         first, *others = (module.spent for module in self.modules.values())
         return sum(others, first)
 
@@ -220,21 +223,21 @@ class Outcome:
 def examine(
     config: FinetuneConfig, panel: Panel, before: Reading, modules: dict[str, FineTuning], monitors: dict[str, Monitor]
 ) -> Outcome:
-    """Judge base and tuned map at several numbers of jumps, on seeds of their own where ``watch.report`` is set."""
+    """Evaluate the base and the tuned map at several numbers of jumps, on new seeds if ``watch.report`` is set."""
     base, module, last = panel.base, modules["tune"], list(modules.values())[-1]
     if config.watch.report:
         fresh = build_panel(base, panel.reward, panel.judge, config, config.watch.report)
         panel = replace(fresh, seeds=panel.seeds + panel.tasks.n)
         before = panel.measure(chain()(shared_out(base)))
     averaged = entire(config, last)
-    plain_weights = last.lora is None or pipeline_map(base) is not None  # adapters of a pipeline stay what they are
+    plain_weights = last.lora is None or pipeline_map(base) is not None  # a pipeline keeps its adapters apart
     tuned = averaged if plain_weights or sharded(averaged.body) else averaged.with_network(merged(averaged.body))
-    learnt = last.averaged() if sharded(last.network) else tuned
+    eval_map = last.averaged() if sharded(last.network) else tuned
     if isinstance(module.method, HyperNoise) and last is module:
-        tuned, learnt = (module.method.whole(each, base, config.model) for each in (tuned, learnt))
+        tuned, eval_map = (module.method.whole(each, base, config.model) for each in (tuned, eval_map))
     tuned.body.requires_grad_(False)
     own, flow, jumpy = base.steps, can(base, "two_time"), can(tuned, "two_time")
-    frozen, learnt = shared_out(base), shared_out(learnt)
+    frozen, eval_map = shared_out(base), shared_out(eval_map)
     readings = {
         f"base, {in_steps(base, jumps)}": panel.measure(chain(jumps)(frozen)) for jumps in ((1,) if flow and own > 1 else ())
     }
@@ -244,15 +247,15 @@ def examine(
     if not module.method.law_is_map:
         readings["as learnt"] = panel.measure(module.law())
     counts = sorted({*JUMPS, own}) if jumpy else [tuned.steps]
-    readings |= {f"tuned, {in_steps(tuned, jumps)}": panel.measure(chain(jumps)(learnt)) for jumps in counts}
-    tasks, pair = panel.tasks, (("base", frozen), ("tuned", learnt)) if jumpy else ()
+    readings |= {f"tuned, {in_steps(tuned, jumps)}": panel.measure(chain(jumps)(eval_map)) for jumps in counts}
+    tasks, pair = panel.tasks, (("base", frozen), ("tuned", eval_map)) if jumpy else ()
     consistency = {name: semigroup_error(m, tasks.n, tasks.cond) for name, m in pair}
-    moved = control_cost(learnt, frozen, tasks)
-    return Outcome(base, tuned, averaged.body, modules, monitors, panel, readings, before, consistency, moved)
+    control = control_cost(eval_map, frozen, tasks)
+    return Outcome(base, tuned, averaged.body, modules, monitors, panel, readings, before, consistency, control)
 
 
 def entire(config: FinetuneConfig, last: FineTuning) -> FlowMap:
-    """The averaged map as files hold it: where weights are shared out, the first process gets them whole, in another map."""
+    """Return the averaged map with whole weights. If they are sharded, only the first process gets them, in a new map."""
     if not sharded(last.network):
         return last.averaged()
     weights = whole_weights(last.ema.state_dict())
@@ -266,7 +269,7 @@ def entire(config: FinetuneConfig, last: FineTuning) -> FlowMap:
 
 
 def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome) -> None:
-    """Export the map, write the report, and say what came of it."""
+    """Export the map, write the report, and print the result."""
     model = folder.path / f"{stem(config.model)}-tuned.safetensors"
     card = {key: run.base.card[key] for key in KEYS if key in run.base.card} | {
         "samples": f"its own, of {registry.split_spec(config.model, 'model')[0]}", "recipe": plain(config), "command": command,
@@ -284,8 +287,8 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     for name, monitor in run.monitors.items():
         for row in monitor.rows:
             folder.log(stage=name, **row, once=("stage", "step"))
-    judged = f"; held out: {run.panel.judge.name}" if run.panel.judge else "; no held-out reward"
-    title = f"{stem(config.model)} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judged}"
+    judge_note = f"; held out: {run.panel.judge.name}" if run.panel.judge else "; no held-out reward"
+    title = f"{stem(config.model)} fine-tuned for {run.panel.reward.name} by {slug(config.method)}{judge_note}"
     header, table = _table(run)
     method = registry.split_spec(config.method, "method")[0]
     pictures = draw_pictures(folder.path, run.readings, run.monitors, method)
@@ -298,18 +301,18 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     console.print(", ".join(f"{key} {short(value)}" for key, value in facts.items()))
     if run.consistency and run.consistency["tuned"] > 1.5 * run.consistency["base"]:
         console.print(
-            "the tuned map's jumps disagree by more than 1.5 times what the base's do: fit it for longer, distil.steps=..."
+            "the tuned map's semigroup error is more than 1.5 times the base's: distil for longer, with a larger distil.steps="
         )
     outcome = "no checkpoint was better than the base: the base is kept" if run.monitors["tune"].kept_base else "the tuned map"
     console.print(f"{outcome}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
 
 
-def _stopped(run: Outcome) -> str:
+def _reason(run: Outcome) -> str:
     return run.monitors["tune"].reason or "ran to its last step"
 
 
 def _table(run: Outcome) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """(header, rows): a row a sampler."""
+    """Return the header and rows of the table, one row per sampler."""
     rows = []
     for name, reading in run.readings.items():
         mean, half = reading.over(run.before)
@@ -320,19 +323,19 @@ def _table(run: Outcome) -> tuple[list[str], list[tuple[Any, ...]]]:
 
 
 def _facts(run: Outcome) -> dict[str, Any]:
-    """What stands above the table."""
+    """Return the facts above the table."""
     return {
-        "the run": _stopped(run),
+        "the run": _reason(run),
         **({"semigroup error": "{tuned:.4f} (base {base:.4f})".format(**run.consistency)} if run.consistency else {}),
-        "control cost": run.moved,
+        "control cost": run.control,
         "reward calls": run.modules["tune"].spent.reward_calls,
-        "network evaluations": run.spent.evaluations,
-        "seconds": run.spent.seconds,
+        "network evaluations": run.cost.evaluations,
+        "seconds": run.cost.seconds,
     }
 
 
 def summary(run: Outcome) -> dict[str, Any]:
-    """The numbers of result.json."""
+    """Return the content of result.json."""
     readings = {}
     for name, reading in run.readings.items():
         mean, half = reading.over(run.before)
@@ -340,11 +343,11 @@ def summary(run: Outcome) -> dict[str, Any]:
     parameters = list(run.last.network.parameters())
     cost = {name: run.modules[name].spent.as_dict() if name in run.modules else None for name in ("tune", "distil")}
     return {
-        "stopped": _stopped(run),
+        "stopped": _reason(run),
         "kept_step": run.monitors["tune"].best_step,
         "readings": readings,
         "semigroup_error": run.consistency,
-        "control_cost": run.moved,
+        "control_cost": run.control,
         "cost": cost,
         "scale": run.modules["tune"].scale,
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
@@ -353,55 +356,59 @@ def summary(run: Outcome) -> dict[str, Any]:
 
 
 def drop_checkpoints(folder: RunFolder) -> None:
-    """Delete what only a killed run needs; the averaged weights of every judgement stay."""
+    """Delete the checkpoints, which only a killed run needs; the averaged weights of every evaluation stay."""
     for name in ("tune", "distil"):
         shutil.rmtree(folder.path / name / "checkpoints", ignore_errors=True)
 
 
 MEASURES = (
-    "means on the same seeds; diversity: mean distance of two samples of a class, relative to the base's; support: share of "
-    "the samples that lie among the base's; distance: Fréchet distance to the base's samples"
+    "means on the same seeds; diversity: mean distance between samples of a class, relative to the base's; support: share of "
+    "the samples within the base's support; distance: Fréchet distance to the base's samples"
 )
 
 
 def _by(name: str, method: str) -> str:
-    """The name of a reading or stage with the method in it, whose colour it then has in a plot."""
+    """Insert the method into the name of a sampler or stage, which then has the method's colour in plots."""
     return f"{name} ({method})" if "," not in name and name != "base" else name.replace("tuned", f"tuned ({method})")
 
 
 def draw_pictures(
     folder: Path, readings: dict[str, Reading], monitors: dict[str, Monitor], method: str
 ) -> list[tuple[str, Path]]:
-    """The frontier, the curves, samples before and after, and samples over training."""
-    drawn = []
+    """Draw the frontier, the curves, the samples of all samplers, and samples over training.
+
+    Returns:
+        (caption, path) of each picture.
+    """
+    figures = []
     counts = monitors["tune"].panel.counts
     paths = {_by(name, method): [(row["distance"], row[counts]) for row in monitor.rows] for name, monitor in monitors.items()}
     points = {_by(name, method): (reading.distance, reading.counts) for name, reading in readings.items()}
     what = IN_WORDS[counts]
     frontier = frontier_plot(points, paths, folder / "frontier.png", "Fréchet distance to the base's samples", what)
-    drawn.append((f"{what} against distance: up is better, left is nearer to the base", frontier))
+    figures.append((f"{what} against distance: up is better, left is nearer to the base", frontier))
     if next(iter(readings.values())).pictures.ndim == 4:
-        shown = {name: readings[name].pictures[:COLUMNS] for name in readings}
-        grid = picture_grid(torch.stack(list(shown.values())), folder / "grid.png", list(shown))
-        drawn.append(("a row a sampler, the same seeds and tasks in every row", grid))
+        rows_by_name = {name: readings[name].pictures[:COLUMNS] for name in readings}
+        grid = picture_grid(torch.stack(list(rows_by_name.values())), folder / "grid.png", list(rows_by_name))
+        figures.append(("one row per sampler, with the same seeds and tasks", grid))
         files = sorted((folder / "tune" / "samples").glob("*.safetensors"))
         some = files[:: -(-len(files) // 8)]
-        shown = {f"step {int(file.stem)}": load_file(file)["pictures"][:COLUMNS].float() for file in some}
-        path = picture_grid(torch.stack(list(shown.values())), folder / "training.png", list(shown))
-        drawn.append(("over tuning, the same seeds and tasks in every row", path))
+        rows_by_name = {f"step {int(file.stem)}": load_file(file)["pictures"][:COLUMNS].float() for file in some}
+        path = picture_grid(torch.stack(list(rows_by_name.values())), folder / "training.png", list(rows_by_name))
+        figures.append(("over training, with the same seeds and tasks in every row", path))
     for name, monitor in monitors.items():
         rows = monitor.rows
         columns = {key: ([r["step"] for r in rows], [r[key] for r in rows]) for key in rows[0] if key not in ("step", "kept")}
-        logged = {key: pair for key, pair in training.history(folder / name).items() if key.startswith("train/")}
-        columns |= {key: pair for key, pair in logged.items() if key.removeprefix("train/") not in rows[0]}
-        columns |= {"train/reward": logged["train/reward"]} if "train/reward" in logged else {}
+        history = {key: pair for key, pair in training.history(folder / name).items() if key.startswith("train/")}
+        columns |= {key: pair for key, pair in history.items() if key.removeprefix("train/") not in rows[0]}
+        columns |= {"train/reward": history["train/reward"]} if "train/reward" in history else {}
         path = curves_plot(columns, folder / f"curves-{name}.png")
-        drawn.append((f"{name}: everything that was logged; of training batches where it says so, else on watched seeds", path))
-    return drawn
+        figures.append((f"{name}: all logged numbers, of training batches where marked, else of the evaluation seeds", path))
+    return figures
 
 
 def save_adapter(run: Outcome, path: Path, model: Any) -> None:
-    """The adapters by themselves; `steerfm.load` puts them onto their base."""
+    """Save only the adapters; `steerfm.load` adds them to their base."""
     head, code = (
         {"kind": "adapter", "base": model, **moves_noise(run.tuned)},
         code_of({"name": registry.split_spec(model, "model")[0]}),
@@ -410,21 +417,31 @@ def save_adapter(run: Outcome, path: Path, model: Any) -> None:
 
 
 def moves_noise(tuned: FlowMap) -> dict[str, Any]:
-    """What a file of adapters says where they move the noise, and are no weights of the map itself."""
+    """Return the entry that marks a file of adapters as a network that moves the noise."""
     return {KEY: tuned.jumps} if isinstance(tuned, MovedNoise) else {}
 
 
 def make_tasks(base: FlowMap, label: Any, prompt: Any, n: int | None = None) -> Tasks:
-    """What the model is asked for: one class, several, all of them, or none; or prompts. ``n`` rows of it, in turn; of many
-    prompts the first n / `PER_PROMPT`."""
+    """Build the tasks of a model: one class, several, all, or none; or prompts.
+
+    Args:
+        base: the model.
+        label: a class, a list of classes, "all", or None.
+        prompt: prompts, as for `read_prompts`.
+        n: number of rows, which take the tasks in turn. Only the first n / `PER_PROMPT` prompts are used. None for one row per
+            task.
+
+    Raises:
+        ConfigError: a text-conditional model got a label, or another model several prompts.
+    """
     texts = read_prompts(prompt)
-    worded = isinstance(base.null, Mapping)
-    if worded:
+    takes_text = isinstance(base.null, Mapping)
+    if takes_text:
         if label is not None:
-            raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
+            raise ConfigError(f"label={label}: this model takes a prompt: prompt={label!r}")
         tasks = Tasks.of(base.condition(texts, len(texts)), texts) if texts else Tasks.of(None)
     elif len(texts) > 1:
-        raise ConfigError(f"{len(texts)} prompts for a model that reads none: give one, for the reward")
+        raise ConfigError(f"{len(texts)} prompts, but the model takes none: give one prompt, for the reward")
     elif label is None:
         tasks = Tasks.of(None, texts or None)
     else:
@@ -432,12 +449,12 @@ def make_tasks(base: FlowMap, label: Any, prompt: Any, n: int | None = None) -> 
         tasks = Tasks.of(base.condition([str(item) for item in labels], len(labels)), texts * len(labels) or None)
     if n is None:
         return tasks
-    most = max(1, n // PER_PROMPT) if worded else tasks.n
+    most = max(1, n // PER_PROMPT) if takes_text else tasks.n
     return tasks[torch.arange(n) % min(tasks.n, most)]
 
 
 def build_panel(base: FlowMap, reward: Reward, judge: Reward | None, config: FinetuneConfig, n: int) -> Panel:
-    """Judges of n samples of this model, in the space that its card names to watch it in."""
+    """Build the evaluation on n samples of a model, in the feature space that its card names."""
     tasks = make_tasks(base, config.label, config.prompt, n)
     least, each = (300, 50) if config.watch.base is None else (config.watch.base, 4)
     support = tasks[torch.arange(max(least, n)) % n]

@@ -1,4 +1,4 @@
-"""`steerfm models`, `rewards` and `methods`: what there is."""
+"""`steerfm models`, `rewards` and `methods`: list what is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from steerfm.values import ConfigError
 
 
 def list_models(name: str | None = None, markdown: bool = False) -> None:
-    """The shipped models, or the card of one of them; ``markdown`` is the table of docs/models.md: what fits which map."""
+    """List the shipped models, or show the card of one.
+
+    Args:
+        name: the model to show; None for the list.
+        markdown: print the table of docs/models.md instead: which methods fit which maps.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     if markdown:
         print(fits_markdown())
         return
@@ -47,11 +55,11 @@ def list_models(name: str | None = None, markdown: bool = False) -> None:
         network = head.get("network", {}).get("name", head["kind"])
         table.add_row(key, head["kind"], network, f"{size / 2e6:.2f} M", card.get("data", ""))
     console.print(table)
-    console.print("the card of one: steerfm models NAME; use one: steerfm sample model=NAME")
+    console.print("show a card: steerfm models NAME; use a model: steerfm sample model=NAME")
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A dictionary of dictionaries as one, names joined by spaces."""
+    """Flatten a dictionary of dictionaries, with the names joined by spaces."""
     out: dict[str, Any] = {}
     for key, item in value.items():
         out |= flat(item, f"{prefix}{key} ") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
@@ -59,7 +67,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def list_rewards(name: str | None = None) -> None:
-    """The installed rewards, or one of them explained."""
+    """List the installed rewards, or explain one."""
     import inspect
 
     if name is not None:
@@ -88,11 +96,16 @@ def list_rewards(name: str | None = None) -> None:
         gradient = "yes" if getattr(target, "differentiable", True) else "black box"
         table.add_row(key, getattr(target, "unit", ""), f"{low:.3g} to {high:.3g}", gradient, what)
     console.print(table)
-    console.print("explain one: steerfm rewards NAME; your own: reward=path/to/file.py:name")
+    console.print("explain a reward: steerfm rewards NAME; use your own: reward=path/to/file.py:name")
 
 
 def list_methods(name: str | None = None, markdown: bool = False) -> None:
-    """The steering methods, or one of them with its four parts and defaults; ``markdown`` is the table of docs/methods.md."""
+    """List the methods, or explain one with its arguments and defaults.
+
+    Args:
+        name: the method to explain; None for the list.
+        markdown: print the table of docs/methods.md instead.
+    """
     import inspect
 
     tuning = finetuning_methods()
@@ -104,12 +117,12 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
         for key, method in METHODS.items():
             table.add_row(key, method.samples, method_gradient(method()), method_title(method))
         console.print(table)
-        console.print("explain one: steerfm methods NAME; use one: steerfm steer method=NAME method.particles=64\n")
+        console.print("explain a method: steerfm methods NAME; use it: steerfm steer method=NAME method.particles=64\n")
         table = make_table("fine-tuning", "gradient", "what")
         for key, method in tuning.items():
             table.add_row(key, "reward" if method.differentiates else "none", method_title(method))
         console.print(table)
-        console.print("use one: steerfm finetune --config NAME")
+        console.print("use a method: steerfm finetune --config NAME")
         return
     kind = registry.find(name, replace(METHOD, table=METHODS | dict(tuning)))
     method: Any = kind()
@@ -123,32 +136,32 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
 
 
 def methods_markdown() -> str:
-    """One row a method: what it samples, network calls (and backward passes) of a step of one particle, and its parts."""
+    """Return a table with a row per method: what it samples, the network calls of one step of one particle, and its parts."""
     columns = [column.name for column in fields(Parts)]
     rows = [["method", "class", "samples", "gradient of", "calls a step", *columns], ["---"] * 11]
     for name, method in METHODS.items():
-        made = method()
-        mine = made.parts if isinstance(made, Sampler) else None
+        instance = method()
+        mine = instance.parts if isinstance(instance, Sampler) else None
         parts = ["its own" if mine is None else describe_part(getattr(mine, column)) for column in columns]
-        facts = [method.samples, method_gradient(made), calls_a_step(made)]
+        facts = [method.samples, method_gradient(instance), calls_a_step(instance)]
         rows.append([f"`{name}`", f"`{method.__name__}`", *facts, *parts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def fits_markdown() -> str:
-    """One row a method: whether it fits a map that can do only so much, or what to take in it to make it fit; "no" for one that
-    does not."""
+    """Return a table with a row per method and a column per kind of map: "yes" if the method fits, the setting that makes it
+    fit, or "no"."""
     kinds = ("endpoint", "velocity", "generator")
     rows = [["method", *(f"`{kind}`: {WORDS[kind]}" for kind in kinds)], ["---"] * 4]
     for name, method in {**METHODS, **finetuning_methods()}.items():
-        made = method()
-        why = [made.lacks(_able(kind), None) if isinstance(made, Choosy) else "" for kind in kinds]
+        instance = method()
+        why = [instance.lacks(_able(kind), None) if isinstance(instance, Choosy) else "" for kind in kinds]
         rows.append([f"`{name}`", *(_in_its_place(each, (*METHODS, *finetuning_methods())) for each in why)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _in_its_place(why: str, methods: Collection[str]) -> str:
-    """What to take, in short, where that is not another method."""
+    """Shorten the advice of an error message to a setting; "no" if the advice is another method, "yes" if there is no error."""
     take = [words.partition(", which")[0] for words in re.findall(r"take ([^;]*)", why)]
     if any(words.split(",")[0].split()[0] in methods for words in take):
         return "no"
@@ -156,27 +169,29 @@ def _in_its_place(why: str, methods: Collection[str]) -> str:
 
 
 def finetuning_methods() -> Mapping[str, Any]:
-    """Methods of tuning by name; they import on first use."""
+    """Return the fine-tuning methods by name. Their import is deferred to the first use."""
     from steerfm import finetuning
 
     return finetuning.METHODS
 
 
 def _able(kind: str) -> FlowMap:
-    """A map that can do so much and no more."""
+    """Return a map with the capabilities of this kind only."""
     flow_map = FlowMap((1,))
     flow_map.capabilities, flow_map.steps = KINDS[kind], 1 if kind == "generator" else 4
     return flow_map
 
 
 def method_title(method: type) -> str:
-    """The first words of a method's docstring."""
+    """Return the first phrase of a method's docstring."""
     return re.split(r"[:(;]|\. ", " ".join((method.__doc__ or "").split()))[0].strip(" .,")
 
 
 def calls_a_step(method: Any) -> str:
-    """Network calls, and backward passes where there are any, of one more step (or iteration) of one particle, counted by the
-    ledger; for a method that spends a budget, the word."""
+    """Count the network calls, and any backward passes, of one more step (or iteration) of one particle.
+
+    For a method with a budget, return "as budgeted".
+    """
     sizes = {f.name for f in fields(method)} & {"steps", "iterations", "budget"}
     if "budget" in sizes:
         return "as budgeted"
@@ -184,13 +199,13 @@ def calls_a_step(method: Any) -> str:
     size = "iterations" if "iterations" in sizes else "steps"
     few, many = (steer(toy, lambda x: x[:, 0], replace(method, **{size: n})).cost for n in (4, 8))
     counts = ((b - a) / 4 / method.particles for a, b in ((few.forwards, many.forwards), (few.backwards, many.backwards)))
-    if few.forwards == many.forwards:  # a tree: its nodes are bought, not its depth
+    if few.forwards == many.forwards:  # the cost of a tree depends on its nodes, not on its depth
         return f"{few.forwards / method.particles:g} a particle"
     return " + ".join(f"{count:g} back" if which else f"{count:g}" for which, count in enumerate(counts) if count or not which)
 
 
 def method_gradient(method: Method) -> str:
-    """What it differentiates: the network, the reward only, or nothing."""
+    """Return what a method differentiates: "network", "reward" (only that), or "none"."""
     if isinstance(method, NoiseAscent):
         return "network"
     guidance = getattr(method, "guidance", None)
@@ -201,10 +216,10 @@ def method_gradient(method: Method) -> str:
 
 
 def describe_part(value: Any) -> str:
-    """A part or number as it would be written down: what differs from its class's defaults."""
+    """Format a part or a number as code, with only the arguments that differ from the defaults."""
     if value is None:
         return "none"
     if not is_dataclass(value):
         return str(getattr(value, "__name__", value))
-    told = {f.name: getattr(value, f.name) for f in fields(value) if f.init and getattr(value, f.name) != f.default}
-    return f"{type(value).__name__}({', '.join(f'{key}={describe_part(part)}' for key, part in told.items())})"
+    arguments = {f.name: getattr(value, f.name) for f in fields(value) if f.init and getattr(value, f.name) != f.default}
+    return f"{type(value).__name__}({', '.join(f'{key}={describe_part(part)}' for key, part in arguments.items())})"

@@ -1,11 +1,11 @@
-"""Typed configurations: dataclasses <- yaml <- dotted overrides. Only this file knows which name builds which class.
+"""Typed configurations: dataclasses <- yaml <- dotted overrides.
 
 >>> config = load(TrainConfig, "fashion", ["optimizer.lr=5e-4"])      # a recipe in configs/train, a path, or None
 
-Precedence: command line, then yaml, then the defaults below. An unknown key is an error that names the nearest one.
+The command line takes precedence over yaml, and yaml over the defaults. The error for an unknown key suggests the nearest one.
 
-What is written behind ``key=`` is read by the type of its key. Where that is text (prompts, labels, names, paths, arguments
-of a reward that are declared ``str``) it is taken as it stands: ``12:30``, ``no``, ``a dog #1`` and ``${HOME}`` are words.
+The value after ``key=`` is parsed by the type of the key. A text (prompts, labels, names, paths, arguments of a reward that are
+declared ``str``) is used literally: ``12:30``, ``no``, ``a dog #1`` and ``${HOME}`` are words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-from steerfm.cli.config import NAMED, FinetuneConfig, SpreadConfig, TrainConfig, TuneTrainerConfig
+from steerfm.cli.config import NAME_KEYS, FinetuneConfig, SpreadConfig, TrainConfig, TuneTrainerConfig
 from steerfm.shipped import folder
 from steerfm.trust import nearest
 from steerfm.values import (
@@ -50,20 +50,20 @@ def load(
     overrides: Iterable[str] = (),
     kind: str = "",
 ) -> Schema:
-    """A configuration from defaults, a yaml file or recipe, and ``key.sub=value`` overrides, in rising precedence.
+    """Load a configuration from defaults, a yaml file or recipe, and ``key.sub=value`` overrides, in rising precedence.
 
     Args:
-        schema: one of the dataclasses above.
-        source: path of a yaml file, or the name of a recipe in ``configs/<kind>``; a dictionary or OmegaConf's, as an
-            application with Hydra has it (``${...}`` in it is text, as in yaml); None for the defaults.
-        overrides: strings ``key=value``; values are read by the type of the key, texts as they stand.
-        kind: folder of the recipes, default from the schema's name.
+        schema: a dataclass of `steerfm.cli.config`.
+        source: path of a yaml file, name of a recipe in ``configs/<kind>``, a dictionary, or an OmegaConf object, for
+            example from Hydra (``${...}`` in it is text, as in yaml); None for the defaults.
+        overrides: strings ``key=value``. Values are parsed by the type of the key, and texts are used literally.
+        kind: folder of the recipes; by default from the name of the schema.
 
     Raises:
-        ConfigError: unknown key (with the nearest valid one), wrong type, out of range, no such recipe.
+        ConfigError: a key is unknown, a value has the wrong type or is out of range, or there is no such recipe.
     """
     layers: list[Mapping[str, Any]] = []
-    omegaconf = sys.modules.get("omegaconf")  # it is slow to import, and who has something of it has it
+    omegaconf = sys.modules.get("omegaconf")  # slow to import; whoever passes an object of it has imported it
     if omegaconf is not None and omegaconf.OmegaConf.is_config(source):
         source = omegaconf.OmegaConf.to_container(source, resolve=False)
     if isinstance(source, Mapping):
@@ -79,27 +79,29 @@ def load(
     defaults: Any = schema()
     merged = asdict(defaults)
     for layer in layers:
-        merged = _merge(merged, _checked(layer, schema))
+        merged = _merge(merged, _validated(layer, schema))
     return make(schema, merged)
 
 
 def make(schema: type[Schema], values: Mapping[str, Any], prefix: str = "") -> Schema:
-    """A configuration from plain values, those that are missing by default.
+    """Build a configuration from a dictionary; missing values are the defaults.
 
     Raises:
-        ConfigError: as `load`; keys are named after ``prefix``.
+        ConfigError: as for `load`; ``prefix`` stands before the keys in the message.
     """
-    return schema(**_values(schema, _checked(values, schema, prefix), prefix))
+    return schema(**_values(schema, _validated(values, schema, prefix), prefix))
 
 
 def dump(config: Any) -> str:
-    """The configuration as yaml."""
+    """Return a configuration as yaml."""
     return write_yaml(asdict(config))
 
 
-def kept(config: Any) -> str:
-    """The configuration as a run folder keeps it, as yaml: to load it again deletes nothing, and who shares the work is no part
-    of it."""
+def config_yaml(config: Any) -> str:
+    """Return a configuration as the yaml that a run folder stores.
+
+    It leaves out ``force``, so that loading it again deletes nothing, and the number of processes.
+    """
     values = asdict(replace(config, force=False))
     trainer = getattr(config, "trainer", None)
     if isinstance(trainer, SpreadConfig):
@@ -113,12 +115,12 @@ def kept(config: Any) -> str:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """The configuration as plain dictionaries and lists."""
+    """Return a configuration as plain dictionaries and lists."""
     return asdict(config)
 
 
 def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, Any]]:
-    """(dotted name, field, type, default) of every key of a schema, those of its sections behind the section."""
+    """Yield (dotted name, field, type, default) of every key of a schema, with the keys of a section after the section."""
     hints, defaults = get_type_hints(schema), schema()
     for f in fields(schema):
         kind = hints[f.name]
@@ -128,7 +130,7 @@ def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, 
 
 
 def explain(schema: type) -> str:
-    """A line a key: name and default as they are written on the command line, type and range in words, and what it means."""
+    """Return one line per key: name and default as on the command line, meaning, and type and range in words."""
     rows = []
     for name, f, kind, default in keys(schema):
         if is_dataclass(kind):
@@ -142,32 +144,32 @@ def explain(schema: type) -> str:
 
 
 def recipes(kind: str) -> dict[str, Path]:
-    """The shipped recipes of a command, by name."""
+    """Return the shipped recipes of a command, by name."""
     return {path.stem: path for path in sorted((folder("configs") / kind).glob("*.yaml"))}
 
 
 def find_recipe(source: str, kind: str) -> Path:
-    """Path of a yaml file or of a shipped recipe.
+    """Return the path of a yaml file or of a shipped recipe.
 
     Raises:
-        ConfigError: naming the recipes there are.
+        ConfigError: there is neither. The message lists the recipes.
     """
     if Path(source).is_file():
         return Path(source)
-    known = recipes(kind)
-    if source in known:
-        return known[source]
-    raise ConfigError(f"no file or recipe {source!r}{nearest(source, known)}; recipes: {', '.join(known) or 'none'}")
+    names = recipes(kind)
+    if source in names:
+        return names[source]
+    raise ConfigError(f"no file or recipe {source!r}{nearest(source, names)}; recipes: {', '.join(names) or 'none'}")
 
 
 def _section(schema: Any, values: Any, key: str) -> dict[str, Any]:
-    """The values of some of the fields of a schema, under a key of a dictionary."""
-    values = {} if values is None else _opened(values, key)
-    return _values(schema, _checked(values, schema, f"{key}."), f"{key}.")
+    """Convert the values under a key of a dictionary to the types of a schema."""
+    values = {} if values is None else _parse_mapping(values, key)
+    return _values(schema, _validated(values, schema, f"{key}."), f"{key}.")
 
 
 def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of the fields of a schema that are given, each of its type and in its range."""
+    """Convert the values that are present to the types of their fields, and check their ranges."""
     hints = get_type_hints(schema)
     out: dict[str, Any] = {}
     for f in fields(schema):
@@ -176,19 +178,17 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
         key, value, kind, of = f"{prefix}{f.name}", values[f.name], hints[f.name], f.metadata.get("of")
         if isinstance(kind, type) and is_dataclass(kind):
             value = make(kind, value, f"{key}.")
-        elif f.name in NAMED:
-            value = _named(value, f.name, key, schema)
+        elif f.name in NAME_KEYS:
+            value = _with_arguments(value, f.name, key, schema)
             if f.name == "model" and isinstance(value, Mapping) and value.keys() == {"name"}:
                 value = value["name"]
         elif of == "method":
-            value = {name: _named(told, of, f"{key}.{name}", schema, name) for name, told in value.items()}
-            for name, told in value.items():
-                if not (told is None or isinstance(told, str | Mapping)):
-                    raise ConfigError(
-                        f"{key}.{name}={as_yaml(told)}: give a method's name, or {{name: NAME, ...its arguments}}"
-                    )
+            value = {name: _with_arguments(entry, of, f"{key}.{name}", schema, name) for name, entry in value.items()}
+            for name, entry in value.items():
+                if not (entry is None or isinstance(entry, str | Mapping)):
+                    raise ConfigError(f"{key}.{name}={as_yaml(entry)}: give a method's name, or {{name: NAME, ...its arguments}}")
         elif of is not None:
-            value = {name: _section(of, told, f"{key}.{name}") for name, told in value.items()}
+            value = {name: _section(of, entry, f"{key}.{name}") for name, entry in value.items()}
         else:
             value = convert(value, kind, key, words=f.name == "prompt")
         if "range" in f.metadata:
@@ -196,27 +196,30 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
         if "choices" in f.metadata and value not in f.metadata["choices"]:
             choices, what = f.metadata["choices"], f.metadata["what"]
             plural = re.sub("y$", "ie", what or f.name) + "s"
-            listed = f"{nearest(str(value), choices)}; {plural}: {', '.join(choices)}"
-            raise ConfigError(f"unknown {what} {value!r}{listed}" if what else f"{key}={value}{listed}")
+            choices_text = f"{nearest(str(value), choices)}; {plural}: {', '.join(choices)}"
+            raise ConfigError(f"unknown {what} {value!r}{choices_text}" if what else f"{key}={value}{choices_text}")
         if "form" in f.metadata and not re.fullmatch(f.metadata["form"][0], str(value)):
             raise ConfigError(f"{key}={value}: give {f.metadata['form'][1]}")
         if schema is TrainConfig and f.name == "name" and (set(str(value)) & set('/\\:*?"<>|$') or not str(value).strip(". ")):
-            raise ConfigError(f"{key}={value}: files are called after it: letters, digits, spaces and . _ - ( ) [ ]")
+            raise ConfigError(f"{key}={value}: use letters, digits, spaces and . _ - ( ) [ ], because files are named after it")
         out[f.name] = value
     return out
 
 
 # --- names and their arguments ---------------------------------------------------------------------------------------
-def _named(value: Any, what: str, key: str, schema: type, default: str = "") -> Any:
-    """A `NAMED` key's value with its arguments as the named thing declares them.
+def _with_arguments(value: Any, what: str, key: str, schema: type, default: str = "") -> Any:
+    """Convert the arguments of a named reward, judge, method or model to the types that it declares.
 
     Args:
-        what: reward, judge or method.
-        default: name where the value has none.
+        value: a name, a dictionary of a name and arguments, or a list of such terms.
+        what: reward, judge, method or model.
+        key: dotted key of the value, for messages.
+        schema: schema of the configuration.
+        default: name if the value has none.
     """
     if isinstance(value, list):
-        return [_named(term, what, key, schema) for term in value]
-    value = _opened(value, key)
+        return [_with_arguments(term, what, key, schema) for term in value]
+    value = _parse_mapping(value, key)
     if not isinstance(value, Mapping):
         return untyped(value, key)
     name = value.get("name", default)
@@ -224,28 +227,28 @@ def _named(value: Any, what: str, key: str, schema: type, default: str = "") -> 
     arguments = {argument: item for argument, item in value.items() if argument != "name"}
     kinds: Mapping[str, Any] = {}
     if isinstance(name, str) and any(isinstance(item, Raw) or not isinstance(item, str) for item in arguments.values()):
-        kinds = _declared(what, name, schema)
-    read = {}
+        kinds = _argument_types(what, name, schema)
+    converted = {}
     for argument, item in arguments.items():
         kind, where = kinds.get(argument, Any), f"{key}.{argument}"
         if isinstance(item, Mapping) and "name" in item and what != "method":
-            read[argument] = _named(item, "reward", where, schema)  # a reward of rewards
+            converted[argument] = _with_arguments(item, "reward", where, schema)  # a reward of rewards
         elif isinstance(item, Mapping):
-            read[argument] = untyped(item, where)
+            converted[argument] = untyped(item, where)
         else:
-            read[argument] = convert(item, kind, where, words=members(kind) <= {str, type(None)})
-    return ({"name": name} if "name" in value else {}) | read
+            converted[argument] = convert(item, kind, where, words=members(kind) <= {str, type(None)})
+    return ({"name": name} if "name" in value else {}) | converted
 
 
-def _opened(value: Any, key: str) -> Any:
-    """What a name or a dictionary is on the command line: ``classifier``, ``{name: classifier, target: Bag}``."""
+def _parse_mapping(value: Any, key: str) -> Any:
+    """Parse a name or a dictionary from the command line: ``classifier``, ``{name: classifier, target: Bag}``."""
     return scalar(str(value), key) if isinstance(value, Raw) else value
 
 
-def _declared(what: str, name: str, schema: type) -> dict[str, Any]:
-    """The types of the arguments of a named reward or method, those that it declares; a default's, where there is no more.
+def _argument_types(what: str, name: str, schema: type) -> dict[str, Any]:
+    """Return the declared types of the arguments of a reward or method; without annotations, the types of the defaults.
 
-    Nothing where there is no such reward or method: whoever builds it says so.
+    Empty if there is no such reward or method: building it raises the error.
     """
     from steerfm import rewards
 
@@ -283,27 +286,27 @@ def _methods(schema: type) -> Mapping[str, type]:
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
-def _merge(base: Mapping[str, Any], layer: Mapping[str, Any], named: set[str] = NAMED) -> dict[str, Any]:
-    """Dictionaries key by key, the layer first; a new name drops the arguments of the old one."""
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any], name_keys: set[str] = NAME_KEYS) -> dict[str, Any]:
+    """Merge a layer into a dictionary, key by key. A new name drops the arguments of the old one."""
     out = dict(base)
-    for key, given in layer.items():
-        old, value = out.get(key), given
-        if key in named and isinstance(value, Raw):
+    for key, item in layer.items():
+        old, value = out.get(key), item
+        if key in name_keys and isinstance(value, Raw):
             value = _model(str(value)) if key == "model" else scalar(str(value), key)
-        if key in named and isinstance(value, str) and value != "auto":
+        if key in name_keys and isinstance(value, str) and value != "auto":
             value = {"name": value}
-        if key in named and isinstance(value, Mapping) and isinstance(old, str):
+        if key in name_keys and isinstance(value, Mapping) and isinstance(old, str):
             old = {"name": old}
-        fresh = key in named and isinstance(value, Mapping) and "name" in value
+        fresh = key in name_keys and isinstance(value, Mapping) and "name" in value
         if isinstance(value, Mapping):
-            inner = named - {"model"} if key in named else named  # a reward's own model= is an argument
+            inner = name_keys - {"model"} if key in name_keys else name_keys  # a reward's own model= is an argument
             value = _merge(old if isinstance(old, Mapping) and not fresh else {}, value, inner)
         out[key] = value
     return out
 
 
 def _model(text: str) -> Any:
-    """What names a model on the command line: a text whatever it looks like, but for {name: NAME, argument: value}."""
+    """Parse a model from the command line: a text, however it looks, except {name: NAME, argument: value}."""
     try:
         value = flow(text, "model") if text[:1] == "{" else None
     except ConfigError:
@@ -311,24 +314,24 @@ def _model(text: str) -> Any:
     return value if isinstance(value, Mapping) and "name" in value else {"name": text}
 
 
-def _checked(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
-    """The layer, its keys known, with the dictionaries that stand on the command line read.
+def _validated(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Check the keys of a layer, and parse dictionaries from the command line.
 
     Raises:
-        ConfigError: an unknown key, or something else where there are keys.
+        ConfigError: a key is unknown, or a section is not a dictionary.
     """
     if not isinstance(layer, Mapping):
-        raise ConfigError(f"'{prefix.rstrip('.')}' holds keys of its own: {', '.join(f.name for f in fields(schema))}")
-    known, hints, out = {f.name: f for f in fields(schema)}, get_type_hints(schema), {}
-    for key, given in layer.items():
-        value = given
-        if key not in known:
-            raise ConfigError(f"unknown key '{prefix}{key}'{nearest(key, known)}; keys: {', '.join(known)}")
+        raise ConfigError(f"'{prefix.rstrip('.')}' is a section with the keys {', '.join(f.name for f in fields(schema))}")
+    fields_by_name, hints, out = {f.name: f for f in fields(schema)}, get_type_hints(schema), {}
+    for key, item in layer.items():
+        value = item
+        if key not in fields_by_name:
+            raise ConfigError(f"unknown key '{prefix}{key}'{nearest(key, fields_by_name)}; keys: {', '.join(fields_by_name)}")
         kind = hints[key]
         if isinstance(value, Raw) and (is_dataclass(kind) or get_origin(kind) is dict):
             value = flow(str(value), f"{prefix}{key}") if value[:1] in "[{" else str(value)
         if is_dataclass(kind):
-            value = _checked(value, kind, f"{prefix}{key}.")
+            value = _validated(value, kind, f"{prefix}{key}.")
         elif get_origin(kind) is dict and not isinstance(value, Mapping):
             raise ConfigError(f"{prefix}{key}={as_yaml(value)}: {advice({kind})}")
         out[key] = value
@@ -336,5 +339,5 @@ def _checked(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def sequence(value: Any) -> Sequence[Any]:
-    """A list, whether or not one was given."""
+    """Return a list or tuple as it is, and any other value as a list of one."""
     return value if isinstance(value, list | tuple) else [value]

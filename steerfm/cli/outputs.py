@@ -1,4 +1,4 @@
-"""What outputs are asked for: labels, prompts and seeds, a row each."""
+"""Labels, prompts and seeds of the outputs of a run, one row each."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, eq=False)
 class Outputs(Rows):
-    """What the outputs of a run are asked for, one row each.
+    """The condition, labels and prompts of the outputs of a run, one row each.
 
     Attributes:
-        names: n texts to write beside each.
-        each: outputs of one prompt, one after the other.
+        names: n texts, the prompt or class of each output.
+        each: number of outputs per prompt. The outputs of a prompt are consecutive rows.
     """
 
     names: tuple[str, ...] = ()
     each: int = 1
 
     def __getitem__(self, rows: slice | Tensor) -> Outputs:
-        chosen = range(self.n)[rows] if isinstance(rows, slice) else rows.tolist()
-        return replace(super().__getitem__(rows), names=tuple(self.names[row] for row in chosen))
+        indices = range(self.n)[rows] if isinstance(rows, slice) else rows.tolist()
+        return replace(super().__getitem__(rows), names=tuple(self.names[row] for row in indices))
 
     def seeds(self, seeds: int | list[int]) -> list[int]:
-        """A seed for each output; a number is the first of those of a prompt, which every prompt has.
+        """Return a seed for each output.
+
+        Args:
+            seeds: a list as for `broadcast`, or the first seed of each prompt's outputs, the same for all prompts.
 
         Raises:
             ConfigError: see `spread`.
         """
-        return self.spread("seeds", list(range(seeds, seeds + self.each)) if isinstance(seeds, int) else seeds)
+        return self.broadcast("seeds", list(range(seeds, seeds + self.each)) if isinstance(seeds, int) else seeds)
 
     def strengths(self, strength: float | list[float] | Literal["auto"]) -> float | list[float] | Literal["auto"]:
         """One strength for all outputs, or a list of one for each.
@@ -48,16 +51,17 @@ class Outputs(Rows):
         Raises:
             ConfigError: see `spread`.
         """
-        return self.spread("strengths", strength) if isinstance(strength, list) else strength
+        return self.broadcast("strengths", strength) if isinstance(strength, list) else strength
 
-    def spread(self, what: str, values: list[Number]) -> list[Number]:
-        """Values, one for each output: as many as there are, or those of a prompt, which every prompt has.
+    def broadcast(self, what: str, values: list[Number]) -> list[Number]:
+        """Return one value for each output.
 
         Args:
-            what: they are called, for the message.
+            what: name of the values, for the error message.
+            values: one for each output, or one for each output of a prompt, the same for all prompts.
 
         Raises:
-            ConfigError: another number of them.
+            ConfigError: the number of values is neither.
         """
         if len(values) not in (self.each, self.n):
             of = "outputs" if self.each == self.n else f"outputs of each of {self.n // self.each} prompts"
@@ -68,11 +72,21 @@ class Outputs(Rows):
 def outputs_of(
     flow_map: FlowMap, label: str | list[str] | None, prompt: Any, n: int, reward: Reward | None = None, negative: Any = None
 ) -> Outputs:
-    """``n`` outputs of each prompt, where there are several; a map of texts is conditioned on them, others on the label, or on
-    all classes in turn where a reward reads labels and none is given.
+    """Build the outputs of a run.
+
+    A text-conditional map is conditioned on the prompts. Any other map is conditioned on the label; if there is none and the
+    reward reads labels, on all classes in turn.
+
+    Args:
+        flow_map: the model.
+        label: class by name or index, or a list with one for each output.
+        prompt: prompts, or a file of them, as for `read_prompts`.
+        n: number of outputs per prompt.
+        reward: the reward, if any.
+        negative: class or text that guidance leads away from.
 
     Raises:
-        ConfigError: n below 1; a file of prompts that cannot be read; a label for a map of texts.
+        ConfigError: n is below 1, the prompt file cannot be read, or a text-conditional map got a label.
         ValueError: a negative for a map without guidance.
     """
     if n < 1:
@@ -80,7 +94,7 @@ def outputs_of(
     texts = [text for text in read_prompts(prompt) for _ in range(n)]
     reads = isinstance(flow_map.null, Mapping)
     if reads and label is not None:
-        raise ConfigError(f"label={label}: this model is asked in words: prompt={label!r}")
+        raise ConfigError(f"label={label}: this model takes a prompt: prompt={label!r}")
     if reads:
         cond = add_negative(flow_map, flow_map.condition(texts, len(texts)) if texts else None, negative, len(texts) or n)
         return Outputs(len(texts) or n, cond, None, texts or None, names=tuple(texts or [""] * n), each=n)

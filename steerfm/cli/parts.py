@@ -1,4 +1,4 @@
-"""What a run is made of: the model, the reward, the method and the judge of a configuration."""
+"""Build the parts of a run from its configuration: model, data, reward, method and judge."""
 
 from __future__ import annotations
 
@@ -26,7 +26,18 @@ from steerfm.values import ConfigError, line
 
 
 def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = False, checkpoints: bool = False) -> FlowMap:
-    """The model of a configuration: a name, or a name with arguments. A pipeline is guided as itself means it."""
+    """Load a model.
+
+    Args:
+        model: a name, or a dictionary of a name and arguments.
+        device: as for `pick_device`.
+        guidance: scale of classifier-free guidance. A diffusers pipeline applies its own guidance with this scale.
+        compiled: whether to compile the network.
+        checkpoints: whether to recompute activations in the backward pass, to save memory.
+
+    Raises:
+        ConfigError: the device does not exist, or the network has no blocks to recompute.
+    """
     name, arguments = registry.split_spec(model, "model")
     if name.startswith(zoo.DIFFUSERS) and guidance != 1:
         arguments, guidance = {"guidance": guidance, **arguments}, 1.0
@@ -39,10 +50,10 @@ def load_model(model: Any, device: str, guidance: float = 1.0, compiled: bool = 
 
 
 def save_memory(flow_map: FlowMap) -> None:
-    """Compute activations again for gradients.
+    """Recompute the activations of the network in the backward pass, to save memory.
 
     Raises:
-        ConfigError: its network has no blocks.
+        ConfigError: the network has no blocks.
     """
     try:
         checkpoint_activations(flow_map.body)
@@ -51,17 +62,25 @@ def save_memory(flow_map: FlowMap) -> None:
 
 
 def autocast(flow_map: FlowMap, precision: str) -> torch.autocast:
-    """The network and the reward in this precision: 32 or bf16."""
+    """Return the autocast context of a precision, "32" or "bf16".
+
+    Raises:
+        ConfigError: another precision.
+    """
     if precision not in ("32", "bf16"):
         raise ConfigError(f"unknown precision {precision!r}; precisions: 32, bf16")
     return torch.autocast(flow_map.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def check_trainer(trainer: LightningConfig, *strategies: str) -> None:
-    """Refuse a logger whose package is missing, or a strategy that there is not, before the work.
+    """Check the logger and the strategy before any work.
 
     Args:
-        strategies: those that are offered; others of Lightning's are taken as they are, but for those that shard.
+        trainer: configuration of the trainer.
+        *strategies: strategies to suggest. Lightning's other strategies are accepted too, except those that shard.
+
+    Raises:
+        ConfigError: the package of the logger is missing, or the strategy is unknown.
     """
     from lightning.pytorch.strategies import StrategyRegistry
 
@@ -73,15 +92,15 @@ def check_trainer(trainer: LightningConfig, *strategies: str) -> None:
         raise ConfigError(f"trainer.{error}") from None
     name, others = trainer.strategy, [name for name in StrategyRegistry.available_strategies() if not name.startswith("fsdp")]
     if name not in (*strategies, *others):
-        near, offered = trust.nearest(name, strategies), ", ".join(strategies)
-        raise ConfigError(f"unknown trainer.strategy={name}{near}; strategies: {offered}")
+        near, choices = trust.nearest(name, strategies), ", ".join(strategies)
+        raise ConfigError(f"unknown trainer.strategy={name}{near}; strategies: {choices}")
 
 
 def pick_device(device: str) -> str:
-    """ "auto" is CUDA, then MPS, then the CPU.
+    """Resolve a device: "auto" is CUDA if available, else MPS, else the CPU.
 
     Raises:
-        ConfigError: not a device of this machine.
+        ConfigError: this machine has no such device.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -93,38 +112,38 @@ def pick_device(device: str) -> str:
 
 
 def data_set(name: str) -> Any:
-    """The data module of a name.
+    """Return the data module class of a data set.
 
     Raises:
-        ConfigError: no plug-in brings it; with the nearest.
+        ConfigError: no plug-in provides it. The message suggests the nearest name.
     """
     points = plugins.data_sets()
     if name not in points:
-        names = sorted(points, key=lambda point: point != DataConfig().name)  # the default first
+        names = sorted(points, key=lambda point: point != DataConfig().name)  # default first
         raise ConfigError(f"unknown data {name!r}{trust.nearest(name, points)}; data: {', '.join(names)}")
     return points[name].load()
 
 
 def make_data(config: DataConfig, seed: int) -> Any:
-    """The data module of a configuration; nothing is read.
+    """Build the data module of a configuration, without reading any data.
 
     Raises:
-        ConfigError: no such data set, or a key that it does not take.
+        ConfigError: there is no such data set, or it has no such key.
     """
     kind, usual = data_set(config.name), ("name", "batch_size", "root", "augment")
     own = {key: value for key, value in plain(config).items() if key not in usual and value is not None}
     takes = list(inspect.signature(kind).parameters)
     for key, value in own.items():
         if key not in takes:
-            listed = ", ".join(name for name in takes if name != "seed")
-            raise ConfigError(f"data.{key}={line(value)}: data {config.name!r} has no such key; keys: {listed}")
+            keys = ", ".join(name for name in takes if name != "seed")
+            raise ConfigError(f"data.{key}={line(value)}: data {config.name!r} has no such key; keys: {keys}")
     with data_words():
         return kind(config.batch_size, config.root, config.augment, seed, **own)
 
 
 @contextmanager
 def data_words() -> Iterator[None]:
-    """Errors of a data module name its arguments as the command line does: data.root= for root=."""
+    """Rewrite errors of a data module with the keys of the command line: data.root= for root=."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -134,44 +153,59 @@ def data_words() -> Iterator[None]:
 
 
 def build_reward(value: Any) -> Reward:
-    """A reward from a configuration: a name, a name with arguments and weight, or a list of such terms."""
+    """Build a reward from a name, a dictionary of a name, arguments and a weight, or a list of such terms."""
     return rewards.build(value)
 
 
 def build_method(value: Any, kind: registry.Kind = METHOD) -> Any:
-    """A method from a configuration: a name, or a name with arguments; ``kind`` says of steering or of fine-tuning."""
+    """Build a method from a name, or a dictionary of a name and arguments; ``kind`` is that of steering or fine-tuning."""
     return registry.build(value, kind)
 
 
 def fitting(
     config: SteerConfig | FinetuneConfig, method: Any, flow_map: FlowMap, usual: Callable[[FlowMap], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """What to take, and a line that says so, where nobody named a method and the default one does not fit the map.
+    """Choose another method if the default method does not fit the map and the user named none; print the choice.
 
-    What was set of the default one, ``method.particles=8``, is set of what is taken.
+    Arguments that the user set for the default method, such as ``method.particles=8``, are kept.
+
+    Args:
+        config: configuration of the command.
+        method: its method.
+        flow_map: the model.
+        usual: returns the name and arguments of the method for a map.
+
+    Returns:
+        Name and arguments of the other method, or None if ``method`` stays.
     """
     default, own = registry.split_spec(config.method, "method")
     if default != registry.split_spec(type(config)().method, "method")[0] or not (why := method.lacks(flow_map)):
         return None
     instead = usual(flow_map) | own
-    console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} does not fit, {why}")
+    console.print(f"method={line(instead)}, because the model has only {in_words(flow_map)}: {default} does not fit, {why}")
     return instead
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """judge: the held-out reward, or None. gap: why there is none, where nobody said that there should be none; else empty."""
+    """The held-out reward of a run.
+
+    Attributes:
+        judge: the held-out reward, or None.
+        gap: why there is none; empty if there is one or if the user asked for none.
+    """
 
     judge: Reward | None
     gap: str = ""
 
 
 def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward: Reward) -> HeldOut:
-    """The held-out reward: what ``judge`` says, or by default the one that the model's card names, where it knows what is
-    asked for.
+    """Build the held-out reward: that of the key ``judge``, or by default the one that the model's card names.
+
+    The card's judge is used only if the run has the labels or prompts that it reads.
 
     Raises:
-        RewardError: what ``judge`` says is the reward itself, or shares weights with it.
+        RewardError: the judge that the user named is the reward itself, or shares weights with it.
     """
     if config.judge is None:
         return HeldOut(None)
@@ -179,7 +213,7 @@ def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward:
         judge = build_reward(config.judge)
         check_held_out(reward, judge)
         return HeldOut(judge)
-    labels = config.label is not None or "labels" in reward.needs  # all classes in turn where none is given
+    labels = config.label is not None or "labels" in reward.needs  # without a label, all classes in turn
     judge = Evaluator(flow_map).judge(reward, labels=labels, prompts=config.prompt is not None)
     if judge is None:
         return HeldOut(None, NO_JUDGE)
@@ -191,15 +225,15 @@ def build_judge(config: SteerConfig | FinetuneConfig, flow_map: FlowMap, reward:
     )
 
 
-OTHER = "judge=NAME for one"
-NO_JUDGE = f"no held-out reward: the model's card names none that knows what is asked for here; {OTHER}"
+OTHER = "choose one with judge=NAME"
+NO_JUDGE = f"no held-out reward: the model's card names none for these labels or prompts; {OTHER}"
 
 
 def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object) -> None:
-    """Refuse a reward or judge that reads labels or prompts where there are none, in the keys of the command line.
+    """Check that there are labels and prompts for the rewards that read them.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: a reward reads labels or prompts and there are none. The message names the key.
     """
     for reward in terms:
         if reward is not None and "prompts" in reward.needs and not prompts:
@@ -209,7 +243,7 @@ def check_needs(terms: Iterable[Reward | None], labels: object, prompts: object)
 
 
 def schedule(o: OptimizerConfig) -> dict[str, Any]:
-    """The optimiser's part of the arguments of `training.Trained`."""
+    """Return the optimiser's arguments of `training.Trained`."""
     return {
         "lr": o.lr, "betas": (o.beta1, o.beta2), "weight_decay": o.weight_decay, "steps": o.steps, "warmup": o.warmup,
         "decay": o.decay, "ema": o.ema,

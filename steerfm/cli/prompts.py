@@ -1,9 +1,9 @@
-"""Prompts from a file, by what it holds and not by its ending.
+"""Read prompts from a file. The format is recognised by content, not only by suffix.
 
 | form | example |
 | --- | --- |
-| a prompt a line | ``a red heart`` |
-| csv with a column prompt, text or caption (parted by comma, semicolon or tab), or one column in a .csv | ``prompt,seed`` |
+| one prompt per line | ``a red heart`` |
+| csv with a column prompt, text or caption (comma, semicolon or tab), or a .csv with one column | ``prompt,seed`` |
 | JSON | ``["a", "b"]``, ``[{"prompt": "a"}]``, ``{"prompts": ["a", "b"]}`` |
 | JSON lines | ``{"prompt": "a"}`` |
 
@@ -26,7 +26,7 @@ from steerfm import shipped
 from steerfm.values import ConfigError
 
 COLUMNS = ("prompt", "text", "caption")
-"""Names of the column of the prompts, in this order."""
+"""Names of the column of prompts, in order of preference."""
 
 ENDINGS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 MARKS = {
@@ -37,12 +37,13 @@ LINE = re.compile(r"\r\n|\n|\r")
 
 
 def read_prompts(prompt: Any) -> list[str]:
-    """Prompts from a text, a list of texts, or a file of them in any of the forms above. A text is a file where
-    there is one of that name, or where it ends like one (.txt, .csv, .tsv, .json, .jsonl); one that is not there is looked for
-    among those that ship, in configs/prompts. A list holds prompts only.
+    """Read prompts from a text, a list of texts, or a file in one of the formats above.
+
+    A text is a file name if such a file exists, or if it ends in .txt, .csv, .tsv, .json or .jsonl. A file that does not exist
+    is looked up among the shipped ones, in configs/prompts. A list holds prompts only, no files.
 
     Raises:
-        ConfigError: naming the file and the line.
+        ConfigError: the file cannot be read. The message names the file and the line.
     """
     if prompt is None:
         return []
@@ -51,19 +52,19 @@ def read_prompts(prompt: Any) -> list[str]:
             if not isinstance(text, str):
                 raise ConfigError(f"prompt={text!r}: not a text")
         return list(prompt)
-    named = str(prompt).lower().endswith(ENDINGS) or isinstance(prompt, Path)
+    looks_like_file = str(prompt).lower().endswith(ENDINGS) or isinstance(prompt, Path)
     folder = shipped.folder("configs") / "prompts"
-    if os.path.exists(prompt) and not os.path.isdir(prompt):  # False where it is no possible name of a file
+    if os.path.exists(prompt) and not os.path.isdir(prompt):  # False if it cannot be a file name
         file = Path(prompt)
-    elif named and (folder / Path(prompt).name).is_file() and Path(prompt).name == str(prompt):
+    elif looks_like_file and (folder / Path(prompt).name).is_file() and Path(prompt).name == str(prompt):
         file = folder / prompt
-    elif named or (os.path.isdir(prompt) and str(prompt).endswith(os.sep)):
-        known = ", ".join(sorted(path.name for path in folder.glob("*")))
-        raise ConfigError(f"prompt={prompt}: no such file; shipped: {known}; as a prompt: prompt='[{json.dumps(str(prompt))}]'")
+    elif looks_like_file or (os.path.isdir(prompt) and str(prompt).endswith(os.sep)):
+        names = ", ".join(sorted(path.name for path in folder.glob("*")))
+        raise ConfigError(f"prompt={prompt}: no such file; shipped: {names}; as a prompt: prompt='[{json.dumps(str(prompt))}]'")
     else:
         return [str(prompt)]
     if not file.is_file():
-        raise ConfigError(f"prompt={prompt}: not a file that can be read twice")
+        raise ConfigError(f"prompt={prompt}: not a regular file, and it is read more than once")
     try:
         return read_texts(file)
     except ValueError as error:
@@ -71,27 +72,27 @@ def read_prompts(prompt: Any) -> list[str]:
 
 
 def read_texts(file: Path) -> list[str]:
-    """The prompts that a file holds, in order; blank lines are none.
+    """Return the prompts of a file, in order, without blank lines.
 
     Raises:
-        ValueError: no prompts, something else than a text among them, or another code page: with file and line.
+        ValueError: there are no prompts, one is not a text, or the encoding is another one. The message names file and line.
     """
     text = decode(file)
-    found = _json(text, file)
-    if found is None:
-        found = _csv(text, file)
-    if found is None:
-        found = [line.strip() for line in LINE.split(text) if line.strip()]
-    if not found:
+    prompts = _json(text, file)
+    if prompts is None:
+        prompts = _csv(text, file)
+    if prompts is None:
+        prompts = [line.strip() for line in LINE.split(text) if line.strip()]
+    if not prompts:
         raise ValueError(f"{file}: the file has no prompts")
-    return found
+    return prompts
 
 
 def decode(file: Path) -> str:
-    """The text of a file, without its byte order mark.
+    """Return the text of a file, without its byte order mark.
 
     Raises:
-        ValueError: no UTF-8, with the line.
+        ValueError: the file is not UTF-8. The message names the line.
     """
     raw = file.read_bytes()
     code = next((code for mark, code in MARKS.items() if raw.startswith(mark)), "utf-8")
@@ -106,42 +107,42 @@ def decode(file: Path) -> str:
 
 
 def _line(before: str) -> int:
-    """Number of the line that starts or goes on after this text."""
+    """Return the line number at the end of this text."""
     return 1 + len(LINE.findall(before))
 
 
 def _prompt(value: Any, file: Path, line: int) -> str:
-    """The prompt of a JSON value: a text, or a dictionary with one.
+    """Return the prompt of a JSON value, which is a text or an object with the key "prompt".
 
     Raises:
-        ValueError: anything else.
+        ValueError: any other value.
     """
     if isinstance(value, dict):
         value = value.get("prompt", value)
     if not isinstance(value, str) or not _printable(value):
-        shown = json.dumps(value)
-        raise ValueError(f'{file}, line {line}: not {{"prompt": "..."}} but {shown if len(shown) < 60 else shown[:57] + "..."}')
+        text = json.dumps(value)
+        raise ValueError(f'{file}, line {line}: not {{"prompt": "..."}} but {text if len(text) < 60 else text[:57] + "..."}')
     return value
 
 
 def _printable(text: str) -> bool:
-    """Whether it can be written as UTF-8: half of a surrogate pair cannot."""
+    """Whether a text can be written as UTF-8, which half of a surrogate pair cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 def _json(text: str, file: Path) -> list[str] | None:
-    """Prompts of a JSON document or of JSON lines, None where it is neither."""
-    named = file.suffix.lower() in (".json", ".jsonl")
-    if not named and text.lstrip()[:1] not in ("[", "{"):
+    """Return the prompts of a JSON document or of JSON lines; None if the text is neither."""
+    by_suffix = file.suffix.lower() in (".json", ".jsonl")
+    if not by_suffix and text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
         value = json.loads(text)
     except ValueError as error:
         lines = [(number, line) for number, line in enumerate(LINE.split(text), 1) if line.strip()]
         if not lines or not (file.suffix.lower() == ".jsonl" or _is_object(lines[0][1])):
-            if not named or not lines:
-                return [] if named else None
+            if not by_suffix or not lines:
+                return [] if by_suffix else None
             raise ValueError(f"{file}, line {getattr(error, 'lineno', 1)}: not JSON: {error}") from None
         return [_prompt(_object(line, file, number), file, number) for number, line in lines]
     start = text.find("[")
@@ -167,17 +168,17 @@ def _object(line: str, file: Path, number: int) -> Any:
 
 
 def _items(text: str, start: int) -> Iterator[tuple[Any, int]]:
-    """The items of the JSON list that starts at ``start``, each with its line."""
-    read = json.JSONDecoder()
+    """Yield the items of the JSON list that starts at ``start``, each with its line number."""
+    decoder = json.JSONDecoder()
     place = _next(text, start + 1)
     while text[place] != "]":
-        value, end = read.raw_decode(text, place)
+        value, end = decoder.raw_decode(text, place)
         yield value, _line(text[:place])
         place = _next(text, end)
 
 
 def _next(text: str, place: int) -> int:
-    """The first place from this one on that is neither white space nor a comma."""
+    """Return the first position from ``place`` on that is neither white space nor a comma."""
     while text[place] in " \t\r\n,":
         place += 1
     return place
@@ -185,29 +186,29 @@ def _next(text: str, place: int) -> int:
 
 # --- csv -------------------------------------------------------------------------------------------------------------
 def _csv(text: str, file: Path) -> list[str] | None:
-    """Prompts of a table, None where it is none: no column is called as in `COLUMNS`, and the ending says nothing."""
+    """Return the prompts of a table; None if no column has a name of `COLUMNS` and the suffix is not that of a table."""
     first = next((line for line in LINE.split(text) if line.strip()), "")
-    named = file.suffix.lower() in (".csv", ".tsv")
+    by_suffix = file.suffix.lower() in (".csv", ".tsv")
     for delimiter in (",", ";", "\t"):
         names = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
-        known = [name for name in COLUMNS if name in names]
-        if known and (named or len(names) > 1):
+        present = [name for name in COLUMNS if name in names]
+        if present and (by_suffix or len(names) > 1):
             rows = _rows(text, file, delimiter)
             next(rows)
-            return [_cell(row, names.index(known[0]), known[0], file, line) for row, line in rows]
-    if not named:
+            return [_cell(row, names.index(present[0]), present[0], file, line) for row, line in rows]
+    if not by_suffix:
         return None
     rows = list(_rows(text, file, ","))
     for row, line in rows:
         others = {mark: row[0].count(mark) for mark in ";\t"}
-        parted = len(rows) > 1 and any(n and all(r[0].count(mark) == n for r, _ in rows) for mark, n in others.items())
-        if len(row) > 1 or parted:
-            raise ValueError(f"{file}, line {line}: several columns, and none of them is called prompt in the first line")
+        several = len(rows) > 1 and any(n and all(r[0].count(mark) == n for r, _ in rows) for mark, n in others.items())
+        if len(row) > 1 or several:
+            raise ValueError(f"{file}, line {line}: several columns, and the first line names none of them prompt")
     return [row[0].strip() for row, _ in rows]
 
 
 def _rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """The rows that are not blank, each with the line that it ends on."""
+    """Yield the rows that are not blank, each with the number of its last line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:

@@ -1,4 +1,4 @@
-"""Run folders: where a run is written, which files it was made from, and by which commit."""
+"""Run folders: their paths, the files that a run reads, and the commit that it ran."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ import torch
 from torch import Tensor
 
 from steerfm import files, plugins, shipped, trust, zoo
-from steerfm.cli.loading import kept, plain
+from steerfm.cli.loading import config_yaml, plain
 from steerfm.registry import is_code, split_spec
 from steerfm.report.run_folder import RunFolder
 
-FINISHED = "finished already: {} (force=true runs it again; out= names another folder)"
+FINISHED = "already finished: {} (run it again with force=true, or choose another folder with out=)"
 
 
 def run_folder(config: Any, default: str) -> RunFolder:
-    """The folder of a run: that of ``out``, or by default."""
-    told = kept(config)
-    return RunFolder(config.out or default, told, inputs=inputs(config), force=config.force)
+    """Open the run folder ``config.out``, or ``default`` if that is None."""
+    text = config_yaml(config)
+    return RunFolder(config.out or default, text, inputs=inputs(config), force=config.force)
 
 
 def inputs(config: Any) -> dict[str, str]:
-    """Digests of all files that a configuration names, own or shipped: "reward my.py" -> SHA-256 of what it holds."""
-    told = plain(config)
-    return {name: digest for key in told if key != "out" for name, digest in contents(told[key], key).items()}
+    """Return the SHA-256 of every file that a configuration names, yours or shipped, by key and file: "reward my.py"."""
+    values = plain(config)
+    return {name: digest for key in values if key != "out" for name, digest in contents(values[key], key).items()}
 
 
-def contents(told: Any, key: str = "") -> dict[str, str]:
-    """Digests of the files that a value names, in whatever depth; ``key`` begins their names."""
-    if isinstance(told, Mapping):
-        return {name: digest for item in told.values() for name, digest in contents(item, key).items()}
-    if isinstance(told, list | tuple):
-        return {name: digest for item in told for name, digest in contents(item, key).items()}
-    return {f"{key} {file}".strip(): files.digest(file) for file in _named_files(told)} if isinstance(told, str) else {}
+def contents(value: Any, key: str = "") -> dict[str, str]:
+    """Return the digests of the files that a value names, at any depth; ``key`` is the prefix of their names."""
+    if isinstance(value, Mapping):
+        return {name: digest for item in value.values() for name, digest in contents(item, key).items()}
+    if isinstance(value, list | tuple):
+        return {name: digest for item in value for name, digest in contents(item, key).items()}
+    return {f"{key} {file}".strip(): files.digest(file) for file in _named_files(value)} if isinstance(value, str) else {}
 
 
 def _named_files(text: str) -> list[Path]:
-    """The files that a text names: one's own, code as path.py:name, weights with their JSON, a folder of a model, or what
-    ships by that name."""
+    """Return the files that a text names: a file, code as path.py:name, weights and their JSON, a model folder, or a shipped
+    file of that name."""
     path, code = Path(text), shipped.example(Path(text.rsplit(":", 1)[0]))
     if os.path.isdir(path) and os.path.isfile(path / "open_clip_config.json"):
         return sorted(file for file in path.iterdir() if file.is_file())
     models = plugins.models()
-    if text not in models and len(held := zoo.models_in(path)) == 1:  # a run folder
-        return _named_files(str(held[0]))
+    if text not in models and len(weights := zoo.models_in(path)) == 1:  # a run folder
+        return _named_files(str(weights[0]))
     ours = [zoo.find(text)] if text in models else [shipped.folder("configs") / "prompts" / text] if path.name == text else []
     for file in (path, *([code] if code.suffix == ".py" else []), *ours):
         if os.path.isfile(file):
@@ -71,7 +71,7 @@ def slug(value: Any) -> str:
 
 
 def stem(model: Any) -> str:
-    """What files and titles call a model: the name, without folders; of code its file, too."""
+    """Return the name of a model for files and titles: without folders; for a model made by code, with its file name."""
     name = split_spec(model, "model")[0].removeprefix(zoo.DIFFUSERS)
     place, _, maker = name.rpartition(":")
     return f"{Path(place).stem}-{maker}" if is_code(name) else Path(name.replace(":", "-")).stem
@@ -86,10 +86,10 @@ def commit() -> str:
 
 
 def grid_rows(pictures: Tensor, captions: Sequence[str], columns: int = 6) -> tuple[Tensor, list[list[str]]]:
-    """Pictures (n, c, h, w) as rows of at most ``columns``, padded with white."""
+    """Arrange pictures (n, c, h, w) and their captions in rows of at most ``columns``, padded with white."""
     columns = min(columns, len(pictures))
     missing = -len(pictures) % columns
-    padded = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
+    full = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
     texts = [*captions, *[""] * missing]
-    rows = len(padded) // columns
-    return padded.unflatten(0, (rows, columns)), [texts[i * columns : (i + 1) * columns] for i in range(rows)]
+    rows = len(full) // columns
+    return full.unflatten(0, (rows, columns)), [texts[i * columns : (i + 1) * columns] for i in range(rows)]

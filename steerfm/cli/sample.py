@@ -17,17 +17,17 @@ from steerfm.sampling import check_fit, grid_of
 from steerfm.sampling import sample as draw
 from steerfm.transitions import usual
 
-DECODED = 64
-"""Samples that are decoded at a time."""
+DECODE_BATCH = 64
+"""Samples decoded at a time."""
 
 
 def sample(config: SampleConfig, command: str = "") -> None:
-    """Unsteered samples: a grid and the tensors."""
+    """Draw unsteered samples, and write them as a grid and as tensors."""
     on_processes(work, config, command)
 
 
 def work(config: SampleConfig, command: str) -> None:
-    """What one of the processes does."""
+    """Run the command in one process. All processes sample, and the first one writes."""
     flow_map = load_model(config.model, config.device, config.guidance, config.compile)
     share_weights(flow_map, config.trainer)
     want = outputs_of(flow_map, config.label, config.prompt, config.n, negative=config.negative)
@@ -39,22 +39,20 @@ def work(config: SampleConfig, command: str) -> None:
         x = draw(flow_map, want.n, steps, seeds, want.cond, batch_size=500)
         if not first():
             return
-        pictures = in_parts(flow_map.decode, x, DECODED).float().cpu()
+        pictures = in_parts(flow_map.decode, x, DECODE_BATCH).float().cpu()
         tick(1, 1)
     folder.save_tensors("samples", {"samples": x.float()})
-    path, shown = folder.path / "samples.safetensors", []
-    if pictures.ndim == 4:  # samples of a map of vectors are no pictures
+    path, figures = folder.path / "samples.safetensors", []
+    if pictures.ndim == 4:  # a map of vectors has no pictures
         path = folder.path / "grid.png"
         rows, captions = grid_rows(pictures, want.names)
         picture_grid(rows, path, captions=captions, title=f"{stem(config.model)}, {steps} steps")
-        shown = [
-            ("samples, not steered; what each was asked for is below" if any(want.names) else "samples, not steered", path)
-        ]
+        figures = [("unsteered samples, with their prompt or class below" if any(want.names) else "unsteered samples", path)]
     folder.save_result({"command": command, "cost": ledger.cost.as_dict()})
     report(
         folder,
         f"Samples of {stem(config.model)}",
         {"command": command, "steps": steps, "cost": str(ledger.cost)},
-        pictures=shown,
+        pictures=figures,
     )
     console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")

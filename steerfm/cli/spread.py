@@ -1,4 +1,4 @@
-"""A command on several processes: each runs it, the first writes and prints."""
+"""Run a command on several processes. Each runs it, and the first one writes and prints."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from steerfm.values import ConfigError
 
 Config = TypeVar("Config", SteerConfig, SampleConfig, FinetuneConfig)
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_PROCID")
-"""What torchrun and srun tell the processes that they start."""
+"""Environment variables that torchrun and srun set in their processes."""
 
 
 def on_processes(command: Callable[[Config, str], None], config: Config, line: str) -> None:
-    """Run a command as its ``trainer`` says.
+    """Run a command on the devices that the key ``trainer`` of its configuration names.
 
     Args:
-        command: a function of a file, of the configuration and of the line that was typed.
+        command: module-level function of the configuration and the command line.
+        config: its configuration.
+        line: the command line, for the report.
 
     Raises:
-        ConfigError: devices that are not there, or machines that nobody started. Whatever the command raises.
+        ConfigError: a device does not exist, or a machine has not been started.
+        Exception: any error of the command.
     """
-    asked = config.trainer
-    alone = asked.devices in ("auto", "1") and asked.num_nodes in (None, 1)
+    trainer = config.trainer
+    alone = trainer.devices in ("auto", "1") and trainer.num_nodes in (None, 1)
     if alone and not any(name in os.environ for name in LAUNCHERS):
-        command(config, line)  # Lightning takes seconds to import
+        command(config, line)  # without Lightning, which takes seconds to import
         return
     from steerfm.distributed import check, launch
 
@@ -44,8 +47,8 @@ def on_processes(command: Callable[[Config, str], None], config: Config, line: s
     if kind not in ("auto", "cpu", "cuda", "gpu"):
         raise ConfigError(f"{key}={device}: several processes need cpu or cuda; leave trainer.devices out")
     if ":" in device:
-        raise ConfigError(f"{key}={device} is one GPU: trainer.devices=0,1 says which, and {key}=cuda")
-    where: dict[str, Any] = {"devices": asked.devices, "num_nodes": asked.num_nodes, "accelerator": kind}
+        raise ConfigError(f"{key}={device} is one GPU: name the GPUs in trainer.devices, for example 0,1, and give {key}=cuda")
+    where: dict[str, Any] = {"devices": trainer.devices, "num_nodes": trainer.num_nodes, "accelerator": kind}
     try:
         check(**where)
     except ValueError as error:
@@ -57,10 +60,10 @@ def on_processes(command: Callable[[Config, str], None], config: Config, line: s
 
 
 def share_weights(flow_map: FlowMap, trainer: SpreadConfig) -> None:
-    """Let the processes hold the weights of a map together, where that is asked for.
+    """Shard the weights of a map over the processes, if ``trainer.strategy`` says so.
 
     Raises:
-        ConfigError: they cannot be shared out.
+        ConfigError: the weights cannot be sharded.
     """
     group = active()
     if trainer.strategy == "auto" or group is None:
@@ -77,12 +80,12 @@ def share_weights(flow_map: FlowMap, trainer: SpreadConfig) -> None:
 
 
 def _in_keys(text: str, key: str) -> str:
-    """An error of a launch in the words of the command line; ``key`` says on what."""
+    """Rewrite a launch error with the keys of the command line; ``key`` is that of the accelerator."""
     return re.sub(r"(?<![\w.])(devices|num_nodes)=", r"trainer.\1=", text).replace("accelerator=", f"{key}=")
 
 
 def _on_process(command: Callable[[Config, str], None], config: Config, line: str) -> None:
-    """What each process does."""
+    """Run the command in one process, quietly unless it is the first."""
     warnings.filterwarnings("ignore", module=r"(lightning|torch|torchmetrics)(\.|$)")
     console.quiet = console.quiet or not first()
     command(config, line)

@@ -1,4 +1,4 @@
-"""What a suite of `steerfm bench` says, read and checked: its methods, the keys of its problems, its differences and shares."""
+"""Read and check a suite of `steerfm bench`: its methods, the keys of its problems, its difference and share."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from steerfm.values import ConfigError
 
 
 def as_keys(arguments: Sequence[str]) -> list[str]:
-    """``--workers N`` and ``--workers=N`` as the key that they are."""
+    """Convert ``--workers N`` and ``--workers=N`` to the key ``workers=N``."""
     words = iter(arguments)
-    told = [f"{word}={next(words, '')}" if word == "--workers" else word for word in words]
-    return [word.removeprefix("--") if word.startswith("--workers=") else word for word in told]
+    keys = [f"{word}={next(words, '')}" if word == "--workers" else word for word in words]
+    return [word.removeprefix("--") if word.startswith("--workers=") else word for word in keys]
 
 
 def methods_of(config: BenchConfig) -> dict[str, Any]:
-    """Name -> configuration, in order; best-of-n of the same map is always there."""
-    made: dict[str, Any] = {}
-    for name, told in config.methods.items():
-        made[name] = {"name": name} | ({"name": told} if isinstance(told, str) else dict(told or {}))
-    unknown = [name for name in config.only if name not in made]
+    """Return the configuration of each method by name, in order. Best-of-n of the same map is always included."""
+    methods: dict[str, Any] = {}
+    for name, spec in config.methods.items():
+        methods[name] = {"name": name} | ({"name": spec} if isinstance(spec, str) else dict(spec or {}))
+    unknown = [name for name in config.only if name not in methods]
     if unknown:
-        raise ConfigError(f"only={unknown[0]}: no such method{nearest(unknown[0], made)}; methods: {', '.join(made)}")
-    made = {name: told for name, told in made.items() if not config.only or name in config.only}
-    if not baseline(made):
-        made = {BASELINE: {"name": BASELINE, "steps": 1}} | made
-    for told in made.values():
-        build_method(told)  # a wrong one is refused before the others are measured
-    return made
+        raise ConfigError(f"only={unknown[0]}: no such method{nearest(unknown[0], methods)}; methods: {', '.join(methods)}")
+    methods = {name: spec for name, spec in methods.items() if not config.only or name in config.only}
+    if not baseline(methods):
+        methods = {BASELINE: {"name": BASELINE, "steps": 1}} | methods
+    for spec in methods.values():
+        build_method(spec)  # refuse an invalid method before anything is measured
+    return methods
 
 
 def check_difference(pair: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse what are not two methods of the suite."""
+    """Raise ConfigError unless ``pair`` is empty or names two methods of the suite."""
     for name in pair:
         if name not in names:
             raise ConfigError(f"difference: no method {name!r}{nearest(name, names)}; methods: {', '.join(names)}")
@@ -46,26 +46,30 @@ def check_difference(pair: Sequence[str], names: Sequence[str]) -> None:
 
 
 def baseline(methods: Mapping[str, Any]) -> str | None:
-    """The name under which a suite has best-of-n."""
-    return next((name for name, told in methods.items() if told["name"] == BASELINE), None)
+    """Return the name that a suite gives to best-of-n, or None."""
+    return next((name for name, spec in methods.items() if spec["name"] == BASELINE), None)
 
 
 TAKEN = ("reward", "judge", "label", "prompt", "negative", "strength", "n", "batch_size")
-"""Keys of a problem; the others of a steering are those of the suite, or of a method."""
+"""Keys of a problem. The other keys of `steerfm steer` are set by the suite or by a method."""
 
 
 def check_keys(problems: Mapping[str, Any]) -> None:
-    """Refuse keys of a steering that would do nothing in a problem."""
+    """Raise ConfigError for keys of `steerfm steer` that have no effect in a problem."""
     ours = {field.name for field in fields(SteerConfig)}
-    for name, told in problems.items():
-        for key in told:
+    for name, problem in problems.items():
+        for key in problem:
             if key in ours and key not in TAKEN:
                 raise ConfigError(f"problems.{name}.{key} does nothing: a problem takes {', '.join(TAKEN)}")
 
 
 def share_of(share: str) -> tuple[int, int]:
-    """ "2/4" -> (1, 4)."""
+    """Parse a share: "2/4" becomes (1, 4), the second of four parts.
+
+    Raises:
+        ConfigError: the share is not of this form.
+    """
     part, _, parts = share.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
-        raise ConfigError(f"share={share}: give for instance 2/4, the second of four processes")
+        raise ConfigError(f"share={share}: give for example 2/4, the second of four processes")
     return int(part) - 1, int(parts)

@@ -1,4 +1,4 @@
-"""`steerfm train`: from a typed configuration to a trained network, its card and its curves."""
+"""`steerfm train`: train a network, and write its weights, card and curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steerfm import encoders, files, plugins, registry, rewards, zoo
 from steerfm.checkpoints import NETWORK_KIND, build_network, load_into, read_weights, save_weights
 from steerfm.cli.config import TrainConfig
 from steerfm.cli.console import console
-from steerfm.cli.loading import kept, load, plain, recipes
+from steerfm.cli.loading import config_yaml, load, plain, recipes
 from steerfm.cli.parts import check_trainer, data_words, make_data, schedule
 from steerfm.cli.runs import commit, inputs
 from steerfm.flowmap import Guided, NeuralFlowMap
@@ -34,8 +34,10 @@ from steerfm.values import ConfigError
 
 
 def train(config: TrainConfig, command: str = "") -> None:
-    """Train a flow map, a classifier or an image-text model; the same command continues a killed run, with more steps if
-    asked."""
+    """Train a flow map, a classifier or an image-text model.
+
+    The same command continues a killed run, and may raise ``optimizer.steps``.
+    """
     from steerfm import training
 
     check_trainer(config.trainer, "auto", "ddp")
@@ -66,12 +68,12 @@ def train(config: TrainConfig, command: str = "") -> None:
     curves = training.history(folder)
     if curves:
         curves_plot(curves, folder / "curves.png")
-    said = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
-    console.print(f"trained {config.name}: {weights} and its .json{said}", markup=False)
+    curves_text = f", curves in {folder / 'curves.png'}" if curves else "; too short for a log"
+    console.print(f"trained {config.name}: {weights} and its .json{curves_text}", markup=False)
 
 
 def _metrics(config: TrainConfig, data: Any, module: Any, trainer: Any) -> dict[str, float]:
-    """What was measured last, and of a flow map how far one jump may be relied on, which methods read from its card."""
+    """Return the last validation metrics. For a flow map, add the error of one jump, which methods read from its card."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if config.task == "flow_map":
         from steerfm import training
@@ -82,10 +84,10 @@ def _metrics(config: TrainConfig, data: Any, module: Any, trainer: Any) -> dict[
 
 
 def load_data(config: TrainConfig) -> Any:
-    """The data of a training, ready; with all that the training reads, so that all that is missing is named at once.
+    """Load the training data, and check all files that the training reads.
 
     Raises:
-        ConfigError: no such data, or files that are missing.
+        ConfigError: there is no such data set, or files are missing. The message names all of them at once.
     """
     data = make_data(config.data, config.seed)
     missing = []
@@ -97,45 +99,47 @@ def load_data(config: TrainConfig) -> Any:
             missing.append(str(error))
     if missing:
         raise ConfigError("; ".join(missing))
-    _check_asked(config, data)
+    _check_conditions(config, data)
     return data
 
 
 def measured_with(config: TrainConfig, data: Any) -> dict[str, Any]:
-    """What the card of a model says of its data and of what it is measured with; nothing of that where others know it: the
-    shipped model of the same data does."""
+    """Return the entries of the model's card for its data, features and judge.
+
+    Features and judge may be left out if the shipped model of the same data names them.
+    """
     if not isinstance(data, Specified):
-        named = {"features": config.features or [], "judge": config.judge}
-        return {"data": config.data.name} | {key: value for key, value in named.items() if value}
+        spec = {"features": config.features or [], "judge": config.judge}
+        return {"data": config.data.name} | {key: value for key, value in spec.items() if value}
     return {"data": data.spec(), "features": config.features or [], "judge": config.judge}
 
 
-def _check_asked(config: TrainConfig, data: Any) -> None:
-    """Refuse a task that has no use for what the data say of their pictures: classes, captions or nothing.
+def _check_conditions(config: TrainConfig, data: Any) -> None:
+    """Check that the data have the classes or captions that the task needs.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: they do not. The message names the key.
     """
     if config.task != "flow_map" and (config.features or config.judge):
-        raise ConfigError(f"features= and judge= are what a flow map is measured with, not a {config.task}")
-    said, name = data.batch(0)[1], config.data.name
-    captions = not isinstance(said, Tensor) and any(said)
+        raise ConfigError(f"features= and judge= measure a flow map, not a {config.task}: leave them out")
+    labels, name = data.batch(0)[1], config.data.name
+    captions = not isinstance(labels, Tensor) and any(labels)
     if config.task == "classifier" and not data.class_names:
-        raise ConfigError(f"task=classifier: data {name!r} has no classes: it needs a folder for each class")
+        raise ConfigError(f"task=classifier: data {name!r} has no classes: put each class in a folder of its own")
     if config.task == "contrastive" and not captions:
         raise ConfigError(f"task=contrastive: data {name!r} has no captions")
     if config.task == "flow_map" and config.text is not None and not captions:
-        has = "has classes: leave text= away" if data.class_names else "has no captions: leave text= away, or write some"
+        has = "has classes: leave out text=" if data.class_names else "has no captions: leave out text=, or write captions"
         raise ConfigError(f"text={config.text}: data {name!r} {has}")
     if config.task == "flow_map" and config.text is None and captions:
-        known = ", ".join(f"text={known}" for known in [*encoders.text_encoders(), *encoders.shipped()])
-        raise ConfigError(f"data {name!r} has captions: text= names the encoder that reads them: {known}")
+        encoder_names = ", ".join(f"text={encoder_names}" for encoder_names in [*encoders.text_encoders(), *encoders.shipped()])
+        raise ConfigError(f"data {name!r} has captions: choose their encoder with {encoder_names}")
 
 
 def _save(
     config: TrainConfig, folder: Path, module: Any, architecture: dict[str, Any], data: Any, card: dict[str, Any]
 ) -> Path:
-    """Write the averaged weights, what belongs beside them, and the card; returns the file of the weights."""
+    """Write the averaged weights, the files that belong to them, and the card; return the file of the weights."""
     weights = folder / f"{config.name}.safetensors"
     if config.network.get("name") == "image_text_head":
         save_weights(module.ema, weights, {"kind": "image_text_head", "network": architecture, "card": card})
@@ -151,20 +155,20 @@ def _save(
     else:
         module.averaged().save(weights, architecture, card)
     none = {"features": "none: distances to the data are not measured", "judge": "none"}
-    shown = {key: none[key] if key in none and not value else value for key, value in card.items()}
-    files.write(folder / "README.md", model_card(config.name, shown))
+    readable = {key: none[key] if key in none and not value else value for key, value in card.items()}
+    files.write(folder / "README.md", model_card(config.name, readable))
     return weights
 
 
 def _check_files(config: TrainConfig) -> None:
-    """Raise FileNotFoundError where a model to start from is not there."""
+    """Raise FileNotFoundError if a model that the training reads is missing."""
     keys = {"init": config.init, "objective.teacher": config.objective.teacher, "network.text": config.network.get("text")}
     for name in config.features or ():
         if registry.is_code(name):
             registry.find(name, FEATURES)
         elif not zoo.find(name).with_suffix(".json").is_file():
             raise FileNotFoundError(
-                f"features: no file {name}: a classifier of the same data is one: steerfm train task=classifier"
+                f"features: no file {name}: train a classifier of the same data: steerfm train task=classifier"
             )
     if config.judge is not None:
         rewards.find(registry.split_spec(config.judge, "judge")[0], "judge")
@@ -172,13 +176,13 @@ def _check_files(config: TrainConfig) -> None:
         if not isinstance(file, str) or Path(file).exists():
             continue
         if (stage := Path(file).parent.name) in recipes("train"):
-            raise FileNotFoundError(f"{key}: no file {file}: 'steerfm train --config {stage}' makes it")
+            raise FileNotFoundError(f"{key}: no file {file}: make it with 'steerfm train --config {stage}'")
         if config.task == "flow_map" and not zoo.find(file).is_file():
             raise FileNotFoundError(f"{key}: no file {file}: train it first, or start from a shipped model, {key}=fashion")
 
 
 def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
-    """The LightningModule of a task and the architecture of its network, from its configuration."""
+    """Build the LightningModule of a task, and return it with the architecture of its network."""
     from steerfm import training
     from steerfm.training.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
 
@@ -187,13 +191,13 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
         return _contrastive(config, data, options)
     if config.task not in ("classifier", "flow_map"):
         raise ConfigError(f"unknown task {config.task!r}; tasks: flow_map, classifier, contrastive")
-    text, class_names = None, _told(config, data)
-    asked = {"classes": len(class_names)} if class_names or not _own(config) else {}
+    text, class_names = None, _class_names(config, data)
+    condition = {"classes": len(class_names)} if class_names or not _is_own(config) else {}
     if config.text is not None:
         text = encoders.TextEncoder.of(config.text)
-        asked = {"text": text.width}
-    architecture = {**config.network, **_of_pictures(config, data.shape), **asked}
-    if not _own(config):
+        condition = {"text": text.width}
+    architecture = {**config.network, **_of_pictures(config, data.shape), **condition}
+    if not _is_own(config):
         check_network(config, architecture, data.shape)
     network = build_network(architecture)
     if config.task == "classifier":
@@ -215,8 +219,8 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
             raise ConfigError("objective.teacher is only used by the objective trajectory: give it a share")
         teacher = zoo.load(o.teacher)
         teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
-    followed = Trajectory(pairs, uses=o.uses, teacher=teacher, keep=o.keep)
-    objectives = {followed if name == "trajectory" else OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+    trajectory = Trajectory(pairs, uses=o.uses, teacher=teacher, keep=o.keep)
+    objectives = {trajectory if name == "trajectory" else OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
     diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
     module = training.FlowMapTraining(
         flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
@@ -224,43 +228,43 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     return module, architecture
 
 
-def _own(config: TrainConfig) -> bool:
-    """Whether the network is code of one's own."""
+def _is_own(config: TrainConfig) -> bool:
+    """Whether the network is the user's own code."""
     return registry.is_code(str(config.network.get("name")))
 
 
-def _taken(config: TrainConfig) -> Mapping[str, Any]:
-    """The arguments that the network takes, by name."""
+def _parameters(config: TrainConfig) -> Mapping[str, Any]:
+    """Return the parameters of the network's constructor, by name."""
     name = str(config.network.get("name"))
-    kind = registry.find(name, NETWORK_KIND) if _own(config) else NETWORKS.get(name)
+    kind = registry.find(name, NETWORK_KIND) if _is_own(config) else NETWORKS.get(name)
     return {} if kind is None else signature(kind).parameters
 
 
-def _told(config: TrainConfig, data: Any) -> Sequence[str]:
-    """The classes that the network is told: those of the data, unless it is one's own and takes none."""
-    if not _own(config):
+def _class_names(config: TrainConfig, data: Any) -> Sequence[str]:
+    """Return the classes that condition the network: those of the data, unless the user's own network takes none."""
+    if not _is_own(config):
         return data.class_names
-    taken = _taken(config)
-    if data.class_names and "classes" not in taken and config.text is None:
-        console.print(f"{config.network['name']} takes no classes=, their number: it is trained without them", markup=False)
-    return data.class_names if "classes" in taken else ()
+    parameters = _parameters(config)
+    if data.class_names and "classes" not in parameters and config.text is None:
+        console.print(f"{config.network['name']} has no argument classes=, so it is trained without classes", markup=False)
+    return data.class_names if "classes" in parameters else ()
 
 
 def _of_pictures(config: TrainConfig, shape: Sequence[int]) -> dict[str, int]:
-    """What the network has to know of its pictures, which a configuration need not say."""
-    known, taken = {"channels": shape[0], "side": shape[-1]}, _taken(config)
-    return {key: size for key, size in known.items() if key in taken and key not in config.network}
+    """Return the network's arguments that follow from the data: channels and side, where it takes them."""
+    sizes, parameters = {"channels": shape[0], "side": shape[-1]}, _parameters(config)
+    return {key: size for key, size in sizes.items() if key in parameters and key not in config.network}
 
 
 def check_network(config: TrainConfig, architecture: Mapping[str, Any], shape: Sequence[int]) -> None:
-    """Refuse a network of ours that cannot take the pictures, before it has any memory.
+    """Check, without allocating its weights, that a network of the library takes the pictures.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: it does not. The message names the key.
     """
     channels = architecture.get("channels", shape[0])
     if channels != shape[0]:
-        raise ConfigError(f"network.channels={channels}: the pictures have {shape[0]}: network.channels={shape[0]}")
+        raise ConfigError(f"network.channels={channels}: the pictures have {shape[0]}: give network.channels={shape[0]}")
     with torch.device("meta"):
         plan = build_network(architecture).to("meta")
         x, t = torch.empty(2, *shape), torch.empty(2)
@@ -276,7 +280,7 @@ def check_network(config: TrainConfig, architecture: Mapping[str, Any], shape: S
 
 
 def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The training of an open_clip model, or of a head between two frozen towers."""
+    """Build the training of an open_clip model, or of a head on two frozen towers."""
     from steerfm import training
 
     architecture = {key: value for key, value in config.network.items() if key != "name"}
@@ -287,7 +291,7 @@ def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tup
         return training.ContrastiveTraining(head, list, encoders.Cached(head.features), **options), architecture
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= architecture.keys():
         raise ConfigError(
-            "network of a contrastive training: open_clip's embed_dim, vision_cfg and text_cfg, or image_text_head"
+            "task=contrastive: give network open_clip's embed_dim, vision_cfg and text_cfg, or name: image_text_head"
         )
     network, prepare = encoders.build(architecture), encoders.preprocessing(_preprocess_cfg(architecture))
     words = encoders.tokenizer(architecture)
@@ -302,7 +306,7 @@ def _contrastive(config: TrainConfig, data: Any, options: dict[str, Any]) -> tup
 
 
 def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tensor:
-    """``n`` pictures (3 n, c, h, w) each in one, two and four jumps of a flow map, asked for captions of the data."""
+    """Draw ``n`` pictures each in one, two and four jumps of a flow map, for captions of the data; returns (3 n, c, h, w)."""
     flow_map, generator, parts = zoo.load(model), stream(seed, "captions"), []
     for part, jumps in enumerate((1, 2, 4)):
         cond = flow_map.condition(data.captions(n, generator), n)
@@ -312,7 +316,7 @@ def _captioned_samples(model: str, data: Any, seed: int, n: int = 1200) -> Tenso
 
 
 def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's ``preprocess_cfg`` of a model that is trained here: pictures as (255 x - 127) / 128."""
+    """Return open_clip's ``preprocess_cfg`` for pictures normalised as (255 x - 127) / 128."""
     size = architecture["vision_cfg"]["image_size"]
     return {
         "size": [size, size],
@@ -324,11 +328,11 @@ def _preprocess_cfg(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training_folder(config: TrainConfig, data: Any) -> Path:
-    """The run folder. Its schedule may change from one start to the next, its network and what it learns from may not.
+    """Open the run folder. A continued run may change its schedule, but not its network, task or data.
 
     Raises:
-        ConfigError: the folder holds a run of another network, task or data set, or of files that were edited since; another
-            process writes it.
+        ConfigError: another process is writing the folder, or it holds a run of another network, task or data set, or a run
+            whose input files have changed.
     """
     folder = Path(config.out or f"runs/train/{config.name}")
     if folder.exists() and not folder.is_dir():
@@ -337,28 +341,28 @@ def _training_folder(config: TrainConfig, data: Any) -> Path:
     files.claim(folder)
     files.keep_list(folder)
     digest = data.digest() if isinstance(data, Specified) else hashlib.sha256(data.train[0].numpy()).hexdigest()
-    told = inputs(config) | {f"data {config.data.name}": digest}
-    other = _another_training(config, folder, told)
-    if config.force and (other or (folder / "README.md").is_file()):  # which comes last
+    inputs_now = inputs(config) | {f"data {config.data.name}": digest}
+    difference = _another_training(config, folder, inputs_now)
+    if config.force and (difference or (folder / "README.md").is_file()):  # README.md is written last
         files.clear(folder)
-    elif other:
-        raise ConfigError(f"{folder}{other}; {ANEW}")
-    begun = any((folder / "checkpoints").glob("*.ckpt"))
-    if not begun:  # of a run that failed before its first checkpoint
+    elif difference:
+        raise ConfigError(f"{folder}{difference}; {ANEW}")
+    has_checkpoint = any((folder / "checkpoints").glob("*.ckpt"))
+    if not has_checkpoint:  # the log of a run that failed before its first checkpoint
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    if not begun or not (folder / "inputs.json").is_file():
-        files.write(folder / "inputs.json", json.dumps(told, indent=1) + "\n")
-    files.write(folder / "config.yaml", kept(config))
+    if not has_checkpoint or not (folder / "inputs.json").is_file():
+        files.write(folder / "inputs.json", json.dumps(inputs_now, indent=1) + "\n")
+    files.write(folder / "config.yaml", config_yaml(config))
     return folder
 
 
-def _another_training(config: TrainConfig, folder: Path, told: Mapping[str, str]) -> str:
-    """In what a folder holds another training; nothing where it does not."""
+def _another_training(config: TrainConfig, folder: Path, inputs_now: Mapping[str, str]) -> str:
+    """Return how the training in a folder differs from this one; empty if it does not."""
     file = folder / "config.yaml"
     if not any((folder / "checkpoints").glob("*.ckpt")):
         return ""
-    if changed := changed_inputs(folder, told):
-        return f": {', '.join(changed)}: edited since this run began"
+    if stale := changed_inputs(folder, inputs_now):
+        return f": {', '.join(stale)}: edited since this run began"
     before = load(TrainConfig, str(file)) if file.is_file() and file.stat().st_size else config
     for key in ("task", "network", "data.name"):
         old, new = (plain(c)["data"]["name"] if key == "data.name" else getattr(c, key) for c in (before, config))
@@ -368,7 +372,7 @@ def _another_training(config: TrainConfig, folder: Path, told: Mapping[str, str]
 
 
 def _statistics(network: Any, test: Tensor, train: Tensor, rows: int = 2000) -> dict[str, Tensor]:
-    """What `zoo.statistics` reads, of a classifier's features on pictures (n, c, h, w) uint8."""
+    """Compute the file of `zoo.statistics`: statistics of a classifier's features on pictures (n, c, h, w) uint8."""
     out = {}
     network = network.cpu().eval()
     for name, pictures in {"test": test, "train": train}.items():

@@ -1,6 +1,7 @@
-"""Several processes that measure the cells of one folder: each takes what nobody else claims, and a dead one's cell is free.
+"""Several processes that measure the cells of one folder. Each takes cells that no other has claimed; a dead process loses its
+claim.
 
-They know nothing of each other but the folder: commands on several machines share the work as those do that one command starts.
+The processes share nothing but the folder, so commands on several machines share the work like the workers of one command.
 """
 
 from __future__ import annotations
@@ -25,101 +26,107 @@ from steerfm.files import Claims
 from steerfm.signals import Stopped, raised
 
 POLL = 0.2
-"""Seconds between looks at what others do."""
+"""Seconds between checks of the other processes."""
 DEATHS = 25
-"""Workers that may die with no cell finished in between; then a cell is what kills them."""
+"""Workers that may be killed in a row without a finished cell; after that the cell itself is the likely cause."""
 LAUNCHERS = (
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
     ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
     ("RANK", "WORLD_SIZE"),
 )
-"""What SLURM and torchrun tell each of the processes that they start: its number, and how many there are."""
+"""Environment variables that SLURM and torchrun set in their processes: number of the process, and of processes."""
 
 
 def share_out(folder: Path, names: Sequence[str], make: Callable[[int], None], tick: Callable[[int, int], None]) -> None:
-    """Make all pieces of work of a folder, each by one of the processes that are at it; returns when all are made.
+    """Do all tasks of a folder, together with any other processes; returns when all are done.
 
     Args:
-        folder: of the lock file.
-        names: of the pieces.
-        make: makes piece i, unless it is there.
-        tick: called with how many are made, and how many there are.
+        folder: folder of the lock file.
+        names: names of the tasks.
+        make: does task i, unless its result exists.
+        tick: called with the number of finished tasks, and of all tasks.
     """
-    left = list(range(len(names)))
+    remaining = list(range(len(names)))
     with Claims(folder) as claims:
-        while left:
+        while remaining:
             others = []
-            for done, number in enumerate(left, len(names) - len(left) + 1):
+            for count, number in enumerate(remaining, len(names) - len(remaining) + 1):
                 with claims.of(names[number]) as mine:
                     if mine:
                         make(number)
                     else:
                         others.append(number)
-                tick(done - len(others), len(names))
-            if len(others) == len(left):
+                tick(count - len(others), len(names))
+            if len(others) == len(remaining):
                 time.sleep(POLL)
-            left = others
+            remaining = others
 
 
-def launched() -> str:
-    """The launcher's variable that says that this process is one of several; empty where it is not."""
+def launcher() -> str:
+    """Return the environment variable that shows that a launcher started several processes; empty if none did."""
     return next((name for name, many in LAUNCHERS if name in os.environ and int(os.environ.get(many, "1")) > 1), "")
 
 
 def device_of(device: str, number: int) -> str:
-    """The device of worker ``number`` of a machine: where there are several GPUs and nobody says which, they take turns."""
+    """Return the device of worker ``number`` of a machine. With several GPUs and no choice, workers take them in turn."""
     many = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
     return f"cuda:{number % many}" if many > 1 else device
 
 
 def local_number() -> int:
-    """The number of this process on its machine, by its launcher."""
+    """Return the number of this process on its machine, from its launcher."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def threads(workers: int) -> int:
-    """Threads of each of some workers of this machine: $OMP_NUM_THREADS, else its cores shared out."""
+    """Return the threads per worker: $OMP_NUM_THREADS, or an equal share of the machine's cores."""
     if workers == 1:
         return torch.get_num_threads()
-    told = os.environ.get("OMP_NUM_THREADS", "")
+    setting = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(told) if told.isdigit() and int(told) else max(1, cores // workers)
+    return int(setting) if setting.isdigit() and int(setting) else max(1, cores // workers)
 
 
 # --- the process that starts them --------------------------------------------------------------------------------------
 @dataclass
 class Worker:
-    """A process that measures. ``said`` is the file of its standard error."""
+    """A worker process.
+
+    Attributes:
+        process: the process.
+        log: file of its standard error.
+    """
 
     process: subprocess.Popen[bytes]
-    said: Path
+    log: Path
 
     def error(self) -> str:
-        """Its last line."""
-        return self.said.read_text(errors="replace").strip().rpartition("\n")[2]
+        """Return the last line of its standard error."""
+        return self.log.read_text(errors="replace").strip().rpartition("\n")[2]
 
 
 def run_workers(
-    calls: Sequence[tuple[str, Any]], done: Callable[[], int], total: int, tick: Callable[[int, int], None]
+    calls: Sequence[tuple[str, Any]], count_done: Callable[[], int], total: int, tick: Callable[[int, int], None]
 ) -> None:
-    """Run workers until all of them end; one that was killed is replaced, and all end with this process.
+    """Run workers until all have finished. A killed worker is replaced, and all of them end with this process.
 
     Args:
-        calls: "module:function" and its argument, of each.
-        done: how many pieces of work there are by now, of ``total``.
-        tick: called with both.
+        calls: "module:function" and its argument, for each worker.
+        count_done: returns the number of finished tasks.
+        total: number of tasks.
+        tick: called with both numbers.
 
     Raises:
-        ChildProcessError: one failed, in its words; or one after the other was killed.
+        ChildProcessError: a worker failed, with its message; or workers were killed again and again.
     """
     deaths, before = 0, -1
-    with tempfile.TemporaryDirectory(prefix="steerfm-") as box, _ended_with_this() as workers:
+    with tempfile.TemporaryDirectory(prefix="steerfm-") as box, _workers() as workers:
         workers.update({number: _start(call, len(calls), Path(box)) for number, call in enumerate(calls)})
         while workers:
             time.sleep(POLL)
-            if (made := done()) > before:
-                deaths, before = 0, made
-            tick(made, total)
+            if (count := count_done()) > before:
+                deaths, before = 0, count
+            tick(count, total)
             for number, worker in list(workers.items()):
                 code = worker.process.poll()
                 if code is None:
@@ -132,9 +139,9 @@ def run_workers(
                     how = _signal(code)
                     if deaths > DEATHS:
                         raise ChildProcessError(
-                            f"{deaths} workers were killed ({how}) and no cell was finished: is there memory?"
+                            f"{deaths} workers were killed ({how}) and no cell was finished: is there enough memory?"
                         )
-                    console.print(f"a worker was killed ({how}): another takes its place")
+                    console.print(f"a worker was killed ({how}): starting another")
                     workers[number] = _start(calls[number], len(calls), Path(box))
 
 
@@ -149,23 +156,23 @@ CHILD = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from s
 
 
 def _start(call: tuple[str, Any], workers: int, box: Path) -> Worker:
-    """A new process: no fork, which CUDA and threads do not survive; in a session of its own, which Ctrl-C does not reach."""
+    """Start a worker: not by fork, which breaks CUDA and threads, and in its own session, so that Ctrl-C does not reach it."""
     many = {"OMP_NUM_THREADS": str(threads(workers))}
     number, name = tempfile.mkstemp(dir=box)
-    with os.fdopen(number, "wb") as said:
+    with os.fdopen(number, "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said,
+            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
             env=os.environ | many, start_new_session=True,
         )  # fmt: skip
     assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin as pipe:  # it may be killed by now
+    with suppress(BrokenPipeError), process.stdin as pipe:  # it may have been killed already
         pipe.write(pickle.dumps(sys.path) + pickle.dumps((os.getpid(), *call)))
     return Worker(process, Path(name))
 
 
 @contextmanager
-def _ended_with_this() -> Iterator[dict[int, Worker]]:
-    """The workers; at the end those that are still there are stopped."""
+def _workers() -> Iterator[dict[int, Worker]]:
+    """Yield the dictionary of workers; stop those that remain at the end."""
     workers: dict[int, Worker] = {}
     try:
         yield workers
@@ -182,7 +189,7 @@ def _ended_with_this() -> Iterator[dict[int, Worker]]:
 
 # --- a worker ----------------------------------------------------------------------------------------------------------
 def child() -> None:
-    """What a worker does: the call that stands on its standard input."""
+    """Entry point of a worker: run the call that is pickled on its standard input."""
     parent, name, argument = pickle.load(sys.stdin.buffer)
     console.quiet = True
     module, _, function = name.partition(":")
