@@ -182,7 +182,7 @@ def fitting(
     if default != registry.split_spec(type(config)().method, "method")[0] or not (why := method.lacks(flow_map)):
         return None
     instead = usual(flow_map) | own
-    console.print(f"method={line(instead)}, because the model has only {in_words(flow_map)}: {default} does not fit, {why}")
+    console.print(f"method={line(instead)}, since the model has only {in_words(flow_map)}: {default} does not fit, {why}")
     return instead
 
 

@@ -16,7 +16,7 @@ from steerfm.cli.loading import config_yaml, plain
 from steerfm.registry import is_code, split_spec
 from steerfm.report.run_folder import RunFolder
 
-FINISHED = "already finished: {} (run it again with force=true, or choose another folder with out=)"
+FINISHED = "finished already: {} (force=true runs it again; out= names another folder)"
 
 
 def run_folder(config: Any, default: str) -> RunFolder:

@@ -35,7 +35,7 @@ def test_every_key_has_a_doc(schema):
 
 @pytest.mark.parametrize("command", cli.SCHEMAS)
 def test_help_says_each_key_in_a_line(capsys, command):
-    block = said(capsys, command).partition("what it takes:\n")[2].partition("\n\n")[0]
+    block = said(capsys, command).partition("meaning and values:\n")[2].partition("\n\n")[0]
     lines = [line.strip() for line in block.splitlines()]
     keys = list(loading.keys(cli.SCHEMAS[command]))
     assert len(lines) == len(keys)

@@ -132,7 +132,7 @@ def test_a_reward_that_breaks_stops_the_run_and_loses_nothing(capsys, tmp_path, 
     monkeypatch.setattr(evaluation.Monitor, "_judge", break_at_four)
     assert real(command) == 2
     err = capsys.readouterr().err
-    assert "step 5" in err and "sample 2" in err and "goes on from it" in err
+    assert "step 5" in err and "sample 2" in err and "continues it" in err
     (tmp_path / "broken").unlink()
     monkeypatch.setattr(evaluation.Monitor, "_judge", judge)
     code, _, err = run(capsys, *command)

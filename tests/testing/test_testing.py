@@ -524,7 +524,7 @@ def test_the_command_checks_a_reward_by_name_or_file(tmp_path, capsys):
         [f"{tmp_path}/mine.py:warm", "reward.share=2", "--check", "model=emoji"],
     ):
         code, out, err = rewards(capsys, *argv)
-        assert code == 0 and "keeps the contract" in out and len(out.splitlines()) > 9, err
+        assert code == 0 and "meets the contract" in out and len(out.splitlines()) > 9, err
     code, out, err = rewards(capsys, f"{tmp_path}/mine.py:wrong", "--check")
     assert code == 2 and "one value per image" in err and err.count("\n") == 1 and not out
 
