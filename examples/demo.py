@@ -2,8 +2,8 @@
 
     python examples/demo.py                  # about a minute on two cores; writes runs/demo/
 
-Methods: best of 16 samples; guidance by FMRG-J; particles by the default, a funnel. Equal cost: 64 network evaluations an
-output, a backward pass counted as two. The judge is the held-out reward: a high reward with a low judge is a hacked reward.
+Methods: best of 16 samples; guidance by FMRG-J; particles by Funnel, the default. All cost the same: 64 network evaluations per
+output, with a backward pass counted as two. The judge is a held-out reward: a high reward with a low judge is a hacked one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steerfm.metrics import pairwise_diversity
 from steerfm.report.page import report
 from steerfm.report.pictures import picture_grid
 
-N, SHOWN, SEED, OUT = 8, 6, 0, Path("runs/demo")
+N, COLUMNS, SEED, OUT = 8, 6, 0, Path("runs/demo")
 EXAMPLE = f"{Path(__file__).parent / 'my_reward.py'}:striped"
 METHODS = {
     "base": steerfm.BestOfN(particles=1, steps=4),
@@ -36,9 +36,9 @@ def main() -> None:
         ("stripes on a Dress (examples/my_reward.py)", steerfm.reward(EXAMPLE), 120.0, "Dress", "Dress"),
     ]
     grids, captions, labels, tables = [], [], [], []
-    for title, reward, strength, cond, wanted in tasks:
-        judge = steerfm.reward("judge", target=wanted)
-        header = ["method", f"reward: {reward.name}", f"held out: is a {wanted}", "diversity", "evaluations", "seconds"]
+    for title, reward, strength, cond, target in tasks:
+        judge = steerfm.reward("judge", target=target)
+        header = ["method", f"reward: {reward.name}", f"held out: is a {target}", "diversity", "evaluations", "seconds"]
         rows = []
         for name, method in METHODS.items():
             result = steerfm.steer(model, reward, method, n=N, seeds=SEED, strength=strength, cond=cond)
@@ -58,10 +58,10 @@ def main() -> None:
             table.add_row(*row)
         console.print(table)
         tables.append((title, header, rows))
-    shown = torch.stack(grids)[:, :SHOWN]
+    columns = torch.stack(grids)[:, :COLUMNS]
     path = picture_grid(
-        shown, OUT / "demo.png", labels, [row[:SHOWN] for row in captions],
-        title="Below each picture: how likely the class is to the judge, which no method sees",
+        columns, OUT / "demo.png", labels, [row[:COLUMNS] for row in captions],
+        title="Below each picture: the judge's probability of the class. No method sees the judge.",
         headings={0: "Towards the class Bag", len(METHODS): "Stripes on a Dress"},
     )  # fmt: skip
     page = report(OUT, "steerfm demo", {"command": "make demo"}, tables, [("the same seeds in every row", path)])

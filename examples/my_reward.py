@@ -1,4 +1,4 @@
-"""A reward is a function from pictures to one number each, higher is better. Copy this file and change the lines.
+"""A reward is a function that returns one number per picture; higher is better. Copy this file and edit the function.
 
 steerfm steer label=Dress reward=examples/my_reward.py:striped strength=120
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def striped(images: Tensor) -> Tensor:
-    """Horizontal stripes about four pixels apart. images: (b, c, h, w) in [0, 1] -> (b,), about 0 to 0.2."""
+    """Strength of horizontal stripes about four pixels apart: pictures (b, c, h, w) in [0, 1] to (b,), about 0 to 0.2."""
     columns = images.mean(1)  # (b, h, w)
     spectrum = torch.fft.rfft(columns, dim=1).abs() / columns.shape[1]
     high = spectrum[:, 6:9].sum(1)  # 6 to 8 periods in 28 pixels

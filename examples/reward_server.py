@@ -1,4 +1,4 @@
-"""A server of any reward, for `reward=remote reward.url=http://localhost:8000`.
+"""Serve any reward over HTTP, for `reward=remote reward.url=http://localhost:8000`.
 
 python examples/reward_server.py compressibility          # a name, pkg.mod:Name or path/to/file.py:name; port 8000
 python examples/reward_server.py clip '{"prompt": "a red heart"}' 8001
@@ -17,7 +17,7 @@ import steerfm
 
 
 def serve(reward: steerfm.Reward, port: int = 8000) -> ThreadingHTTPServer:
-    """A server on this machine; call ``serve_forever`` on it. Port 0 takes a free one."""
+    """Return a server on this machine; call its ``serve_forever``. Port 0 takes a free port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -30,7 +30,7 @@ def serve(reward: steerfm.Reward, port: int = 8000) -> ThreadingHTTPServer:
                 images = images.float() / 255 if images.dtype == torch.uint8 else images
                 with torch.inference_mode():
                     answer, code = {"scores": reward(images, prompts, tensors.get("labels")).tolist()}, 200
-            except Exception as error:  # whatever is wrong with a request, the server stays up
+            except Exception as error:  # a bad request must not stop the server
                 answer, code = {"error": f"{type(error).__name__}: {error}"}, 400
             self.send_response(code)
             self.end_headers()

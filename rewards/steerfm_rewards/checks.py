@@ -1,4 +1,4 @@
-"""What the rewards of this package ask of their pictures, beyond `steerfm.rewards`."""
+"""Checks of the rewards in this package, beyond those of `steerfm.rewards`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from steerfm.rewards import RewardError
 
 
 def check_pictures(name: str, images: Tensor) -> None:
-    """Refuse vectors (b, d).
+    """Check that the images are pictures (b, c, h, w), not vectors (b, d).
 
     Raises:
-        RewardError: naming the shape.
+        RewardError: they have another shape.
     """
     if images.ndim != 4:
         raise RewardError(f"reward {name!r} takes pictures (b, c, h, w), got {tuple(images.shape)}: use a model of pictures")

@@ -1,4 +1,4 @@
-"""Log-probability of a class under a shipped classifier, and under a second one that is kept for judging."""
+"""Log-probability of a class under a shipped classifier, and under a held-out one for judging."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from steerfm_rewards.checks import check_pictures
 class Classifier(Reward):
     """Log-probability of a class: log p(class | picture), by a small residual network trained on Fashion-MNIST.
 
-    Unit: nats, up to 0 (certain). Gradient: yes, through the network. Pictures: 28 x 28, grey, as it was trained on.
+    Unit: nats, up to 0 (certain). Gradient: yes, through the network. Pictures: 28 x 28, grey, like the training data.
 
     Args:
-        target: class by name (any case) or index; None for the class that each picture was conditioned on, its label.
-        model: a classifier of the zoo, or a path to one of your own.
+        target: class by name (any case) or index; None for the label of each picture.
+        model: a classifier of the zoo, or a path to your own.
 
     >>> steerfm.reward("classifier", target="Bag")
     """
@@ -60,12 +60,12 @@ class Classifier(Reward):
 class Judge(Classifier):
     """Log-probability of a class under a held-out classifier: another architecture, seed and augmentation.
 
-    Only for judging what another reward has optimised: never optimise it, or there is nothing left to tell a better
-    picture from a fooled classifier. Unit, range, gradient and pictures as `Classifier`.
+    Use it only to judge pictures that were optimised for another reward. If you optimise it too, nothing can distinguish a
+    better picture from a fooled classifier. Unit, range, gradient and pictures as for `Classifier`.
 
     Args:
-        target: class by name (any case) or index; None for each picture's label.
-        model: a classifier of the zoo, or a path to one of your own.
+        target: class by name (any case) or index; None for the label of each picture.
+        model: a classifier of the zoo, or a path to your own.
 
     >>> steerfm.reward("judge", target="Bag")
     """

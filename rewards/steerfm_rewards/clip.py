@@ -1,7 +1,7 @@
-"""Rewards that compare a picture with words: any open_clip model, and heads on top of one.
+"""Rewards that compare a picture with text: any open_clip model, and heads on top of one.
 
-The picture goes to the model as a tensor, with a gradient, through the same resizing, cropping and normalisation as open_clip's
-own transform of PIL pictures. Weights are loaded on the first call, once a process and model, on the device of the pictures.
+Pictures go to the model as tensors, with a gradient, through the same resizing, cropping and normalisation as open_clip's own
+transform of PIL pictures. Weights are loaded on the first call, once per process and model, onto the device of the pictures.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from steerfm_rewards.late import WordsReward
 
 
 @lru_cache(maxsize=4)
-def _loaded(model: str, pretrained: str | None) -> encoders.OpenClip:
+def _open_clip(model: str, pretrained: str | None) -> encoders.OpenClip:
     return encoders.open_clip(model, pretrained)
 
 
 class ClipReward(WordsReward):
-    """A reward with an open_clip model.
+    """Base class of rewards with an open_clip model.
 
     Args:
-        model, pretrained: of `steerfm.encoders.open_clip`.
+        model: as for `steerfm.encoders.open_clip`.
+        pretrained: as for `steerfm.encoders.open_clip`.
     """
 
     def __init__(self, model: str, pretrained: str | None) -> None:
@@ -37,11 +38,11 @@ class ClipReward(WordsReward):
         self.model, self.pretrained = str(model), pretrained
 
     def load(self) -> encoders.OpenClip:
-        return _loaded(self.model, self.pretrained)
+        return _open_clip(self.model, self.pretrained)
 
 
 class Clip(ClipReward):
-    """Likeness of a picture and its prompt: their cosine in an open_clip model, times a temperature.
+    """Similarity of a picture and its prompt: their cosine in an open_clip model, times a temperature.
 
         temperature (cos(image, prompt) - negative_weight cos(image, negative))
 
@@ -49,12 +50,12 @@ class Clip(ClipReward):
     preprocessing. Pictures: 1 or 3 channels, any size. (Radford et al. 2103.00020.)
 
     Args:
-        prompt: for all pictures; None for the prompt that each was asked for.
-        negative: prompt to keep away from.
-        negative_weight: of its cosine.
+        prompt: prompt of all pictures; None for each picture's own prompt.
+        negative: prompt to move away from.
+        negative_weight: weight of the cosine with ``negative``.
         temperature: factor of the cosines; None for the model's own (100 in OpenAI's).
         model: a shipped name, a folder that open_clip wrote, or an architecture of open_clip such as ViT-B-32.
-        pretrained: with an architecture, its tag (fetched once) or a file of weights.
+        pretrained: for an architecture, its tag (downloaded once) or a file of weights.
 
     >>> steerfm.reward("clip", prompt="a red heart")
     >>> steerfm.reward("clip", model="ViT-B-32", pretrained="laion2b_s34b_b79k")
@@ -87,13 +88,15 @@ class Clip(ClipReward):
 class ClipDirection(ClipReward):
     """Change of a picture along the difference of two prompts: cos(image - start image, to - from).
 
-    Unit: cosine, from -1 to 1. Gradient: yes. (StyleGAN-NADA, Gal et al. 2108.00946, equation 2.) Without a start picture the
-    direction is taken from the origin: cos(image, to - from).
+    Unit: cosine, from -1 to 1. Gradient: yes. (StyleGAN-NADA, Gal et al. 2108.00946, equation 2.) Without a start picture, the
+    change is measured from the origin: cos(image, to - from).
 
     Args:
-        to, source: the two prompts: from ``source`` to ``to``.
-        start: picture (c, h, w) in [0, 1] that the change is measured from.
-        model, pretrained: as for `Clip`.
+        to: prompt at the end of the direction.
+        source: prompt at its start.
+        start: picture (c, h, w) in [0, 1] from which the change is measured.
+        model: as for `Clip`.
+        pretrained: as for `Clip`.
 
     >>> steerfm.reward("clip_direction", source="a face", to="a smiling face")
     """
@@ -105,7 +108,7 @@ class ClipDirection(ClipReward):
     ) -> None:
         super().__init__(model, pretrained)
         if to == source:
-            raise RewardError("reward 'clip_direction' has two equal prompts: to= and source= must differ")
+            raise RewardError("reward 'clip_direction' got the same text twice: to= and source= must differ")
         self.to_, self.source, self.start = to, source, start
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
@@ -120,13 +123,14 @@ class ClipDirection(ClipReward):
 
 
 class Aesthetic(ClipReward):
-    """A head on the embeddings of an open_clip model, as LAION's aesthetic predictors: a linear layer, or an MLP of them.
+    """A head on the embeddings of an open_clip model, such as LAION's aesthetic predictors: one linear layer, or several.
 
     Unit: the head's own (LAION's: 1 to 10). Gradient: yes.
 
     Args:
         head: file of weights (.safetensors, .pt or .pth): matrices in the order of their names, each with its bias.
-        model, pretrained: the open_clip model that the head was trained on (LAION's: ViT-L-14, openai).
+        model: the open_clip model that the head was trained on (LAION's: ViT-L-14).
+        pretrained: weights of that model (LAION's: openai).
 
     >>> steerfm.reward("aesthetic", head="sac+logos+ava1-l14-linearMSE.pth", model="ViT-L-14", pretrained="openai")
     """
@@ -165,15 +169,15 @@ def _head(path: Path) -> nn.Sequential:
 
 
 def linear_layers(name: str, weights: Any, path: Path) -> nn.Sequential:
-    """Matrices and biases as one network, in the order of their names; nothing is between them but dropout.
+    """Build a chain of linear layers from matrices and biases, in the order of their names, without activations between them.
 
     Args:
-        name: of the reward, for messages.
-        weights: by name.
-        path: where they are from.
+        name: name of the reward, for messages.
+        weights: tensors by name.
+        path: file of the weights, for messages.
 
     Raises:
-        RewardError: no chain that ends in one number.
+        RewardError: the layers do not form a chain that ends in one number.
     """
     try:
         names = sorted(weights, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
@@ -198,9 +202,9 @@ class PickScore(WordsReward):
     Unit: logits; differences of two pictures are log-odds of the preference. Gradient: yes. (Kirstain et al. 2305.01569.)
 
     Args:
-        folder: with config.json, weights and tokenizer, as ``save_pretrained`` writes it. Nothing is fetched.
-        prompt: for all pictures; None for the prompt that each was asked for.
-        model: another name of the folder.
+        folder: folder with config.json, weights and tokenizer, as written by ``save_pretrained``. Nothing is downloaded.
+        prompt: prompt of all pictures; None for each picture's own prompt.
+        model: another name for ``folder``.
 
     >>> steerfm.reward("pickscore", folder="models/PickScore_v1")
     """
@@ -212,7 +216,7 @@ class PickScore(WordsReward):
         self.ask(prompt)
         if (folder is None) == (model is None):
             what = "needs a folder" if folder is None else "has two folders"
-            raise RewardError(f"reward 'pickscore' {what}: folder=, with a CLIPModel of transformers")
+            raise RewardError(f"reward 'pickscore' {what}: give folder=, a folder with a CLIPModel of transformers")
         self.folder = Path(str(model if folder is None else folder))
         if not (self.folder / "config.json").is_file():
             raise RewardError(
@@ -249,7 +253,7 @@ class _TransformersClip(nn.Module):
 
 
 def _features(out: Any) -> Tensor:
-    """transformers 5 returns an output object where 4 returned the tensor."""
+    """Return the features as a tensor: transformers 5 returns an output object, transformers 4 the tensor."""
     return out if isinstance(out, Tensor) else out.pooler_output
 
 
@@ -260,12 +264,12 @@ def _transformers_clip(folder: Path) -> nn.Module:
     except ImportError:
         raise ImportError("it needs a package: pip install transformers") from None
     try:
-        made: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        result: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a folder that was edited fails anywhere
+    except Exception as error:  # a damaged folder can fail anywhere
         raise FileNotFoundError(f"cannot load {folder}: {' '.join(str(error).split())[:200]}") from None
-    model, told = made
-    unfit = [name for kind in ("missing_keys", "mismatched_keys") for name in told.get(kind) or ()]  # they are left random
+    model, info = result
+    unfit = [name for kind in ("missing_keys", "mismatched_keys") for name in info.get(kind) or ()]  # left random
     unfit += [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
     if unfit:
         raise ValueError(f"corrupt model {folder}: {unfit[0]} is missing, of another shape or not finite")

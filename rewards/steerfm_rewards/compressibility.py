@@ -14,13 +14,13 @@ from steerfm_rewards.checks import check_pictures
 
 
 class Compressibility(Reward):
-    """Minus the size of the picture as a JPEG file: smooth, plain pictures high, detail and noise low.
+    """Minus the size of the picture as a JPEG file: high for smooth, plain pictures, low for detail and noise.
 
     Unit: kilobytes (1000 bytes), below 0; pictures are rounded to 8 bits. Gradient: none, it is a black box.
-    One channel (grey) or three (RGB), any size. For incompressibility take it with a negative weight.
+    One channel (grey) or three (RGB), any size. For incompressibility, use a negative weight.
 
     Args:
-        quality: of the JPEG, 1 to 95 as Pillow counts.
+        quality: JPEG quality, 1 to 95 as in Pillow.
 
     >>> steerfm.reward("compressibility", quality=75)
     """

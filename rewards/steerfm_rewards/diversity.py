@@ -1,4 +1,4 @@
-"""How unlike the other pictures of its output a picture is: a reward that sees all particles."""
+"""How much a picture differs from the other particles of its output: a reward that sees all particles."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from steerfm_rewards.checks import check_pictures
 class Diversity(Reward):
     """Distance to the other pictures of its group (the particles of one output): 1 - mean cosine of their features.
 
-    Unit: cosine distance, from 0 (all alike) to 2. Gradient: yes. It needs all particles at once, so it depends on the others
-    and is not one fixed function of a picture: with it no method samples a tilt, all of them search or ascend. Take it with a
-    small weight beside a reward of the picture itself.
+    Unit: cosine distance, from 0 (all alike) to 2. Gradient: yes. The reward of a picture depends on the other particles, so it
+    is not a fixed function of the picture. With it, no method samples a tilted density: all of them search or ascend. Add it
+    with a small weight to a reward of the picture itself.
 
     Args:
         features: "pixels" (centred), or an open_clip model as for the reward ``clip``.
@@ -36,7 +36,7 @@ class Diversity(Reward):
     def score(
         self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None, groups: Tensor | None = None
     ) -> Tensor:
-        """images (b, c, h, w) and groups (b,) int, None for one group -> (b,); 0 for a picture that is alone."""
+        """images (b, c, h, w) and groups (b,) int, None for one group -> (b,); 0 for a picture that is alone in its group."""
         check_pictures(self.name, images)
         b = len(images)
         same = torch.ones(b, b, dtype=torch.bool, device=images.device) if groups is None else groups[:, None] == groups[None]

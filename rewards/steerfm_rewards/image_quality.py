@@ -1,4 +1,4 @@
-"""BRISQUE: how natural a picture looks without a reference, from the statistics of its local contrasts."""
+"""BRISQUE: how natural a picture looks, without a reference, from statistics of its local contrast."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from steerfm.zoo import find, models
 from steerfm_rewards.checks import check_pictures
 
 SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))
-"""Neighbours whose products are looked at: right, below, and both diagonals."""
+"""Offsets of the neighbours whose products are used: right, below, and both diagonals."""
 
 
 class ImageQuality(Reward):
-    """Minus the BRISQUE score: natural contrasts high; noise, blur and blocks low (Mittal, Moorthy & Bovik 2012).
+    """Minus the BRISQUE score: high for natural contrast; low for noise, blur and blocks (Mittal, Moorthy & Bovik 2012).
 
-    Unit: BRISQUE points, 0 is a clean photograph and -100 a ruined one. Gradient: yes; the shapes of the distributions are
-    found by interpolation, not by search, so that they have one, too. Any channels; made for photographs of 128 pixels or
-    more, on smaller or drawn pictures only differences mean something.
+    Unit: BRISQUE points, 0 is a clean photograph and -100 a ruined one. Gradient: yes; the shape parameters of the
+    distributions are interpolated, not searched, so they have a gradient too. Any channels. Made for photographs of 128 pixels
+    or more; on smaller or drawn pictures only differences are meaningful.
 
     >>> steerfm.reward("image_quality")
     """
@@ -84,7 +84,7 @@ class ImageQuality(Reward):
         return torch.stack(features, 1)
 
     def _shape(self, ratio: Tensor) -> Tensor:
-        """The shape of the generalised Gaussian with this ratio, by linear interpolation of the table."""
+        """Shape of the generalised Gaussian with this ratio, by linear interpolation in the table."""
         ratio = ratio.clamp(self.ratios[0], self.ratios[-1])
         right = torch.searchsorted(self.ratios, ratio.detach()).clamp(1, len(self.ratios) - 1)
         low, high = self.ratios[right - 1], self.ratios[right]

@@ -17,7 +17,7 @@ from steerfm_rewards.checks import check_pictures
 from steerfm_rewards.pictures import read_picture
 
 
-# --- operators: linear, pictures (b, c, h, w) and their own arguments -> measurements (b, ...) -----------------------
+# --- operators: linear; pictures (b, c, h, w) and arguments to measurements (b, ...) ----------------------------------
 def identity(images: Tensor) -> Tensor:
     """Every pixel: denoising. (b, c, h, w) -> (b, c, h, w)."""
     return images
@@ -27,8 +27,8 @@ def inpaint(images: Tensor, mask: Tensor | None = None) -> Tensor:
     """Only the known pixels. (b, c, h, w) -> (b, known values).
 
     Args:
-        mask: (h, w), (1, h, w) or (c, h, w), above 1/2 where a pixel is known; default: all but the centre box of half
-            the height and width.
+        mask: (h, w), (1, h, w) or (c, h, w), above 1/2 where a pixel is known; by default all but a centre box of half the
+            height and width.
 
     Raises:
         RewardError: a mask of another size, or without a known pixel.
@@ -39,10 +39,10 @@ def inpaint(images: Tensor, mask: Tensor | None = None) -> Tensor:
         mask[h // 4 : h - h // 4, w // 4 : w - w // 4] = 0
     if mask.shape[-2:] != (h, w) or mask.shape[:-2] not in ((), (1,), (c,)):
         raise RewardError(f"reward 'target_image' has a mask of {tuple(mask.shape)} for pictures of {(c, h, w)}: fit the mask")
-    known = (mask > 0.5).to(images.device).expand(c, h, w)
-    if not bool(known.any()):
+    visible = (mask > 0.5).to(images.device).expand(c, h, w)
+    if not bool(visible.any()):
         raise RewardError("reward 'target_image' has a mask without a known pixel: 1 is known, 0 is to be filled in")
-    return images[:, known]
+    return images[:, visible]
 
 
 def downsample(images: Tensor, factor: int = 2) -> Tensor:
@@ -58,7 +58,7 @@ def downsample(images: Tensor, factor: int = 2) -> Tensor:
 
 
 def blur(images: Tensor, sigma: float = 1.0) -> Tensor:
-    """Gaussian blur, cut at three standard deviations, edge pixels repeated: deblurring. (b, c, h, w) -> (b, c, h, w).
+    """Gaussian blur, truncated at three standard deviations, edges repeated: deblurring. (b, c, h, w) -> (b, c, h, w).
 
     Args:
         sigma: standard deviation in pixels.
@@ -71,7 +71,7 @@ def blur(images: Tensor, sigma: float = 1.0) -> Tensor:
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0)
-    single = images.flatten(0, 1).unsqueeze(1)  # every channel by itself
+    single = images.flatten(0, 1).unsqueeze(1)  # each channel separately
     single = F.pad(single, (radius,) * 4, mode="replicate")
     single = F.conv2d(F.conv2d(single, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
     return single.view_as(images)
@@ -86,25 +86,25 @@ OPERATORS: dict[str, Operator] = {"identity": identity, "inpaint": inpaint, "dow
 class TargetImage(Reward):
     """Gaussian log-likelihood of a measurement y = A x + noise of an unknown picture x, in [0, 1] picture space:
 
-        r(x) = -|y - A x|^2 / (2 noise^2),    summed over the measured values
+        r(x) = -|y - A x|^2 / (2 noise^2),    summed over the m measured values
 
-    without the constant -m/2 log(2 pi noise^2), m measured values: so it is 0 where the picture explains y exactly.
-    With ``strength=1`` the steered distribution is the posterior p(x | y).
+    The constant -m/2 log(2 pi noise^2) is left out, so the reward is 0 if the picture explains y exactly. With ``strength=1``
+    the steered distribution is the posterior p(x | y).
 
     Unit: nats, up to 0. Gradient: yes, exact. Any channels and size that fit the target.
 
     Args:
         target: path to an image file (see `read_picture`), or a tensor (c, h, w) or (h, w) in [0, 1].
-        operator: A: identity, inpaint, downsample, blur, or a function of your own (b, c, h, w) -> (b, ...).
+        operator: A: identity, inpaint, downsample, blur, or your own function (b, c, h, w) -> (b, ...).
         noise: standard deviation of the noise, in pixel values.
-        mask: of inpaint: path or tensor, 1 where a pixel is known; default: all but the centre box.
-        factor: of downsample, default 2.
-        sigma: of blur in pixels, default 1.
-        measured: whether the target is y itself; otherwise it is a full picture, the ``truth``, and y is A of it.
-        seed: adds noise of this seed to A of a full picture; None for no noise.
-        size: side in pixels that a file is resized to, or [height, width]; None to take it as it is.
-        ground: what shows through the transparent pixels of a file, from 0 (black) to 1 (white); None for white behind colours
-            and black behind grey, as in the pictures that the shipped models are made of.
+        mask: for inpaint: path or tensor, 1 where a pixel is known; by default all but a centre box.
+        factor: for downsample, by default 2.
+        sigma: for blur, in pixels, by default 1.
+        measured: whether the target is y itself. Otherwise it is a full picture, the ``truth``, and y is computed from it.
+        seed: seed of the noise added to a computed y; None for no noise.
+        size: side in pixels to resize a file to, or [height, width]; None for its own size.
+        ground: value behind the transparent pixels of a file, from 0 (black) to 1 (white); None for white behind colours and
+            black behind grey, like the training pictures of the shipped models.
 
     >>> steerfm.reward("target_image", target="bag.png", operator="downsample", factor=4, noise=0.05)
     """
@@ -147,9 +147,9 @@ class TargetImage(Reward):
 
     @property
     def arguments(self) -> dict[str, Tensor | float]:
-        """Arguments of the operator, those that were given."""
-        given = {"mask": self.mask, "factor": self.factor, "sigma": self.sigma}
-        return {key: value for key, value in given.items() if value is not None}
+        """Arguments of the operator that are not None."""
+        arguments = {"mask": self.mask, "factor": self.factor, "sigma": self.sigma}
+        return {key: value for key, value in arguments.items() if value is not None}
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
         """images (b, c, h, w) -> (b,)."""

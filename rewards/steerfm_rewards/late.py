@@ -1,4 +1,4 @@
-"""Rewards with heavy networks: loaded on the first call, once a process, and moved to where the pictures are."""
+"""Rewards with large networks, loaded on the first call, once per process, and moved to the device of the pictures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from steerfm_rewards.checks import check_pictures
 
 
 class LateReward(Reward):
-    """A reward whose network is not one of its own submodules: all rewards of a process that name it share it.
+    """A reward whose network is not a submodule: all rewards of a process that use the same network share it.
 
     Attributes:
-        offloads: whether the network goes to the CPU after each call without a gradient; one with a gradient needs it still.
+        offloads: whether to move the network to the CPU after each call without a gradient. The backward pass of a call with a
+            gradient still needs it.
     """
 
     offloads = False
@@ -32,20 +33,22 @@ class LateReward(Reward):
         return scores
 
     def load(self) -> nn.Module:
-        """The hook that authors write: the network, from a cache after the first call.
+        """Return the network, from a cache after the first call. Subclasses implement this.
 
         Raises:
-            ImportError, ValueError, FileNotFoundError: it cannot be had; the message says what to install or to put where.
+            ImportError: a package is missing. The message says what to install.
+            ValueError: the weights are corrupt.
+            FileNotFoundError: a file is missing. The message says where to put it.
         """
         raise NotImplementedError(f"reward {self.name!r} does not define load()")
 
     def network(self, device: torch.device | str = "cpu") -> Any:
-        """The network, on a device.
+        """Return the network, on a device.
 
         Raises:
-            RewardError: it cannot be had.
+            RewardError: the network cannot be loaded.
         """
-        with torch.inference_mode(False):  # the first call may be of a run without gradients, the next one of a run with them
+        with torch.inference_mode(False):  # later calls may need gradients, even if the first one does not
             try:
                 network = self.load()
             except (ImportError, ValueError, FileNotFoundError) as error:
@@ -58,15 +61,15 @@ class LateReward(Reward):
         return [self.network()]
 
     def offload(self) -> None:
-        """Move the network to the CPU, to free an accelerator between calls; the next call moves it back."""
+        """Move the network to the CPU, to free accelerator memory between calls; the next call moves it back."""
         self.network("cpu")
 
 
 @lru_cache(maxsize=4096)
-def _embedded(network: Any, prompt: str) -> Tensor:
-    """One prompt's embedding (d,) on the CPU: the particles of an output share it, and so do steps.
+def _embedding(network: Any, prompt: str) -> Tensor:
+    """Return the embedding (d,) of a prompt, on the CPU, from a cache shared by all particles and steps.
 
-    In full precision and without a graph: it is kept for calls under any autocast.
+    It is computed in full precision and without a graph, because the cache serves calls under any autocast.
     """
     device = next(network.parameters()).device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
@@ -74,24 +77,24 @@ def _embedded(network: Any, prompt: str) -> Tensor:
 
 
 class WordsReward(LateReward):
-    """A reward whose network puts pictures and words into one space: ``encode_image`` and ``encode_text``, of length 1.
+    """A reward whose network embeds pictures and texts in one space, as unit vectors: ``encode_image``, ``encode_text``.
 
     Attributes:
-        prompt: for all pictures; None for the prompt that each was asked for.
+        prompt: prompt of all pictures; None for each picture's own prompt.
     """
 
     prompt: str | None = None
 
     def ask(self, prompt: str | None) -> None:
-        """Set the prompt of all pictures; with None prompts are needed."""
+        """Set the prompt of all pictures; with None, the reward needs prompts."""
         self.prompt = prompt
         self.needs = frozenset({"prompts"} if prompt is None else ())
 
     def image(self, images: Tensor) -> Tensor:
-        """Pictures (b, 1 or 3, h, w) in [0, 1] to embeddings (b, d).
+        """Embed pictures (b, 1 or 3, h, w) in [0, 1] as unit vectors (b, d).
 
         Raises:
-            RewardError: vectors, other channels, or a network that cannot be had.
+            RewardError: the images are vectors or have other channels, or the network cannot be loaded.
         """
         check_pictures(self.name, images)
         network = self.network(images.device)
@@ -101,10 +104,10 @@ class WordsReward(LateReward):
             raise RewardError(f"reward {self.name!r}: {error}") from None
 
     def text(self, prompts: Sequence[str], like: Tensor) -> Tensor:
-        """Embeddings (n, d), on the device and in the precision of others; each prompt is encoded once a process."""
+        """Embed n prompts as unit vectors (n, d), with the device and dtype of ``like``. Each is encoded once per process."""
         network = self.network(like.device)
-        return torch.stack([_embedded(network, prompt) for prompt in prompts]).to(like)
+        return torch.stack([_embedding(network, prompt) for prompt in prompts]).to(like)
 
     def likeness(self, image: Tensor, prompts: Prompts) -> Tensor:
-        """Cosine (b,) of each picture's embedding and that of its prompt, or of the prompt of all."""
+        """Cosine (b,) of each picture's embedding and its prompt's, or that of the common prompt."""
         return (image * self.text(list(prompts or ()) if self.prompt is None else [self.prompt], image)).sum(1)

@@ -1,4 +1,4 @@
-"""Rules about the objects of a picture, over any detector: how many, of which colour, and where."""
+"""Rules about the objects in a picture, checked with any detector: how many, of which colour, and where."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ COLOURS = {
     "blue": (0.1, 0.25, 0.85), "purple": (0.5, 0.1, 0.6), "pink": (1.0, 0.6, 0.75), "brown": (0.45, 0.27, 0.1),
     "black": (0.05, 0.05, 0.05), "white": (0.97, 0.97, 0.97), "grey": (0.5, 0.5, 0.5),
 }  # fmt: skip
-"""Names of colours, and a typical red, green and blue of each."""
+"""Names of colours, with a typical (red, green, blue) of each, in [0, 1]."""
 PLACES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-"""Positions: the axis (0 across, 1 down), and the sign of the offset from the other object."""
+"""Positions: the axis (0 horizontal, 1 vertical), and the sign of the offset from the other object."""
 PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "knives": "knife"}
 KEYS = ("class", "count", "least", "colour", "position")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that a picture should show.
+    """One condition on the objects in a picture.
 
     Attributes:
         label: class of the objects, singular and lower case.
-        count: exactly so many; None for any number of at least ``least``.
-        colour: that they have, of `COLOURS`; None for any.
-        place, other: that one of them is "left of", "right of", "above" or "below" an object of that class,
-        other_colour: which has this colour; None for any.
+        count: exact number of objects; None for at least ``least``.
+        least: smallest number of objects.
+        colour: colour of the objects, from `COLOURS`; None for any.
+        place: position of the objects, "left of", "right of", "above" or "below" an object of class ``other``; None for any.
+        other: class of the other object.
+        other_colour: colour of the other object; None for any.
     """
 
     label: str
@@ -53,14 +55,21 @@ class Rule:
 
 
 @dataclass
-class Seen:
-    """What a detector saw in a picture (c, h, w): boxes (n, 4) as left, top, right, bottom in pixels, and n labels."""
+class Detections:
+    """The objects that a detector found in a picture.
+
+    Attributes:
+        picture: (c, h, w) in [0, 1].
+        boxes: (n, 4) as left, top, right, bottom, in pixels.
+        labels: n classes.
+    """
 
     picture: Tensor
     boxes: Tensor
     labels: list[str]
 
     def holds(self, rule: Rule) -> bool:
+        """Whether a rule holds."""
         boxes = self._all(rule.label, rule.colour)
         if rule.place is not None and rule.other is not None:
             axis, sign = PLACES[rule.place]
@@ -69,11 +78,11 @@ class Seen:
         return len(boxes) == rule.count if rule.count is not None else len(boxes) >= rule.least
 
     def _all(self, label: str, colour: str | None) -> list[Tensor]:
-        boxes = [box for box, known in zip(self.boxes, self.labels) if known == label]
+        boxes = [box for box, name in zip(self.boxes, self.labels) if name == label]
         return boxes if colour is None else [box for box in boxes if self._colour(box) == colour]
 
     def _colour(self, box: Tensor) -> str:
-        """The name that fits most pixels in the middle half of a box."""
+        """Return the colour that is nearest to most pixels in the middle half of a box."""
         left, top, right, bottom = box.tolist()
         (x, w), (y, h) = ((a + (b - a) / 4, (b - a) / 2) for a, b in ((left, right), (top, bottom)))
         y0, x0 = max(0, int(y)), max(0, int(x))
@@ -86,9 +95,9 @@ class Seen:
 
 
 def _offset(box: Tensor, other: Tensor) -> tuple[float, float]:
-    """Direction (across, down) from the other box's centre, of length 1 at most; (0, 0) where they share their place.
+    """Return the direction (right, down) from the centre of the other box, of length 1 at most; (0, 0) for the same position.
 
-    As GenEval has it (Ghosh et al. 2310.11513): a tenth of both sizes is taken off first.
+    As in GenEval (Ghosh et al. 2310.11513), a tenth of both sizes is subtracted first.
     """
     a, b = ((part[:2] + part[2:]) / 2 for part in (box, other))
     slack = 0.1 * ((box[2:] - box[:2]) + (other[2:] - other[:2]))
@@ -98,19 +107,19 @@ def _offset(box: Tensor, other: Tensor) -> tuple[float, float]:
 
 
 class Objects(Reward):
-    """Share of rules that hold for the objects that a detector sees: how many, of which colour, and where.
+    """Share of rules that hold for the objects that a detector finds: how many, of which colour, and where.
 
-    Unit: share of rules, or with strict=true 1 where all hold and 0 elsewhere. Gradient: none, it is a black box. Colours are
-    read from the pixels in the middle of a box. (After GenEval, Ghosh et al. 2310.11513.)
+    Unit: share of rules; with strict=true, 1 if all rules hold and else 0. Gradient: none, it is a black box. Colours are read
+    from the pixels in the middle of a box. (After GenEval, Ghosh et al. 2310.11513.)
 
     Args:
         detector: my_file.py:detect, pkg.mod:detect, or a function: pictures (b, c, h, w) to b dictionaries with boxes (n, 4)
             (left, top, right, bottom in pixels), labels (n texts) and scores (n).
-        rules: a list for all pictures, each "two dogs", "a red car", "no cats", "at least 3 cups", "a dog left of a cat", or
-            {class: dog, count: 2, colour: red, position: [left of, cat]}; {prompt: its list} for the prompt of each; or a file
-            of GenEval's metadata, a line {"prompt": ..., "include": [...], "exclude": [...]} for each prompt.
+        rules: a list of rules for all pictures, such as "two dogs", "a red car", "no cats", "at least 3 cups", "a dog left of a
+            cat" or {class: dog, count: 2, colour: red, position: [left of, cat]}; a dictionary {prompt: list of rules}; or a
+            file of GenEval's metadata, with a line {"prompt": ..., "include": [...], "exclude": [...]} for each prompt.
         strict: whether all rules must hold.
-        threshold: least score of an object.
+        threshold: smallest score of an object that counts.
 
     >>> steerfm.reward("objects", detector="my_detector.py:detect", rules=["two dogs", "a red car"])
     """
@@ -124,25 +133,26 @@ class Objects(Reward):
         if isinstance(self.detector, type):
             self.detector = self.detector()
         if not callable(self.detector):
-            raise RewardError(f"reward 'objects': detector={detector!r} is no function of pictures: def detect(images)")
+            raise RewardError(f"reward 'objects': detector={detector!r} is no function of pictures: write def detect(images)")
         self.strict, self.threshold = strict, threshold
         self.rules, self.by_prompt = read_rules(rules)
         self.needs = frozenset({"prompts"} if self.by_prompt else ())
 
     def score(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Tensor:
-        """images (b, c, h, w), and prompts where rules are by prompt -> (b,)."""
+        """images (b, c, h, w), and prompts if rules depend on the prompt -> (b,)."""
         check_pictures(self.name, images)
         with torch.no_grad():
             answers = self.detector(images.detach())
         answers = list(answers) if isinstance(answers, list | tuple) else answers
         if not isinstance(answers, list) or len(answers) != len(images):
-            got = f"{len(answers)} results" if isinstance(answers, list) else f"a {type(answers).__name__}"
-            raise RewardError(f"reward 'objects': its detector returned {got} for {len(images)} pictures: a list, one for each")
+            what = f"{len(answers)} results" if isinstance(answers, list) else f"a {type(answers).__name__}"
+            wrong = f"reward 'objects': its detector returned {what} for {len(images)} pictures"
+            raise RewardError(f"{wrong}: return a list, one for each")
         values = []
         for row, (picture, answer) in enumerate(zip(images, answers)):
             rules = self.rules if prompts is None or not self.by_prompt else self._rules(prompts[row], row)
-            seen = self._seen(picture, answer, row)
-            holds = [seen.holds(rule) for rule in rules]
+            detections = self._detections(picture, answer, row)
+            holds = [detections.holds(rule) for rule in rules]
             values.append(float(all(holds)) if self.strict else sum(holds) / len(holds))
         return torch.tensor(values, dtype=torch.float32, device=images.device)
 
@@ -151,7 +161,7 @@ class Objects(Reward):
             raise RewardError(f"reward 'objects' has no rules for {prompt!r}: add them to rules=", row)
         return self.by_prompt[prompt]
 
-    def _seen(self, picture: Tensor, answer: Any, row: int) -> Seen:
+    def _detections(self, picture: Tensor, answer: Any, row: int) -> Detections:
         wrong = "reward 'objects': its detector returned"
         if not isinstance(answer, Mapping) or not {"boxes", "labels", "scores"} <= set(answer):
             raise RewardError(f"{wrong} {_brief(answer)}: give {{'boxes': (n, 4), 'labels': n, 'scores': n}}", row)
@@ -159,13 +169,13 @@ class Objects(Reward):
             boxes = torch.as_tensor(answer["boxes"], dtype=torch.float32).cpu().reshape(-1, 4)
             scores = torch.as_tensor(answer["scores"], dtype=torch.float32).cpu().reshape(-1)
         except (TypeError, ValueError, RuntimeError):
-            raise RewardError(f"{wrong} boxes or scores that are no numbers: boxes (n, 4), scores (n,)", row) from None
+            raise RewardError(f"{wrong} boxes or scores that are no numbers: return boxes (n, 4), scores (n,)", row) from None
         labels = list(answer["labels"])
         if not len(boxes) == len(scores) == len(labels) or not all(isinstance(label, str) for label in labels):
             counts = f"{len(boxes)} boxes, {len(labels)} labels and {len(scores)} scores"
-            raise RewardError(f"{wrong} {counts}: as many of each, and labels as texts", row)
+            raise RewardError(f"{wrong} {counts}: return as many of each, and labels as texts", row)
         good = [i for i, score in enumerate(scores.tolist()) if score >= self.threshold]
-        return Seen(picture.detach().cpu(), boxes[good], [singular(labels[i]) for i in good])
+        return Detections(picture.detach().cpu(), boxes[good], [singular(labels[i]) for i in good])
 
 
 def _brief(value: Any) -> str:
@@ -176,7 +186,7 @@ def _brief(value: Any) -> str:
 
 # --- rules -----------------------------------------------------------------------------------------------------------
 def singular(label: str) -> str:
-    """A class as rules and detectors are compared: lower case, its last word singular."""
+    """Normalise a class name for comparison: lower case, last word singular."""
     *first, word = label.strip().lower().split() or [""]
     if word in PLURALS:
         word = PLURALS[word]
@@ -190,72 +200,72 @@ def singular(label: str) -> str:
 
 
 def read_rules(rules: Any) -> tuple[list[Rule], dict[str, list[Rule]]]:
-    """Rules for all pictures, and rules by prompt: one of the two is empty.
+    """Read rules for all pictures, and rules by prompt; one of the two results is empty.
 
     Raises:
-        RewardError: no rules, or one that cannot be read.
+        RewardError: there are no rules, or one cannot be read.
     """
     if isinstance(rules, str | Path) and str(rules).endswith((".jsonl", ".json")):
         return [], _metadata(Path(rules))
     if isinstance(rules, Mapping) and "class" not in rules:
-        made = {str(prompt): [read_rule(rule) for rule in _listed(some)] for prompt, some in rules.items()}
-        if not made or not all(made.values()):
+        result = {str(prompt): [read_rule(rule) for rule in _as_list(some)] for prompt, some in rules.items()}
+        if not result or not all(result.values()):
             raise RewardError("reward 'objects' has no rules: rules=['two dogs']")
-        return [], made
-    made = [read_rule(rule) for rule in _listed(rules)]
-    if not made:
+        return [], result
+    result = [read_rule(rule) for rule in _as_list(rules)]
+    if not result:
         raise RewardError("reward 'objects' has no rules: rules=['two dogs']")
-    return made, {}
+    return result, {}
 
 
-def _listed(rules: Any) -> list[Any]:
+def _as_list(rules: Any) -> list[Any]:
     return list(rules) if isinstance(rules, Sequence) and not isinstance(rules, str) else [rules]
 
 
 def read_rule(rule: Any) -> Rule:
-    """A rule from its words or its dictionary.
+    """Parse a rule from a text or a dictionary.
 
     Raises:
-        RewardError: naming the rule and what it may be.
+        RewardError: the rule cannot be read. The message names it and the valid forms.
     """
     if isinstance(rule, str):
         return _from_words(rule)
     if not isinstance(rule, Mapping):
-        raise RewardError(f"reward 'objects' has the rule {rule!r}: 'two dogs', or {{class: dog, count: 2}}")
-    told = {{"color": "colour"}.get(str(key), str(key)): value for key, value in rule.items()}
-    if unknown := sorted(set(told) - set(KEYS)):
+        raise RewardError(f"reward 'objects' has the rule {rule!r}: give 'two dogs', or {{class: dog, count: 2}}")
+    entries = {{"color": "colour"}.get(str(key), str(key)): value for key, value in rule.items()}
+    if unknown := sorted(set(entries) - set(KEYS)):
         raise RewardError(f"reward 'objects': the rule {dict(rule)} has no key {unknown[0]!r}; keys: {', '.join(KEYS)}")
-    label = told.get("class")
+    label = entries.get("class")
     if not isinstance(label, str) or not label.strip():
-        raise RewardError(f"reward 'objects': the rule {dict(rule)} names no class: {{class: dog}}")
+        raise RewardError(f"reward 'objects': the rule {dict(rule)} names no class: give {{class: dog}}")
     for key in ("count", "least"):
-        number = told.get(key, 1)
+        number = entries.get(key, 1)
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             raise RewardError(f"reward 'objects': {key}={number!r} in the rule for {label!r}: give a whole number")
-    colour = None if told.get("colour") is None else str(told["colour"]).lower().replace("gray", "grey")
+    colour = None if entries.get("colour") is None else str(entries["colour"]).lower().replace("gray", "grey")
     if colour is not None and colour not in COLOURS:
         raise RewardError(f"reward 'objects' knows no colour {colour!r}; colours: {', '.join(COLOURS)}")
     place = other = other_colour = None
-    if (position := told.get("position")) is not None:
+    if (position := entries.get("position")) is not None:
         if not isinstance(position, Sequence) or isinstance(position, str) or len(position) != 2 or position[0] not in PLACES:
-            raise RewardError(f"reward 'objects' has the position {position!r}: [{' | '.join(PLACES)}, class of the other]")
+            raise RewardError(f"reward 'objects' has the position {position!r}: give [{' | '.join(PLACES)}, other class]")
         place = position[0]
-        other_colour, other = _coloured(str(position[1]))
-    return Rule(singular(label), told.get("count"), told.get("least", 1), colour, place, other, other_colour)
+        other_colour, other = _colour_and_class(str(position[1]))
+    return Rule(singular(label), entries.get("count"), entries.get("least", 1), colour, place, other, other_colour)
 
 
-def _coloured(words: str) -> tuple[str | None, str]:
-    """The colour before a class, where there is one, and the class: "red dogs" is red, dog."""
+def _colour_and_class(words: str) -> tuple[str | None, str]:
+    """Split a text into an optional colour and a class: "red dogs" becomes ("red", "dog")."""
     first, _, rest = words.strip().lower().replace("gray", "grey").partition(" ")
     return (first, singular(rest)) if rest and first in COLOURS else (None, singular(words))
 
 
 def _from_words(text: str) -> Rule:
-    """ "two dogs", "a red car", "no cats", "at least 3 cups", "a dog to the left of a cat"."""
+    """Parse "two dogs", "a red car", "no cats", "at least 3 cups" or "a dog to the left of a cat"."""
     words = " ".join(text.lower().strip(" .").split())
     position = None
-    if found := re.fullmatch(r"(.+?) (?:is |are )?(?:to the )?(left of|right of|above|below) (?:an? |the )?(.+)", words):
-        words, position = found[1], [found[2], found[3]]
+    if match := re.fullmatch(r"(.+?) (?:is |are )?(?:to the )?(left of|right of|above|below) (?:an? |the )?(.+)", words):
+        words, position = match[1], [match[2], match[3]]
     least = words.startswith("at least ")
     parts = words.removeprefix("at least ").split()
     number = None
@@ -264,18 +274,18 @@ def _from_words(text: str) -> Rule:
     elif parts and (parts[0] in NUMBERS or parts[0].isdigit()):
         number = NUMBERS.get(parts[0], int(parts[0]) if parts[0].isdigit() else 0)
         parts = parts[1:]
-    told: dict[str, Any] = {} if number is None else {"least" if least else "count": number}
+    entries: dict[str, Any] = {} if number is None else {"least" if least else "count": number}
     if not parts:
-        raise RewardError(f"reward 'objects' cannot read the rule {text!r}: 'two dogs', 'a red car', 'a dog left of a cat'")
-    told["colour"], told["class"] = _coloured(" ".join(parts))
-    return read_rule(told | ({} if position is None else {"position": position}))
+        raise RewardError(f"reward 'objects' cannot read the rule {text!r}: write 'a red car' or 'a dog left of a cat'")
+    entries["colour"], entries["class"] = _colour_and_class(" ".join(parts))
+    return read_rule(entries | ({} if position is None else {"position": position}))
 
 
 def _metadata(path: Path) -> dict[str, list[Rule]]:
-    """Rules by prompt from a file of GenEval's metadata: what to include, and from which number on it is too many."""
+    """Read rules by prompt from GenEval's metadata: objects to include, and counts from which there are too many."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        made = {}
+        rules_by_prompt = {}
         for line in lines:
             include, rules = line.get("include", []), []
             for part in line.get("exclude", []):
@@ -286,17 +296,17 @@ def _metadata(path: Path) -> dict[str, list[Rule]]:
             }
             for part in include:
                 count, position = int(part.get("count", 1)), part.get("position")
-                told = {"class": part["class"], "colour": part.get("color"), "least": count}
+                entries = {"class": part["class"], "colour": part.get("color"), "least": count}
                 if limits.get(part["class"]) == count:
-                    told["count"] = count
+                    entries["count"] = count
                 if position is not None:
-                    told["position"] = [position[0], include[position[1]]["class"]]
-                rules.append(read_rule(told))
-            made[line["prompt"]] = rules
+                    entries["position"] = [position[0], include[position[1]]["class"]]
+                rules.append(read_rule(entries))
+            rules_by_prompt[line["prompt"]] = rules
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         if isinstance(error, RewardError):
             raise
         raise RewardError(f"reward 'objects' cannot read the metadata {path}: {type(error).__name__}: {error}") from None
-    if not made or not all(made.values()):
-        raise RewardError(f"reward 'objects': {path} holds a prompt without rules, or none at all")
-    return made
+    if not rules_by_prompt or not all(rules_by_prompt.values()):
+        raise RewardError(f"reward 'objects': {path} holds a prompt without rules, or no prompt")
+    return rules_by_prompt

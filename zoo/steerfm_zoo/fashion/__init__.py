@@ -1,1 +1,1 @@
-"""A flow map of Fashion-MNIST, a classifier and a judge of its classes, with statistics of the data in their features."""
+"""A flow map of Fashion-MNIST, and a classifier and a judge of its classes, with statistics of the data in their features."""

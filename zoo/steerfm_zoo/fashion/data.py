@@ -1,4 +1,4 @@
-"""Fashion-MNIST. No data are shipped: what a package installs is read, and named when it is missing."""
+"""Fashion-MNIST. The data are not shipped: they come from a package, a folder or a download."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CLASSES = (
 class FashionMnist(L.LightningDataModule):
     """Fashion-MNIST: 60,000 training and 10,000 test pictures, 28 x 28 grey, 10 classes (Xiao et al. 1708.07747, MIT).
 
-    Read from the Debian package ``dataset-fashion-mnist``, from ``root``, or fetched by torchvision where there is a network.
-    Where $STEERFM_DATA is set, it is the only folder that is looked in, and nothing is fetched.
+    The data are read from ``root`` or from the Debian package ``dataset-fashion-mnist``, or downloaded by torchvision. If
+    $STEERFM_DATA is set, only that folder is searched, and nothing is downloaded.
 
     Args:
         batch_size: rows per training batch.
-        root: folder with the four idx .gz files; default: ``FashionMNIST/raw`` in $STEERFM_DATA, or where that is not set,
-            the Debian package's folder, else torchvision's download in ~/.cache/steerfm.
-        augment: pixels of random shift (with mirroring); 0 for none.
-        seed: order of the training batches.
+        root: folder with the four idx .gz files; by default ``FashionMNIST/raw`` in $STEERFM_DATA or, if that is not set, the
+            folder of the Debian package, else torchvision's download in ~/.cache/steerfm.
+        augment: largest random shift, in pixels, together with mirroring; 0 for none.
+        seed: seed of the order of training batches.
     """
 
     class_names = CLASSES
@@ -47,13 +47,13 @@ class FashionMnist(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         self.train, self.test = (fashion_mnist(split, self.root) for split in ("train", "test"))
-        epoch_rows(len(self.train[1]), self.batch_size, self.seed, 0)  # a batch that is too large is refused here
+        epoch_rows(len(self.train[1]), self.batch_size, self.seed, 0)  # raises if the batch is too large
 
     def train_dataloader(self) -> DataLoader:
         return endless(self, self.batch, shared=False)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """The batch of a number: of an update, or of an update and a rank."""
+        """Return the batch with this number, which stands for an update, or for an update and a rank."""
         pictures, labels = TensorBatches(*self.train)[epoch_rows(len(self.train[1]), self.batch_size, self.seed, number)]
         if self.augment:
             pictures = shift_and_mirror(pictures, self.augment, stream(self.seed, "augmentation", number))
@@ -65,7 +65,7 @@ class FashionMnist(L.LightningDataModule):
 
     @staticmethod
     def prepare(root: str | None, size: int, tick: Callable[[int, int], None]) -> tuple[list[list[str]], list[str]]:
-        """See that the data are there, fetched where they can be. Returns no table, and lines that say what there is."""
+        """Check that the data are present, or download them. Returns no table, and lines of text to print."""
         lines = []
         for split in ("train", "test"):
             pictures, labels = fashion_mnist(split, root, fetch=True)
@@ -74,15 +74,15 @@ class FashionMnist(L.LightningDataModule):
 
 
 def fashion_mnist(split: str, root: str | None = None, fetch: bool = False) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 1, 28, 28) uint8 and labels (n,) int64 of the split ``train`` or ``test``.
+    """Load pictures (n, 1, 28, 28) uint8 and labels (n,) int64.
 
     Args:
         split: ``train`` or ``test``.
         root: see `FashionMnist`.
-        fetch: let torchvision fetch missing files into $STEERFM_DATA too. Where that is not set, it always may.
+        fetch: whether torchvision may download missing files into $STEERFM_DATA; if that is not set, it always may.
 
     Raises:
-        FileNotFoundError: naming the ways to install the data.
+        FileNotFoundError: the data are missing. The message says how to install them.
     """
     try:
         folder = fashion_folder(split, root)
@@ -107,7 +107,7 @@ FILES = {
 
 
 def fashion_folder(split: str, root: str | None = None) -> Path:
-    """The first of the folders of `FashionMnist` that holds the files of a split. Nothing is fetched.
+    """Return the first folder that holds the files of a split, in the order given in `FashionMnist`. Nothing is downloaded.
 
     Raises:
         FileNotFoundError: as for `fashion_mnist`.
@@ -125,7 +125,7 @@ def fashion_folder(split: str, root: str | None = None) -> Path:
 
 
 def _read_idx(path: Path) -> Tensor:
-    """The idx format: two zero bytes, a type byte, the number of axes, the big-endian sizes, then the bytes."""
+    """Read an idx file: two zero bytes, a type byte, the number of axes, the big-endian sizes, then the values."""
     raw = gzip.decompress(path.read_bytes())
     axes = raw[3]
     sizes = np.frombuffer(raw, ">u4", count=axes, offset=4)
