@@ -1,10 +1,10 @@
-"""Which off-diagonal objectives make the best flow map? Short runs from the same velocity, measured alike.
+"""Which off-diagonal objectives make the best flow map? Short runs from the same velocity, measured in the same way.
 
-    steerfm bench ablation --steps 300            # about four minutes a row on two cores
+    steerfm bench ablation --steps 300            # about four minutes per row on two cores
 
-Every row starts from the velocity of ``--init`` with its jumps forgotten: u(x, s, t) no longer sees t - s, so that X_{s,t} is
-one Euler step. It trains for the same number of steps with other shares of the batch, then draws the same ``--samples`` seeds
-in 1, 2, 4 and 8 jumps and in 16 Euler steps. Finished rows are kept. Prints a table, then one JSON line.
+Every row starts from the velocity of ``--init`` without its jumps: u(x, s, t) ignores t - s, so that X_{s,t} is one Euler step.
+Rows train for the same number of steps with different shares of the batch, then draw the same ``--samples`` seeds in 1, 2, 4
+and 8 jumps and in 16 Euler steps. Finished rows are stored. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NONE = dict.fromkeys(("progressive", "lagrangian", "eulerian", "meanflow", "traj
 
 
 def forget_jumps(model: str, path: Path) -> Path:
-    """Save the model with a network that takes t - s for 0: its velocity is the same, its jumps are Euler steps."""
+    """Save the model with a network that ignores t - s: it has the same velocity, and its jumps are Euler steps."""
     head, _ = read_weights(zoo.find(model), "flow_map")
     network = steerfm.load(model).network
     assert isinstance(network, UNet)
@@ -54,8 +54,12 @@ def forget_jumps(model: str, path: Path) -> Path:
 
 
 def run(name: str, folder: Path, start: str, options: argparse.Namespace) -> dict[str, float]:
-    """Train and measure one row: Fréchet distance by sampler in the features of the judge and, for few and many steps, of the
-    classifier; texture and the judge's accuracy on one jump."""
+    """Train and measure one row.
+
+    Returns:
+        Fréchet distances by sampler, in the features of the judge and, for 1 jump and 16 Euler steps, of the classifier;
+        texture and the judge's accuracy for one jump.
+    """
     shares = ", ".join(f"{key}: {value}" for key, value in {**NONE, **ROWS[name]}.items())
     teacher = start if "teacher" in name else "null"
     train = [
@@ -67,12 +71,12 @@ def run(name: str, folder: Path, start: str, options: argparse.Namespace) -> dic
     measure = ["evaluate", f"model={model}", f"n={options.samples}", "euler=16", f"out={out}"]
     if cli.main(train) or cli.main(measure):
         raise SystemExit(f"{name} failed")
-    found = json.loads((out / "result.json").read_text())["samplers"]
-    judged = {sampler: values["spaces"]["fashion-judge"]["frechet"] for sampler, values in found.items()}
-    classified = {s: found[s]["spaces"]["fashion-classifier"]["frechet"] for s in ("1 jump", "16 Euler steps")}
-    row = {sampler: round(value, 2) for sampler, value in judged.items()}
-    row |= {f"{sampler}, by the classifier": round(value, 4) for sampler, value in classified.items()}
-    one = found["1 jump"]
+    samplers = json.loads((out / "result.json").read_text())["samplers"]
+    by_judge = {sampler: values["spaces"]["fashion-judge"]["frechet"] for sampler, values in samplers.items()}
+    by_classifier = {s: samplers[s]["spaces"]["fashion-classifier"]["frechet"] for s in ("1 jump", "16 Euler steps")}
+    row = {sampler: round(value, 2) for sampler, value in by_judge.items()}
+    row |= {f"{sampler}, by the classifier": round(value, 4) for sampler, value in by_classifier.items()}
+    one = samplers["1 jump"]
     return row | {"texture, 1 jump": round(one["texture"], 2), "accuracy, 1 jump": round(one["accuracy"], 3)}
 
 
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init", default="fashion", help="model whose velocity every row starts from")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--guidance", type=float, default=1.2, help="that is trained into the velocity")
+    parser.add_argument("--guidance", type=float, default=1.2, help="classifier-free guidance to train into the velocity")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--rows", nargs="*", default=list(ROWS), help="rows to run (default all)")
     options = parser.parse_args(argv)
@@ -91,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = {}
     for name in options.rows:
         folder = options.out / "".join(c if c.isalnum() else "_" for c in name)
-        kept = folder / f"row-{options.steps}-{options.samples}-{options.guidance:g}-{Path(options.init).stem}.json"
-        if not kept.is_file():
-            kept.write_text(json.dumps(run(name, folder, start, options)))
-        results[name] = json.loads(kept.read_text())
+        file = folder / f"row-{options.steps}-{options.samples}-{options.guidance:g}-{Path(options.init).stem}.json"
+        if not file.is_file():
+            file.write_text(json.dumps(run(name, folder, start, options)))
+        results[name] = json.loads(file.read_text())
     columns = list(next(iter(results.values())))
     table = Table("share of the batch off the diagonal", *columns)
     for name, row in results.items():

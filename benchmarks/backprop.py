@@ -1,13 +1,13 @@
-"""What a reward-gradient update costs: jumps of a flow map against Euler steps of the same network.
+"""The cost of an update by the reward gradient: jumps of a flow map against Euler steps of the same network.
 
     steerfm bench backprop                 # five minutes on two cores
-    steerfm bench backprop --reach -.5     # and how long each takes to that held-out judgement: eight minutes
+    steerfm bench backprop --reach -.5     # also the time to reach that held-out reward: eight minutes
 
-Times alternate between the variants in one process; memory is the peak that an update adds to a process of its own. Both are
-given beside those of one jump, with and without checkpoints. Prints a table, then one JSON line.
+The variants are timed alternately in one process; memory is the peak that an update adds, in a process of its own. Both are
+shown relative to one jump. Prints a table, then one JSON line.
 
-``--reach``: from no class to the class Bag, 256 samples, as the variant itself draws them, judged after every update. The clock
-counts updates only. Each variant has the learning rate that got it there first with the first seed.
+``--reach``: tune from no class to the class Bag, and judge 256 samples of the variant after every update. Only the updates are
+timed. Each variant uses the learning rate that reached the goal first with the first seed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RATES = (3e-3, 1e-3, 3e-4)
 
 
 class Updates:
-    """Whole updates of one variant: rollout, reward, backward pass, optimiser."""
+    """Complete updates of one variant: rollout, reward, backward pass, optimiser. A call makes one, and returns its seconds."""
 
     def __init__(self, name: str, batch: int, rate: float = 1e-3, seed: int = 0, control: float = 1.0) -> None:
         flow_map = steerfm.load("fashion")
@@ -67,7 +67,7 @@ class Updates:
         self.batch, self.step, self.seed = batch, 0, seed
 
     def __call__(self) -> float:
-        started = time.perf_counter()
+        start = time.perf_counter()
         tuned, reference = self.module.maps
         tasks = Tasks()[torch.zeros(self.batch).long()]
         noise = Noise([derive(self.seed, "training", self.step, row) for row in range(self.batch)])
@@ -80,10 +80,10 @@ class Updates:
         loss.backward()
         self.optimizer.step()
         self.step += 1
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
     def held_out(self, n: int = 256) -> float:
-        """Mean of the judge over n samples, drawn as this variant draws them, from seeds that it never trains on."""
+        """Return the mean of the judge over n samples of this variant, from seeds that are not used in training."""
         tuned, reference = self.module.maps
         law, tasks = self.module.method.law(tuned, reference), Tasks()[torch.zeros(n).long()]
         samples = draw(law, tasks, tuned, list(range(n)))
@@ -92,37 +92,37 @@ class Updates:
 
 
 def _euler(flow_map):
-    """u(x, s, t) replaced by the velocity u(x, s, s): a jump becomes an Euler step of the same cost."""
+    """Replace u(x, s, t) by the velocity u(x, s, s): a jump becomes an Euler step of the same cost."""
     average = type(flow_map).average_velocity
     return lambda x, s, t, cond: average(flow_map, x, s, s, cond)
 
 
 def peak_bytes(name: str, batch: int) -> int:
-    """What an update adds to the memory of its process at its peak (Linux with glibc)."""
+    """Return the peak memory that an update adds to its process, in bytes (Linux with glibc)."""
     updates = Updates(name, 1)
-    updates()  # of one sample: allocates what stays, such as the optimiser's state
+    updates()  # with one sample: allocates permanent memory, such as the optimiser's state
     updates.batch = batch
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     updates()
     return _status("VmHWM") - before
 
 
 def peak(name: str, batch: int) -> int:
-    """`peak_bytes` of a process of its own."""
+    """Return `peak_bytes`, measured in a new process."""
     command = [sys.executable, __file__, "--memory-of", name, "--batch", str(batch)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def _status(key: str) -> int:
-    """Bytes of an entry of /proc/self/status."""
+    """Return an entry of /proc/self/status, in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
 def climb(name: str, target: float, rate: float, seed: int, limit: float) -> dict[str, float]:
-    """Updates, and their seconds, until the judge says ``target``; infinite where ``limit`` seconds do not get there."""
+    """Return the updates, and their seconds, to reach ``target`` by the judge; infinite if ``limit`` seconds are not enough."""
     updates, seconds = Updates(name, 8, rate, seed), 0.0
     while seconds < limit:
         seconds += updates()
@@ -132,9 +132,9 @@ def climb(name: str, target: float, rate: float, seed: int, limit: float) -> dic
 
 
 def race(name: str, target: float, seeds: int, limit: float) -> dict[str, float]:
-    """Medians over the seeds, and the range of the seconds, at the rate that was quickest with the first seed."""
+    """Return medians over the seeds, and the range of the seconds, at the rate that was fastest with the first seed."""
     best = {"rate": RATES[0], "updates": math.inf, "seconds": math.inf}
-    for rate in RATES:  # one that is slower than another was is stopped there
+    for rate in RATES:  # stop a rate that is slower than the best so far
         best = min(best, climb(name, target, rate, 0, min(limit, best["seconds"])), key=lambda run: run["seconds"])
     runs = [best, *(climb(name, target, best["rate"], seed, limit) for seed in range(1, seeds))]
     seconds = [run["seconds"] for run in runs]
@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--reach", type=float, metavar="JUDGE", help="time to this judgement too; the base is at -4.3")
-    parser.add_argument("--seeds", type=int, default=3, help="of --reach")
+    parser.add_argument("--reach", type=float, metavar="JUDGE", help="also time to this held-out reward; the base has -4.3")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of --reach")
     parser.add_argument("--limit", type=float, default=30, help="seconds of updates after which a run of --reach gives up")
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -172,19 +172,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             name, f"{rows[name]['seconds']:.3f}", f"{ratio:.2f}", f"{memory[name] / 2**20:.0f}", f"{rows[name]['memory']:.2f}"
         )
     Console().print(table)
-    raced = {}
+    race_rows = {}
     if options.reach is not None:
-        title = f"updates of 8 samples until the judge says {options.reach}: medians of {options.seeds} seeds"
+        title = f"updates of 8 samples until the judge is at {options.reach}: medians of {options.seeds} seeds"
         table = Table("variant", "rate", "updates", "seconds", "from", "to", "MiB", title=title)
         for name in RACE:
-            raced[name] = race(name, options.reach, options.seeds, options.limit) | {"MiB": peak(name, 8) / 2**20}
-            table.add_row(name, *(f"{value:.3g}" for value in raced[name].values()))
+            race_rows[name] = race(name, options.reach, options.seeds, options.limit) | {"MiB": peak(name, 8) / 2**20}
+            table.add_row(name, *(f"{value:.3g}" for value in race_rows[name].values()))
         Console().print(table)
     default, euler = rows["2 jumps, first trained (default)"], rows["16 Euler steps"]
     print(json.dumps({
         "benchmark": "backprop", "batch": options.batch, "rows": rows,
         "default over 16 Euler steps": {key: round(default[key] / euler[key], 4) for key in ("time", "memory")},
-        "reach": raced,
+        "reach": race_rows,
     }))  # fmt: skip
 
 

@@ -1,12 +1,12 @@
-"""What every method draws for fixed seeds, as digests: does a change of the code change a bit?
+"""Digests of what every method draws for fixed seeds, to check whether a change of the code changes any bit.
 
     steerfm bench draws --record before.json       # on the old code, a minute and a half
-    steerfm bench draws --compare before.json      # on the new; on the same machine, for other machines round otherwise
+    steerfm bench draws --compare before.json      # on the new code, on the same machine: others round differently
 
-All steering methods on the shipped `fashion` map with `classifier` (a gradient, a class, two batches), and on an exact mixture
-with a black box where they take one; the fine-tuning methods for three updates; plain samples by four transitions. Uses the
-public surface only, so that it runs on old code, too: put the other tree first in PYTHONPATH and run this file. Prints a line
-for each difference, then one JSON line; exit code 1 where there is one.
+Covers all steering methods on the shipped `fashion` map with `classifier` (a gradient, a class, two batches), and on an exact
+mixture with a black box, if they take one; the fine-tuning methods for three updates; and plain samples by four transitions. It
+uses only the public interface, so it also runs on old code: put the other tree first in PYTHONPATH and run this file. Prints a
+line for each difference, then one JSON line; the exit code is 1 if there is any difference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from steerfm.steering import METHODS
 
 
 def digest(*tensors: Tensor | None) -> str:
-    """Of shapes and bits; None is a value of its own."""
+    """Return a digest of the shapes and bits of tensors; None counts as a value."""
     out = hashlib.sha256()
     for tensor in tensors:
         if tensor is None:
@@ -42,7 +42,7 @@ def digest(*tensors: Tensor | None) -> str:
 
 
 def bright(x: Tensor) -> Tensor:
-    """A black box: no gradient passes."""
+    """A black-box reward: it has no gradient."""
     return x.detach().flatten(1).mean(1).sub(0.3).square()
 
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    import lightning  # noqa: F401  # sets its own level; run on old code, this file stands alone
+    import lightning  # noqa: F401  # its import sets the log level
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     draws = {name: value for part in (sampling, steering, tuning) for name, value in part()}

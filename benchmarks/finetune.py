@@ -1,13 +1,13 @@
-"""The reward-divergence frontier of every fine-tuning method, beside best-of-n and steering of the base.
+"""The frontier of reward against divergence of every fine-tuning method, compared with best-of-n and steering of the base.
 
-    steerfm bench finetune                                   # the class Bag from no class: five methods, one control each
+    steerfm bench finetune                                   # from no class to Bag: five methods, one control each
     steerfm bench finetune --task compressible --methods weighted policy
     steerfm bench finetune --methods direct & steerfm bench finetune --methods weighted   # share the work, then run all
 
-Every cell is a run of `steerfm finetune` in a folder of its own: continued if it was killed, kept when it is finished. A row is
-the mean over `--seeds` training seeds, with the standard deviation over them; each run is judged by 64 samples of seeds that
-neither trained nor chose it. Prints a table, writes `<task>.png` and `<task>.json`, then prints one JSON line: two hours on two
-cores.
+Every cell is a run of `steerfm finetune` in a folder of its own; a killed run continues, and a finished one is not repeated. A
+row is the mean over `--seeds` training seeds, with the standard deviation; each run is judged on 64 samples of seeds that were
+used neither in training nor in choosing the checkpoint. Prints a table, writes `<task>.png` and `<task>.json`, then prints one
+JSON line: two hours on two cores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ REPORT = ["watch.report=64"]
 
 
 def run(method: str, control: float, seed: int, task: str, folder: Path, extra: Sequence[str]) -> dict[str, Any]:
-    """One cell: the result.json of its run."""
+    """Run one cell, and return its result.json."""
     out = folder / task / f"{method}-{control:g}-{seed}"
     if not (out / "result.json").is_file():
         keys = [*TASKS[task], *METHODS[method][0], *REPORT, f"control={control}", f"seed={seed}", f"out={out}", *extra]
@@ -64,13 +64,13 @@ def run(method: str, control: float, seed: int, task: str, folder: Path, extra: 
 
 
 def summary(values: Sequence[float]) -> str:
-    """Mean, and standard deviation over the seeds."""
-    spread = f"±{stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}"
+    """Format the mean, and the standard deviation over the seeds."""
+    deviation = f"±{stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{deviation}"
 
 
-def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The base, its best of n, and the default steering, on the seeds of the runs' last tables; kept once measured."""
+def references(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Measure the base, its best of n, and the default steering, on the seeds of the final tables; cached in a file."""
     file = folder / task / "base.json"
     if file.is_file():
         return json.loads(file.read_text())
@@ -78,24 +78,24 @@ def steered(task: str, folder: Path, extra: Sequence[str]) -> dict[str, dict[str
     base = steerfm.load(config.model)
     reward = build_reward(config.reward)
     panel = build_panel(base, reward, build_judge(config, base, reward).judge, config, config.watch.n)  # type: ignore[arg-type]
-    panel = replace(panel, seeds=panel.seeds + panel.tasks.n)  # those of the runs' own last tables
-    found = {
+    panel = replace(panel, seeds=panel.seeds + panel.tasks.n)  # the seeds of the final tables
+    rows = {
         f"base, {jumps} jump{'s' * (jumps > 1)}": panel.measure(chain(jumps)(base)).numbers() | {"cost": jumps}
         for jumps in (1, 4)
     }
     for k in (4, 16, 64):
-        found[f"best of {k}, 1 jump"] = panel.measure(chain(1)(base), k).numbers() | {"cost": k}
-    found["best of 16, 4 jumps"] = panel.measure(chain(4)(base), 16).numbers() | {"cost": 64}
+        rows[f"best of {k}, 1 jump"] = panel.measure(chain(1)(base), k).numbers() | {"cost": k}
+    rows["best of 16, 4 jumps"] = panel.measure(chain(4)(base), 16).numbers() | {"cost": 64}
 
     def funnel(noise, cond):
         method = steerfm.Funnel.within(64)
         n = len(noise.seeds)
         return steerfm.steer(base, reward, method, n=n, seeds=noise.seeds, strength=10.0, cond=cond).best()
 
-    found["steered (funnel)"] = panel.measure(funnel).numbers() | {"cost": 64}
+    rows["steered (funnel)"] = panel.measure(funnel).numbers() | {"cost": 64}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1))
-    return found
+    file.write_text(json.dumps(rows, indent=1))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--task", default="bag", choices=list(TASKS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--controls", nargs="*", type=float, help="in place of each method's own")
+    parser.add_argument("--controls", nargs="*", type=float, help="instead of each method's own")
     parser.add_argument("--seeds", type=int, default=4, help="training seeds of each cell")
     parser.add_argument("--extra", nargs="*", default=[], help="further keys of steerfm finetune, such as optimizer.steps=50")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/finetune"))
     options = parser.parse_args(argv)
-    base = steered(options.task, options.out, options.extra)
+    base = references(options.task, options.out, options.extra)
     columns = ("held_out", "reward", "diversity", "support", "distance")
     table = Table(
         "model", "calls", *columns, "control cost", "semigroup", "reward calls", "evaluations", "s",

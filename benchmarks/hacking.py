@@ -1,11 +1,11 @@
-"""Which jump is trained decides whether the reward is hacked: direct tuning of a small map of eight modes on a ring.
+"""The choice of the trained jump decides whether the reward is hacked: direct tuning of a small map of eight modes on a ring.
 
     steerfm bench hacking                    # 4 seeds, control 1 and 3: eight minutes on one core
     steerfm bench hacking --seeds 1 --steps 100
 
 Reward r = x / 1.42 (standard deviation 1 on the ring). For each choice of trained jumps: the mean reward, the share of samples
 within three standard deviations of a mode, and the effective number of modes, beside the exact tilt p exp(r / control). The
-base map is trained first (half a minute) and kept. Prints a table, then one JSON line.
+base map is trained first (half a minute) and stored. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STD, RADIUS = 0.2, 2.0
 
 
 def at(m: float) -> Direct:
-    """The default, with one fixed interior time."""
+    """Return the default method with a fixed interior time m."""
     return Direct(jitter=0.0, power=math.log(m) / math.log(0.5))
 
 
@@ -74,7 +74,7 @@ def trainer(steps: int) -> L.Trainer:
 
 
 def base_map(mixture: GaussianMixture, folder: Path, steps: int = 2500) -> NeuralFlowMap:
-    """A map of the ring, trained once."""
+    """Load the map of the ring, or train it."""
     with global_stream(0, "weights"):
         flow_map = NeuralFlowMap(Mlp(2, width=128, depth=3), (2,), std=(RADIUS**2 / 2 + STD**2) ** 0.5)
     path = folder / f"ring-{steps}.safetensors"
@@ -88,7 +88,7 @@ def base_map(mixture: GaussianMixture, folder: Path, steps: int = 2500) -> Neura
 
 
 def describe(x: Tensor, mixture: GaussianMixture) -> tuple[float, float, float]:
-    """Mean reward, share of the samples on a mode, effective number of modes."""
+    """Return mean reward, share of samples on a mode, and effective number of modes."""
     distance, nearest = torch.cdist(x.double(), mixture.means).min(1)
     on = distance < 3 * STD
     shares = nearest[on].bincount(minlength=8).double() / max(1, int(on.sum()))
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     mixture, n = ring(), 4000
     flow_map = base_map(mixture, options.out)
-    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    results: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     cells = [(row, control, seed) for row in options.rows for control in options.controls for seed in range(options.seeds)]
     for row, control, seed in track(cells, "tuning", transient=True):
         module = FineTuning(
@@ -118,25 +118,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         trainer(options.steps).fit(module, module.data())
         x = draw(module.law(), Tasks(), flow_map, [10_000 + seed], n)
-        found.setdefault(row, {}).setdefault(f"{control:g}", []).append(describe(x, mixture))
-    known = {"base": [describe(draw(chain(2)(flow_map), Tasks(), flow_map, [10_000 + i], n), mixture) for i in range(4)]}
+        results.setdefault(row, {}).setdefault(f"{control:g}", []).append(describe(x, mixture))
+    base = [describe(draw(chain(2)(flow_map), Tasks(), flow_map, [10_000 + i], n), mixture) for i in range(4)]
     table = Table(
         "trained", *(f"control {c:g}: {what}" for c in options.controls for what in ("reward", "on the data", "modes"))
     )
-    table.add_row("base", *(f"{interval([k[i] for k in known['base']])[0]:.2f}" for _ in options.controls for i in range(3)))
+    table.add_row("base", *(f"{interval([k[i] for k in base])[0]:.2f}" for _ in options.controls for i in range(3)))
     exact = {}
     for control in options.controls:
         target, _ = mixture.tilt(linear=[1 / 1.42, 0.0], strength=1 / control)
         exact[f"{control:g}"] = describe(target.sample(20_000, torch.Generator().manual_seed(0)).float(), mixture)
     table.add_row("exact tilt", *(f"{value:.2f}" for c in options.controls for value in exact[f"{c:g}"]))
     means: dict[str, dict[str, list[float]]] = {}
-    for row, columns in found.items():
-        shown = []
+    for row, columns in results.items():
+        cells = []
         for control, values in columns.items():
             pairs = [interval([value[i] for value in values]) for i in range(3)]
             means.setdefault(row, {})[control] = [round(mean, 3) for mean, _ in pairs]
-            shown += [f"{mean:.2f}±{half:.2f}" for mean, half in pairs]
-        table.add_row(row, *shown)
+            cells += [f"{mean:.2f}±{half:.2f}" for mean, half in pairs]
+        table.add_row(row, *cells)
     Console(width=130).print(table)
     print(json.dumps({"benchmark": "hacking", "seeds": options.seeds, "steps": options.steps, "exact": exact, "rows": means}))
 

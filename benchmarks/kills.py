@@ -1,16 +1,16 @@
-"""Kill runs at random moments, continue them, and hold what they leave against a run that was left alone.
+"""Kill runs at random moments, continue them, and compare their folders with that of an undisturbed run.
 
     steerfm bench kills                            30 kills of train and finetune, 20 of steer, bench and evaluate
     steerfm bench kills train --kills 100 --seed 1
     steerfm bench kills workers                    20 kills of the four workers of one sweep, and of four commands on one folder
 
-Each trial is a tiny run in a folder of its own. SIGKILL, SIGTERM and SIGINT in turn hit it at a moment drawn over its whole
-length; it is started again with the same command, hit again in every second trial, and goes on to its end. Compared are all
-tensors, numbers, lines of metrics and pictures bit for bit, but not times, and the exit codes: 128 + the signal's number (minus
-it for SIGKILL), 0 at the end. Runs are forks of this process, which has imported everything: no kill is lost on an import.
+Each trial is a tiny run in a folder of its own. It gets SIGKILL, SIGTERM and SIGINT in turn, at a random moment of its
+duration. It is restarted with the same command, hit again in every second trial, and then runs to its end. All tensors,
+numbers, metrics and pictures are compared bit for bit, except times. Exit codes must be 128 + the signal's number (minus the
+number for SIGKILL), and 0 at the end. Runs are forks of this process, which has imported everything, so no kill hits an import.
 
-`workers` is one sweep that four processes measure, started by `--workers 4`, or by four commands on one folder. At random
-moments one of them is killed (SIGKILL), and replaced by the command that started it, or by the same command given again.
+`workers` is one sweep that four processes measure, started by `--workers 4` or by four commands on one folder. At random
+moments one of them is killed by SIGKILL, and restarted by the command that started it, or by hand.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "bench": (20, ["bench", "../suite.yaml", "seeds=4"]),
     "evaluate": (20, ["evaluate", "n=64", "steps=[1,2]", "euler=4", "batch_size=16"]),
 }  # fmt: skip
-"""Kills by default, and the command; ``out=run`` is added."""
+"""Default number of kills, and the command; ``out=run`` is appended."""
 SUITE = """
 problems: {bright: {reward: {name: brightness}, judge: {name: symmetry}}}
 methods: {best_of_n: {steps: 1}, feynman_kac: {}}
@@ -77,12 +77,12 @@ KINDS = [*COMMANDS, "workers"]
 WORKERS = 4
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TIMES = {"seconds", "peak_bytes", "train/seconds", "commit"}
-"""What two runs need not share: times, and the commit of the library."""
+"""Keys that may differ between runs: times, and the commit of the library."""
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 def start(command: list[str], folder: Path) -> int:
-    """Fork a run in ``folder``; returns the process id once the run has begun."""
+    """Fork a run in ``folder``; return its process id once the run has started."""
     folder.mkdir(exist_ok=True)
     ready, write = os.pipe()
     if child := os.fork():
@@ -97,7 +97,8 @@ def start(command: list[str], folder: Path) -> int:
         with open("log.txt", "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))  # before the command line has its own
+        # until the command line installs its own handler
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
         os.write(write, b"1")
         code = cli.main([*command, "out=run"])
     except KeyboardInterrupt:
@@ -116,12 +117,12 @@ def start(command: list[str], folder: Path) -> int:
 
 
 def wait(child: int) -> int:
-    """Exit code; minus the number of a signal that ended it."""
+    """Wait for a child, and return its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def trial(command: list[str], folder: Path, number: int, seconds: float, draw: random.Random) -> list[str]:
-    """Hit a run once or twice, let it end; what was wrong."""
+    """Hit a run once or twice, then let it end; return a list of faults."""
     wrong = []
     for hit in range(1 + number % 2):
         sign = SIGNALS[(number + hit) % len(SIGNALS)]
@@ -141,7 +142,7 @@ def trial(command: list[str], folder: Path, number: int, seconds: float, draw: r
 
 
 def commands_killed(command: list[str], folder: Path, kills: int, seconds: float, draw: random.Random) -> list[str]:
-    """Give one command `WORKERS` times at once, and again for each that is killed."""
+    """Start one command `WORKERS` times at once, and again for each that is killed; return a list of faults."""
     children = [start(command, folder) for _ in range(WORKERS)]
     for _ in range(kills):
         time.sleep(draw.uniform(0, seconds))
@@ -154,7 +155,7 @@ def commands_killed(command: list[str], folder: Path, kills: int, seconds: float
 
 
 def workers_killed(command: list[str], folder: Path, kills: int, seconds: float, draw: random.Random) -> list[str]:
-    """Give one command that starts `WORKERS`, and kill some of them."""
+    """Start one command with `WORKERS` workers, and kill some of them; return a list of faults."""
     command_ = start([*command, f"workers={WORKERS}"], folder)
     hits = 0
     while hits < kills and os.waitpid(command_, os.WNOHANG) == (0, 0):
@@ -169,33 +170,33 @@ def workers_killed(command: list[str], folder: Path, kills: int, seconds: float,
     return [f"it gave exit code {code}"] if code else []
 
 
-def shared(folder: Path, kills: int, seed: int) -> list[str]:
-    """Hold sweeps of several processes against that of one; what was wrong."""
+def check_workers(folder: Path, kills: int, seed: int) -> list[str]:
+    """Compare sweeps of several processes with a sweep of one; return a list of faults."""
     command = ["bench", "../suite.yaml", f"seeds={max(8, 3 * kills)}", "batch_size=1"]
     began = time.monotonic()
     if code := wait(start(command, folder / "workers-whole")):
         return [f"  exit code {code}"]
-    seconds, whole = time.monotonic() - began, left(folder / "workers-whole" / "run")
+    seconds, whole = time.monotonic() - began, contents(folder / "workers-whole" / "run")
     faults = []
     for name, kill in (("commands", commands_killed), ("workers", workers_killed)):
         at = folder / f"workers-{name}"
         wrong = kill(command, at, kills, seconds / kills, random.Random(f"{seed} {name}"))
-        after = left(at / "run")
+        after = contents(at / "run")
         for run in (whole, after):
-            run.get("summary.json", {}).pop("command", None)  # it says how many workers
+            run.get("summary.json", {}).pop("command", None)  # it contains the number of workers
         wrong += differences(whole, after)
         cells = len(list((at / "run" / "cells").glob("*.safetensors")))
         print(
-            f"workers: {kills} kills of {WORKERS} {name}, {cells} cells, {'different' if wrong else 'as if left alone'}",
+            f"workers: {kills} kills of {WORKERS} {name}, {cells} cells, {'different' if wrong else 'as if contents alone'}",
             flush=True,
         )
         faults += [f"  {name}: {'; '.join(wrong)}"] if wrong else []
     return faults
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
-def left(folder: Path) -> dict[str, Any]:
-    """What a run left, by the path of each file, without its times."""
+# --- run folders -----------------------------------------------------------------------------------------------------
+def contents(folder: Path) -> dict[str, Any]:
+    """Return the content of a run folder by file, without times."""
     out: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -203,7 +204,7 @@ def left(folder: Path) -> dict[str, Any]:
             continue
         reader = READERS.get(path.suffix)
         if path.suffix == ".png":
-            if not path.name.startswith("curves"):  # of times, too
+            if not path.name.startswith("curves"):  # these include times
                 out[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif reader is not None:
             out[name] = reader(path)
@@ -214,7 +215,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Any]:
     tensors = {name: value for name, value in load_file(path).items() if name not in TIMES}
-    if "facts" in tensors:  # of a cell: the last is its seconds
+    if "facts" in tensors:  # of a cell: the last one is its seconds
         tensors["facts"] = tensors["facts"][:-1]
     return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
 
@@ -231,7 +232,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def _lines(path: Path) -> Any:
-    """Lines in order; of a training, where a continued run repeats steps, the last of each."""
+    """Return the lines in order. A continued training may repeat steps: take the last line of each."""
     lines = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
     return _timeless(training.history(path.parent)) if lines and next(iter(lines[0])) == "step" else lines
 
@@ -246,7 +247,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def differences(whole: dict[str, Any], killed: dict[str, Any]) -> list[str]:
-    """Files that are missing, left over or different."""
+    """Return a line for each file that is missing, left over or different."""
     missing = [f"{name} is missing" for name in whole if name not in killed]
     more = [f"{name} is left over" for name in killed if name not in whole]
     return missing + more + [f"{name} differs" for name in whole if name in killed and whole[name] != killed[name]]
@@ -254,7 +255,7 @@ def differences(whole: dict[str, Any], killed: dict[str, Any]) -> list[str]:
 
 # --- the command line ------------------------------------------------------------------------------------------------
 def prepare(folder: Path) -> None:
-    """Data to train on, 28 x 28, and a suite."""
+    """Write training data of 28 x 28 pixels, and a suite."""
     (folder / "data").mkdir()
     random_ = np.random.default_rng(0)
     for prefix, n in (("train", 256), ("t10k", 32)):
@@ -269,48 +270,48 @@ def prepare(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the trials and print a line for each command; exit code 1 where one of them went wrong."""
+    """Run the trials and print a line for each command; the exit code is 1 if any trial failed."""
     parser = argparse.ArgumentParser(prog="steerfm bench kills", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("commands", nargs="*", metavar="command", help=f"default: all of {', '.join(KINDS)}")
     parser.add_argument("--kills", type=int, help="trials of each command")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--keep", help="a folder for the runs; by default they are deleted")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--keep", help="folder to keep the runs in; by default they are deleted")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.commands if name not in KINDS]:
         parser.error(f"unknown command {unknown[0]}: one of {', '.join(KINDS)}")
     torch.set_num_threads(1)
-    failed = 0
+    failures = 0
     with contextlib.ExitStack() as stack:
         folder = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
         for name in options.commands or KINDS:
             if name == "workers":
-                faults = shared(folder, options.kills or 20, options.seed)
+                faults = check_workers(folder, options.kills or 20, options.seed)
                 print("\n".join(faults), end="\n" if faults else "", flush=True)
-                failed += len(faults)
+                failures += len(faults)
                 continue
             kills, command = COMMANDS[name]
             kills = options.kills or kills
             began = time.monotonic()
             if code := wait(start(command, folder / f"{name}-whole")):
                 print(f"{name}: exit code {code}\n{(folder / f'{name}-whole' / 'log.txt').read_text()}")
-                failed += 1
+                failures += 1
                 continue
-            seconds, whole = time.monotonic() - began, left(folder / f"{name}-whole" / "run")
+            seconds, whole = time.monotonic() - began, contents(folder / f"{name}-whole" / "run")
             draw, faults = random.Random(f"{options.seed} {name}"), []
             for number in range(kills):
                 at = folder / f"{name}-{number:03d}"
                 wrong = trial(command, at, number, seconds, draw)
                 if not wrong or not wrong[-1].startswith("continued"):
-                    wrong += differences(whole, left(at / "run"))
+                    wrong += differences(whole, contents(at / "run"))
                 if wrong:
                     faults.append(f"  trial {number}: {'; '.join(wrong)}")
             hits = kills + kills // 2
             print(f"{name}: {kills} runs, {hits} signals, {kills - len(faults)} of {kills} as if left alone", flush=True)
             print("\n".join(faults), end="\n" if faults else "", flush=True)
-            failed += len(faults)
-    sys.exit(int(failed > 0))
+            failures += len(faults)
+    sys.exit(int(failures > 0))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Peak memory of a transformer of 100 M random parameters that is steered with gradients, and tuned for an update, with and
-without activation checkpoints: each in a process of its own, on the CPU.
+"""Peak memory of a transformer with 100 M random parameters, steered with gradients and tuned for one update, with and without
+activation checkpoints: each in a process of its own, on the CPU.
 
-python benchmarks/memory_large.py                     # fails where a peak with them is above the limit
+python benchmarks/memory_large.py                     # fails if a peak with checkpoints is above the limit
 python benchmarks/memory_large.py --blocks 2 --tokens 64 --width 64
 """
 
@@ -25,11 +25,11 @@ import steerfm
 from steerfm.blocks import checkpoint_activations
 
 LIMIT = 1536
-"""MiB, of which the weights are 380, and Python with its libraries 550 for steering and 880 for tuning."""
+"""Limit in MiB. The weights take 380; Python with its libraries takes 550 for steering and 880 for tuning."""
 
 
 class Block(nn.Module):
-    """Attention and two wide layers, moved by the time."""
+    """Attention and an MLP, conditioned on the time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A velocity of latents (b, 4, h, w), a token each 2 x 2."""
+    """A velocity of latents (b, 4, h, w), with one token per 2 x 2 patch."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -68,11 +68,11 @@ def mean(latents: Tensor) -> Tensor:
 mean.space = "model"  # type: ignore[attr-defined]
 
 
-def steered(flow_map: steerfm.FlowMap) -> None:
+def steer(flow_map: steerfm.FlowMap) -> None:
     steerfm.steer(flow_map, mean, steerfm.method("dps", steps=2), n=1, seeds=0, strength=1.0)
 
 
-def tuned(flow_map: steerfm.FlowMap) -> None:
+def tune(flow_map: steerfm.FlowMap) -> None:
     from steerfm.finetuning import DRaFTK, FineTuning, LoRA
     from steerfm.training import fit
 
@@ -83,7 +83,7 @@ def tuned(flow_map: steerfm.FlowMap) -> None:
 
 
 def work(what: str, checkpoints: bool, width: int, blocks: int, tokens: int) -> None:
-    """In a process of its own: do it, and print the peak in MiB and seconds."""
+    """Do one measurement in this process, and print its peak in MiB, its seconds, and the number of parameters."""
     torch.manual_seed(0)
     side = 2 * round(tokens**0.5)
     network = Transformer(width, blocks)
@@ -91,7 +91,7 @@ def work(what: str, checkpoints: bool, width: int, blocks: int, tokens: int) -> 
         checkpoint_activations(network)
     flow_map = steerfm.VelocityModel(network, (4, side, side)).eval().requires_grad_(False)
     begin = time.perf_counter()
-    {"steered": steered, "tuned": tuned}[what](flow_map)
+    {"steered": steer, "tuned": tune}[what](flow_map)
     seconds = time.perf_counter() - begin
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, seconds, sum(p.numel() for p in network.parameters()))
 
@@ -101,25 +101,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--blocks", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--limit", type=float, default=LIMIT, help="MiB that a peak with activation checkpoints may reach")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="largest peak with activation checkpoints, in MiB")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
-    told = parser.parse_args(arguments)
-    if told.work:
-        work(told.work[0], told.work[1] == "with", told.width, told.blocks, told.tokens)
+    options = parser.parse_args(arguments)
+    if options.work:
+        work(options.work[0], options.work[1] == "with", options.width, options.blocks, options.tokens)
         return 0
-    size, high = ["--width", str(told.width), "--blocks", str(told.blocks), "--tokens", str(told.tokens)], False
+    size, high = ["--width", str(options.width), "--blocks", str(options.blocks), "--tokens", str(options.tokens)], False
     for what in ("steered", "tuned"):
         for how in ("without", "with"):
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, __file__, *size, "--work", what, how], capture_output=True, text=True, check=True,
-                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # what is freed goes back to the system at once
+                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # return freed memory to the system at once
             )  # fmt: skip
-            peak, seconds, parameters = map(float, done.stdout.split()[-3:])
-            late = how == "with" and peak > told.limit
+            peak, seconds, parameters = map(float, process.stdout.split()[-3:])
+            late = how == "with" and peak > options.limit
             high |= late
-            note = f", above the limit of {told.limit:g}" if late else ""
+            note = f", above the limit of {options.limit:g}" if late else ""
             print(
-                f"{parameters / 1e6:.3g} M parameters, {told.tokens} tokens, {what}, {how} activation checkpoints: "
+                f"{parameters / 1e6:.3g} M parameters, {options.tokens} tokens, {what}, {how} activation checkpoints: "
                 f"{peak:,.0f} MiB, {seconds:.1f} s{note}",
                 flush=True,
             )

@@ -1,7 +1,7 @@
 """Tables of the README and docs/ from the committed results.
 
-Between the lines ``<!-- table: NAME ... -->`` and ``<!-- end -->`` of a page stands a table of what `benchmarks/results` holds;
-this writes them anew. A test fails where a page says something else than the results.
+This regenerates every table between the lines ``<!-- table: NAME ... -->`` and ``<!-- end -->`` of a page from
+`benchmarks/results`. A test fails if a page and the results differ.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ PLOTS = {  # (suite, problem) -> file and title
 
 
 def main(arguments: list[str]) -> None:
-    """Take new results into the repository, if any are named, and write the tables."""
+    """Copy new results into the repository, if any are named, and write the tables."""
     parser = argparse.ArgumentParser("steerfm bench page", description=__doc__)
     parser.add_argument("suites", nargs="*", help="suites whose runs/bench/SUITE/summary.json becomes the committed result")
     for suite in parser.parse_args(arguments).suites:
-        found = json.loads(Path(f"runs/bench/{suite}/summary.json").read_text())
-        found["command"] = re.sub(r" out=\S+", "", found["command"])  # where it was kept is nobody's business
-        kept = found | {"rows": [{k: _short(v) for k, v in row.items()} for row in found["rows"]]}
-        lines = ",\n".join(json.dumps(row) for row in kept.pop("rows"))
-        (RESULTS / f"{suite}.json").write_text(json.dumps(kept)[:-1] + f', "rows": [\n{lines}]}}\n')
+        summary = json.loads(Path(f"runs/bench/{suite}/summary.json").read_text())
+        summary["command"] = re.sub(r" out=\S+", "", summary["command"])  # the output folder does not matter
+        head = summary | {"rows": [{k: _short(v) for k, v in row.items()} for row in summary["rows"]]}
+        lines = ",\n".join(json.dumps(row) for row in head.pop("rows"))
+        (RESULTS / f"{suite}.json").write_text(json.dumps(head)[:-1] + f', "rows": [\n{lines}]}}\n')
     for page in PAGES:
         file = ROOT / page
         text = file.read_text()
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def render(text: str) -> str:
-    """A page with its tables written anew."""
+    """Return a page with its tables regenerated."""
 
     def table(match: re.Match[str]) -> str:
         name, *arguments = re.split(r"\s*;\s*", match[2])
@@ -76,29 +76,29 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _problems(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[int], dict[tuple[str, int], dict[str, Any]]]]:
-    """(title, budgets, (method, budget) -> row) of each problem; plain samples are at budget 0."""
+    """Yield (title, budgets, rows by (method, budget)) of each problem; plain samples have budget 0."""
     for key in dict.fromkeys((row["model"], row["problem"], row["strength"]) for row in rows):
         of = {(r["method"], r["budget"]): r for r in rows if (r["model"], r["problem"], r["strength"]) == key}
         yield f"*{key[1]}* ({key[0]}, strength {key[2]:g})", sorted({b for _, b in of} - {0}), of
 
 
 def _best(of: dict[tuple[str, int], dict[str, Any]], budget: int) -> float:
-    """The highest held-out reward of a problem at a budget."""
+    """Return the highest held-out reward of a problem at a budget."""
     return max(row["held_out"] for (_, cost), row in of.items() if cost == budget)
 
 
 def machine(name: str) -> str:
-    """How a suite was run, in a line."""
-    told = _suite(name)
-    minutes = sum(row["seconds"] * row["outputs"] for row in told["rows"]) / 60
+    """Return a line about how a suite was run."""
+    suite = _suite(name)
+    minutes = sum(row["seconds"] * row["outputs"] for row in suite["rows"]) / 60
     return (
-        f"`{told['command']}`: {told['seeds']} seeds of {told['n']} outputs a problem, {minutes:.0f} minutes in methods; "
-        f"{told['machine']}, {told['threads']} threads, torch {told['torch']}, steerfm {told['steerfm']}."
+        f"`{suite['command']}`: {suite['seeds']} seeds of {suite['n']} outputs a problem, {minutes:.0f} minutes in methods; "
+        f"{suite['machine']}, {suite['threads']} threads, torch {suite['torch']}, steerfm {suite['steerfm']}."
     )
 
 
 def problems(name: str) -> str:
-    """The held-out reward of every method at every budget, a table a problem; cost and quality at the largest budget."""
+    """Return a table per problem: held-out rewards at every budget; cost and quality at the largest budget."""
     parts = [machine(name)]
     for title, budgets, of in _problems(_suite(name)["rows"]):
         base = of[BASE, 0]
@@ -118,21 +118,21 @@ def problems(name: str) -> str:
 
 
 def misses(name: str, *methods: str) -> str:
-    """How far each method stays below the best of its problem and budget, in the mean over the problems that all ran."""
-    found = list(_problems(_suite(name)["rows"]))
-    budgets = found[0][1]
+    """Return the mean gap of each method to the best method of the same problem and budget."""
+    problems_ = list(_problems(_suite(name)["rows"]))
+    budgets = problems_[0][1]
     lines = []
-    for method in methods or dict.fromkeys(method for _, _, of in found for method, budget in of if budget):
+    for method in methods or dict.fromkeys(method for _, _, of in problems_ for method, budget in of if budget):
         cells = []
         for budget in budgets:
-            gaps = [_best(of, budget) - of[method, budget]["held_out"] for _, _, of in found if (method, budget) in of]
-            cells.append(f"{sum(gaps) / len(gaps):.2f}" if len(gaps) == len(found) else "")
+            gaps = [_best(of, budget) - of[method, budget]["held_out"] for _, _, of in problems_ if (method, budget) in of]
+            cells.append(f"{sum(gaps) / len(gaps):.2f}" if len(gaps) == len(problems_) else "")
         lines.append([f"`{method}`", *cells])
     return _markdown(["network calls an output", *map(str, budgets)], lines)
 
 
 def paired(name: str) -> str:
-    """Differences to plain samples and to best-of-n of the same cost, over outputs of the same seed."""
+    """Return differences to plain samples and to best-of-n at the same cost, paired by seed."""
     parts = [machine(name)]
     for title, _, of in _problems(_suite(name)["rows"]):
         lines = []
@@ -149,19 +149,20 @@ def paired(name: str) -> str:
 
 
 def speed() -> str:
-    """Wall time over that of the bare loop."""
-    told = json.loads((RESULTS / "speed.json").read_text())
-    lines = [[name, f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"] for name, row in told["overheads"].items()]
-    where = f"{told['particles']} rows, {told['steps']} steps, {told['threads']} threads, torch {told['torch']}"
+    """Return wall times relative to the bare loop."""
+    result = json.loads((RESULTS / "speed.json").read_text())
+    overheads = result["overheads"].items()
+    lines = [[name, f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}"] for name, row in overheads]
+    where = f"{result['particles']} rows, {result['steps']} steps, {result['threads']} threads, torch {result['torch']}"
     return f"{where}:\n\n{_markdown(['', 'ratio', 'quartiles'], lines)}"
 
 
 def scan() -> str:
-    """Seconds against sizes, with the line through them (least squares of relative errors)."""
-    told = json.loads((RESULTS / "scaling.json").read_text())
-    parts = [f"{told['device']}, {told['threads']} threads, torch {told['torch']}."]
+    """Return seconds by size, with the fitted line (least squares of relative errors)."""
+    result = json.loads((RESULTS / "scaling.json").read_text())
+    parts = [f"{result['device']}, {result['threads']} threads, torch {result['torch']}."]
     fits = []
-    for name, points in told["scan"].items():
+    for name, points in result["scan"].items():
         sizes, seconds = np.array(points).T
         header = [name, *(f"{size:g}" for size in sizes)]
         parts.append(_markdown(header, [["seconds", *(f"{second:.3g}" for second in seconds)]]))

@@ -1,10 +1,10 @@
-"""What the adapter of a diffusers pipeline adds to the pipeline's own call, on the tiny pipelines of the tests.
+"""The overhead of the diffusers adapter over the pipeline's own call, on the tiny pipelines of the tests.
 
     steerfm bench pipelines                # two minutes on an idle core
 
-Four steps of two samples to latents, by the pipeline and by `steerfm.sample`, alternating in one process: the median of the
-ratios of neighbours and their quartiles. The networks take about a millisecond, so that what is around them weighs more than in
-life; a ratio is at most 1.05. Prints a table, then one JSON line.
+Draws two samples in four steps to latents, alternately by the pipeline and by `steerfm.sample`, and reports the median and the
+quartiles of the ratios of consecutive times. The networks take about a millisecond, so the overhead weighs more than for a real
+model. A ratio should be at most 1.05. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ BOUND, STEPS = 1.05, 4
 
 
 def ratios(name: str, repeats: int) -> list[float]:
-    """Seconds of ours over those of the pipeline's own, pair by pair."""
-    from tests.models.pipelines import PIPELINES  # of a checkout, and with diffusers
+    """Return the times of the adapter relative to those of the pipeline, pair by pair."""
+    from tests.models.pipelines import PIPELINES  # needs a checkout, and diffusers
 
     pipe, call = PIPELINES[name]()
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""How much time processes save: the same steering run by one and by several, a thread each; the samples must be the same bits.
+"""Time the same steering run on one and on several processes, one thread each; the samples must be bit-identical.
 
 python benchmarks/processes.py --processes 2 --repeats 5
 """
@@ -16,8 +16,8 @@ import steerfm
 from steerfm import distributed
 
 
-def timed(repeats: int, particles: int, guided: bool) -> tuple[float, float, torch.Tensor]:
-    """Seconds of the fastest repeat after the first, those of the processor in the busiest process, and the samples."""
+def measure(repeats: int, particles: int, guided: bool) -> tuple[float, float, torch.Tensor]:
+    """Return wall seconds of the fastest repeat after a warm-up, processor seconds of the busiest process, and the samples."""
     torch.set_num_threads(1)
     flow_map, reward = steerfm.load("emoji"), steerfm.reward("clip", prompt="a red heart")
     method = steerfm.FMRGJ(particles, 4) if guided else steerfm.FeynmanKac(particles, 4)
@@ -35,17 +35,19 @@ def timed(repeats: int, particles: int, guided: bool) -> tuple[float, float, tor
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="the fastest counts: other work only takes time away")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats; the fastest one counts")
     parser.add_argument("--particles", type=int, default=64)
-    told = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    print(f"emoji, clip, {told.particles} particles, 4 steps, one thread a process; the fastest of {told.repeats}")
+    print(f"emoji, clip, {options.particles} particles, 4 steps, one thread a process; the fastest of {options.repeats}")
     for guided in (False, True):
         name = "guided (fmrg_j)" if guided else "particles (feynman_kac)"
-        alone, work, want = timed(told.repeats, told.particles, guided)
-        shared, share, got = distributed.launch(timed, told.repeats, told.particles, guided, devices=told.processes)
-        same = "the same bits" if torch.equal(want, got) else "other bits"
-        print(f"{name}: {alone:.2f} s by one, {shared:.2f} s by {told.processes} ({shared / alone:.2f}); of the processor")
+        alone, work, expected = measure(options.repeats, options.particles, guided)
+        many, share, samples = distributed.launch(
+            measure, options.repeats, options.particles, guided, devices=options.processes
+        )
+        same = "the same bits" if torch.equal(expected, samples) else "other bits"
+        print(f"{name}: {alone:.2f} s by one, {many:.2f} s by {options.processes} ({many / alone:.2f}); of the processor")
         print(f"  {work:.2f} s and {share:.2f} s in the busiest process ({share / work:.2f}); {same}", flush=True)
 
 

@@ -1,10 +1,10 @@
-"""What every installed reward costs a picture, with its unit, range and gradient: the table of docs/rewards.md.
+"""The cost per picture of every installed reward, with its unit, range and gradient: the table of docs/rewards.md.
 
     steerfm bench rewards                     # 64 pictures of 32 x 32, one thread, as a markdown table
     steerfm bench rewards --size 64 --n 16
 
-Median of five calls after a first one; with a gradient, call and backward pass together. Rewards whose packages or files
-are missing are listed with what they need. Then prints one JSON line.
+Times are medians of five calls after a warm-up; with a gradient, of call and backward pass together. A reward whose package or
+file is missing is listed with what it needs. Then prints one JSON line.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ SHAPES = {"classifier": (1, 28, 28), "judge": (1, 28, 28)}
 
 
 def measure(reward: rewards.Reward, shape: Sequence[int], n: int) -> tuple[float, float | None]:
-    """Milliseconds a picture, without and with a gradient."""
+    """Return milliseconds per picture, without and with a gradient."""
     pictures = torch.rand(n, *shape, generator=torch.Generator().manual_seed(0))
 
-    def timed(gradient: bool) -> float:
+    def milliseconds(gradient: bool) -> float:
         seconds = []
         for _ in range(6):
             x = pictures.clone().requires_grad_(gradient)
@@ -61,7 +61,7 @@ def measure(reward: rewards.Reward, shape: Sequence[int], n: int) -> tuple[float
             seconds.append(time.perf_counter() - start)
         return 1e3 * statistics.median(seconds[1:]) / n
 
-    return timed(False), timed(True) if reward.differentiable else None
+    return milliseconds(False), milliseconds(True) if reward.differentiable else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="steerfm bench rewards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=int, default=32, help="side of the pictures")
-    parser.add_argument("--n", type=int, default=64, help="pictures a call")
+    parser.add_argument("--n", type=int, default=64, help="pictures per call")
     parser.add_argument("--names", nargs="*", help="only these")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -82,21 +82,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             kind = rewards.find(name)
             kind = kind if isinstance(kind, rewards.Reward | type) else rewards.as_reward(kind)  # a plain function
             low, high = kind.range
-            told = f"| `{name}` | {kind.unit} | {low:.3g} to {high:.3g} | {'yes' if kind.differentiable else 'black box'} |"
+            cells = f"| `{name}` | {kind.unit} | {low:.3g} to {high:.3g} | {'yes' if kind.differentiable else 'black box'} |"
             if name in NEEDS:
-                print(f"{told} needs {NEEDS[name]} | |")
+                print(f"{cells} needs {NEEDS[name]} | |")
                 continue
             size = options.size
             shape = SHAPES.get(name, (3, size, size))
-            made = rewards.reward(
+            reward = rewards.reward(
                 name, **ARGUMENTS.get(name, {"target": torch.full(shape, 0.5)} if name == "target_image" else {})
             )
-            plain, graph = measure(made, shape, options.n)
+            plain, graph = measure(reward, shape, options.n)
         except (rewards.RewardError, ImportError) as error:
             print(f"| `{name}` | {error} | | | | |")
             continue
         numbers[name] = {"ms": plain, "ms with gradient": graph}
-        print(f"{told} {plain:.2f} | {'' if graph is None else f'{graph:.2f}'} |")
+        print(f"{cells} {plain:.2f} | {'' if graph is None else f'{graph:.2f}'} |")
     print(json.dumps({"benchmark": "rewards", "size": options.size, "n": options.n, **numbers}))
 
 

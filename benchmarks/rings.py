@@ -5,11 +5,11 @@
     steerfm bench rings --strength 16 --epsilon 0.1
 
 The toys of flow map trajectory tilting (2511.22688): eight modes on a circle of radius 4. `half`, r = -x^2 1[x < 0], without
-resampling; `cycloid`, r = -((rho - 4 (1 + .08 cos 12 phi)) / .2)^2 / 2, with resampling below ESS .9. The source leaves open
-the modes' spread (.3 here), the reward's scale (``--strength``) and the diffusion (epsilon_t = ``--epsilon`` (1 - t)). Both
-look-aheads get FMTT's drift (half of the gradient through the look-ahead) and the weight beta' r(z); the library refuses that
-weight for a denoiser, so the check is left out here. Prints errors against exact samples (MMD of the sum of Gaussian kernels
-of widths .5, 1 and 2; sliced W2), then one JSON line.
+resampling; `cycloid`, r = -((rho - 4 (1 + .08 cos 12 phi)) / .2)^2 / 2, with resampling below ESS .9. The paper does not state
+the spread of the modes (.3 here), the scale of the reward (``--strength``) or the diffusion (epsilon_t = ``--epsilon`` (1 -
+t)). Both look-aheads use FMTT's drift (half of the gradient through the look-ahead) and the weight beta' r(z). The library
+refuses that weight for a denoiser, so the check is disabled here. Prints errors against exact samples (MMD of the sum of
+Gaussian kernels of widths .5, 1 and 2; sliced W2), then one JSON line.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LOOKAHEADS = {"flow map": Jump(), "denoiser": Denoise()}
 KERNELS = [0.5, 1.0, 2.0]
 
 
-class Unchecked(Jarzynski):
-    """The simple weight for any look-ahead, right or wrong."""
+class AnyLookahead(Jarzynski):
+    """The simple weight for any look-ahead, without the check that it is valid."""
 
     def check(self, parts: Parts) -> None:
         pass
@@ -47,7 +47,7 @@ class Unchecked(Jarzynski):
 
 @cache
 def target(ring: str, strength: float) -> Any:
-    """The case of exact.py with ``strength`` times its reward."""
+    """Return the case of exact.py with its reward multiplied by ``strength``."""
     case = CASES[RINGS[ring][0]]()
     return case if strength == 1 else EXACT["quadrature"](case.mixture, lambda x: strength * case.reward(x), 6.0)
 
@@ -55,24 +55,24 @@ def target(ring: str, strength: float) -> Any:
 def run(
     ring: str, lookahead: str, steps: int, particles: int, seeds: int, hops: int, strength: float = 1.0, epsilon: float = 1.0
 ) -> dict[str, tuple[float, float]]:
-    """Mean and interval over seeds of the errors and of what the particle method did."""
+    """Return the mean and interval over seeds of the errors and of diagnostics of the particle method."""
     case, resampling = target(ring, strength), RINGS[ring][1]
     method = Steering(
         particles, steps, LOOKAHEADS[lookahead], MapGradient(0.5, cap=None), "linear", Diffuse(lambda t: epsilon * (1 - t)),
-        Unchecked(), resampling,
+        AnyLookahead(), resampling,
     )  # fmt: skip
     result = steerfm.steer(case.mixture.flow_map(steps=hops), case.reward, method, n=seeds)
     weights = result.log_weights.exp()
-    found: dict[str, list[float]] = {"mmd": [], "sliced W2": [], "reward": [], "right half": [], "ESS": [], "resamplings": []}
+    errors: dict[str, list[float]] = {"mmd": [], "sliced W2": [], "reward": [], "right half": [], "ESS": [], "resamplings": []}
     for i in range(seeds):
         x, w = result.samples[i].double(), weights[i]
-        found["mmd"].append(mmd(x, case.target[:2000], KERNELS, w))
-        found["sliced W2"].append(sliced_wasserstein(x, case.target, 64, weights_a=w))
-        found["reward"].append(float((w * result.rewards[i]).sum()))
-        found["right half"].append(float((w * (x[:, 0] > 0)).sum()))
-        found["ESS"].append(float(1 / (w.square().sum() * particles)))
-        found["resamplings"].append(float(result.trace.resampled[:, i].sum()))
-    return {name: interval(values) for name, values in found.items()}
+        errors["mmd"].append(mmd(x, case.target[:2000], KERNELS, w))
+        errors["sliced W2"].append(sliced_wasserstein(x, case.target, 64, weights_a=w))
+        errors["reward"].append(float((w * result.rewards[i]).sum()))
+        errors["right half"].append(float((w * (x[:, 0] > 0)).sum()))
+        errors["ESS"].append(float(1 / (w.square().sum() * particles)))
+        errors["resamplings"].append(float(result.trace.resampled[:, i].sum()))
+    return {name: interval(values) for name, values in errors.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, default=None)
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--hops", type=int, default=6, help="Runge-Kutta steps of the map over all of time")
-    parser.add_argument("--strength", type=float, default=1.0, help="of the reward")
-    parser.add_argument("--epsilon", type=float, default=1.0, help="of the diffusion, times 1 - t")
+    parser.add_argument("--strength", type=float, default=1.0, help="factor of the reward")
+    parser.add_argument("--epsilon", type=float, default=1.0, help="factor of the diffusion epsilon (1 - t)")
     options = parser.parse_args(argv)
     steps = options.steps or ([50] if options.quick else [50, 500])
     particles, seeds = options.particles or (200 if options.quick else 400), options.seeds or (2 if options.quick else 4)
@@ -94,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for ring in RINGS:
         for count in steps:
             for lookahead in LOOKAHEADS:
-                found = run(ring, lookahead, count, particles, seeds, options.hops, options.strength, options.epsilon)
-                rows[f"{ring}, {count} steps, {lookahead}"] = {key: round(value[0], 5) for key, value in found.items()}
-                table.add_row(ring, str(count), lookahead, *(f"{a:.4g}±{b:.2g}" for a, b in found.values()))
+                errors = run(ring, lookahead, count, particles, seeds, options.hops, options.strength, options.epsilon)
+                rows[f"{ring}, {count} steps, {lookahead}"] = {key: round(value[0], 5) for key, value in errors.items()}
+                table.add_row(ring, str(count), lookahead, *(f"{a:.4g}±{b:.2g}" for a, b in errors.values()))
         case = target(ring, options.strength)
         right, reward = (case.target[:, 0] > 0).double().mean(), case.reward(case.target).mean()
         table.add_row(ring, "", "exact", "0", "0", f"{reward:.4g}", f"{right:.4g}", "", "")

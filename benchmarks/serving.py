@@ -1,11 +1,11 @@
-"""What a slow judge costs: particles scored by servers that sleep, while the network goes on, and one after the other.
+"""The cost of a slow remote reward: servers that sleep score particles while the network continues, or one after the other.
 
-    steerfm bench serving                                  # .2 s a picture, and as much a row of the network: three minutes
+    steerfm bench serving                                  # .2 s per picture and per row of the network: three minutes
     steerfm bench serving --network 0.05 --servers 2
 
-The network is the shipped map of clothes, which sleeps as well, as a large one on an accelerator does for the processor. Prints
-the time of the network, that of the servers, their sum, and wall time both ways; the samples must be the same bits. Then one
-JSON line.
+The network is the shipped map of clothes, which sleeps too, like a large network on an accelerator from the processor's view.
+Prints the time of the network, of the servers, their sum, and the wall time both ways; the samples must be bit-identical. Then
+prints one JSON line.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from steerfm.flowmap import Wrapped
 
 
 class Slow(Wrapped):
-    """The same map, which takes longer.
+    """A map with a delay.
 
     Args:
-        seconds: more, for each row of a call.
+        flow_map: the map.
+        seconds: delay for each row of a call.
     """
 
     def __init__(self, flow_map: steerfm.FlowMap, seconds: float) -> None:
@@ -44,7 +45,7 @@ class Slow(Wrapped):
 
 
 class Sleeping(steerfm.Reward):
-    """Brightness, after so many seconds a picture; ``slept`` is the sum."""
+    """Brightness, with a delay in seconds per picture; ``slept`` is the total delay."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Sleeping(steerfm.Reward):
 
 @contextmanager
 def serving(rewards: Sequence[steerfm.Reward]) -> Iterator[list[str]]:
-    """The addresses of a server for each reward."""
+    """Serve each reward, and yield the addresses."""
     serve = runpy.run_path(str(shipped.folder("examples") / "reward_server.py"))["serve"]
     servers = [serve(reward, 0) for reward in rewards]
     for server in servers:
@@ -73,20 +74,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="steerfm bench serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pause", type=float, default=0.2, help="seconds a picture of a server")
-    parser.add_argument("--network", type=float, default=0.2, help="seconds a row of the network")
+    parser.add_argument("--pause", type=float, default=0.2, help="delay of a server, in seconds per picture")
+    parser.add_argument("--network", type=float, default=0.2, help="delay of the network, in seconds per row")
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--particles", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--micro-batch", type=int, default=2, help="rows a network call")
+    parser.add_argument("--micro-batch", type=int, default=2, help="rows per network call")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     flow_map, method = Slow(zoo.load("fashion"), options.network), steerfm.FeynmanKac(options.particles, options.steps)
 
     def run(reward: Any) -> tuple[float, Tensor]:
         begin = time.perf_counter()
-        made = steerfm.steer(flow_map, reward, method, n=1, label="Bag", strength=20.0, micro_batch=options.micro_batch)
-        return time.perf_counter() - begin, made.samples
+        result = steerfm.steer(flow_map, reward, method, n=1, label="Bag", strength=20.0, micro_batch=options.micro_batch)
+        return time.perf_counter() - begin, result.samples
 
     judges = [Sleeping(options.pause) for _ in range(options.servers)]
     with serving(judges) as urls:

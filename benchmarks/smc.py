@@ -1,13 +1,13 @@
-"""Our sequential Monte Carlo against the package `particles` (Chopin & Papaspiliopoulos 2020), on the same model.
+"""Sequential Monte Carlo of steerfm and of the package `particles` (Chopin & Papaspiliopoulos 2020), on the same model.
 
     pip install -e ".[bench]"; python benchmarks/smc.py        # 1,000 particles, 8 steps, 64 outputs: seconds
 
-The model is the one that `steerfm.FeynmanKac` runs: particles start in N(0, 1), move by X_{s,1} and fresh noise, and have the
-potentials V_i / V_{i-1}, log V_i = t_i strength r(X_{t_i,1}(x)); systematic resampling below half of the particles. The data
-are one Gaussian, so that the map is a line of arithmetic on either side and the time is that of the particle methods; each
-side makes one call of the map per particle and step. Ours runs all outputs as one batch, theirs is a loop over outputs.
-log Z and the target's mean are known in closed form. Prints a table, then one JSON line. The schemes of resampling alone:
-`steerfm bench resampling`.
+The model is that of `steerfm.FeynmanKac`: particles start in N(0, 1), move by X_{s,1} and fresh noise, and have the potentials
+V_i / V_{i-1}, log V_i = t_i strength r(X_{t_i,1}(x)), with systematic resampling below an ESS of half of the particles. The
+data are one Gaussian, so the map is a line of arithmetic on both sides, and the time is that of the particle methods. Each side
+calls the map once per particle and step. steerfm runs all outputs as one batch; `particles` runs in a loop over outputs. log Z
+and the mean of the target are known in closed form. Prints a table, then one JSON line. For resampling alone, see `steerfm
+bench resampling`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import particles  # pyright: ignore[reportMissingImports] # it is in the extra bench, which a check has not to have
+import particles  # pyright: ignore[reportMissingImports] # in the extra bench
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -39,10 +39,10 @@ class TwistedPath(particles.FeynmanKac):
     A particle (N, 2) is a state and its look-ahead (x, X_{t,1}(x)), so that both the move and the potential use one call.
 
     Args:
-        lookahead: x (N,), t -> X_{t,1}(x) (N,).
-        reward: x (N,) -> (N,), multiplied by the strength already.
-        steps: from t = 0 to t = 1.
-        rng: of the noise.
+        lookahead: maps x (N,), t to X_{t,1}(x) (N,).
+        reward: maps x (N,) to (N,); includes the strength.
+        steps: number of steps from t = 0 to t = 1.
+        rng: generator of the noise.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TwistedPath(particles.FeynmanKac):
 def theirs(
     lookahead: Callable[[Array, float], Array], reward: Callable[[Array], Array], k: int, steps: int, n: int, seed: int
 ) -> tuple[Array, Array]:
-    """log Z and weighted mean of ``n`` independent runs of ``k`` particles, (n,) each."""
+    """Return log Z and weighted mean, (n,) each, of ``n`` independent runs of ``k`` particles."""
     out = []
     for output in range(seed, seed + n):
         np.random.seed(output)  # the package's resampling draws from numpy's global state and takes no generator
@@ -87,7 +87,7 @@ def theirs(
 def ours(
     flow_map: steerfm.FlowMap, reward: Callable[[Tensor], Tensor], k: int, steps: int, n: int, seed: int
 ) -> tuple[Array, Array]:
-    """The same by `steerfm.steer`; the reward is multiplied by the strength already."""
+    """Do the same with `steerfm.steer`; the reward includes the strength."""
     result = steerfm.steer(flow_map, reward, steerfm.FeynmanKac(particles=k, steps=steps), n, seed)
     assert result.log_z is not None
     return result.log_z.numpy(), (result.log_weights.exp() * result.samples[..., 0]).sum(1).numpy()
@@ -99,19 +99,19 @@ def gaussian_lookahead(x: Array, t: float) -> Array:
 
 
 def stopwatch(call: Callable, seconds: list[float]) -> Callable:
-    """``call``, with the seconds of every call appended to the list."""
+    """Wrap a function so that the seconds of every call are appended to a list."""
 
-    def timed(*args):
-        started = time.perf_counter()
+    def wrapper(*args):
+        start = time.perf_counter()
         out = call(*args)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
         return out
 
-    return timed
+    return wrapper
 
 
 def summary(log_z: Array, mean: Array) -> dict[str, float]:
-    """Mean and standard error over the outputs."""
+    """Return mean and standard error over the outputs."""
     out = {}
     for name, values in {"log_z": log_z, "mean": mean}.items():
         out |= {name: float(values.mean()), f"{name}_error": float(values.std(ddof=1) / len(values) ** 0.5)}
@@ -119,7 +119,7 @@ def summary(log_z: Array, mean: Array) -> dict[str, float]:
 
 
 def z_score(a: dict[str, float], b: dict[str, float], name: str) -> float:
-    """Of the difference of two estimates."""
+    """Return the z-score of the difference of two estimates."""
     return (a[name] - b[name]) / (a[f"{name}_error"] ** 2 + b[f"{name}_error"] ** 2) ** 0.5
 
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mixture = steerfm.GaussianMixture([[MEAN]], [[VARIANCE]])
     target, log_z = mixture.tilt([LINEAR], QUADRATIC, STRENGTH)
     flow_map = mixture.flow_map()
-    calls: list[float] = []  # seconds in the map, of either side
+    calls: list[float] = []  # seconds in the map, on both sides
     flow_map.average_velocity = stopwatch(flow_map.average_velocity, calls)
     lookahead = stopwatch(gaussian_lookahead, calls)
 
@@ -149,25 +149,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steerfm": lambda seed: ours(flow_map, torch_reward, *size, seed),
         "particles": lambda seed: theirs(lookahead, reward, *size, seed),
     }
-    found = {name: summary(*run(1000 * i)) for i, (name, run) in enumerate(sides.items())}  # and first calls compile
-    found["closed form"] = {"log_z": float(log_z), "log_z_error": 0.0, "mean": float(target.mean()), "mean_error": 0.0}
+    estimates = {name: summary(*run(1000 * i)) for i, (name, run) in enumerate(sides.items())}  # also compiles
+    estimates["closed form"] = {"log_z": float(log_z), "log_z_error": 0.0, "mean": float(target.mean()), "mean_error": 0.0}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     inside: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(options.repeats):
         for name in list(sides)[:: 1 if repeat % 2 else -1]:
             calls.clear()
-            started = time.perf_counter()
+            start = time.perf_counter()
             sides[name](0)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - start)
             inside[name].append(sum(calls))
     median = {name: {"all": statistics.median(seconds[name]), "map": statistics.median(inside[name])} for name in sides}
     scores = {
-        f"{a} - {b}": {key: round(z_score(found[a], found[b], key), 2) for key in ("log_z", "mean")}
-        for a, b in itertools.combinations(found, 2)
+        f"{a} - {b}": {key: round(z_score(estimates[a], estimates[b], key), 2) for key in ("log_z", "mean")}
+        for a, b in itertools.combinations(estimates, 2)
     }
 
     table = Table("", "log Z", "mean", "seconds", "of it the map", title="{} particles, {} steps, {} outputs".format(*size))
-    for name, values in found.items():
+    for name, values in estimates.items():
         cells = [f"{values[key]:.4f} ± {values[f'{key}_error']:.4f}" for key in ("log_z", "mean")]
         table.add_row(name, *cells, *(f"{value:.3f}" for value in median.get(name, {}).values()))
     console = Console(width=130)
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "benchmark": "smc",
         **vars(options),
-        "estimates": found,
+        "estimates": estimates,
         "z": scores,
         "seconds": median,
         "ratio": statistics.median(b / a for a, b in zip(*seconds.values())),

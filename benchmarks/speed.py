@@ -1,12 +1,12 @@
-"""Speed: what steering and fine-tuning add to the network and reward calls they cannot do without, and how cost grows.
+"""Speed: the overhead of steering and fine-tuning over their network and reward calls, and how the cost grows.
 
     steerfm bench speed                                  # overheads: three minutes on two idle cores
     steerfm bench speed --scan                           # particles, steps, micro-batch, picture size: ten minutes
-    steerfm bench speed --check benchmarks/results/speed.json    # fails where a ratio is more than 10% above the committed one
+    steerfm bench speed --check benchmarks/results/speed.json    # fails if a ratio is more than 10% above the committed one
 
-An overhead is the wall time of the library over that of a bare loop with the same calls in as many rows, which alternate in one
-process; the median of the ratios of neighbours and its quartiles are reported. Ratios carry from machine to machine, seconds do
-not. Prints a table, then one JSON line.
+An overhead is the wall time of the library relative to that of a bare loop with the same calls and rows. Both run alternately
+in one process; the median and the quartiles of the ratios of consecutive times are reported. Ratios carry over between
+machines, seconds do not. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ ARCHITECTURE = {"name": "unet", "channels": 1, "widths": [48, 96], "blocks": 1}
 
 
 class Bare:
-    """The calls that each method cannot do without, in as many rows, and nothing else.
+    """Only the network and reward calls of each method, with the same rows.
 
     Args:
-        flow_map: whose network is called. reward: class log-probability. n: rows.
+        flow_map: the map whose network is called.
+        reward: a classifier reward.
+        n: number of rows.
     """
 
     def __init__(self, flow_map: FlowMap, reward: Any, n: int) -> None:
@@ -58,8 +60,8 @@ class Bare:
     def u(self, x: Tensor, s: float, t: float, flow_map: FlowMap | None = None) -> Tensor:
         times = torch.full((len(x),), s, device=x.device), torch.full((len(x),), t, device=x.device)
         parts = zip(*(rows.split(CPU_ROWS if x.device.type == "cpu" else len(x)) for rows in (x, *times)))
-        found = [(flow_map or self.flow_map).average_velocity(x, s, t, None) for x, s, t in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        parts_ = [(flow_map or self.flow_map).average_velocity(x, s, t, None) for x, s, t in parts]
+        return parts_[0] if len(parts_) == 1 else torch.cat(parts_)
 
     def r(self, x: Tensor) -> Tensor:
         return self.classifier(((x + 1) / 2).clamp(0, 1)).log_softmax(1)[:, self.target]
@@ -84,8 +86,8 @@ class Bare:
     def guidance(self, steps: int) -> Tensor:
         x = self.noise()
         for s, t in _pairs(steps):
-            seen = x.requires_grad_()
-            (direction,) = torch.autograd.grad(self.r(seen + (1 - s) * self.u(seen, s, s)).sum(), seen)
+            state = x.requires_grad_()
+            (direction,) = torch.autograd.grad(self.r(state + (1 - s) * self.u(state, s, s)).sum(), state)
             with torch.no_grad():
                 x = x.detach() + (t - s) * self.u(x.detach(), s, t) + 0.01 * direction
         with torch.no_grad():
@@ -97,7 +99,7 @@ def _pairs(steps: int) -> Iterator[tuple[float, float]]:
 
 
 def alternate(bare: Callable[[], Any], ours: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Seconds of both, and the median and quartiles of the ratios of neighbours; the first two pairs warm up."""
+    """Time two functions alternately, after two warm-up pairs; return their seconds, and median and quartiles of the ratios."""
     pairs = []
     for repeat in range(repeats + 2):
         first, second = (bare, ours) if repeat % 2 else (ours, bare)
@@ -107,56 +109,59 @@ def alternate(bare: Callable[[], Any], ours: Callable[[], Any], repeats: int) ->
 
 
 def ratios(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Of (bare, ours) seconds."""
-    found = sorted(b / a for a, b in pairs)
+    """Summarise pairs of seconds (bare, library): medians of both, and median and quartiles of the ratios."""
+    values = sorted(b / a for a, b in pairs)
     return {
         "bare": statistics.median(a for a, _ in pairs), "seconds": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(found), "low": found[len(found) // 4], "high": found[3 * len(found) // 4],
+        "ratio": statistics.median(values), "low": values[len(values) // 4], "high": values[3 * len(values) // 4],
     }  # fmt: skip
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def update(flow_map: NeuralFlowMap, reward: steerfm.Reward, n: int, repeats: int) -> dict[str, float]:
-    """A fine-tuning update in the loop of Lightning, against the same by hand: two jumps, the frozen one computed again on the
-    way back as `Direct` does, the base's jump for the control cost, clipping, optimiser and averaged weights."""
+    """Time a fine-tuning update in Lightning's loop against the same update by hand.
+
+    It has two jumps, the frozen one recomputed in the backward pass as in `Direct`, the base's jump for the control cost,
+    clipping, optimiser and averaged weights.
+    """
     bare = Bare(flow_map, reward, n)
     network = copy.deepcopy(flow_map.network).requires_grad_(True).train()
-    averaged, tuned = copy.deepcopy(network), flow_map.with_network(network)
+    average_network, tuned_map = copy.deepcopy(network), flow_map.with_network(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     average = get_ema_multi_avg_fn(0.95)
 
     def by_hand() -> None:
         x = bare.noise()
-        moved = 0.5 * bare.u(x, 0.0, 0.5, tuned)
+        displacement = 0.5 * bare.u(x, 0.0, 0.5, tuned_map)
         with torch.no_grad():
             control = 0.5 * bare.u(x, 0.0, 0.5)
-        middle = x + moved
+        middle = x + displacement
         end = middle + checkpoint(lambda x: 0.5 * bare.u(x, 0.5, 1.0), middle, use_reentrant=False)
-        (-bare.r(end).mean() + (moved - control).square().mean()).backward()
+        (-bare.r(end).mean() + (displacement - control).square().mean()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            average(list(averaged.parameters()), list(network.parameters()), 0)
+            average(list(average_network.parameters()), list(network.parameters()), 0)
 
     pairs: list[tuple[float, float]] = []
 
     class Between(L.Callback):
-        """One update by hand after each of Lightning's."""
+        """Makes one update by hand after each of Lightning's."""
 
-        started = 0.0
+        start = 0.0
 
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            ours = time.perf_counter() - self.started
+            ours = time.perf_counter() - self.start
             pairs.append((_seconds(by_hand), ours))
-            self.started = time.perf_counter()
+            self.start = time.perf_counter()
 
     module = FineTuning(flow_map, reward, Direct(), batch_size=n, scale=1.0, steps=repeats + 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -165,24 +170,24 @@ def update(flow_map: NeuralFlowMap, reward: steerfm.Reward, n: int, repeats: int
 
 
 def overheads(n: int, steps: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Of best-of-n, particles, guidance and a fine-tuning update."""
+    """Measure the overheads of best-of-n, particles, guidance and a fine-tuning update."""
     flow_map, reward = steerfm.load("fashion", _device()), steerfm.reward("classifier", target="Bag").to(_device())
     bare = Bare(flow_map, reward, n)
 
-    def steered(method: steerfm.steering.Method, outputs: int) -> Callable[[], Any]:
+    def steering(method: steerfm.steering.Method, outputs: int) -> Callable[[], Any]:
         return lambda: steerfm.steer(flow_map, reward, method, n=outputs, seeds=0, strength=5.0)
 
     contests = {
-        "best_of_n": (lambda: bare.best_of_n(steps), steered(steerfm.BestOfN(particles=n, steps=steps), 1)),
-        "feynman_kac": (lambda: bare.particles(steps), steered(steerfm.FeynmanKac(particles=n, steps=steps), 1)),
-        "dps": (lambda: bare.guidance(steps), steered(steerfm.DPS(steps=steps), n)),
+        "best_of_n": (lambda: bare.best_of_n(steps), steering(steerfm.BestOfN(particles=n, steps=steps), 1)),
+        "feynman_kac": (lambda: bare.particles(steps), steering(steerfm.FeynmanKac(particles=n, steps=steps), 1)),
+        "dps": (lambda: bare.guidance(steps), steering(steerfm.DPS(steps=steps), n)),
     }
-    found = {name: alternate(*contest, repeats) for name, contest in contests.items()}
-    return found | {"fine-tuning update": update(flow_map, reward, n, repeats)}  # type: ignore[arg-type]
+    result = {name: alternate(*contest, repeats) for name, contest in contests.items()}
+    return result | {"fine-tuning update": update(flow_map, reward, n, repeats)}  # type: ignore[arg-type]
 
 
 def scan(repeats: int = 3) -> dict[str, list[tuple[float, float]]]:
-    """Seconds against one size at a time, {name: [(size, seconds), ...]}, medians of ``repeats``; printed as they come."""
+    """Return the seconds for each size, {name: [(size, seconds), ...]}, medians of ``repeats``; prints each table."""
     flow_map, reward = steerfm.load("fashion", _device()), steerfm.reward("classifier", target="Bag").to(_device())
 
     def seconds(n: int = 1, particles: int = 64, steps: int = 4, micro: int | None = None, flow_map: Any = flow_map,
@@ -203,15 +208,15 @@ def scan(repeats: int = 3) -> dict[str, list[tuple[float, float]]]:
         "particles": (lambda k: seconds(particles=k), (1, 4, 16, 64, 256, 1024, 4096)),
         "micro-batch": (lambda k: seconds(particles=1024, micro=k), (16, 64, 256, 1024)),
     }
-    found: dict[str, list[tuple[float, float]]] = {}
+    result: dict[str, list[tuple[float, float]]] = {}
     for name, (run, sizes) in sweeps.items():
-        found[name] = []
+        result[name] = []
         table = Table(name, "seconds", "each")
         for size in sizes:
-            found[name].append((size, run(size)))
-            table.add_row(f"{size:g}", f"{found[name][-1][1]:.3f}", f"{found[name][-1][1] / size:.4f}")
+            result[name].append((size, run(size)))
+            table.add_row(f"{size:g}", f"{result[name][-1][1]:.3f}", f"{result[name][-1][1] / size:.4f}")
         Console().print(table)
-    return found
+    return result
 
 
 def _device() -> str:
@@ -226,19 +231,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--scan", action="store_true", help="how cost grows, in place of overheads")
+    either.add_argument("--scan", action="store_true", help="measure how the cost grows, instead of overheads")
     either.add_argument("--check", type=Path, metavar="FILE", help="compare the ratios with those of an earlier run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON line there")
     options = parser.parse_args(argv)
     facts = {"benchmark": "speed", "threads": torch.get_num_threads(), "torch": torch.__version__, "device": _device()}
-    found: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = {}
     if options.scan:
         result = facts | {"scan": scan()}
     else:
-        found = overheads(options.particles, options.steps, options.repeats)
-        result = facts | {"particles": options.particles, "steps": options.steps, "overheads": found}
+        rows = overheads(options.particles, options.steps, options.repeats)
+        result = facts | {"particles": options.particles, "steps": options.steps, "overheads": rows}
         table = Table("method", "bare, s", "steerfm, s", "ratio", "quartiles", title=f"{options.particles} rows")
-        for name, row in found.items():
+        for name, row in rows.items():
             numbers = (f"{row[key]:.3f}" for key in ("bare", "seconds", "ratio"))
             table.add_row(name, *numbers, f"{row['low']:.3f} to {row['high']:.3f}")
         Console().print(table)
@@ -246,10 +251,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.write_text(line + "\n")
     if options.check:
-        known = json.loads(options.check.read_text())["overheads"]
-        worse = [name for name, row in found.items() if row["low"] > TOLERANCE * max(1.0, known[name]["ratio"])]
+        earlier = json.loads(options.check.read_text())["overheads"]
+        worse = [name for name, row in rows.items() if row["low"] > TOLERANCE * max(1.0, earlier[name]["ratio"])]
         for name in worse:
-            print(f"{name}: {found[name]['ratio']:.2f}, it was {known[name]['ratio']:.2f}", file=sys.stderr)
+            print(f"{name}: {rows[name]['ratio']:.2f}, it was {earlier[name]['ratio']:.2f}", file=sys.stderr)
         if worse:
             raise SystemExit(1)
         print("no overhead is more than 10% above the committed one")

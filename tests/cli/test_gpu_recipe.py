@@ -149,7 +149,7 @@ def test_as_many_updates_are_planned_as_there_is_time_for(each: float, ends: flo
         now[0] += spent
         return spent
 
-    planned = GPU["planned"]
+    planned = GPU["plan_updates"]
     monkeypatch.setitem(planned.__globals__, "_train", takes)
     monkeypatch.setattr(planned.__globals__["time"], "monotonic", lambda: now[0])
     told = planned("fashion", tmp_path, 180.0)

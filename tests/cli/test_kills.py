@@ -35,5 +35,5 @@ def test_kills_tell_runs_apart(tmp_path):
         (folder / "result.json").write_text(f'{{"cost": {{"seconds": {seconds}}}, "reward": {reward}}}')
         (folder / "metrics.jsonl").write_text(f'{{"seconds": {seconds}, "loss": 2}}\n')
     (other / ".x.tmp").touch()
-    found = kills["differences"](kills["left"](one), kills["left"](other))
+    found = kills["differences"](kills["contents"](one), kills["contents"](other))
     assert found == [".x.tmp is left over", "result.json differs"]
