@@ -109,16 +109,16 @@ def finish(
     config: SteerConfig, command: str, folder: RunFolder, flow_map: FlowMap, want: Outputs, reward: Reward,
     judge: Reward | None, method: Method, run: Steered,
 ) -> None:  # fmt: skip
-    """The files of a run, and what it prints."""
+    """Write the files of a run, and print its results."""
     folder.merge_parts("samples", metadata=result_facts(run.cost, flow_map))
     header, table = _compare(run, reward, judge)
     label = split_spec(config.method, "method")[0]
     trace = run.first.plot(folder.path / "trace.png", label, want.names, run.values["rewards"])
     pictures = [*_draw_steering(folder.path, run, reward.name, want), (OVER_TIME, trace)]
     facts = _facts(config, run, method)
-    tables = [("mean rewards over outputs; of a steered one the best particle counts", header, _by(label, table))]
+    tables = [("mean rewards over outputs; for steered outputs, of the best particle", header, _by(label, table))]
     report(folder, f"{stem(config.model)} steered by {reward.name}", {"command": command} | facts, tables, pictures)
-    folder.save_result({"command": command} | summary(run, want, reward, judge))  # last: it says that the run is finished
+    folder.save_result({"command": command} | summary(run, want, reward, judge))  # last: it marks the run as finished
     folder.clear_parts()
     lines = [[value if isinstance(value, str) else f"{value:.4g}" for value in row] for row in table]
     print_table(header, lines, f"{want.n} outputs of {run.values['log_weights'].shape[1]} particles")
@@ -193,27 +193,29 @@ def _part(file: Path, flow_map: FlowMap) -> tuple[SteeringResult, Tensor] | None
 
 
 def _noted(strengths: float | list[float] | str, folder: RunFolder, batches: int) -> float | list[float] | str:
-    """The strengths of a run; of "auto" what it was for the first part that a killed run left, where there is one."""
+    """Return the strengths of a run. For "auto", take the strength of the first batch of a killed run, if there is one."""
     if strengths == "auto":
         for index in range(batches):
             try:
                 return read_tensor(folder.part(index), "strength")[0].item()
-            except (FileNotFoundError, ValueError):  # not there, or torn
+            except (FileNotFoundError, ValueError):  # missing or corrupt
                 continue
     return strengths
 
 
 @dataclass
 class Steered:
-    """What the batches of a run add up to.
+    """The collected batches of a run.
 
     Attributes:
-        values: per output or particle, all outputs: rewards, log_weights, component.*, and log_z where there is one.
-        scores, held_out, near: {"base", "steered"} to the reward (n,), the judge's, and distances to a known truth.
-        pictures: of the first outputs of the first prompts.
-        first: the result of the first outputs.
-        cost: of all.
-        diagnosis: what the strength did.
+        values: numbers of all outputs or particles: rewards, log_weights, strength, component.*, and log_z if any.
+        scores: rewards (n,) of "base" and "steered".
+        held_out: rewards (n,) of the judge, of "base" and "steered"; empty without a judge.
+        near: distances (n,) to a known truth by name, of "base" and "steered".
+        pictures: pictures of the first outputs of the first prompts, of "base" and "steered".
+        first: result of the first outputs.
+        cost: cost of all outputs.
+        diagnosis: diagnosis of the strength.
     """
 
     values: dict[str, Tensor]
@@ -228,10 +230,12 @@ class Steered:
 
 @dataclass
 class Scores:
-    """What reward, judge and a known truth say of the plain and the best samples, a batch at a time.
+    """Scores of the plain and the best samples by the reward, the judge and a known truth, collected batch by batch.
 
     Attributes:
-        outputs: what they are asked for. reward, judge: the terms.
+        outputs: conditions of the outputs.
+        reward: the reward.
+        judge: the held-out reward, or None.
         columns: "base" or "steered" -> name of a column -> its parts (b,).
     """
 
@@ -242,32 +246,39 @@ class Scores:
 
     @property
     def at_once(self) -> bool:
-        """Whether all outputs are to be seen together: a term compares pictures."""
+        """Whether all outputs must be scored together, because a reward compares pictures."""
         return self.reward.groupwise or (self.judge is not None and self.judge.groupwise)
 
     @property
     def looks(self) -> bool:
-        """Whether more is to be said of a picture than the reward that its result has."""
+        """Whether pictures need scores besides the reward that a result holds."""
         return self.at_once or self.judge is not None or self.reward.truth is not None
 
     def add(self, name: str, key: str, value: Tensor) -> None:
-        """A part of a column."""
+        """Append a part to a column."""
         self.columns[name].setdefault(key, []).append(value.cpu())
 
-    def score(self, name: str, x: Tensor, z: Tensor, rows: slice, known: Tensor | None = None) -> None:
-        """Score pictures (b, c, h, w) of these outputs, and ``z``, the same in the model's space; ``known`` are their rewards
-        (b,), where there are any."""
+    def score(self, name: str, x: Tensor, z: Tensor, rows: slice, rewards: Tensor | None = None) -> None:
+        """Score pictures (b, c, h, w) of these rows.
+
+        Args:
+            name: "base" or "steered".
+            x: the pictures.
+            z: the same samples in the model's space.
+            rows: rows of the outputs.
+            rewards: their rewards (b,), if known already.
+        """
         context: dict[str, Any] = {"prompts": self.outputs.prompts, "labels": self.outputs.labels}
         context = {key: None if value is None else value[rows] for key, value in context.items()}
         context |= {"groups": (torch.arange(self.outputs.n)[rows] // self.outputs.each).to(x.device), "latents": z}
-        self.add(name, "reward", self.reward.evaluate(x, **context).total if known is None else known)
+        self.add(name, "reward", self.reward.evaluate(x, **context).total if rewards is None else rewards)
         if self.judge:
             self.add(name, "held out", self.judge.evaluate(x, **context).total)
         for key, value in ({} if self.reward.truth is None else restoration(x, self.reward.truth)).items():
             self.add(name, key, value)
 
     def joined(self) -> dict[str, dict[str, Tensor]]:
-        """Column by column, {"base": (n,), "steered": (n,)}."""
+        """Return each column as {"base": (n,), "steered": (n,)}."""
         keys = self.columns["base"]
         return {key: {name: torch.cat(column[key]) for name, column in self.columns.items()} for key in keys}
 
@@ -276,16 +287,18 @@ def gather(
     batches: Iterable[tuple[SteeringResult, Tensor]], flow_map: FlowMap, want: Outputs, reward: Reward, judge: Reward | None,
     precision: torch.autocast,
 ) -> Steered:  # fmt: skip
-    """Add up the batches. What the results do not know is scored: plain samples, and what the judge says; a reward that
-    compares pictures sees all of them at once."""
-    scores, values, first, cost, done = Scores(want, reward, judge), {}, [], Cost(), 0
+    """Collect the batches, and score what the results do not hold: plain samples, and the judge's rewards.
+
+    A reward that compares pictures scores all of them at once.
+    """
+    scores, values, first, cost, start = Scores(want, reward, judge), {}, [], Cost(), 0
     diagnoses: list[Diagnosis] = []
     looks: dict[str, list[Tensor]] = {"base": [], "steered": []}
     states: dict[str, list[Tensor]] = {"base": [], "steered": []}
     output = torch.arange(want.n)
-    drawn = (output % want.each < SHOWN) & (output // want.each < SHOWN)
+    in_picture = (output % want.each < SHOWN) & (output // want.each < SHOWN)
     for result, base in batches:
-        rows = slice(done, done := done + len(result))
+        rows = slice(start, start := start + len(result))
         cost = cost + result.cost
         first += [result] if rows.start < SHOWN else []
         diagnoses.append(result.diagnosis)
@@ -293,41 +306,41 @@ def gather(
             values.setdefault(name, []).append(value.cpu())
         with torch.inference_mode(), precision, alone():
             best = result.rewards.gather(1, result.best_index().unsqueeze(1)).squeeze(1)
-            for name, z, known in (("base", base.to(flow_map.device), None), ("steered", result.best(), best)):
-                if known is not None and not (scores.looks or drawn[rows].any()):
-                    scores.add(name, "reward", known)  # nobody looks at the pictures
+            for name, z, rewards in (("base", base.to(flow_map.device), None), ("steered", result.best(), best)):
+                if rewards is not None and not (scores.looks or in_picture[rows].any()):
+                    scores.add(name, "reward", rewards)  # no picture is needed
                     continue
                 x = flow_map.decode(z)
-                looks[name].append(x if scores.at_once else x[drawn[rows]])
+                looks[name].append(x if scores.at_once else x[in_picture[rows]])
                 if scores.at_once:
                     states[name].append(z)
                 else:
-                    scores.score(name, x, z, rows, known)
-    shown = {name: torch.cat(parts) for name, parts in looks.items()}
+                    scores.score(name, x, z, rows, rewards)
+    pictures = {name: torch.cat(parts) for name, parts in looks.items()}
     if scores.at_once:
         with torch.inference_mode(), precision, alone():
-            for name, x in shown.items():
+            for name, x in pictures.items():
                 scores.score(name, x, torch.cat(states[name]), slice(0, want.n))
-        shown = {name: x[drawn] for name, x in shown.items()}
+        pictures = {name: x[in_picture] for name, x in pictures.items()}
     near = scores.joined()
     return Steered(
         values={name: torch.cat(parts) for name, parts in values.items()},
-        scores=near.pop("reward"), held_out=near.pop("held out", {}), near=near, pictures=shown,
+        scores=near.pop("reward"), held_out=near.pop("held out", {}), near=near, pictures=pictures,
         first=SteeringResult.cat(first), cost=cost, diagnosis=Diagnosis.cat(diagnoses),
     )  # fmt: skip
 
 
 def _numbers(result: SteeringResult) -> dict[str, Tensor]:
-    """What a result says of its outputs and particles, by name."""
+    """Return the numbers of a result's outputs and particles, by name."""
     of = {"rewards": result.rewards, "log_weights": result.log_weights, "log_z": result.log_z, "strength": result.strength}
     of |= {f"component.{name}": value for name, value in result.components.items()}
     return {name: value for name, value in of.items() if value is not None}
 
 
 def summary(run: Steered, want: Outputs, reward: Reward, judge: Reward | None) -> dict[str, Any]:
-    """The numbers of result.json: means over outputs, those of particles by their weights."""
+    """Return the content of result.json: means over outputs, with particles weighted."""
     weights = run.values["log_weights"].exp()
-    weighted = {
+    means = {
         name.removeprefix("component."): (weights * value).sum(1).mean()
         for name, value in run.values.items() if name == "rewards" or name.startswith("component.")
     }  # fmt: skip
@@ -335,11 +348,11 @@ def summary(run: Steered, want: Outputs, reward: Reward, judge: Reward | None) -
         "reward": reward.name,
         "reward_base": run.scores["base"].mean(),
         "reward_best": run.scores["steered"].mean(),
-        "reward_weighted": weighted.pop("rewards"),
+        "reward_weighted": means.pop("rewards"),
         "held_out": {"name": judge.name, **{name: value.mean() for name, value in run.held_out.items()}} if judge else None,
         "prompts": _by_prompt(want, run.scores, run.held_out),
         **{key: {name: value.mean() for name, value in of.items()} for key, of in run.near.items()},
-        "components": weighted,
+        "components": means,
         "log_z": run.values["log_z"].mean() if "log_z" in run.values else None,
         "strength": _one_or_all(run.values["strength"]),
         "ess": (1 / (weights.square().sum(1) * weights.shape[1])).mean(),
@@ -349,17 +362,17 @@ def summary(run: Steered, want: Outputs, reward: Reward, judge: Reward | None) -
 
 
 def _known_mean(values: Tensor) -> Tensor | None:
-    """The mean of those that are known; None where none is."""
+    """Return the mean of the values that are not NaN; None if all are."""
     return None if values.isnan().all() else values.nanmean()
 
 
 def _one_or_all(values: Tensor) -> Any:
-    """The value of all outputs (n,) where they have the same, else all of them."""
+    """Return the common value of all outputs (n,), or all values if they differ."""
     return values[0] if bool((values == values[0]).all()) else values
 
 
 def _compare(run: Steered, reward: Reward, judge: Reward | None) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """(header, rows) of the table: plain samples above the best ones, a column a measure."""
+    """Return header and rows of the table: plain samples above the best ones, one column per score."""
     columns = [run.scores, *([run.held_out] if judge else []), *run.near.values()]
     rows = {"base": "base", "steered": "steered (best)"}
     table = [(label, *(column[name].mean().item() for column in columns)) for name, label in rows.items()]
@@ -367,7 +380,7 @@ def _compare(run: Steered, reward: Reward, judge: Reward | None) -> tuple[list[s
 
 
 def _by_prompt(want: Outputs, scores: Mapping[str, Tensor], held_out: Mapping[str, Tensor]) -> list[dict[str, Any]] | None:
-    """Mean rewards of each prompt, base and steered."""
+    """Return the mean rewards of each prompt, base and steered; None without prompts."""
     if want.prompts is None:
         return None
     out = []
@@ -380,12 +393,12 @@ def _by_prompt(want: Outputs, scores: Mapping[str, Tensor], held_out: Mapping[st
 
 
 def _by(method: str, table: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """The rows with the method beside what it steered, whose colour they then have."""
+    """Insert the method into the names of rows, which then have its colour in the report."""
     return [(name.replace("steered (best)", f"steered ({method}), best"), *values) for name, *values in table]
 
 
 def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
-    """What stands above the pictures of the page."""
+    """Return the facts above the pictures of the page."""
     n, k = run.values["log_weights"].shape
     log_z = {"log Z": f"{run.values['log_z'].mean():.4g}, mean over outputs"} if "log_z" in run.values else {}
     return {
@@ -399,10 +412,10 @@ def _facts(config: SteerConfig, run: Steered, method: Method) -> dict[str, str]:
 
 
 def _draw_steering(folder: Path, run: Steered, name: str, want: Outputs) -> list[tuple[str, Path]]:
-    """grid.png, or grid-0.png ... for several prompts: base above steered, the same seeds, the reward under each picture."""
+    """Draw grid.png, or grid-0.png, ... for several prompts: base above steered, with the reward under each picture."""
     if run.pictures["base"].ndim != 4:
         return []
-    drawn: list[tuple[str, Path]] = []
+    figures: list[tuple[str, Path]] = []
     starts = range(0, want.n, want.each)[:SHOWN]
     per = min(SHOWN, want.each)
     for number, start in enumerate(starts):
@@ -420,5 +433,5 @@ def _draw_steering(folder: Path, run: Steered, name: str, want: Outputs) -> list
         gaps = {row: "" for row in range(2, len(grids), 2)}
         title = f"{about}{name} under each picture"
         picture_grid(torch.stack(grids), file, labels, captions, title, gaps)
-        drawn.append((f"{about}plain samples, and the best particle of each output, from the same seeds; {name} below", file))
-    return drawn
+        figures.append((f"{about}plain samples, and the best particle of each output, from the same seeds; {name} below", file))
+    return figures
