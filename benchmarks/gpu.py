@@ -207,8 +207,8 @@ def _measure_profile(run: Callable[[], Any], flow_map: Any, device: str) -> dict
             under = seconds()
     events, on = trace.key_averages(), "device" if device == "cuda" else "cpu"
 
-    def total(what: str, chosen: Callable[[Any], bool]) -> float:
-        return sum(getattr(event, what) for event in events if chosen(event)) / 1e6
+    def total(what: str, include: Callable[[Any], bool]) -> float:
+        return sum(getattr(event, what) for event in events if include(event)) / 1e6
 
     # the device lists an annotated range again, as an event that is no kernel
     kernels = total(f"self_{on}_time_total", lambda event: event.key != "network")

@@ -246,11 +246,11 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def differences(whole: dict[str, Any], killed: dict[str, Any]) -> list[str]:
+def differences(whole: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Return a line for each file that is missing, left over or different."""
-    missing = [f"{name} is missing" for name in whole if name not in killed]
-    more = [f"{name} is left over" for name in killed if name not in whole]
-    return missing + more + [f"{name} differs" for name in whole if name in killed and whole[name] != killed[name]]
+    missing = [f"{name} is missing" for name in whole if name not in other]
+    more = [f"{name} is left over" for name in other if name not in whole]
+    return missing + more + [f"{name} differs" for name in whole if name in other and whole[name] != other[name]]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def ask(servers: Sequence[Server], concurrent: int, body: bytes, n: int) -> Answ
             while True:
                 free = [number for number, line in enumerate(lines) if available[number] and line.since <= began]
                 if not free:
-                    raise _nobody(servers, [line.why for line in lines if line.why is not None])
+                    raise _no_answer(servers, [line.why for line in lines if line.why is not None])
                 number = min(free, key=lambda number: lines[number].busy)
                 if lines[number].busy < concurrent:
                     break
@@ -239,7 +239,7 @@ def ask(servers: Sequence[Server], concurrent: int, body: bytes, n: int) -> Answ
                 _CHANGE.notify_all()
 
 
-def _nobody(servers: Sequence[Server], away: Sequence[Away]) -> RewardError:
+def _no_answer(servers: Sequence[Server], away: Sequence[Away]) -> RewardError:
     if len(servers) == 1:
         return away[0]
     return RewardError(
@@ -272,8 +272,8 @@ class Call(Generic[Result]):
         self.thread.join(seconds)
         if not self.box:
             raise TimeoutError
-        succeeded, value = self.box[0]
-        if not succeeded:
+        ok, value = self.box[0]
+        if not ok:
             raise value
         return value
 

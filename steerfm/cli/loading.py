@@ -79,7 +79,7 @@ def load(
     defaults: Any = schema()
     merged = asdict(defaults)
     for layer in layers:
-        merged = _merge(merged, _validated(layer, schema))
+        merged = _merge(merged, _validate(layer, schema))
     return make(schema, merged)
 
 
@@ -89,7 +89,7 @@ def make(schema: type[Schema], values: Mapping[str, Any], prefix: str = "") -> S
     Raises:
         ConfigError: as for `load`; ``prefix`` stands before the keys in the message.
     """
-    return schema(**_values(schema, _validated(values, schema, prefix), prefix))
+    return schema(**_values(schema, _validate(values, schema, prefix), prefix))
 
 
 def dump(config: Any) -> str:
@@ -165,7 +165,7 @@ def find_recipe(source: str, kind: str) -> Path:
 def _section(schema: Any, values: Any, key: str) -> dict[str, Any]:
     """Convert the values under a key of a dictionary to the types of a schema."""
     values = {} if values is None else _parse_mapping(values, key)
-    return _values(schema, _validated(values, schema, f"{key}."), f"{key}.")
+    return _values(schema, _validate(values, schema, f"{key}."), f"{key}.")
 
 
 def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -228,16 +228,16 @@ def _with_arguments(value: Any, what: str, key: str, schema: type, default: str 
     kinds: Mapping[str, Any] = {}
     if isinstance(name, str) and any(isinstance(item, Raw) or not isinstance(item, str) for item in arguments.values()):
         kinds = _argument_types(what, name, schema)
-    converted = {}
+    typed_values = {}
     for argument, item in arguments.items():
         kind, where = kinds.get(argument, Any), f"{key}.{argument}"
         if isinstance(item, Mapping) and "name" in item and what != "method":
-            converted[argument] = _with_arguments(item, "reward", where, schema)  # a reward of rewards
+            typed_values[argument] = _with_arguments(item, "reward", where, schema)  # a reward of rewards
         elif isinstance(item, Mapping):
-            converted[argument] = untyped(item, where)
+            typed_values[argument] = untyped(item, where)
         else:
-            converted[argument] = convert(item, kind, where, words=members(kind) <= {str, type(None)})
-    return ({"name": name} if "name" in value else {}) | converted
+            typed_values[argument] = convert(item, kind, where, words=members(kind) <= {str, type(None)})
+    return ({"name": name} if "name" in value else {}) | typed_values
 
 
 def _parse_mapping(value: Any, key: str) -> Any:
@@ -314,7 +314,7 @@ def _model(text: str) -> Any:
     return value if isinstance(value, Mapping) and "name" in value else {"name": text}
 
 
-def _validated(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
+def _validate(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
     """Check the keys of a layer, and parse dictionaries from the command line.
 
     Raises:
@@ -331,7 +331,7 @@ def _validated(layer: Any, schema: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Raw) and (is_dataclass(kind) or get_origin(kind) is dict):
             value = flow(str(value), f"{prefix}{key}") if value[:1] in "[{" else str(value)
         if is_dataclass(kind):
-            value = _validated(value, kind, f"{prefix}{key}.")
+            value = _validate(value, kind, f"{prefix}{key}.")
         elif get_origin(kind) is dict and not isinstance(value, Mapping):
             raise ConfigError(f"{prefix}{key}={as_yaml(value)}: {advice({kind})}")
         out[key] = value

@@ -34,10 +34,10 @@ def wrap(text: str, width: float, size: float, lines: int = 4) -> str:
             broken[-1] += piece
     if len(broken) > lines:
         broken = [*broken[: lines - 1], broken[lines - 1].rstrip() + "…"]
-    return "\n".join(_cut(line.rstrip(), width, size) for line in broken)
+    return "\n".join(_truncate(line.rstrip(), width, size) for line in broken)
 
 
-def _cut(line: str, width: float, size: float) -> str:
+def _truncate(line: str, width: float, size: float) -> str:
     while len(line) > 2 and text_width(line, size) > width:
         line = line[:-2] + "…"
     return line

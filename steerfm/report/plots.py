@@ -131,7 +131,7 @@ def cost_plot(
     if not order:
         raise ValueError("no lines to draw")
     best = set(order[:LABELLED_METHODS])
-    labelled = [name for name in order if name in best or subject(name) in (baseline, "base", DEFAULT) or name == baseline]
+    in_legend = [name for name in order if name in best or subject(name) in (baseline, "base", DEFAULT) or name == baseline]
     fig = new_figure(3.6)
     ax = fig.add_subplot()
     prepare(ax, title)
@@ -139,7 +139,7 @@ def cost_plot(
         cost, mean, half = zip(*lines[name])
         at = look(name)
         kind = {"color": at.colour, "marker": at.marker, "linestyle": at.line, "linewidth": 1.8, "markersize": 5.5, "zorder": 3}
-        if name not in labelled:
+        if name not in in_legend:
             kind = {"color": OTHERS, "marker": "", "linewidth": 1.0, "zorder": 1}
         ax.errorbar(cost, mean, half, capsize=2, elinewidth=1, **kind)
     points = [point for name in order for point in lines[name]]
@@ -148,8 +148,8 @@ def cost_plot(
         count_by_factors(ax.yaxis, [mean for _, mean, _ in points])
     better = "lower is better, log scale" if lower_is_better else "higher is better"
     name_axes(ax, "network evaluations an output (log scale)", f"{ylabel}\n({better})")
-    marks = [mark(look(name), name) for name in labelled]
-    if others := len(order) - len(labelled):
+    marks = [mark(look(name), name) for name in in_legend]
+    if others := len(order) - len(in_legend):
         marks.append(Line2D([], [], color=OTHERS, linewidth=1.0, label=f"{others} other{'s' if others > 1 else ''}"))
     add_key(fig, marks, "Bars are 95% intervals. Methods, the best at their largest cost first:")
     return save_figure(fig, path)

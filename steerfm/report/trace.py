@@ -68,7 +68,7 @@ def trace_plot(trace: Mapping[str, Any], path: str | Path, method: str = "value"
     """
     data = {key: array(value) for key, value in trace.items() if value is not None}
     t, x_label = _times(data)
-    panels = [key for key in TITLES if data.get(key, np.zeros(0)).size and (key != "guidance_ratio" or _guided(data[key]))]
+    panels = [key for key in TITLES if data.get(key, np.zeros(0)).size and (key != "guidance_ratio" or _has_guidance(data[key]))]
     groups = _groups(names, method)
     rewards = data.get("rewards", np.zeros(0))
     rewards = rewards if np.isfinite(rewards).any() else np.zeros(0)
@@ -109,7 +109,7 @@ def _times(data: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
     return (data["t"], "time t, from noise (0) to data (1)") if "t" in data else (np.arange(steps), "step")
 
 
-def _guided(ratio: np.ndarray) -> bool:
+def _has_guidance(ratio: np.ndarray) -> bool:
     return bool(np.nan_to_num(ratio, posinf=0).any())
 
 
@@ -182,9 +182,9 @@ def _strip(lookaheads: np.ndarray, rows: int = 3, columns: int = 6) -> Strip:
     """Arrange look-ahead pictures (T, n, c, h, w) of the first outputs at evenly spaced steps."""
     steps = sorted({round(i) for i in np.linspace(0, len(lookaheads) - 1, columns)})
     cells = enlarged(as_tensor(lookaheads[steps, :rows]).transpose(0, 1), size=84)
-    framed = np.pad(cells, [(0, 0), (0, 0), (2, 2), (2, 2), (0, 0)], constant_values=255)
-    count, across, height, width = framed.shape[:4]
-    return Strip(framed.transpose(0, 2, 1, 3, 4).reshape(count * height, across * width, 3), steps, count)
+    tiles = np.pad(cells, [(0, 0), (0, 0), (2, 2), (2, 2), (0, 0)], constant_values=255)
+    count, across, height, width = tiles.shape[:4]
+    return Strip(tiles.transpose(0, 2, 1, 3, 4).reshape(count * height, across * width, 3), steps, count)
 
 
 def _draw_strip(ax: Any, strip: Strip, times: Sequence[str], x_label: str) -> None:
