@@ -144,7 +144,9 @@ def within_budget(method: Any, case: Case, flow_map: Any, budget: int) -> Any:
     if isinstance(method, TreeSearch | BudgetForcing):  # by default these grow one child at a time
         method = replace(method, width=max(1, budget // 64))
     steps = method.iterations if isinstance(method, NoiseSearch) else method.steps
-    return fit_budget(method, lambda candidate: steerfm.steer(flow_map, case.reward, candidate, n=1).cost.evaluations, budget, steps)
+    return fit_budget(
+        method, lambda candidate: steerfm.steer(flow_map, case.reward, candidate, n=1).cost.evaluations, budget, steps
+    )
 
 
 def measure(case: Case, method: Method, flow_map: Any, seeds: int) -> dict[str, list[float]]:

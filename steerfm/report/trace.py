@@ -68,7 +68,9 @@ def trace_plot(trace: Mapping[str, Any], path: str | Path, method: str = "value"
     """
     data = {key: array(value) for key, value in trace.items() if value is not None}
     t, x_label = _times(data)
-    panels = [key for key in TITLES if data.get(key, np.zeros(0)).size and (key != "guidance_ratio" or _has_guidance(data[key]))]
+    panels = [
+        key for key in TITLES if data.get(key, np.zeros(0)).size and (key != "guidance_ratio" or _has_guidance(data[key]))
+    ]
     groups = _groups(names, method)
     rewards = data.get("rewards", np.zeros(0))
     rewards = rewards if np.isfinite(rewards).any() else np.zeros(0)
