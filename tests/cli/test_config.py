@@ -136,7 +136,7 @@ def test_a_spec_needs_a_name():
         (SteerConfig, ["stength=3"], "did you mean 'strength'"),
         (SteerConfig, ["xyzzy=3"], r"unknown key 'xyzzy'; keys: model"),
         (TrainConfig, ["optimizer.lr=fast"], "optimizer.lr"),
-        (TrainConfig, ["optimizer=fast"], "'optimizer' holds keys of its own: lr"),
+        (TrainConfig, ["optimizer=fast"], "'optimizer' is a section with the keys lr"),
         (TrainConfig, ["seed=null"], "seed"),
         (TrainConfig, ["network=unet"], "network"),
         (TrainConfig, ["objective.shares.lagrangian=much"], "lagrangian"),
@@ -161,7 +161,7 @@ def test_errors_of_the_command_line(schema, overrides, message):
         ("- 1\n- 2\n", "must hold keys and values"),
         ("just words\n", "unknown key .just words"),
         ("oprimizer: {lr: 1}\n", "did you mean 'optimizer'"),
-        ("optimizer:\n", "'optimizer' holds keys of its own"),
+        ("optimizer:\n", "'optimizer' is a section with the keys"),
         ("optimizer: {lr: [1]}\n", "lr"),
     ],
 )

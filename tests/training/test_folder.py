@@ -499,7 +499,7 @@ def test_a_training_goes_on_with_the_same_folder_only(captioned, here, capsys):
         (["data.size=2"], r"data\.size=4, or take fewer network\.widths"),
         (["network.channels=1"], r"network\.channels=3"),
         (["data.sice=8"], r"unknown key 'data\.sice'.*'size'"),
-        (["text=emoji-clip"], "has classes: leave text= away"),
+        (["text=emoji-clip"], "has classes: leave out text="),
         (["data.root=nowhere"], r"data\.root=nowhere: no such folder"),
         (["data.root=null"], r"data\.root=pictures/"),
         (["task=contrastive"], "has no captions"),
