@@ -56,7 +56,7 @@ def write_reward(tmp_path, body: str) -> str:
         (["rewards", "classifer"], "did you mean 'classifier'"),
         (["train", "--config", "fashion", "data.name=cifar"], "data: fashion"),
         (["train", "--config", "fashion", "init=nowhere.safetensors"], "init=fashion"),
-        (["train", "--config", "fashion"], "'steerfm train --config fashion-velocity' makes it"),
+        (["train", "--config", "fashion"], "make it with 'steerfm train --config fashion-velocity'"),
         (["train", "--config", "fashion", "data.root=/nowhere"], "apt-get install dataset-fashion-mnist"),
     ],
 )
