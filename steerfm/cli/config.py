@@ -149,7 +149,7 @@ GUIDANCE = "scale of classifier-free guidance; 1 for none, above 1 for stronger"
 NEGATIVE = "class or text that guidance leads away from, or a list with one for each output; needs guidance"
 COMPILE = "compile the network with torch.compile: the first calls take a minute, later ones are faster"
 DEVICE = "auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps"
-SEEDS = "seed of the first output; the next have seeds + 1, seeds + 2, ...; or a list, the same for all prompts"
+SEEDS = "seed of the first output; the next have seeds + 1, seeds + 2, ...; or a list, one for each output of a prompt"
 PRECISION = "precision of the network and the reward"
 
 
@@ -166,7 +166,7 @@ class SpreadConfig:
 
     devices: str = option("auto", DEVICES_HERE, form=DEVICES)
     num_nodes: int | None = ranged(None, NODES, least=1)
-    strategy: str = choice("auto", "fsdp2", doc="fsdp2 shards the model's weights over the processes, if it does not fit one")
+    strategy: str = choice("auto", "fsdp2", doc="fsdp2 shards the model's weights over the processes, for a model that does not fit one")
 
 
 MICRO = "rows per call of the network, the decoder and the reward; memory grows with it; null for the model's own number"
@@ -211,12 +211,12 @@ class SteerConfig:
         "class by name or index, or a list with one for each output; null for none, or for all classes in turn if the reward "
         "reads labels",
     )
-    prompt: Words = option(None, "for models and rewards that read words: a text, a list of texts, or a file of them")
+    prompt: Words = option(None, "prompt for models and rewards that take text: a text, a list of texts, or a file of them")
     n: int = count(16, "output", "number of outputs, per prompt; each has its own particles")
     seeds: int | list[int] = seed_field(SEEDS)
     strength: float | list[float] | Literal["auto"] = finite(
         10.0,
-        "strength of the tilt, in 1 / units of the reward; 0 is the model itself, auto fits the reward's spread; or a list",
+        "strength of the tilt, in 1 / units of the reward; 0 is the model itself, auto fits the reward; or one for each output",
     )
     guidance: float = finite(1.0, GUIDANCE)
     negative: Words = option(None, NEGATIVE)
@@ -352,7 +352,7 @@ class FinetuneConfig:
     label: str | list[str] | None = option(
         None, "class, list of classes, or all; null for no class, or for all if the reward reads labels"
     )
-    prompt: Words = option(None, "for models and rewards that read words: a text, a list of texts, or a file of them")
+    prompt: Words = option(None, "prompt for models and rewards that take text: a text, a list of texts, or a file of them")
     control: float = natural(3.0, "lambda, the pull towards the base, in spreads of the reward; smaller tunes harder")
     batch_size: int = count(8, "sample", "samples per step")
     seed: int = seed_field("seed of noise, tasks and batches")
