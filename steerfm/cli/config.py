@@ -166,7 +166,9 @@ class SpreadConfig:
 
     devices: str = option("auto", DEVICES_HERE, form=DEVICES)
     num_nodes: int | None = ranged(None, NODES, least=1)
-    strategy: str = choice("auto", "fsdp2", doc="fsdp2 shards the model's weights over the processes, for a model that does not fit one")
+    strategy: str = choice(
+        "auto", "fsdp2", doc="fsdp2 shards the weights over the processes, for a model that does not fit one"
+    )
 
 
 MICRO = "rows per call of the network, the decoder and the reward; memory grows with it; null for the model's own number"
