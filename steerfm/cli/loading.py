@@ -186,7 +186,9 @@ def _values(schema: Any, values: Mapping[str, Any], prefix: str = "") -> dict[st
             value = {name: _with_arguments(entry, of, f"{key}.{name}", schema, name) for name, entry in value.items()}
             for name, entry in value.items():
                 if not (entry is None or isinstance(entry, str | Mapping)):
-                    raise ConfigError(f"{key}.{name}={as_yaml(entry)}: give a method's name, or {{name: NAME, ...its arguments}}")
+                    raise ConfigError(
+                        f"{key}.{name}={as_yaml(entry)}: give a method's name, or {{name: NAME, ...its arguments}}"
+                    )
         elif of is not None:
             value = {name: _section(of, entry, f"{key}.{name}") for name, entry in value.items()}
         else:
