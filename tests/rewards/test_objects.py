@@ -153,7 +153,7 @@ def test_no_objects_is_an_answer():
         ([{"class": "dog", "count": -1}], "count=-1"),
         ([{"class": "dog", "count": True}], "count=True"),
         ([{"class": "dog", "color": "mauve"}], "knows no colour 'mauve'; colours: red"),
-        ([{"class": "dog", "position": ["near", "cat"]}], r"position \['near', 'cat'\]: \[left of"),
+        ([{"class": "dog", "position": ["near", "cat"]}], r"position \['near', 'cat'\]: give \[left of"),
         (["two"], "cannot read the rule 'two'"),
         (["  "], "cannot read the rule"),
         ("nowhere.jsonl", "cannot read the metadata"),

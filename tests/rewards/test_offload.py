@@ -73,7 +73,7 @@ def test_the_folder_of_pickscore_has_two_names():
     folder, x = clip_folder(), torch.rand(2, 3, 32, 32)
     scores = [steerfm.reward("pickscore", prompt="red heart", **{name: folder})(x) for name in ("folder", "model")]
     assert torch.equal(*scores)
-    with pytest.raises(RewardError, match="needs a folder: folder="):
+    with pytest.raises(RewardError, match="needs a folder: give folder="):
         steerfm.reward("pickscore")
     with pytest.raises(RewardError, match="two folders"):
         steerfm.reward("pickscore", folder=folder, model=folder)

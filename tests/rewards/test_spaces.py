@@ -276,7 +276,7 @@ def test_the_frame_that_fails_names_its_video():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"over": "median"}, "over='median': one of mean, min, max, last"),
+        ({"over": "median"}, "over='median': give one of mean, min, max, last"),
         ({"every": 0}, "every=0: give a whole number"),
         ({"batch": 1.5}, "batch=1.5: give a whole number"),
         ({"reward": First()}, "'first' reads the model's space"),

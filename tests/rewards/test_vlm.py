@@ -195,7 +195,7 @@ def test_the_key_is_sent_and_written_nowhere(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"answer": "stars"}, "answer='stars': one of number, yes"),
+        ({"answer": "stars"}, "answer='stars': give one of number, yes"),
         ({"concurrent": 0}, "concurrent=0"),
         ({"question": " "}, "question=' ': give a text"),
         ({"url": "ftp://x"}, "'vlm': url= takes an address"),
