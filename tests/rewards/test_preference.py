@@ -258,7 +258,7 @@ def test_what_is_wrong_with_a_folder_is_said_at_once(blip_folder, hps_folder, ar
     import shutil
 
     for make in (imagereward, hps):
-        with pytest.raises(RewardError, match=r"no folder .*nowhere: folder="):
+        with pytest.raises(RewardError, match=r"no folder .*nowhere: give the folder of its release with folder="):
             make(folder=tmp_path / "nowhere")
         with pytest.raises(RewardError, match="no weights in"):
             make(folder=tmp_path)
