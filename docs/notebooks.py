@@ -82,6 +82,6 @@ def plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ |= {"COLUMNS": "100", "TTY_COMPATIBLE": "0"}  # of what commands print: its width, and no bars of progress
+    os.environ |= {"COLUMNS": "80", "TTY_COMPATIBLE": "0"}  # of what commands print: its width, and no bars of progress
     for name in sys.argv[1:] or [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]:
         run(FOLDER / f"{name}.ipynb")
