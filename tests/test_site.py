@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,12 @@ def test_the_site_builds_without_a_warning_and_documents_every_public_name(tmp_p
     page = (tmp_path / "reference" / "index.html").read_text()
     names = [name for name in steerfm.__all__ if f'id="steerfm.{name}"' not in page]
     assert names == []
-    for file in ("index.html", "concepts/index.html", "changelog/index.html"):
+    for file in ("index.html", "concepts/index.html", "changelog/index.html", "tutorials/steer/index.html"):
         html = (tmp_path / file).read_text()
         assert "../docs/" not in html and 'src="docs/' not in html
     assert (tmp_path / "hearts.png").is_file()
+    for name in re.findall(r'src="\.\./([\w-]+\.png)"', (tmp_path / "tutorials" / "steer" / "index.html").read_text()):
+        assert (tmp_path / "tutorials" / name).read_bytes()[1:4] == b"PNG"
+    for notebook in (ROOT / "docs" / "tutorials").glob("*.ipynb"):
+        assert (tmp_path / "tutorials" / notebook.stem / "index.html").is_file()
+        assert (tmp_path / "tutorials" / notebook.name).is_file()  # to download
