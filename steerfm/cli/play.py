@@ -13,7 +13,6 @@ from pathlib import Path
 
 from steerfm.cli.config import PlayConfig
 from steerfm.cli.console import console
-from steerfm.cli.parts import build_judge, build_method, build_reward, load_model
 from steerfm.cli.playground import Playground
 from steerfm.signals import Stopped
 from steerfm.values import ConfigError
@@ -37,7 +36,7 @@ def play(config: PlayConfig, command: str = "") -> None:
 
     with _root(config) as root:
         playground = Playground(config, root)
-        _warm(playground)
+        playground.warm()
         port = _port(config)
         visits = Visits()
         demo = page(playground, visits)
@@ -62,17 +61,6 @@ def _root(config: PlayConfig) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="steerfm-play-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-def _warm(playground: Playground) -> None:
-    """Build what the page begins with: what is wrong with it is said now, and what takes seconds to import is there."""
-    from steerfm.report import style  # noqa: F401  matplotlib
-
-    task = playground.task(playground.initial())
-    reward, method = build_reward(task.config.reward), build_method(task.config.method)
-    method.check(reward)
-    flow_map = load_model(task.config.model, task.config.device)
-    build_judge(task.config, flow_map, reward)
 
 
 def _port(config: PlayConfig) -> int:

@@ -22,7 +22,7 @@ import torch
 from steerfm import files, registry, rewards, zoo
 from steerfm.cli.config import PlayConfig, SteerConfig
 from steerfm.cli.loading import load, recipes, sequence
-from steerfm.cli.parts import build_method, build_reward, load_model, pick_device
+from steerfm.cli.parts import build_judge, build_method, build_reward, load_model, pick_device
 from steerfm.cli.steer import Steered, Watch, work
 from steerfm.cost import Ledger, aside
 from steerfm.report.pictures import levels
@@ -292,6 +292,19 @@ class Playground:
             far = registry.is_code(text) or os.path.exists(text) or set(text) & {"/", "\\"}
             if far and text not in own:
                 raise ConfigError(f"{text}: this page is shared: it takes no code, files or addresses but those it began with")
+
+    def warm(self) -> None:
+        """Build what the page begins with, so that its errors come now, and imports of seconds are done.
+
+        Raises:
+            ConfigError, RewardError: in the words of the command line.
+        """
+        from steerfm.report import style  # noqa: F401  matplotlib
+
+        config = self.task(self.initial()).config
+        reward, method = build_reward(config.reward), build_method(config.method)
+        method.check(reward)
+        build_judge(config, load_model(config.model, config.device), reward)
 
     # --- runs ----------------------------------------------------------------------------------------------------------
     def steer(self, task: Task, stop: threading.Event) -> Generator[Progress | Step | Result, None, None]:
