@@ -5,9 +5,9 @@
 from . import (
     blocks as blocks, capabilities as capabilities, checkpoints as checkpoints, checks as checks, cli as cli,
     closed_form as closed_form, cost as cost, distributed as distributed, encoders as encoders, files as files,
-    finetuning as finetuning, flowmap as flowmap, held_out as held_out, interpolant as interpolant, metrics as metrics,
-    models as models, networks as networks, plugins as plugins, processes as processes, randomness as randomness,
-    registry as registry,
+    finetuning as finetuning, flowmap as flowmap, glass as glass, held_out as held_out, interpolant as interpolant,
+    metrics as metrics, models as models, networks as networks, plugins as plugins, processes as processes,
+    randomness as randomness, registry as registry,
     report as report, rewards as rewards, rows as rows, sampling as sampling, scores as scores, shipped as shipped,
     signals as signals, spread as spread, steering as steering, testing as testing, training as training,
     transitions as transitions, trust as trust, values as values, zoo as zoo,
@@ -29,8 +29,8 @@ from steerfm.steering import (
     NoiseGradient as NoiseGradient, NoiseTilt as NoiseTilt, ParallelTempering as ParallelTempering,
     RandomSearch as RandomSearch, ReNO as ReNO, SeedPruning as SeedPruning,
     State as State, Steering as Steering, SteeringResult as SteeringResult,
-    TreeSearch as TreeSearch, WeightedDiamond as WeightedDiamond, ZeroOrderSearch as ZeroOrderSearch, method as method,
-    methods as methods, steer as steer, steps as steps,
+    TreeSearch as TreeSearch, Waltz as Waltz, WeightedDiamond as WeightedDiamond,
+    ZeroOrderSearch as ZeroOrderSearch, method as method, methods as methods, steer as steer, steps as steps,
 )
 from steerfm.zoo import load as load
 

@@ -4,6 +4,7 @@
     endpoint    jumps to the data are right, X_{s,1}: consistency models
     velocity    the velocity u(x, t, t) is right: flow matching and diffusion models; a jump is then an Euler step
     generator   one jump from noise to data is right, X_{0,1}: one-step generators
+    posterior   draws of p(x_1 | x_t) are right, beside all else that a map can do: posterior maps
 
 A map names what it can do (`FlowMap.capabilities`). Parts of methods that need some of it have a method ``lacks``, which says
 what a map lacks, so that `steer` and `finetune` refuse what would be wrong without a word.

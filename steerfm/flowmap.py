@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerfm.capabilities import TWO_TIME, in_words
+from steerfm.capabilities import TWO_TIME, can, in_words
 from steerfm.checkpoints import (
     HEAD,
     HEAD_TEXT,
@@ -100,6 +100,23 @@ class FlowMap(nn.Module):
         """The hook behind `velocity`, for maps that have b(x, t) in another way than as u(x, t, t). Shapes as above."""
         return self.average_velocity(x, t, t, cond)
 
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """The hook behind `posterior`, for maps with that capability: the average velocity from s to e of the inner flow.
+
+        Its data are p(x_1 | x_t = x), its noise is the map's; at t = 0 it is `average_velocity`.
+
+        Args:
+            z: (b, *shape) inner states.
+            s, e: (b,) inner times, s <= e.
+            x: (b, *shape) what is known.
+            t: (b,) its time.
+            cond: as everywhere.
+
+        Returns:
+            (b, *shape).
+        """
+        raise NotImplementedError
+
     def take_after(self, other: FlowMap) -> None:
         """Say of this map what is said of another one."""
         self.evaluations, self.card, self.capabilities = other.evaluations, other.card, other.capabilities
@@ -124,6 +141,37 @@ class FlowMap(nn.Module):
         for i in range(hops):
             x = self.jump(x, t + (1.0 - t) * (i / hops), t + (1.0 - t) * ((i + 1) / hops), cond)
         return x
+
+    def posterior(self, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition = None, hops: int = 1) -> Tensor:
+        """A draw of p(x_1 | x_t = x) from noise, for maps with the capability posterior (Diamond Maps 2602.05993, Meta Flow
+        Maps 2601.14430).
+
+        Args:
+            x: (b, *shape) states on the path.
+            t: their time, a float or (b,).
+            z: (b, *shape) standard normal noise, a draw for each row.
+            cond: as everywhere.
+            hops: equal jumps of the inner flow from z to the draw; each costs one call.
+
+        Returns:
+            (b, *shape).
+
+        Raises:
+            ValueError: the map has no posterior, hops below 1.
+        """
+        if not can(self, "posterior"):
+            raise ValueError("this map draws no posteriors: the look-ahead posterior does, from any velocity")
+        if hops < 1:
+            raise ValueError(f"hops={hops}: a draw needs at least one jump")
+        t = expand_time(t, x)
+
+        def hook(z: Tensor, s: Tensor, e: Tensor, t: Tensor, cond: Condition) -> Tensor:
+            return self.posterior_velocity(z, s, e, self.at_door(x), t, cond)
+
+        for i in range(hops):
+            s, e = expand_time(i / hops, x), expand_time((i + 1) / hops, x)
+            z = z + (e - s) * self._counted(hook, z, (s, e, t), cond)
+        return z
 
     # --- what follows from the velocity --------------------------------------------------------------------------
     def denoise(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
@@ -350,13 +398,34 @@ class NeuralFlowMap(FlowMap):
         super().__init__(shape, interpolant, class_names)
         self.network, self.mean, self.std, self.text = network, float(mean), float(std), text
         self.architecture: Mapping[str, Any] = {}
+        if getattr(network, "posterior", False):
+            self.capabilities = self.capabilities | {"posterior"}
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         s_, t_ = expand_time(s, x), expand_time(t, x)
-        alpha, sigma = self.interpolant.alpha(s_), self.interpolant.sigma(s_)
-        g = torch.sqrt((alpha * self.std) ** 2 + sigma**2)
-        u = self.network(((x - alpha * self.mean) / g).to(self.dtype), s, t, cond)
+        white = (x - self.interpolant.alpha(s_) * self.mean) / self._spread(s_, self.std)
+        u = self.network(white.to(self.dtype), s, t, cond)
         return u.to(x.dtype) + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
+
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """As `FlowMap.posterior_velocity`, preconditioned with the exact inner flow of the same Gaussian.
+
+        With g the root of (alpha_t std)^2 + sigma_t^2, the posterior of N(mean, std^2 I) has the spread std sigma_t / g.
+        What the data differ from it by shrinks alike: the network's output is scaled so that it need not.
+        """
+        path, (s_, e_, t_) = self.interpolant, (expand_time(time, z) for time in (s, e, t))
+        g = self._spread(t_, self.std)
+        correlation, white = path.alpha(t_) * self.std / g, (x - path.alpha(t_) * self.mean) / g
+        mean, std = self.mean + correlation * self.std * white, self.std * path.sigma(t_) / g
+        g_s = self._spread(s_, std)
+        scale = std / self.std * self._spread(s_, self.std) / g_s
+        inner, state = (z - path.alpha(s_) * mean) / g_s, correlation.sqrt() * white
+        u = self.network(inner.to(self.dtype), s, e, cond, state.to(self.dtype), t)
+        return scale * u.to(z.dtype) + path.gaussian_velocity(z, s_, e_, mean, std)
+
+    def _spread(self, t: Tensor, std: float | Tensor) -> Tensor:
+        """Standard deviation at time t of a path to data of standard deviation ``std``."""
+        return torch.sqrt((self.interpolant.alpha(t) * std) ** 2 + self.interpolant.sigma(t) ** 2)
 
     def at_door(self, x: Tensor) -> Tensor:
         return x  # the network is called in its own precision, what stands around it in that of the states
@@ -464,6 +533,9 @@ class Wrapped(FlowMap):
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self.flow_map.average_velocity(x, s, t, cond)
 
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.flow_map.posterior_velocity(z, s, e, x, t, cond)
+
     def at_door(self, x: Tensor) -> Tensor:
         return self.flow_map.at_door(x)
 
@@ -509,6 +581,9 @@ class Microbatched(Wrapped):
     def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self._by_parts(self.flow_map.instantaneous_velocity, x, (t,), cond)
 
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._by_parts(self.flow_map.posterior_velocity, z, (s, e, x, t), cond)
+
     def _by_parts(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
         rows = cuts(len(x), self.micro_batch or len(x))
         parts = [hook(x[part], *(time[part] for time in times), take_rows(cond, part)) for part in rows]
@@ -553,6 +628,9 @@ class Guided(Wrapped):
 
     def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self._extrapolated(self.flow_map.instantaneous_velocity, x, (t,), cond)
+
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._extrapolated(self.flow_map.posterior_velocity, z, (s, e, x, t), cond)
 
     def _extrapolated(self, hook: Callable[..., Tensor], x: Tensor, times: Sequence[Tensor], cond: Condition) -> Tensor:
         cond, negative = split_negative(cond)

@@ -66,9 +66,27 @@ class Interpolant:
         """Weight (standard deviation) of the noise at time t, in [0, 1]."""
         return 1.0 - t
 
-    def time_at(self, ratio: float) -> float:
+    def time_at(self, ratio: Time) -> Time:
         """The time t with alpha_t / sigma_t = ratio, the root of the signal-to-noise ratio, in [0, inf)."""
         return ratio / (1 + ratio)
+
+    def joint(self, x: Tensor, outer: Time, z: Tensor, inner: Time) -> tuple[Tensor, Time]:
+        """Two independent states of one x_1 as one state that says as much of it, and the time of that state.
+
+        Squares of alpha/sigma add up, and with them as weights the whitened states do (GLASS, 2602.05993).
+
+        Args:
+            x, z: the states, each divided by its sigma.
+            outer, inner: alpha/sigma of each, floats or what broadcasts against the states.
+        """
+        ratio = (outer**2 + inner**2) ** 0.5
+        time = self.time_at(ratio)
+        if isinstance(ratio, Tensor):
+            nothing = ratio == 0  # then all of it is noise
+            weights = torch.where(nothing, 0.0, outer / ratio), torch.where(nothing, 1.0, inner / ratio)
+        else:
+            weights = (outer / ratio, inner / ratio) if ratio else (0.0, 1.0)
+        return self.sigma(time) * (weights[0] * x + weights[1] * z), time
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         """Difference quotients ((alpha_t - alpha_s)/(t - s), (sigma_t - sigma_s)/(t - s)), exact as s -> t."""
@@ -159,8 +177,8 @@ class Trigonometric(Interpolant):
     def sigma(self, t: Time) -> Time:
         return torch.cos(t * (math.pi / 2)) if isinstance(t, Tensor) else math.cos(t * math.pi / 2)
 
-    def time_at(self, ratio: float) -> float:
-        return math.atan(ratio) * 2 / math.pi
+    def time_at(self, ratio: Time) -> Time:
+        return (torch.atan(ratio) if isinstance(ratio, Tensor) else math.atan(ratio)) * (2 / math.pi)
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         middle, half = (s + t) / 2, (t - s) / 2

@@ -70,6 +70,27 @@ class ConditionEmbedding(nn.Module):
         return h
 
 
+class StateTime(nn.Module):
+    """Embeds the time of the state that a posterior is given, (b,) to (b, width): zero at t = 0, and before training."""
+
+    def __init__(self, width: int, frequencies: int = 8, max_frequency: float = 6.0) -> None:
+        super().__init__()
+        self.frequencies, self.max_frequency = frequencies, max_frequency
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies + 1, width), nn.SiLU(), _zeroed(nn.Linear(width, width)))
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.unsqueeze(-1)
+        phase = t * torch.linspace(0.5, self.max_frequency, self.frequencies, dtype=t.dtype, device=t.device)
+        features = torch.cat([t, phase.sin(), phase.cos()], -1).to(next(self.layers.parameters()).dtype)
+        return t.to(features.dtype) * self.layers(features)
+
+
+def untrained_posterior(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that a network has for what a posterior is given, by name; a map without them may be what it begins as."""
+    parts = ("state.", "state_time.") if getattr(network, "posterior", False) else ()
+    return {name: value for name, value in network.state_dict().items() if name.startswith(parts)}
+
+
 class Mlp(nn.Module):
     """Multi-layer perceptron for maps of vectors, shape (b, dim).
 
@@ -77,18 +98,31 @@ class Mlp(nn.Module):
         dim: size of one sample.
         width, depth: hidden width and number of hidden layers.
         classes: number of classes (0: unconditional).
+        posterior: whether it can be given a state x_t, for `steerfm.FlowMap.posterior`.
     """
 
-    def __init__(self, dim: int, width: int = 128, depth: int = 4, classes: int = 0) -> None:
+    def __init__(self, dim: int, width: int = 128, depth: int = 4, classes: int = 0, posterior: bool = False) -> None:
         super().__init__()
+        self.posterior = posterior
         self.condition = ConditionEmbedding(width, classes)
         self.inputs = nn.Linear(dim, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outputs = _zeroed(nn.Linear(width, dim))
+        if posterior:
+            self.state, self.state_time = _zeroed(nn.Linear(dim, width, bias=False)), StateTime(width)
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """x: (b, dim); s, t: (b,). Returns (b, dim)."""
-        h = F.silu(self.inputs(x) + self.condition(s, t, cond))
+    def forward(
+        self,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        state: Tensor | None = None,
+        state_time: Tensor | None = None,
+    ) -> Tensor:
+        """x: (b, dim); s, t: (b,); state (b, dim) and state_time (b,): what a posterior is given. Returns (b, dim)."""
+        h = self.inputs(x) + self.condition(s, t, cond)
+        h = F.silu(h if state is None else h + self.state(state) + self.state_time(state_time))
         for layer in self.hidden:
             h = h + F.silu(layer(h))
         return self.outputs(h)
@@ -108,6 +142,7 @@ class UNet(nn.Module):
         classes: number of classes (0: none).
         text: size of a text's embedding (0: none).
         attention: self-attention at the coarsest resolution.
+        posterior: whether it can be given a state x_t, for `steerfm.FlowMap.posterior`.
     """
 
     def __init__(
@@ -119,8 +154,10 @@ class UNet(nn.Module):
         classes: int = 0,
         attention: bool = True,
         text: int = 0,
+        posterior: bool = False,
     ) -> None:
         super().__init__()
+        self.posterior = posterior
         self.patch, self.factor = patch, patch * 2 ** (len(widths) - 1)
         embedding = 4 * widths[0]
         self.condition = ConditionEmbedding(embedding, classes, text)
@@ -141,13 +178,37 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList([*(ResidualBlock(width, embedding) for _ in range(blocks)), *stage]))
         self.norm = GroupNorm(8, widths[0])
         self.outputs = _zeroed(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
+        if posterior:
+            self.state = _zeroed(nn.Conv2d(channels * patch**2, widths[0], 3, padding=1, bias=False))
+            self.state_time = StateTime(embedding)
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, cond: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
-        """x: (b, channels, h, w); s, t: (b,); cond: see `ConditionEmbedding`. Returns (b, channels, h, w)."""
+    def forward(
+        self,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        cond: Tensor | Mapping[str, Tensor] | None = None,
+        state: Tensor | None = None,
+        state_time: Tensor | None = None,
+    ) -> Tensor:
+        """A call of the network.
+
+        Args:
+            x: (b, channels, h, w).
+            s, t: (b,).
+            cond: see `ConditionEmbedding`.
+            state: what a posterior is given, of the shape of x.
+            state_time: its time, (b,).
+
+        Returns:
+            (b, channels, h, w).
+        """
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"picture sides {tuple(x.shape[-2:])} must be divisible by {self.factor}")
-        emb = F.silu(self.condition(s, t, cond))
-        h = self.inputs(F.pixel_unshuffle(x, self.patch))
+        emb, h = self.condition(s, t, cond), self.inputs(F.pixel_unshuffle(x, self.patch))
+        if state is not None:
+            emb, h = emb + self.state_time(state_time), h + self.state(F.pixel_unshuffle(state, self.patch))
+        emb = F.silu(emb)
         skips = []
         for stage in self.down:
             for layer in stage.children():
@@ -199,7 +260,8 @@ class Attention(nn.Module):
 def _zeroed(layer):
     """Zero-initialise a layer, so that its branch starts as the identity."""
     nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

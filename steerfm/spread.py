@@ -96,12 +96,17 @@ class Spread(Wrapped):
     def instantaneous_velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         return self._shared(self.flow_map.instantaneous_velocity, "velocity", x, (t,), cond)
 
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._shared(self.flow_map.posterior_velocity, "posterior", z, (s, e, x, t), cond)
+
     def _shared(
         self, hook: Callable[..., Tensor], what: str, x: Tensor, times: Sequence[float | Tensor], cond: Condition
     ) -> Tensor:
         if active() is None or not len(x):
             return hook(x, *times, cond)
-        times = [expand_time(time, x).flatten() for time in times]
+        times = [
+            time if isinstance(time, Tensor) and time.shape == x.shape else expand_time(time, x).flatten() for time in times
+        ]
         names = list(cond) if isinstance(cond, Mapping) else []
         conditions = [] if cond is None else [cond] if isinstance(cond, Tensor) else [cond[name] for name in names]
 

@@ -55,9 +55,12 @@ class ObjectiveConfig:
     terminal: float = share(0.2, "share of the time pairs (s, t) with t = 1, the look-aheads")
     full: float = share(0.1, "share of the time pairs that are (0, 1)")
     gap: float = ranged(1.0, "largest t - s of the other time pairs", above=0, most=1)
+    diagonal: float = share(0.3, "trajectory: share of its pairs with t < 1 that fit the velocity instead, s = t")
     drop: float = share(0.1, "probability of dropping the class or caption, for classifier-free guidance")
     guidance: float = finite(1.0, "scale of classifier-free guidance to train into the map; 1 for none")
-    teacher: str | None = option(None, "checkpoint of the frozen velocity for the objective trajectory; null for the map's own")
+    teacher: str | None = option(
+        None, "checkpoint of the frozen velocity for the objectives trajectory and posterior; null for the map's own"
+    )
     uses: int = count(8, "use", "mean number of time pairs per trajectory")
     keep: int = natural(0, "trajectories to store and draw pairs from; 0 for those of the current step only")
     smoothing: float = ranged(0.1, "label smoothing of a classifier: probability spread over all classes", least=0, below=1)

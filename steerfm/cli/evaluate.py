@@ -21,7 +21,7 @@ from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.held_out import share_weights
-from steerfm.metrics import consistency_errors, pairwise_diversity, texture
+from steerfm.metrics import consistency_errors, pairwise_diversity, posterior_errors, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space, pixels
 from steerfm.randomness import stream
@@ -89,6 +89,8 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n))) if jumpy else {}
     floors = {name: reference.floor(config.n) for name, reference in examiner.references.items()}
     tables = _tables(rows, floors, many, config.n)
+    posteriors = posterior_errors(flow_map, cond=examiner.cond) if can(flow_map, "posterior") else {}
+    tables += _posterior_tables(posteriors)
     _print(config, tables, consistency, examiner.gaps)
     pictures = _plot(rows, floors, plans, step_of(flow_map), folder.path / "jumps.png")
     pictures += _draw_samples({name: samples[name] for name in rows}, examiner.names, folder.path)
@@ -97,7 +99,8 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     apart = examiner.main_reference.apart if examiner.main_reference else None
     summary: dict[str, Any] = {
         "command": command, "n": config.n, "samplers": {name: _by_space(row) for name, row in rows.items()}, "data": floors,
-        "texture_of_data": examiner.texture, "train_test": apart, "gaps": examiner.gaps, **consistency,
+        "posteriors": posteriors, "texture_of_data": examiner.texture, "train_test": apart, "gaps": examiner.gaps,
+        **consistency,
     }  # fmt: skip
     folder.save_result(summary)  # last: it marks the run as finished
     folder.clear_parts()
@@ -216,6 +219,16 @@ def _plan(
     out |= {"diversity": pairwise_diversity(torch.cat(features)), "seconds": seconds}
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in out.items()}
     return numbers | {"pictures": own[:DRAWN_SAMPLES].clone(), "ends": own if ends is None else own[:0].clone()}
+
+
+def _posterior_tables(errors: Mapping[str, Mapping[float, float]]) -> Tables:
+    """What `posterior_errors` measures; nothing for a map without posteriors."""
+    if not errors:
+        return []
+    times = list(next(iter(errors.values())))
+    lines = [[name, *(f"{value:.4f}" for value in row.values())] for name, row in errors.items()]
+    title = "draws of p(x_1 | x_t): sliced W2 to draws in 24 calls of the velocity"
+    return [(title, ["draws", *(f"t = {t:g}" for t in times)], lines)]
 
 
 TITLES = {"to_euler": "off Euler"}

@@ -23,7 +23,7 @@ from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, jump_error, texture
 from steerfm.metrics.evaluator import Specified
 from steerfm.metrics.spaces import FEATURES
-from steerfm.networks import NETWORKS, UNet
+from steerfm.networks import NETWORKS, UNet, untrained_posterior
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.report.card import model_card
 from steerfm.report.plots import curves_plot
@@ -184,7 +184,7 @@ def _check_files(config: TrainConfig) -> None:
 def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
     """Build the LightningModule of a task, and return it with the architecture of its network."""
     from steerfm import training
-    from steerfm.training.objectives import OFF_DIAGONAL, FlowMatching, Trajectory, Triangle
+    from steerfm.training.objectives import OFF_DIAGONAL, FlowMatching, Posterior, Trajectory, Triangle
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     if config.task == "contrastive":
@@ -206,8 +206,11 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     for name in shares:
         if name not in OFF_DIAGONAL:
             raise ConfigError(f"unknown objective {name!r}{nearest(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}")
+    if "posterior" in shares and not getattr(network, "posterior", False):
+        raise ConfigError("the objective posterior trains a network that is given a state: network.posterior=true")
     if config.init:
-        load_into(network, read_weights(zoo.find(config.init), "flow_map")[1], config.init)
+        weights = read_weights(zoo.find(config.init), "flow_map")[1]
+        load_into(network, untrained_posterior(network) | weights, config.init)
     pixels = data.train[0].float().div_(127.5).sub_(1)  # in place: four bytes a channel, once
     flow_map = NeuralFlowMap(
         network, data.shape, class_names=class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
@@ -215,12 +218,15 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     pairs = Triangle(o.terminal, o.full, o.gap)
     teacher = None
     if o.teacher:
-        if "trajectory" not in shares:
-            raise ConfigError("objective.teacher is only used by the objective trajectory: give it a share")
+        if not {"trajectory", "posterior"} & shares.keys():
+            raise ConfigError("objective.teacher is only used by the objectives trajectory and posterior: give one a share")
         teacher = zoo.load(o.teacher)
         teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
-    trajectory = Trajectory(pairs, uses=o.uses, teacher=teacher, keep=o.keep)
-    objectives = {trajectory if name == "trajectory" else OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
+    by_teacher = {
+        "trajectory": Trajectory(pairs, uses=o.uses, diagonal=o.diagonal, teacher=teacher, keep=o.keep),
+        "posterior": Posterior(pairs, teacher=teacher),
+    }
+    objectives = {by_teacher.get(name) or OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
     diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
     module = training.FlowMapTraining(
         flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options

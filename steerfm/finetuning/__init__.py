@@ -8,6 +8,7 @@ from steerfm.finetuning.direct import AlignProp, Direct, DRaFT, DRaFTK, DRaFTLV,
 from steerfm.finetuning.lora import LoRA
 from steerfm.finetuning.noise import HyperNoise
 from steerfm.finetuning.policy import DDPO, NFT, FlowGRPO, Policy
+from steerfm.finetuning.posterior import Posterior, PosteriorFree
 from steerfm.finetuning.weighted import ORWCFM, Distil, Refit, Weighted
 from steerfm.registry import Kind
 
@@ -29,6 +30,8 @@ METHODS: dict[str, type] = {
     "ddpo": DDPO,
     "nft": NFT,
     "adjoint": Adjoint,
+    "posterior": Posterior,
+    "posterior_free": PosteriorFree,
     "noise": HyperNoise,
 }
 """Fine-tuning methods by the name that configurations use."""
@@ -43,8 +46,8 @@ METHOD = Kind(
 
 __all__ = [
     "DDPO", "METHOD", "METHODS", "NFT", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct",
-    "Distil", "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "ReFL", "Refit", "TaskData", "Tasks", "Terms",
-    "Update", "Weighted", "chain", "check", "draw", "spread",
+    "Distil", "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "Posterior", "PosteriorFree", "ReFL",
+    "Refit", "TaskData", "Tasks", "Terms", "Update", "Weighted", "chain", "check", "draw", "spread",
 ]  # fmt: skip
 
 

@@ -90,6 +90,10 @@ class LoRAOff(Wrapped):
         with switched_off(self.flow_map.body):
             return self.flow_map.instantaneous_velocity(x, t, cond)
 
+    def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        with switched_off(self.flow_map.body):
+            return self.flow_map.posterior_velocity(z, s, e, x, t, cond)
+
 
 @contextmanager
 def switched_off(network: nn.Module) -> Iterator[None]:

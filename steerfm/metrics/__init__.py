@@ -34,6 +34,7 @@ from steerfm.metrics.functional import (
     vendi,
     wasserstein_1d,
 )
+from steerfm.metrics.posterior import posterior_errors
 
 if TYPE_CHECKING:
     from steerfm.metrics.accumulators import FrechetDistance, KernelDistance, TextureRatio
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BLOCK", "Difference", "FrechetDistance", "KernelDistance", "TextureRatio", "bootstrap", "consistency_errors", "coverage",
     "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "jump_error", "mmd",
-    "paired_difference", "pairwise_diversity", "precision", "restoration", "reward_statistics", "sample_distance",
-    "semigroup_error", "sliced_wasserstein", "split_statistics", "texture", "vendi", "wasserstein_1d",
+    "paired_difference", "pairwise_diversity", "posterior_errors", "precision", "restoration", "reward_statistics",
+    "sample_distance", "semigroup_error", "sliced_wasserstein", "split_statistics", "texture", "vendi", "wasserstein_1d",
 ]  # fmt: skip
 
 

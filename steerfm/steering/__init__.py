@@ -41,6 +41,7 @@ from steerfm.steering.state import State
 from steerfm.steering.steer import steer, steer_batches, steps
 from steerfm.steering.tempering import Adaptive, Exponential, Power
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
+from steerfm.steering.waltz import Waltz
 
 __all__ = [
     "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHOD", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
@@ -50,6 +51,6 @@ __all__ = [
     "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound", "Narrow",
     "NoiseGradient", "NoiseTilt", "Outcome", "ParallelTempering", "Posterior", "Power", "Prune", "RandomSearch", "ReNO",
     "Renoise", "Resample", "Rollout", "Sampler", "SeedPruning", "Selected", "Smooth", "State", "Steering", "SteeringResult",
-    "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "WeightedDiamond", "Window", "ZeroOrderSearch", "method",
+    "TopK", "Trace", "TreeSearch", "Twisted", "Uncorrected", "Waltz", "WeightedDiamond", "Window", "ZeroOrderSearch", "method",
     "methods", "residual", "steer", "steer_batches", "steps",
 ]  # fmt: skip

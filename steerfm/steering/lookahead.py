@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from steerfm import transitions
+from steerfm import glass, transitions
 from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one
 from steerfm.closed_form import GaussianMixture
@@ -234,44 +234,33 @@ class Renoise:
 
 @dataclass(frozen=True)
 class Posterior(_ByVelocity):
-    """z_j ~ p(x_1 | x_t = x) from any velocity: the inner ODE of GLASS flows (2602.05993), by the midpoint rule.
+    """z_j ~ p(x_1 | x_t = x). A map that draws posteriors does so by jumps of its own, one call each (`FlowMap.posterior`); for
+    any other velocity it is the inner ODE of GLASS flows (2602.05993), by the midpoint rule, two calls a step.
 
         dz/ds = (D(x, z, s) - z)/(1 - s),  z_0 ~ N(0, I),   s from 0 to 1
 
     D is the denoiser given both the outer state and the inner one, which are one observation of higher signal-to-noise
-    ratio: kappa = (alpha_t/sigma_t)^2 + (s/(1 - s))^2. Exact as ``steps`` grows; costs 2 k steps calls.
+    ratio: kappa = (alpha_t/sigma_t)^2 + (s/(1 - s))^2. Exact as ``steps`` grows.
 
     Args:
         steps: of the inner ODE.
         k: endpoints.
+        hops: jumps of a map that draws posteriors; 0 to integrate the ODE of its velocity all the same.
     """
 
     steps: int = 4
     k: int = 1
+    hops: int = 1
     kind = "posterior"
 
     def __post_init__(self) -> None:
         at_least_one(steps=self.steps, k=self.k)
+        if self.hops < 0:
+            raise ValueError(f"hops={self.hops}: jumps of a map that draws posteriors; 0 for the ODE of its velocity")
 
     def endpoints(self, flow_map: FlowMap, x: Tensor, t: float, cond: Condition, noise: Noise | None = None) -> Endpoints:
-        path, k = flow_map.interpolant, self.k
-        z, cond_k = _draw(noise, k, x), repeat_rows(cond, k)
-        outer, white = path.alpha(t) / path.sigma(t), (x / path.sigma(t)).unsqueeze(1)
-
-        def denoised(z: Tensor, s: float) -> Tensor:
-            inner = s / (1 - s)
-            ratio = (outer**2 + inner**2) ** 0.5
-            time = path.time_at(ratio)
-            u = (outer / ratio, inner / ratio) if ratio else (0.0, 1.0)  # at s = t = 0 all of it is noise
-            both = path.sigma(time) * (u[0] * white + u[1] * z / (1 - s))
-            return flow_map.denoise(both.flatten(0, 1), time, cond_k).view_as(z)
-
-        for i in range(self.steps):
-            s, middle, end = i / self.steps, (i + 0.5) / self.steps, (i + 1) / self.steps
-            # with D held fixed the ODE is solved exactly: z - D shrinks like 1 - s
-            half = torch.lerp(denoised(z, s), z, (1 - middle) / (1 - s))
-            z = torch.lerp(denoised(half, middle), z, (1 - end) / (1 - s))
-        return Endpoints(z)
+        z = _draw(noise, self.k, x)
+        return Endpoints(glass.posterior(flow_map, x, t, z, cond, self.steps, self.hops))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Trace:
         gradient_norm: (steps, n, k) length of the guidance's direction before the step. A heavy tail over the particles is a
             sign that the look-ahead is discontinuous at basin borders. None if the method has no gradient.
         beta: (steps, n) inverse temperature of the value; None if the method has none.
+        accepted: (steps, n) whether the chain of the results accepted its trial; None if the method has no chains.
         lookaheads: (steps, n, *shape) the first particle's look-ahead, at the last step the sample itself; None unless
             requested, or if the method does not look ahead.
     """
@@ -50,6 +51,7 @@ class Trace:
     guidance_ratio: Tensor
     gradient_norm: Tensor | None = None
     beta: Tensor | None = None
+    accepted: Tensor | None = None
     lookaheads: Tensor | None = None
 
     def origins(self) -> Tensor:

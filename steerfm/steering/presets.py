@@ -2,8 +2,8 @@
 
 The fields of a preset are its own and those of `Sampler`; the other parts are derived in ``parts``:
 ``FeynmanKac(particles=64, guidance="map")`` is the gradient-twisted variant.
-Methods that do not walk from noise to data once are in other files: `noise_search.py`, `parallel_tempering.py` and
-`tree_search.py`.
+Methods that do not walk from noise to data once are in other files: `noise_search.py`, `parallel_tempering.py`,
+`waltz.py` and `tree_search.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from steerfm.steering.state import Begin, State
 from steerfm.steering.tempering import Exponential, Tempering, untempered
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 from steerfm.steering.value import Evaluation, Problem
+from steerfm.steering.waltz import Waltz
 from steerfm.transitions import Auto, Bridge, Diffuse, Transition
 from steerfm.transitions import Jump as JumpTransition
 from steerfm.transitions import Renoise as RenoiseTransition
@@ -678,6 +679,7 @@ METHODS: dict[str, type[Preset]] = {
     "random_search": RandomSearch,
     "zero_order": ZeroOrderSearch,
     "parallel_tempering": ParallelTempering,
+    "waltz": Waltz,
     "steering": Steering,
 }
 """Presets by their names in configurations; ``steering`` is a free combination of parts."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steerfm.flowmap import FlowMap
+from steerfm.glass import inner_velocity
 from steerfm.interpolant import expand_time
 from steerfm.rows import Condition, expand_rows, is_null, join_conditions, take_rows
 
@@ -303,8 +304,60 @@ class Trajectory:
         return Paths(torch.stack(states), torch.stack(velocities), times, cond)
 
 
+# --- posteriors ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Posterior:
+    """The inner flow of the posteriors p(x_1 | x_t = x), for a map with that capability (Diamond Maps, 2602.05993).
+
+    The states x at t and z at s are noised versions of one x_1. With the field w of GLASS, which follows from a velocity
+    (`steerfm.glass`), a share of the rows is on the diagonal and the others are the Lagrangian loss; no ODE is followed:
+
+        |u(z, s, s | x, t) - w(z, s | x, t)|^2,        |d/de Z_{s,e}(z | x, t) - sg w(Z_{s,e}, e | x, t)|^2
+
+    Args:
+        pairs: their shares of pairs (s, e) with e = 1 and of (0, 1).
+        diagonal: share of the rows on the diagonal.
+        teacher: whose velocity; default the map's own.
+        last: largest t, s and e: w is infinite at 1.
+    """
+
+    pairs: Triangle = field(default_factory=Triangle)
+    diagonal: float = 0.75
+    teacher: FlowMap | None = None
+    last: float = 0.99
+
+    def __call__(self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator) -> Tensor:
+        path, teacher = flow_map.interpolant, self.teacher or flow_map
+        t = self.last * torch.rand(len(x1), generator=generator).to(x1)
+        s, e = (self.last * time.to(x1) for time in self.pairs(len(x1), generator))
+        x, z = (path.interpolate(_noise(x1, generator), x1, expand_time(time, x1)) for time in (t, s))
+        on = slice(0, round(self.diagonal * len(x1)))
+        off = slice(on.stop, len(x1))
+        with torch.no_grad():
+            w = inner_velocity(teacher, z[on], s[on], x[on], t[on], take_rows(cond, on))
+        u = flow_map.posterior_velocity(z[on], s[on], s[on], x[on], t[on], take_rows(cond, on))
+        return torch.cat(
+            [
+                mean_square(u - w),
+                self._lagrangian(flow_map, teacher, z[off], s[off], e[off], x[off], t[off], take_rows(cond, off)),
+            ]
+        )
+
+    def _lagrangian(
+        self, flow_map: FlowMap, teacher: FlowMap, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition
+    ) -> Tensor:
+        if not len(z):
+            return z.new_zeros(0)
+        u, du = torch.func.jvp(lambda e: flow_map.posterior_velocity(z, s, e, x, t, cond), (e,), (torch.ones_like(e),))[:2]
+        gap = expand_time(e - s, z)
+        with torch.no_grad():
+            w = inner_velocity(teacher, z + gap * u, e, x, t, cond)
+        return mean_square(u + gap * du - w)
+
+
 OFF_DIAGONAL: dict[str, type] = {
     "trajectory": Trajectory,
+    "posterior": Posterior,
     "lagrangian": Lagrangian,
     "progressive": Progressive,
     "eulerian": Eulerian,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from steerfm import GaussianMixture
-from steerfm.finetuning import DDPO, METHODS, NFT, Adjoint, FlowGRPO, Policy, Tasks, Update, Weighted
+from steerfm.finetuning import DDPO, METHODS, NFT, Adjoint, FlowGRPO, Policy, Posterior, PosteriorFree, Tasks, Update, Weighted
 from steerfm.finetuning.weighted import Anchored, largest_step
 from steerfm.flowmap import Wrapped
+from steerfm.interpolant import Interpolant, Trigonometric
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering.weights import effective_sample_size
@@ -73,6 +74,37 @@ def test_another_tilt_is_not_the_minimum():
         target, _ = gm.tilt(linear=[0.8, -0.5], strength=strength)
         losses[strength] = Adjoint(steps=50, trained=None).loss(update(target.flow_map(), base))["loss"].item()
     assert losses[1.0] < 1e-6 * losses[0.5] and losses[1.0] < 1e-6 * losses[2.0]
+
+
+# --- posterior -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [Posterior(steps=12, draws=1), PosteriorFree(steps=12, draws=2)], ids=["", "free"])
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()], ids=["linear", "trigonometric"])
+def test_the_tilted_velocity_is_stationary(method, path):
+    """Two modes and a strong tilt: the slope of the loss in a shift of the velocity is zero in the mean; at other tilts not."""
+    gm = GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], [[0.2, 0.2], [0.1, 0.3]], interpolant=path)
+
+    def score(strength: float) -> float:
+        target, _ = gm.tilt(linear=[0.8, -0.5], strength=strength)
+        slopes, memory = [], {"level": torch.tensor(0.3, dtype=torch.float64)}
+        for seed in range(16):
+            shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            up = update(Shifted(target.flow_map(), shift), gm.flow_map(), b=250, memory=dict(memory))
+            up.noise = Noise(range(1000 * seed, 1000 * seed + 250))
+            slopes.append(torch.autograd.grad(method.loss(up)["loss"], shift)[0])
+        z = torch.stack(slopes).mean(0) / (torch.stack(slopes).std(0) / 4)
+        return z.abs().max().item()
+
+    assert score(1.0) < 4 and score(0.4) > 6 and score(1.6) > 6
+
+
+def test_the_level_is_that_of_the_updates_before():
+    gm = GaussianMixture([[0.5, -1.0]], [[0.3, 0.6]])
+    memory: dict[str, Tensor] = {}
+    first = Posterior(steps=1).loss(update(gm.flow_map(), gm.flow_map(), memory=memory))
+    assert first["weight"].item() == pytest.approx(1.0) and first["loss"] > 0
+    assert memory["level"].shape == () and memory["level"].isfinite()
+    memory["level"] += 500.0  # weights far too small, no NaN
+    assert Posterior(steps=1).loss(update(gm.flow_map(), gm.flow_map(), memory=memory))["loss"].isfinite()
 
 
 # --- policy ----------------------------------------------------------------------------------------------------------

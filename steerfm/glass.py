@@ -1,0 +1,87 @@
+"""GLASS (2602.05993): the flow from noise to p(x_1 | x_t = x), from any velocity, without training.
+
+    z_s = alpha_s x_1 + sigma_s e,     x = alpha_t x_1 + sigma_t e'
+
+are two independent states of one x_1, so that E[x_1 | x, z_s] is the denoiser at one joint state (`Interpolant.joint`), and the
+velocity of the inner flow follows from it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steerfm.capabilities import can
+from steerfm.flowmap import FlowMap
+from steerfm.interpolant import expand_time
+from steerfm.rows import Condition, repeat_rows
+
+
+def inner_velocity(flow_map: FlowMap, z: Tensor, s: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """dz/ds of the inner flow, on the map's own path; one call.
+
+    Args:
+        z: (b, *shape) inner states.
+        s: (b,) inner times, below 1.
+        x: (b, *shape) what is known.
+        t: (b,) its time, below 1.
+        cond: b rows.
+    """
+    path, s, t = flow_map.interpolant, expand_time(s, z), expand_time(t, z)
+    sigma_t, sigma_s = path.sigma(t), path.sigma(s)
+    both, time = path.joint(x / sigma_t, path.alpha(t) / sigma_t, z / sigma_s, path.alpha(s) / sigma_s)
+    return path.velocity_from_denoised(z, flow_map.denoise(both, time.flatten(), cond), s)
+
+
+def posterior(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition, steps: int, hops: int = 1) -> Tensor:
+    """Draws of p(x_1 | x_t = x): by jumps of a map that has posteriors, else by `draw`.
+
+    Args:
+        x: (b, *shape) states.
+        t: their time, a float or (b,), below 1.
+        z: (b, k, *shape) standard normal noise, k draws a state.
+        cond: b rows.
+        steps: see `draw`.
+        hops: jumps, one call each; 0 for `draw` whatever the map has.
+
+    Returns:
+        (b, k, *shape).
+    """
+    if not hops or not can(flow_map, "posterior"):
+        return draw(flow_map, x, t, z, cond, steps)
+    k = z.shape[1]
+    times = t.repeat_interleave(k) if isinstance(t, Tensor) else t
+    states = x.unsqueeze(1).expand_as(z).flatten(0, 1)
+    return flow_map.posterior(states, times, z.flatten(0, 1), repeat_rows(cond, k), hops).view_as(z)
+
+
+def draw(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition, steps: int) -> Tensor:
+    """Draws of p(x_1 | x_t = x) by the midpoint rule, two calls a step; exact as ``steps`` grows.
+
+    The inner path is the linear one. With the denoiser held fixed its ODE is solved exactly.
+
+    Args:
+        x: (b, *shape) states.
+        t: their time, a float or (b,), below 1.
+        z: (b, k, *shape) standard normal noise, k draws a state.
+        cond: b rows.
+        steps: equal steps of the inner ODE.
+
+    Returns:
+        (b, k, *shape).
+    """
+    path, cond_k = flow_map.interpolant, repeat_rows(cond, z.shape[1])
+    at = expand_time(t, x).unsqueeze(1) if isinstance(t, Tensor) else float(t)
+    outer, white = path.alpha(at) / path.sigma(at), x.unsqueeze(1) / path.sigma(at)
+
+    def denoised(z: Tensor, s: float) -> Tensor:
+        both, time = path.joint(white, outer, z / (1 - s), s / (1 - s))
+        if isinstance(time, Tensor):
+            time = time.flatten().repeat_interleave(z.shape[1])
+        return flow_map.denoise(both.flatten(0, 1), time, cond_k).view_as(z)
+
+    for i in range(steps):
+        s, middle, end = i / steps, (i + 0.5) / steps, (i + 1) / steps
+        half = torch.lerp(denoised(z, s), z, (1 - middle) / (1 - s))  # z - D shrinks like 1 - s
+        z = torch.lerp(denoised(half, middle), z, (1 - end) / (1 - s))
+    return z

@@ -1,0 +1,161 @@
+"""Maps that draw posteriors: the plain map stays what it was, the ends are exact, and the loss vanishes at the truth."""
+
+import math
+
+import pytest
+import torch
+
+import steerfm
+from steerfm import GaussianMixture, Interpolant, NeuralFlowMap, Trigonometric
+from steerfm.cost import Ledger
+from steerfm.flowmap import Microbatched
+from steerfm.networks import Mlp, UNet, untrained_posterior
+from steerfm.sampling import Noise
+from steerfm.steering import Posterior
+from steerfm.training.objectives import Posterior as Objective
+from steerfm.training.objectives import Triangle
+
+
+def mlp(posterior=True, spread=0.3, classes=0, path=None, mean=0.5, std=1.3):
+    """A map of a network that is not at its start."""
+    torch.manual_seed(0)
+    network = Mlp(3, 32, 2, classes, posterior=posterior)
+    for parameter in network.parameters():
+        parameter.data += spread * torch.randn_like(parameter) / math.sqrt(parameter.shape[-1])
+    return NeuralFlowMap(network, (3,), path, [f"class {i}" for i in range(classes)], mean=mean, std=std).eval()
+
+
+def states(n=6, shape=(3,)):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, *shape, generator=generator) for _ in range(2)]
+
+
+# --- the plain map ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("network", [lambda p: Mlp(12, posterior=p), lambda p: UNet(1, (8, 16), posterior=p)])
+def test_a_plain_map_goes_on_as_it_was(network):
+    shape = (12,) if isinstance(network(False), Mlp) else (1, 12, 12)
+    plain, joint = network(False), network(True)
+    for parameter in plain.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    joint.load_state_dict(untrained_posterior(joint) | plain.state_dict())
+    (x, z), maps = states(4, shape), [NeuralFlowMap(net, shape, mean=0.2, std=0.8) for net in (plain, joint)]
+    assert torch.equal(maps[0].jump(x, 0.2, 0.7), maps[1].jump(x, 0.2, 0.7))
+    torch.testing.assert_close(maps[1].posterior(x, 0.0, z), maps[0].lookahead(z, 0.0))
+    assert "posterior" in maps[1].capabilities and "posterior" not in maps[0].capabilities
+    assert untrained_posterior(plain) == {}
+
+
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
+def test_the_ends_are_exact_whatever_the_weights(path):
+    flow_map, (x, z) = mlp(path=path), states()
+    torch.testing.assert_close(flow_map.posterior(x, 0.0, z), flow_map.lookahead(z, 0.0))
+    torch.testing.assert_close(flow_map.posterior(x, 0.0, z), flow_map.posterior(-x, 0.0, z))
+    torch.testing.assert_close(flow_map.posterior(x, 1.0, z), x)
+    near = flow_map.posterior(x, torch.full((6,), 0.9999), z)
+    torch.testing.assert_close(near, x, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
+@pytest.mark.parametrize("hops", [1, 3])
+def test_at_the_start_it_is_that_of_the_gaussian(path, hops):
+    torch.manual_seed(0)
+    flow_map = NeuralFlowMap(Mlp(3, posterior=True), (3,), path, mean=0.5, std=1.3)
+    gaussian = GaussianMixture(torch.full((1, 3), 0.5), torch.full((1, 3), 1.69), interpolant=path)
+    x, z = states()
+    for t in (0.0, 0.3, 0.8):
+        exact = gaussian.posterior(x, t)
+        torch.testing.assert_close(flow_map.posterior(x, t, z, hops=hops), exact.means[:, 0] + exact.factors[:, 0] * z)
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
+@pytest.mark.parametrize("diagonal", [0.0, 0.5, 1.0])
+def test_the_loss_is_zero_at_the_truth_and_not_elsewhere(path, diagonal):
+    gaussian = GaussianMixture(torch.full((1, 3), 0.5), torch.full((1, 3), 1.69), interpolant=path)
+    x1 = gaussian.sample(200, torch.Generator().manual_seed(0)).float()
+    objective = Objective(Triangle(), diagonal, gaussian.flow_map())
+    right = NeuralFlowMap(Mlp(3, posterior=True), (3,), path, mean=0.5, std=1.3)
+    losses = [objective(flow_map, x1, None, torch.Generator().manual_seed(2)) for flow_map in (right, mlp(path=path))]
+    assert losses[0].shape == (200,) and losses[0].max() < 1e-5
+    assert losses[1].mean() > 1e-2
+
+
+def test_training_learns_two_modes():
+    """One call draws each mode as often as the exact posterior does, at states where that is neither 0 nor 1."""
+    mixture = GaussianMixture([[-1.5], [1.5]], [[0.04], [0.04]], [0.3, 0.7])
+    torch.manual_seed(0)
+    network = Mlp(1, 48, 3, posterior=True)
+    flow_map = NeuralFlowMap(network, (1,), mean=mixture.mean().item(), std=mixture.cov().sqrt().item())
+    objective = Objective(Triangle(0.3, 0.3), teacher=mixture.to(torch.float32).flow_map())
+    optimizer, generator = torch.optim.Adam(network.parameters(), 3e-3), torch.Generator().manual_seed(1)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
+        optimizer.zero_grad()
+        objective(flow_map, mixture.sample(256, generator).float(), None, generator).mean().backward()
+        optimizer.step()
+    x, t = torch.linspace(-1.2, 0.6, 5).unsqueeze(1), 0.3
+    exact = mixture.posterior(x, t).weights[:, 1]
+    assert exact.min() < 0.3 and exact.max() > 0.8
+    z = torch.randn(5, 2000, 1, generator=generator)
+    with torch.no_grad():
+        draws = flow_map.posterior(x.repeat_interleave(2000, 0), t, z.flatten(0, 1)).view(5, 2000)
+    assert ((draws > 0).float().mean(1) - exact).abs().max() < 0.1
+    assert (draws.abs() - 1.5).abs().median() < 0.3
+
+
+def test_rows_of_small_batches():
+    objective = Objective(diagonal=0.75)
+    for n in (1, 2, 3):
+        assert objective(mlp(), torch.randn(n, 3), None, torch.Generator().manual_seed(0)).shape == (n,)
+
+
+# --- around it -------------------------------------------------------------------------------------------------------
+def test_wrappers_pass_it_on():
+    flow_map, (x, z) = mlp(classes=2), states()
+    cond = torch.tensor([0, 1, 0, 1, 0, 1])
+    whole = flow_map.posterior(x, 0.4, z, cond, hops=2)
+    torch.testing.assert_close(Microbatched(flow_map, 4).posterior(x, 0.4, z, cond, hops=2), whole)
+    with Ledger() as ledger:
+        guided = steerfm.Guided(flow_map, 2.0).posterior(x, 0.4, z, cond)
+    null = flow_map.posterior(x, 0.4, z, torch.full((6,), 2))
+    torch.testing.assert_close(guided, torch.lerp(null, flow_map.posterior(x, 0.4, z, cond), 2.0))
+    assert ledger.cost.forwards == 12
+
+
+def test_a_file_of_it(tmp_path):
+    flow_map, (x, z) = mlp(), states()
+    flow_map.save(tmp_path / "joint", {"name": "mlp", "dim": 3, "width": 32, "depth": 2, "posterior": True}, half=False)
+    again = steerfm.load(tmp_path / "joint.safetensors")
+    torch.testing.assert_close(again.posterior(x, 0.3, z), flow_map.posterior(x, 0.3, z))
+    assert "draws of the posterior" in repr(again)
+
+
+def test_a_look_ahead_takes_the_map_s_own_draws():
+    flow_map, (x, _) = mlp(), states()
+    costs = {}
+    for name, look in {"one": Posterior(k=4), "two": Posterior(k=4, hops=2), "glass": Posterior(2, k=4, hops=0)}.items():
+        with Ledger() as ledger:
+            z = look.endpoints(flow_map, x, 0.4, None, Noise(range(6))).z
+        costs[name] = ledger.cost.forwards
+        assert z.shape == (6, 4, 3) and z.std(1).min() > 0
+    assert costs == {"one": 24, "two": 48, "glass": 96}
+    with Ledger() as ledger:
+        Posterior(2, k=4).endpoints(mlp(posterior=False), x, 0.4, None, Noise(range(6)))
+    assert ledger.cost.forwards == 96
+
+
+def test_what_has_none_says_so():
+    x, z = states()
+    with pytest.raises(ValueError, match="draws no posteriors"):
+        mlp(posterior=False).posterior(x, 0.3, z)
+    with pytest.raises(ValueError, match="hops=0"):
+        mlp().posterior(x, 0.3, z, hops=0)
+    with pytest.raises(ValueError, match="hops=-1"):
+        Posterior(hops=-1)
+
+
+def test_gradients_reach_the_state():
+    flow_map, (x, z) = mlp(), states()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(flow_map.posterior(x, 0.5, z).sum(), x)
+    assert gradient.isfinite().all() and gradient.abs().min() > 0
