@@ -74,6 +74,7 @@ TUNING = {
     "weighted": "method.samples=512 method.rounds=2 optimizer.steps=120",
     "policy": "optimizer.steps=40 optimizer.lr=1e-3",
     "adjoint": "optimizer.steps=40",
+    "posterior": "optimizer.steps=40",
     "noise": "optimizer.steps=40",
 }
 """Families of fine-tuning, and what their commands set beside the recipe."""
