@@ -25,19 +25,19 @@ from steerfm.report.formats import short
 from steerfm.steering.weights import LOW
 
 TERMS = 3
-"""Rewards that a form has room for."""
+"""Number of rewards in the form."""
 BUDGETS = {"as the method is": None} | {f"{calls} network calls an output": calls for calls in (32, 64, 128, 256, 512)}
 USUAL, NONE = "the usual one", "none"
 COLUMNS = 4
-"""Outputs side by side."""
+"""Number of outputs side by side."""
 SIDE = 128
-"""Pixels of the longer side of a picture at most."""
+"""Largest side of a picture, in pixels."""
 WARNING = "⚠"
 INTRO = """# steerfm playground
 A reward says what you want. Press **Steer**: the model draws candidates, looks ahead to where each will end, and goes on with
 those that the reward likes best."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: data: blob:"
-"""What the browser may load: nothing from elsewhere."""
+"""Content policy: the browser loads nothing from other servers."""
 CSS = """
 .gradio-container { max-width: 1200px !important; width: 100% !important; margin: 0 auto !important; }
 .gradio-container > main { box-sizing: border-box; }
@@ -71,12 +71,12 @@ figure { margin: 0 0 1rem; } figcaption { color: var(--body-text-color-subdued);
 
 # --- pieces in HTML ----------------------------------------------------------------------------------------------------
 def say(text: str, kind: str = "line") -> str:
-    """A line for the reader; ``kind`` is line, quiet, warning or error."""
+    """One line of text; ``kind`` is line, quiet, warning or error."""
     return f'<p class="{kind}" role="{"alert" if kind == "error" else "status"}">{html.escape(text)}</p>'
 
 
 def figure(step: Step) -> str:
-    """The candidates of a step: a row an output, their weights as bars below."""
+    """The candidates of a step: a row for each output, with weights as bars below."""
     if step.pictures is None:
         return ""
     what = "Where the candidates will end, by one jump" if step.ahead else "The candidates as they are"
@@ -107,8 +107,8 @@ def _source(picture: np.ndarray) -> str:
 
 
 def walk(steps: list[Step]) -> str:
-    """A line a step: time, ESS with a bar, who was chosen anew."""
-    head = "<tr><th>time</th><th>ESS</th><th></th><th>chosen anew</th></tr>"
+    """A table with a row for each step: time, ESS with a bar, outputs that were resampled."""
+    head = "<tr><th>time</th><th>ESS</th><th></th><th>resampled</th></tr>"
     rows = "".join(
         f'<tr><td>{step.t:.2f}</td><td>{step.ess:.0%}</td><td class="bar"><i class="{"low" if step.ess < LOW else ""}" '
         f'style="width:{step.ess:.0%}"></i></td><td>{step.resampled} of {step.n}</td></tr>'
@@ -137,14 +137,14 @@ def comparison(result: Result) -> str:
 
 
 def plot(file: Path) -> str:
-    """The plot of a run, which scrolls where it would be too small."""
+    """The plot of a run; it scrolls on narrow screens."""
     data = base64.b64encode(file.read_bytes()).decode()
     image = f'<img src="data:image/png;base64,{data}" alt="value, ESS and guidance over time, and the final rewards">'
     return f'<p class="quiet narrow">Scroll it to the side.</p>{image}'
 
 
 def summary(result: Result) -> str:
-    """What came out, in numbers and words."""
+    """The results, in numbers and words."""
     numbers = result.numbers
     judge = numbers["held_out"]
     rows = [("reward: " + str(numbers["reward"]), numbers["reward_base"], numbers["reward_best"])]
@@ -164,7 +164,7 @@ def summary(result: Result) -> str:
 # --- the page ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Fields:
-    """What is filled in, by its place in a `Form`; of each reward its name, weight and settings."""
+    """The input fields, as in `Form`; three for each reward: name, weight and settings."""
 
     model: gr.Dropdown
     words: gr.Textbox
@@ -181,7 +181,7 @@ class Fields:
 
     @classmethod
     def of(cls, playground: Playground) -> Fields:
-        """The fields, filled with what the page begins with."""
+        """Make the fields with the starting values."""
         form = playground.initial()
         facts = playground.facts(form.model)
         model = gr.Dropdown(playground.models(), value=form.model, label="Model")
@@ -210,7 +210,7 @@ class Fields:
         return {part for value in vars(self).values() for part in (sum(value, ()) if isinstance(value, list) else (value,))}
 
     def form(self, data: Mapping[Any, Any]) -> Form:
-        """What is filled in."""
+        """The form with the current values."""
         chosen = [tuple(data[part] for part in term) for term in self.terms]
         terms = tuple(Term(name, weight, typed) for name, weight, typed in chosen if name != NONE and weight)
         return Form(
@@ -231,7 +231,7 @@ def _words(reads: bool) -> str:
 
 
 def _classes(classes: tuple[str, ...], label: str) -> dict[str, Any]:
-    """What a field of classes shows; nothing where there are none."""
+    """Arguments of the field of classes; it is hidden if there are none."""
     return {"choices": [NONE, *classes], "value": label or NONE, "visible": bool(classes)}
 
 
@@ -240,7 +240,7 @@ def _placeholder(playground: Playground, reward: str) -> str:
 
 
 def _term(playground: Playground, form: Form, place: int) -> tuple[gr.Dropdown, gr.Slider, gr.Textbox]:
-    """The fields of a reward."""
+    """Make the fields of a reward."""
     term = form.terms[place] if place < len(form.terms) else Term(NONE)
     names = playground.rewards() if not place else [NONE, *playground.rewards()]
     with gr.Group():
@@ -256,7 +256,7 @@ def _term(playground: Playground, form: Form, place: int) -> tuple[gr.Dropdown, 
 
 @dataclass(frozen=True)
 class Panels:
-    """What a run fills."""
+    """The parts of the page that a run fills."""
 
     status: gr.HTML
     tabs: gr.Tabs
@@ -274,7 +274,7 @@ class Panels:
 
     @classmethod
     def of(cls, steer: gr.Button, stop: gr.Button) -> Panels:
-        """Empty."""
+        """Make them, empty."""
         status = gr.HTML(say("Nothing steered yet.", "quiet"), elem_id="status")
         with gr.Tabs(selected="watch") as tabs:
             with gr.Tab("Watch", id="watch"):
@@ -292,7 +292,7 @@ class Panels:
         return cls(status, tabs, step, walk, numbers, pictures, trace, command, python, picture_file, folder_file, steer, stop)
 
     def clear(self) -> dict[Any, Any]:
-        """All is empty, and the run waits for its turn: one steers at a time."""
+        """The updates that empty all parts while a run waits for its turn."""
         empty = (self.step, self.walk, self.numbers, self.pictures, self.trace, self.command, self.python)
         no = {part: gr.DownloadButton(value=None, interactive=False) for part in (self.picture_file, self.folder_file)}
         buttons = {self.steer: gr.Button(interactive=False), self.stop: gr.Button(interactive=True)}
@@ -300,7 +300,7 @@ class Panels:
         return {part: "" for part in empty} | no | buttons | waits
 
     def end(self, text: str, kind: str = "line") -> dict[Any, Any]:
-        """A run has ended."""
+        """The updates at the end of a run."""
         buttons = {self.steer: gr.Button(interactive=True), self.stop: gr.Button(interactive=False)}
         return buttons | {self.status: say(text, kind)}
 
@@ -308,7 +308,7 @@ class Panels:
         return {self.step: figure(steps[-1]), self.walk: walk(steps)}
 
     def show_result(self, result: Result, python: str) -> dict[Any, Any]:
-        """What a run left."""
+        """The updates that show the result of a run."""
         files = {self.folder_file: gr.DownloadButton(value=str(result.archive), interactive=True)}
         if result.picture is not None:
             files[self.picture_file] = gr.DownloadButton(value=str(result.picture), interactive=True)
@@ -323,7 +323,7 @@ class Panels:
 
 
 class Visits:
-    """The runs of the pages that are open, by page: what stops each."""
+    """The open pages, and the event that stops the run of each."""
 
     def __init__(self) -> None:
         self._stops: dict[str, threading.Event] = {}
@@ -338,7 +338,7 @@ class Visits:
         self.of(request).set()
 
     def leave(self, request: gr.Request) -> None:
-        """A page is closed."""
+        """Stop the run of a page that was closed."""
         if stop := self._stops.pop(str(request.session_hash), None):
             stop.set()
 
@@ -350,7 +350,7 @@ class Visits:
 def run(
     playground: Playground, fields: Fields, panels: Panels, stop: threading.Event, data: Mapping[Any, Any]
 ) -> Iterator[dict[Any, Any]]:
-    """A run, and what changes on the page after each step of it."""
+    """Run, and yield the updates of the page after each step."""
     steps: list[Step] = []
     progress = Progress(0, 0)
     try:
@@ -376,7 +376,7 @@ def run(
 
 
 def page(playground: Playground, visits: Visits) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     with gr.Blocks(title="steerfm playground", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Markdown(INTRO)
         with gr.Row():
@@ -393,7 +393,7 @@ def page(playground: Playground, visits: Visits) -> gr.Blocks:
 
 
 def _listen(playground: Playground, visits: Visits, fields: Fields, panels: Panels) -> None:
-    """What a click does."""
+    """Connect the buttons and fields."""
     quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
     def begin(request: gr.Request) -> dict[Any, Any]:
@@ -428,7 +428,7 @@ def _listen(playground: Playground, visits: Visits, fields: Fields, panels: Pane
 
 # --- the server --------------------------------------------------------------------------------------------------------
 class Policy:
-    """Tells the browser to load nothing from elsewhere: pages work without a network, and say nothing to anybody."""
+    """Middleware that forbids the browser to load from other servers: the page works without a network."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -443,7 +443,7 @@ class Policy:
 
 
 def theme() -> Base:
-    """Fonts of the system, none smaller than 12 px."""
+    """System fonts, at least 12 px."""
     sizes = Size("12px", "12px", "13px", "15px", "16px", "20px", "26px", name="text")
     base = Base(
         primary_hue="indigo", neutral_hue="slate", text_size=sizes, font=["system-ui", "sans-serif"],
@@ -454,7 +454,7 @@ def theme() -> Base:
 
 
 def serve(demo: gr.Blocks, playground: Playground, port: int) -> tuple[str, str | None]:
-    """Serve the page, on threads of its own: its address, and a public link where one is asked for."""
+    """Serve the page in background threads; return its address, and the public link if there is one."""
     from starlette.middleware import Middleware
 
     start = playground.start

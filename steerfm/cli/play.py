@@ -1,4 +1,4 @@
-"""`steerfm play`: a page in the browser that steers. What it shows is in `pages`, what it runs in `playground`."""
+"""`steerfm play`: steer from a page in the browser. `pages` draws the page, `playground` runs the steering."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from steerfm.signals import Stopped
 from steerfm.values import ConfigError
 
 PORTS = range(7860, 7960)
-"""That are tried where none is named."""
+"""Ports to try if none is given."""
 
 
 def play(config: PlayConfig, command: str = "") -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        ImportError: gradio is not installed. ConfigError: a port that is taken, or what the page begins with is wrong.
+        ImportError: gradio is not installed. ConfigError: the port is taken, or the starting values are wrong.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
@@ -55,7 +55,7 @@ def play(config: PlayConfig, command: str = "") -> None:
 
 @contextlib.contextmanager
 def _root(config: PlayConfig) -> Iterator[Path]:
-    """The folder of the run folders."""
+    """The parent of the run folders: ``config.out``, or a temporary folder."""
     if config.out is not None:
         yield Path(config.out)
         return
@@ -64,7 +64,7 @@ def _root(config: PlayConfig) -> Iterator[Path]:
 
 
 def _port(config: PlayConfig) -> int:
-    """The port to listen at.
+    """Choose the port to listen at.
 
     Raises:
         ConfigError: it is taken, or the host is no address of this machine.

@@ -1,4 +1,4 @@
-"""What the page of `steerfm play` stands on: a form that becomes keys of `steerfm steer`, and a run seen step by step."""
+"""The logic behind the page of `steerfm play`: from a form to keys of `steerfm steer`, and a run observed step by step."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from steerfm.steering.weights import normalise
 from steerfm.values import ConfigError, line
 
 OUTPUTS, PARTICLES = 4, 8
-"""Outputs of a step that are shown, and particles of each, those with the largest weights."""
+"""Outputs of a step to show, and particles of each: those with the largest weights."""
 HIDDEN = ("judge", "device")
-"""Keys that the page does not show, and that every run has."""
+"""Keys of every run that the page does not show."""
 
 
 # --- the form -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Term:
-    """A reward of the form: its name, its weight in the sum, and its settings as they are typed: ``target=Bag``."""
+    """A reward of the form: its name, its weight in the sum, and its settings as typed: ``target=Bag``."""
 
     name: str
     weight: float = 1.0
@@ -50,24 +50,24 @@ class Term:
 
     @classmethod
     def of(cls, value: Any) -> Term:
-        """The term of a configuration."""
+        """Make a term of a reward in a configuration."""
         name, arguments = registry.split_spec(value, "reward")
         weight = float(arguments.pop("weight", 1.0))
         return cls(name, weight, settings(arguments))
 
     def overrides(self) -> list[str]:
-        """As the only reward of a command."""
+        """The overrides of a command with this reward alone."""
         weight = [] if self.weight == 1 else [f"reward.weight={self.weight:g}"]
         return [f"reward={self.name}", *weight, *_settings_overrides("reward", self.settings)]
 
 
 def settings(arguments: Mapping[str, Any]) -> str:
-    """Arguments as they are typed into a field: ``target=Bag quality=75``."""
+    """Format arguments as one types them into a field: ``target=Bag quality=75``."""
     return shlex.join(f"{key}={line(value)}" for key, value in arguments.items())
 
 
 def _settings_overrides(key: str, typed: str) -> list[str]:
-    """``a=1 b=2`` as overrides of a key.
+    """Turn ``a=1 b=2`` into overrides of a key.
 
     Raises:
         ConfigError: a quotation mark that is not closed, or no ``key=value``.
@@ -84,11 +84,11 @@ def _settings_overrides(key: str, typed: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the form needs to know of a model.
+    """Facts about a model that the form needs.
 
     Attributes:
-        reads: whether it is asked in words.
-        classes: names of its classes; empty where there are none.
+        reads: whether it takes prompts.
+        classes: names of its classes; empty if it has none.
         usual: its usual method, as configurations have it.
     """
 
@@ -99,17 +99,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Form:
-    """What is filled in on the page.
+    """The values of the form.
 
     Attributes:
         model: its name.
         terms: of the reward.
         strength: or "auto".
-        words: prompts, one a line.
+        words: prompts, one per line.
         label: name of a class; "" for none.
         method: its name; "" for the usual one of the model.
-        settings: of the method, as they are typed.
-        budget: network calls an output, into which the method is fitted; None for the size that it has.
+        settings: settings of the method, as typed.
+        budget: network calls per output to fit the method into; None: its own size.
         n, seed, guidance: see `SteerConfig`.
     """
 
@@ -131,21 +131,21 @@ class Form:
 
 @dataclass(frozen=True)
 class Task:
-    """A run that is asked for: the configuration, and the command that means the same."""
+    """A run to do: its configuration, and the command that does the same."""
 
     config: SteerConfig
     command: str
 
 
 class Playground:
-    """What all pages of a server share.
+    """The state that all pages of a server share.
 
     Args:
-        start: what the page begins with.
-        root: folder of the run folders.
+        start: starting values of the form.
+        root: parent of the run folders.
 
     Attributes:
-        shared: whether others than who sits at this machine can reach the page.
+        shared: whether other machines can reach the page.
     """
 
     def __init__(self, start: PlayConfig, root: Path) -> None:
@@ -156,7 +156,7 @@ class Playground:
 
     # --- the form ------------------------------------------------------------------------------------------------------
     def initial(self) -> Form:
-        """What the form is filled with when the page opens.
+        """The form when the page opens.
 
         Raises:
             ConfigError: an unknown model.
@@ -178,7 +178,7 @@ class Playground:
         return form
 
     def example(self, model: str) -> Form:
-        """What shows a model: what configs/play says of it, or its brightness."""
+        """A form that shows a model well: that of configs/play, or brightness as the reward."""
         known = recipes("play")
         shows = load(PlayConfig, str(known[model])) if model in known else PlayConfig(model, {"name": "brightness"})
         return Form(
@@ -187,24 +187,24 @@ class Playground:
         )  # fmt: skip
 
     def facts(self, model: str) -> Facts:
-        """Those of a model, which is loaded once for them."""
+        """The facts about a model; it is loaded once for them."""
         if model not in self._facts:
             flow_map = load_model(self._model(model), self.start.device)
             self._facts[model] = Facts(isinstance(flow_map.null, Mapping), flow_map.class_names, usual(flow_map))
         return self._facts[model]
 
     def models(self) -> list[str]:
-        """Flow maps that ship, and the one that the page begins with."""
+        """Names of the shipped flow maps and of the starting model."""
         ours = [name for name, head in zoo.models().items() if head["kind"] == "flow_map"]
         return list(dict.fromkeys([registry.split_spec(self.start.model, "model")[0], *ours]))
 
     def rewards(self) -> list[str]:
-        """Rewards that are installed, those that show a model, and those that the page begins with."""
+        """Names of the installed rewards, of those in the examples, and of the starting ones."""
         examples = [term.name for form in (self.initial(), *map(self.example, self.models())) for term in form.terms]
         return list(dict.fromkeys([*examples, *rewards.available()]))
 
     def reward_settings(self, reward: str) -> str:
-        """The settings that a reward takes, as they are typed; "" where there are none, or no such reward can be had."""
+        """The settings that a reward takes, as typed; "" if it takes none or cannot be loaded."""
         try:
             parameters = inspect.signature(rewards.find(reward)).parameters.values()
         except (ValueError, ImportError):
@@ -213,14 +213,14 @@ class Playground:
         return " ".join(f"{p.name}={'...' if p.default in (p.empty, None) else line(p.default)}" for p in own)
 
     def methods(self) -> list[str]:
-        """Methods by name, that which the page begins with first."""
+        """Names of the methods, the starting one first."""
         return list(dict.fromkeys([*filter(None, [self.initial().method]), *METHODS]))
 
     def task(self, form: Form) -> Task:
-        """The run that a form asks for.
+        """Make the run of a form.
 
         Raises:
-            ConfigError, RewardError: what `steerfm steer` would say, in one line.
+            ConfigError, RewardError: the message of `steerfm steer`, in one line.
         """
         overrides = self._overrides(form)
         config = load(SteerConfig, None, overrides)
@@ -232,7 +232,7 @@ class Playground:
         return Task(config, shlex.join(["steerfm", "steer", *overrides]))
 
     def _overrides(self, form: Form) -> list[str]:
-        """The keys of a form as they are typed behind ``steerfm steer``, but for the budget."""
+        """The keys of a form as typed after ``steerfm steer``, except those of the budget."""
         overrides = _spec_overrides("model", self._model(form.model))
         facts, texts = self.facts(form.model), form.prompts()
         overrides += [f"prompt={line(texts)}"] if texts else []
@@ -249,7 +249,7 @@ class Playground:
         return overrides
 
     def _model(self, name: str) -> Any:
-        """The model of a name; with its arguments where it is the one that the page begins with."""
+        """The model of a name, with its arguments if it is the starting model."""
         return self.start.model if registry.split_spec(self.start.model, "model")[0] == name else name
 
     def _reward(self, terms: Sequence[Term]) -> list[str]:
@@ -260,10 +260,10 @@ class Playground:
         return [f"reward={line([load(SteerConfig, None, term.overrides()).reward for term in terms])}"]
 
     def _budget_overrides(self, config: SteerConfig, form: Form) -> list[str]:
-        """What makes the method of a configuration spend the budget of a form.
+        """The overrides that make the method spend the budget of a form.
 
         Raises:
-            ConfigError: it cannot be that cheap, or does not know how to.
+            ConfigError: the method cannot be that cheap, or has no ``within``.
         """
         spec, facts = config.method, self.facts(form.model)
         if not form.method:
@@ -281,10 +281,10 @@ class Playground:
         return name + [f"method.{key}={line(value)}" for key, value in _differences(sized, method).items()]
 
     def _check_shared(self, config: SteerConfig) -> None:
-        """Refuse what reaches further than the page, where others can reach it: code, files and addresses.
+        """Refuse code, files and addresses if other machines can reach the page.
 
         Raises:
-            ConfigError: naming what.
+            ConfigError: naming it.
         """
         own = set(_texts([self.start.model, self.start.reward, self.start.method, self.start.judge]))
         own |= {term.name for model in self.models() for term in self.example(model).terms}
@@ -294,10 +294,10 @@ class Playground:
                 raise ConfigError(f"{text}: this page is shared: it takes no code, files or addresses but those it began with")
 
     def warm(self) -> None:
-        """Build what the page begins with, so that its errors come now, and imports of seconds are done.
+        """Build the starting run, so that its errors come now and slow imports are done.
 
         Raises:
-            ConfigError, RewardError: in the words of the command line.
+            ConfigError, RewardError: as on the command line.
         """
         from steerfm.report import style  # noqa: F401  matplotlib
 
@@ -308,14 +308,17 @@ class Playground:
 
     # --- runs ----------------------------------------------------------------------------------------------------------
     def steer(self, task: Task, stop: threading.Event) -> Generator[Progress | Step | Result, None, None]:
-        """Steer in a folder of its own, and say how it goes; whoever closes the iterator ends the run.
+        """Steer in a new run folder. Closing the iterator ends the run.
 
         Args:
-            task: what to do.
-            stop: set it to end the run after the step that it is in.
+            task: the run.
+            stop: set it to end the run after the current step.
+
+        Yields:
+            The progress, the steps and at last the result.
 
         Raises:
-            Halt: it was. Whatever a run raises. Then the folder is gone.
+            Halt: ``stop`` was set. Any error of a run. The folder is deleted then.
         """
         folder, events = self._folder(), SimpleQueue()
 
@@ -345,7 +348,7 @@ class Playground:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _folder(self) -> Path:
-        """A new folder, called by the first number that is free."""
+        """Make a new folder, named by the next free number."""
         with self._numbers:
             numbers = [int(path.stem) for path in self.root.glob("*") if path.stem.isdigit()]
             folder = self.root / f"{max(numbers, default=0) + 1:03}"
@@ -354,7 +357,7 @@ class Playground:
 
 
 def _worker(task: Task, watch: Watch, folder: Path, say: Callable[[Any], None]) -> None:
-    """A run, on a thread of its own; at the end it says what it raised, or None."""
+    """Run a task in this thread, and at the end say its exception, or None."""
     end = None
     try:
         work(task.config, task.command, watch, str(folder))
@@ -365,7 +368,7 @@ def _worker(task: Task, watch: Watch, folder: Path, say: Callable[[Any], None]) 
 
 
 def _spec_overrides(key: str, value: Any) -> list[str]:
-    """A name, with its arguments, as overrides."""
+    """Turn a name and its arguments into overrides."""
     if not isinstance(value, Mapping):
         return [f"{key}={value if isinstance(value, str) else line(value)}"]
     name, arguments = registry.split_spec(value, key)
@@ -373,7 +376,7 @@ def _spec_overrides(key: str, value: Any) -> list[str]:
 
 
 def _differences(new: Any, old: Any) -> dict[str, Any]:
-    """Arguments of ``new`` that ``old`` does not have; of a part the arguments of that."""
+    """Arguments in which ``new`` differs from ``old``, also inside its parts."""
     changed = {f.name: getattr(new, f.name) for f in fields(new) if f.init and getattr(new, f.name) != getattr(old, f.name)}
     return {
         key: _differences(value, getattr(old, key)) if is_dataclass(value) else value for key, value in changed.items()
@@ -381,7 +384,7 @@ def _differences(new: Any, old: Any) -> dict[str, Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts of a value, in whatever depth."""
+    """All texts in a value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -393,7 +396,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 # --- events of a run ------------------------------------------------------------------------------------------------------
 class Halt(BaseException):
-    """A run was stopped from the page. No error: nobody on the way is to make something of it."""
+    """A run was stopped from the page. Not an Exception, so that no handler on the way catches it."""
 
 
 @dataclass(frozen=True)
@@ -406,16 +409,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Step:
-    """The first outputs after a step, before the selection that follows it.
+    """The first outputs after a step, before the selection.
 
     Attributes:
         t: the time.
-        ess: of all outputs, the mean, as a share of the particles.
-        resampled: outputs in which particles were chosen anew.
+        ess: mean ESS of all outputs, as a share of the particles.
+        resampled: number of outputs that were resampled.
         n, k: outputs, and particles of each.
-        pictures: (n', k', h, w, c) bytes, by weight; None where samples are no pictures.
-        ahead: whether these are look-aheads; else they are the particles as they are.
-        weights: (n', k'). reward: (n', k'), NaN where nobody looked. copies: (n', k') how many of each go on.
+        pictures: (n', k', h, w, c) bytes, by weight; None if samples are no pictures.
+        ahead: whether these are look-aheads; otherwise they are the particles themselves.
+        weights: (n', k'). reward: (n', k'), NaN without a look-ahead. copies: (n', k') how many copies of each go on.
     """
 
     t: float
@@ -431,7 +434,7 @@ class Step:
 
     @classmethod
     def of(cls, state: State) -> Step:
-        """What a state shows; its pictures cost the run nothing."""
+        """Make a step of a state; its pictures do not count as cost."""
         before, problem = state.parents, state.problem
         weights = normalise(before.log_w).exp()
         n, k = weights.shape
@@ -456,15 +459,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Result:
-    """A run that is done, as its folder has it.
+    """A finished run, as its folder has it.
 
     Attributes:
         folder: of the run.
-        task: that was done.
-        numbers: what result.json holds.
-        diagnosis: what the strength did.
-        pictures: {"base", "steered"} bytes (n, h, w, c) of the same seeds; empty where samples are no pictures.
-        rewards: {"base", "steered"} of each picture.
+        task: the run.
+        numbers: contents of result.json.
+        diagnosis: diagnosis of the strength.
+        pictures: {"base", "steered"} bytes (n, h, w, c) of the same seeds; empty if samples are no pictures.
+        rewards: {"base", "steered"} reward of each picture.
     """
 
     folder: Path
@@ -482,12 +485,12 @@ class Result:
 
     @property
     def config(self) -> SteerConfig:
-        """What ran: with the method that took the place of one that does not fit the model."""
+        """The configuration that ran, with the method that replaced one that does not fit the model."""
         return load(SteerConfig, str(self.folder / "config.yaml"))
 
     @property
     def picture(self) -> Path | None:
-        """The picture of the base above the steered, of the first prompt; None where samples are no pictures."""
+        """The file with base and steered pictures of the first prompt; None if samples are no pictures."""
         return next((file for file in map(self.folder.joinpath, ("grid.png", "grid-0.png")) if file.is_file()), None)
 
     @cached_property
@@ -501,7 +504,7 @@ class Result:
         return file
 
     def python(self, facts: Facts) -> str:
-        """Python that makes the same samples."""
+        """Python code that draws the same samples."""
         config, device = self.config, pick_device(self.config.device)
         texts, each = sequence(config.prompt or []), config.n
         total = each * max(1, len(texts))
@@ -524,18 +527,18 @@ class Result:
 
 
 def _seeds(seeds: int | list[int], each: int, total: int) -> int | list[int]:
-    """Those of `steerfm steer`, where each prompt has the same."""
+    """The seeds of `steerfm steer`: each prompt has the same."""
     first = list(range(seeds, seeds + each)) if isinstance(seeds, int) else seeds
     return seeds if total == each else first * (total // len(first))
 
 
 def _short(value: Any) -> Any:
-    """A name alone where it has no arguments."""
+    """The name alone if there are no arguments."""
     return value["name"] if isinstance(value, Mapping) and value.keys() == {"name"} else value
 
 
 def _code(value: Any) -> str:
-    """A value as Python writes it, texts in double quotes."""
+    """Write a value in Python, texts in double quotes."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):

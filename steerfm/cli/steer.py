@@ -1,4 +1,4 @@
-"""`steerfm steer`: samples towards a reward, a batch at a time, and the run folder that they leave."""
+"""`steerfm steer`: steer samples towards a reward, batch by batch, and write the run folder."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ from steerfm.steering.state import Callback
 from steerfm.steering.steer import usual
 
 SHOWN = 32
-"""Prompts, outputs of each, that a run draws; its trace is that of the first so many outputs."""
+"""Largest number of prompts, and of outputs of each, that a run draws and traces."""
 COLUMNS = 4
-"""Pictures side by side: texts below them can be read on a phone, and are not larger than others elsewhere."""
+"""Pictures side by side: few enough that the text below them can be read on a phone."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who looks on while a run steers. What they raise ends the run; the same command continues it.
+    """Observers of a run. An exception of theirs ends the run; the same command continues it.
 
     Attributes:
         step: sees the `State` after each step of a method that walks from noise to data.
         tick: called with (steps done, steps in all), of any method.
-        end: sees what the batches add up to, once all files are there.
+        end: sees the collected results, after all files are written.
     """
 
     step: Callback
@@ -64,13 +64,13 @@ def steer(config: SteerConfig, command: str = "") -> None:
 
 
 def work(config: SteerConfig, command: str, watch: Watch | None = None, default: str = "") -> None:
-    """What one of the processes does: all steer, and the first writes.
+    """Run one process: all processes steer, and the first one writes.
 
     Args:
         config: what to steer, and how.
-        command: that did it, for the page and result.json.
-        watch: who looks on; the samples do not depend on it.
-        default: the run folder where ``config.out`` names none; "" for runs/steer/MODEL-REWARD-METHOD.
+        command: the command line, for the page and result.json.
+        watch: observers; the samples do not depend on them.
+        default: run folder if ``config.out`` is null; "" for runs/steer/MODEL-REWARD-METHOD.
     """
     reward, method = build_reward(config.reward), build_method(config.method)
     method.check(reward)
@@ -80,19 +80,19 @@ def work(config: SteerConfig, command: str, watch: Watch | None = None, default:
     check_method(method, flow_map)
     share_weights(flow_map, config.trainer)
     default = default or f"runs/steer/{stem(config.model)}-{slug(config.reward)}-{slug(config.method)}"
-    held = build_judge(config, flow_map, reward)
-    judge = held.judge
+    choice = build_judge(config, flow_map, reward)
+    judge = choice.judge
     want = outputs_of(flow_map, config.label, config.prompt, config.n, reward, config.negative)
     check_needs((reward, judge), want.labels, want.prompts)
     seeds, strengths = want.seeds(config.seeds), want.strengths(config.strength)
-    autocast(flow_map, config.precision)  # all that can be refused is refused before there is a folder
+    autocast(flow_map, config.precision)  # refuse all bad input before there is a folder
     folder = of_first(lambda: run_folder(config, default))
     if of_first(folder.load_result) is not None:
         console.print(FINISHED.format(folder.path), markup=False)
         return
-    if held.gap:
-        console.print(held.gap, markup=False)
-    batches = steered(config, folder, flow_map, want, reward, method, seeds, strengths, watch)
+    if choice.gap:
+        console.print(choice.gap, markup=False)
+    batches = steer_parts(config, folder, flow_map, want, reward, method, seeds, strengths, watch)
     if not first():
         for _ in batches:
             pass
@@ -127,7 +127,7 @@ def finish(
     console.print(f"pictures, numbers and report.html in {folder.path}")
 
 
-def steered(
+def steer_parts(
     config: SteerConfig,
     folder: RunFolder,
     flow_map: FlowMap,
@@ -138,25 +138,31 @@ def steered(
     strengths: float | list[float] | str,
     watch: Watch | None = None,
 ) -> Iterator[tuple[SteeringResult, Tensor]]:
-    """A batch of outputs at a time: its result, and plain samples (n, *shape) of the same seeds. Both are a part of the folder
-    as soon as they are there; those that a killed run left are read, and with them the strength that "auto" was for them."""
-    size, there = config.batch_size, set()
+    """Steer batch by batch.
+
+    Each batch is written to the folder at once. Batches that a killed run has written are read instead, and so is the strength
+    that it chose for "auto".
+
+    Yields:
+        The result of a batch, and plain samples (n, *shape) of the same seeds.
+    """
+    size, done = config.batch_size, set()
     batches = [slice(begin, min(begin + size, want.n)) for begin in range(0, want.n, size)]
     step = watch.step if watch is not None and isinstance(method, Sampler) else None
-    fresh: Iterator[SteeringResult] | None = None  # begins with the first batch that is missing: "auto" costs calls
+    fresh: Iterator[SteeringResult] | None = None  # starts at the first missing batch: "auto" costs calls
     with progress("steering", len(batches)) as tick:
         for index, rows in enumerate(batches):
             file = folder.part(index)
             part = _part(file, flow_map) if first() else None
             if of_first(lambda part=part: part is not None):
-                there.add(index)
+                done.add(index)
                 if part is not None:
                     yield part
                 continue
             fresh = fresh or steer_batches(
-                flow_map, reward, method, want.n, seeds, of_first(lambda: _noted(strengths, folder, len(batches))), want.cond,
-                prompts=want.prompts, labels=want.labels, batch_size=size, micro_batch=config.micro_batch,
-                lookaheads=config.lookaheads, progress=_ticks(tick, watch), skip=there, callback=step,
+                flow_map, reward, method, want.n, seeds, of_first(lambda: _strengths(strengths, folder, len(batches))),
+                want.cond, prompts=want.prompts, labels=want.labels, batch_size=size, micro_batch=config.micro_batch,
+                lookaheads=config.lookaheads, progress=_ticks(tick, watch), skip=done, callback=step,
             )  # fmt: skip
             with autocast(flow_map, config.precision):
                 result = next(fresh)
@@ -165,16 +171,16 @@ def steered(
             steps = method.steps if isinstance(method, Sampler) else flow_map.steps
             base = draw(flow_map, len(result), steps, seeds[rows], take_rows(want.cond, rows), batch_size=500).cpu()
             best = result.rewards.gather(1, result.best_index().unsqueeze(1))
-            told = {"reward_mean": result.rewards.mean().item(), "reward_best": best.mean().item()}
-            told["seconds"] = result.cost.seconds
+            values = {"reward_mean": result.rewards.mean().item(), "reward_best": best.mean().item()}
+            values["seconds"] = result.cost.seconds
             if first():
-                folder.log(output=rows.stop, **told, once=("output",))  # before the part: a line may come twice, not never
+                folder.log(output=rows.stop, **values, once=("output",))  # before the part, so that no line is lost
                 result.save(file, base=base)
             yield result, base
 
 
 def _ticks(tick: Tick, watch: Watch | None) -> Tick:
-    """The bar of the terminal, and who looks on."""
+    """Tick the bar of the terminal, and the observers."""
 
     def both(done: int, steps: int) -> None:
         tick(done, steps)
@@ -185,14 +191,14 @@ def _ticks(tick: Tick, watch: Watch | None) -> Tick:
 
 
 def _part(file: Path, flow_map: FlowMap) -> tuple[SteeringResult, Tensor] | None:
-    """The part of a file; None where it is not there, or torn."""
+    """Read the part in a file; None if it is missing or corrupt."""
     try:
         return SteeringResult.load(file, flow_map), read_tensor(file, "base")
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _noted(strengths: float | list[float] | str, folder: RunFolder, batches: int) -> float | list[float] | str:
+def _strengths(strengths: float | list[float] | str, folder: RunFolder, batches: int) -> float | list[float] | str:
     """Return the strengths of a run. For "auto", take the strength of the first batch of a killed run, if there is one."""
     if strengths == "auto":
         for index in range(batches):

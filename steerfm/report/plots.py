@@ -37,7 +37,7 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
     """Draw training curves, one panel each.
 
     A long curve is drawn twice: raw and smoothed. A positive curve gets a logarithmic axis if its trend spans more than a
-    factor of 30.
+    factor of 30. Curves that are flat or straight, as counters are, say nothing and are left out.
 
     Args:
         columns: name -> (steps, values), both (m,). Values that are not finite are skipped.
@@ -51,6 +51,7 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
     """
     if not columns:
         raise ValueError("no curves to draw")
+    columns = {name: pair for name, pair in columns.items() if not is_straight(*pair)} or columns
     fig, panels = _panels(len(columns), 1.75)
     long = False
     for ax, (name, pair) in zip(panels, columns.items()):
@@ -65,6 +66,17 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
         marks = [Line2D([], [], color=tone, alpha=0.3, linewidth=0.8, label="as logged"), trend]
         _key_below(fig, marks)
     return save_figure(fig, path)
+
+
+def is_straight(steps: Any, values: Any) -> bool:
+    """Whether a curve of at least three points is a line, level or not, to 2% of its range."""
+    steps, values = (array(part).astype(float).ravel() for part in (steps, values))
+    keep = np.isfinite(values)
+    steps, values = steps[keep], values[keep]
+    if len(values) < 3 or steps[0] == steps[-1]:
+        return False
+    line = np.interp(steps, steps[[0, -1]], values[[0, -1]])
+    return bool(np.abs(values - line).max() <= 0.02 * np.ptp(values))
 
 
 def _curve(ax: Any, title: str, steps: np.ndarray, values: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from steerfm.report.plots import cost_plot, curves_plot, smooth
+from steerfm.report.plots import cost_plot, curves_plot, is_straight, smooth
 from steerfm.report.trace import trace_plot
 
 
@@ -57,6 +57,17 @@ def test_curves(tmp_path):
     assert np.allclose(smooth(np.ones(50)), 1)
     with pytest.raises(ValueError, match="no curves"):
         curves_plot({}, tmp_path / "curves.png")
+
+
+def test_curves_that_say_nothing_are_left_out(tmp_path):
+    steps = np.arange(0, 50, 5)
+    loss, level, counter, seconds = np.exp(-steps / 20), 0 * steps, 64.0 * steps, steps + 0.3 * np.sin(steps)
+    assert [is_straight(steps, curve) for curve in (loss, level, counter, seconds)] == [False, True, True, True]
+    assert not is_straight([0, 1], [0, 1]) and not is_straight([], [])
+    one = read(curves_plot({"loss": (steps, loss)}, tmp_path / "a.png"))
+    two = read(curves_plot({"skipped": (steps, level), "loss": (steps, loss), "calls": (steps, counter)}, tmp_path / "b.png"))
+    assert (one == two).all()
+    assert curves_plot({"skipped": (steps, level)}, tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_cost_plot_draws_every_method_and_names_the_best(tmp_path):
