@@ -107,7 +107,8 @@ class FlowMap(nn.Module):
 
         Args:
             z: (b, *shape) inner states.
-            s, e: (b,) inner times, s <= e.
+            s: (b,) inner times.
+            e: (b,) inner times, not below s.
             x: (b, *shape) what is known.
             t: (b,) its time.
             cond: as everywhere.

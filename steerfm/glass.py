@@ -8,6 +8,8 @@ velocity of the inner flow follows from it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def draw(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condi
         (b, k, *shape).
     """
     path, cond_k = flow_map.interpolant, repeat_rows(cond, z.shape[1])
-    at = expand_time(t, x).unsqueeze(1) if isinstance(t, Tensor) else float(t)
+    at: Any = expand_time(t, x).unsqueeze(1) if isinstance(t, Tensor) else t
     outer, white = path.alpha(at) / path.sigma(at), x.unsqueeze(1) / path.sigma(at)
 
     def denoised(z: Tensor, s: float) -> Tensor:

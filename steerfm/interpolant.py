@@ -70,14 +70,16 @@ class Interpolant:
         """The time t with alpha_t / sigma_t = ratio, the root of the signal-to-noise ratio, in [0, inf)."""
         return ratio / (1 + ratio)
 
-    def joint(self, x: Tensor, outer: Time, z: Tensor, inner: Time) -> tuple[Tensor, Time]:
+    def joint(self, x: Tensor, outer: Any, z: Tensor, inner: Any) -> tuple[Tensor, Any]:
         """Two independent states of one x_1 as one state that says as much of it, and the time of that state.
 
         Squares of alpha/sigma add up, and with them as weights the whitened states do (GLASS, 2602.05993).
 
         Args:
-            x, z: the states, each divided by its sigma.
-            outer, inner: alpha/sigma of each, floats or what broadcasts against the states.
+            x: one state, divided by its sigma.
+            outer: alpha/sigma of x, a float or what broadcasts against the states.
+            z: the other state, divided by its sigma.
+            inner: alpha/sigma of z.
         """
         ratio = (outer**2 + inner**2) ** 0.5
         time = self.time_at(ratio)
@@ -178,7 +180,9 @@ class Trigonometric(Interpolant):
         return torch.cos(t * (math.pi / 2)) if isinstance(t, Tensor) else math.cos(t * math.pi / 2)
 
     def time_at(self, ratio: Time) -> Time:
-        return (torch.atan(ratio) if isinstance(ratio, Tensor) else math.atan(ratio)) * (2 / math.pi)
+        if isinstance(ratio, Tensor):
+            return torch.atan(ratio) * 2 / math.pi
+        return math.atan(ratio) * 2 / math.pi
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         middle, half = (s + t) / 2, (t - s) / 2

@@ -70,9 +70,9 @@ def randomise() -> Callable[..., nn.Module]:
 def random_map(randomise) -> Callable[..., NeuralFlowMap]:
     """A small map of vectors with random weights, in float64: a flow map in form only."""
 
-    def random_map(dim: int = 3, classes: int = 0, **options) -> NeuralFlowMap:
+    def random_map(dim: int = 3, classes: int = 0, posterior: bool = False, **options) -> NeuralFlowMap:
         names = tuple("abcdefgh"[:classes])
-        network = randomise(Mlp(dim, width=16, depth=2, classes=classes), scale=0.8)
+        network = randomise(Mlp(dim, width=16, depth=2, classes=classes, posterior=posterior), scale=0.8)
         options = {"mean": 0.3, "std": 0.7, "class_names": names} | options
         return NeuralFlowMap(network, (dim,), **options).double().eval()
 

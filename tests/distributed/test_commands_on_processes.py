@@ -89,7 +89,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on_with_another_number(
         (["trainer.devices=2", "trainer.num_nodes=2"], "trainer.num_nodes=2: no launcher started the other machines"),
         (["trainer.num_nodes=0"], "trainer.num_nodes=0: must be at least 1"),
         (["trainer.num_nodes=3"], "trainer.num_nodes=3: no launcher started the other machines"),
-        (["trainer.devices=2", "device=cuda:1"], "device=cuda:1 is one GPU: trainer.devices=0,1"),
+        (["trainer.devices=2", "device=cuda:1"], "device=cuda:1 is one GPU: name the GPUs in trainer.devices, for example 0,1"),
         (["trainer.devices=2", "device=mps"], "device=mps: several processes need cpu or cuda"),
         (["trainer.devices=2", "device=cuda"], "device=cuda: this machine has no CUDA device"),
         (["trainer.device=2"], "unknown key 'trainer.device' (did you mean 'devices'?)"),

@@ -25,6 +25,7 @@ FEWEST = {
     "reno": "1 + 1 back", "d_flow": "4 + 4 back",  # through one jump; through four
     "random_search": "4", "zero_order": "4",  # four candidates in one jump
     "parallel_tempering": "4",  # four chains in one jump, a sweep
+    "waltz": "8",  # a draw of one posterior, n = 4, a sweep
     "rbf": "as budgeted", "tree_search": "1 a particle",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from steerfm.steering.noise_search import NoiseSearch
 from steerfm.steering.size import Sized, plain_evaluations, steps_within
 
 MAP = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], [[0.2, 0.2], [0.2, 0.2]]).flow_map(steps=1)
-COARSE = {"fmtt": 0.93, "mfm_g": 0.8}
+COARSE = {"fmtt": 0.93, "mfm_g": 0.8, "waltz": 0.88}
 """Methods of which no whole number of steps and particles comes nearer to these budgets."""
 
 

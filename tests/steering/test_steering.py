@@ -132,7 +132,7 @@ def test_every_method_says_what_it_samples(name):
     text = sure(METHODS[name].__doc__)
     assert f"Samples: {METHODS[name].samples}" in " ".join(text.split())
     corrected = isinstance(made := METHODS[name](), Sampler) and made.parts.correction.samples
-    assert corrected or METHODS[name].samples.startswith("no") or name in ("tree_search", "parallel_tempering")
+    assert corrected or METHODS[name].samples.startswith("no") or name in ("tree_search", "parallel_tempering", "waltz")
 
 
 def test_results_leave_inference_mode():
