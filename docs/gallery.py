@@ -54,7 +54,7 @@ class Problem:
 
 SAMPLERS = Problem(
     "plain-dresses", "Samplers",
-    "They draw from the tilted density and give weights. The task: dresses, the brighter the more likely.",
+    "They draw from the tilted density and give weights. The task: dresses, where brighter ones are more likely.",
     "label=Dress reward=brightness strength=10 n=4", "four bright dresses", "fashion", "Dress",
 )  # fmt: skip
 GUIDED = Problem(
