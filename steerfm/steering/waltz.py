@@ -29,8 +29,7 @@ class Waltz(Chains, metaclass=TakesNames):
     boxes will do. Small t draws far away and is seldom accepted, large t stays near: the times of ``times`` take turns. Several
     temperatures are as in `ParallelTempering`, whose swaps let one chain come from one mode to another.
 
-    The chain is as right as the posterior's draws are: exact for `ExactPosterior`, near for a map that draws posteriors (one
-    call a draw) and for GLASS (two calls a step). A deterministic look-ahead in their place is biased.
+    The chain is as right as its draws: a map that draws posteriors costs one call, GLASS two a step. A jump is biased.
 
     Costs a sweep: ``temperatures`` x (one draw, one decode, one reward call) an output; and one sweep at the start.
     Within a budget: 4 sweeps of warm-up at 64 evaluations, 16 at 256, the rest particles; not measured yet (docs/posterior.md).

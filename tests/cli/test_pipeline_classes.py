@@ -88,8 +88,8 @@ def test_its_adapter_raises_the_reward_and_loads_in_diffusers(name, folders, tmp
     pytest.importorskip("peft")
     folder, call = folders[name]
     words = asked(
-        folders[name], "lora.rank=4", "optimizer.steps=20", "optimizer.lr=0.02", "batch_size=8", "control=0.1",
-        "watch.n=8", "watch.base=8", "watch.every=20", "watch.patience=0", "trainer.accelerator=cpu", "out=run",
+        folders[name], "lora.rank=4", "optimizer.steps=12", "optimizer.lr=0.03", "batch_size=8", "control=0.1",
+        "watch.n=8", "watch.base=8", "watch.every=12", "watch.patience=0", "trainer.accelerator=cpu", "out=run",
     )  # fmt: skip
     assert cli.main(["finetune", *words]) == 0
     file = tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"
