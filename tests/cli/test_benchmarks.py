@@ -36,3 +36,10 @@ def test_all_methods_on_exact_targets(tmp_path, capsys):
         assert set(case) >= set(METHODS) - {"steering", "mfm_g", "mfm_gf"}  # too dear for so few evaluations
         assert all(math.isfinite(value) for cells in case.values() for value in cells.values())
         assert case["funnel"]["256"] < case["dps"]["256"]  # particles are nearer to the target than an ascent
+
+
+@pytest.mark.slow
+def test_draws_of_a_posterior_map_on_a_ring(capsys):
+    assert cli.main(["bench", "posterior", "--steps", "300", "--states", "2", "--draws", "200"]) == 0
+    rows = last_line(capsys)["rows"]
+    assert sum(rows["floor"]) < sum(rows["1 call"]) < 0.8 * sum(rows["GLASS, 2 calls"])
