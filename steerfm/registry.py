@@ -188,6 +188,21 @@ def default(cls: type, name: str) -> Any:
     return own.default if own.default_factory is MISSING else own.default_factory()
 
 
+def usual(cls: Any, name: str) -> Any:
+    """The default of an argument of a class with ``resolve``, as an object."""
+    return cls.resolve({}).get(name, default(cls, name))
+
+
+def brief(thing: Any, always: Sequence[str]) -> str:
+    """A short repr for classes with ``resolve``: the settings in ``always``, and those that differ from the defaults."""
+    settings = []
+    for name in (each.name for each in fields(thing) if each.init):
+        value = getattr(thing, name)
+        if name in always or value != usual(type(thing), name):
+            settings.append(f"{name}={getattr(value, '__name__', None) or repr(value)}")
+    return f"{type(thing).__name__}({', '.join(settings)})"
+
+
 def objects(
     cls: type,
     arguments: Mapping[str, Any],

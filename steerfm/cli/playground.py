@@ -444,13 +444,14 @@ class Step:
         z = before.x if before.now.endpoint is None else before.now.endpoint
         with torch.no_grad(), aside(Ledger()):
             pictures = problem.flow_map.decode(z[rows])
+        shown = levels(pictures) if pictures.ndim == 4 else None
         scores = before.now.scores
         reward = torch.full((n * k,), torch.nan) if scores is None else scores.total.float().cpu()
         ones = torch.ones(state.selected.ancestors.shape, device=top.device)
         copies = torch.zeros(n, k, device=top.device).scatter_add(1, state.selected.ancestors, ones)
         return cls(
             t=state.t, ess=float(state.ess.mean()), resampled=int(state.selected.resampled.sum()), n=n, k=k,
-            pictures=levels(pictures).reshape(*top.shape, *levels(pictures).shape[1:]) if pictures.ndim == 4 else None,
+            pictures=None if shown is None else shown.reshape(*top.shape, *shown.shape[1:]),
             ahead=ahead, weights=weights[:OUTPUTS].gather(1, top).cpu().numpy(),
             reward=reward.view(n, k)[:OUTPUTS].gather(1, top.cpu()).numpy(),
             copies=copies[:OUTPUTS].gather(1, top).cpu().numpy(),
@@ -505,7 +506,8 @@ class Result:
 
     def python(self, facts: Facts) -> str:
         """Python code that draws the same samples."""
-        config, device = self.config, pick_device(self.config.device)
+        config = self.config
+        device = pick_device(config.device)
         texts, each = sequence(config.prompt or []), config.n
         total = each * max(1, len(texts))
         keywords: dict[str, Any] = {"n": total, "seeds": _seeds(config.seeds, each, total), "strength": config.strength}

@@ -78,13 +78,18 @@ class Posterior:
         """
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            ends = glass.posterior(update.reference, x, t, z, update.problem.cond, self.steps)
-            r = update.problem.score(ends.flatten(0, 1), self.draws).total
-            tilt = update.strength * r.to(wide(r.device))
-            weights = (tilt - self._level(update, tilt)).exp().view(len(x), -1)
+            _, weights, r = self._weigh(update, x, t, z)
             (slope,) = torch.autograd.grad(weights.mean(1).sum(), x)
         kappa = update.reference.interpolant.score_coefficient(expand_time(t, x).clamp_min(1e-4))
         return kappa * slope, weights.detach().mean(1).to(x), r.detach()
+
+    def _weigh(self, update: Update, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The draws (b, draws, *shape), R of each (b, draws), and the rewards (b * draws,)."""
+        problem = update.problem
+        ends = glass.posterior(update.reference, x, t, z, problem.cond, self.steps)
+        r = problem.score(ends.flatten(0, 1), self.draws).total
+        tilt = update.strength * r.to(wide(r.device))
+        return ends, (tilt - self._level(update, tilt)).exp().view(len(x), -1), r
 
     def _level(self, update: Update, tilt: Tensor) -> float:
         """The running logarithm of the mean of exp(tilt), of the updates before this one."""
@@ -118,10 +123,7 @@ class PosteriorFree(Posterior):
 
     def _pull(self, update: Update, x: Tensor, t: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            ends = glass.posterior(update.reference, x, t, z, update.problem.cond, self.steps)
-            r = update.problem.score(ends.flatten(0, 1), self.draws).total
-            tilt = update.strength * r.to(wide(r.device))
-            weights = (tilt - self._level(update, tilt)).exp().view(len(x), -1)
+            ends, weights, r = self._weigh(update, x, t, z)
             others = (weights.sum() - weights.sum(1)) / max(1, weights.numel() - weights.shape[1])
             path, t_ = update.reference.interpolant, expand_time(t, x)
             da, ds = path.derivatives(t_)

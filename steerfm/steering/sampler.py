@@ -24,7 +24,7 @@ from steerfm.capabilities import Choosy, can, needs
 from steerfm.checks import whole_numbers
 from steerfm.flowmap import FlowMap
 from steerfm.interpolant import time_grid
-from steerfm.registry import TakesNames, default, objects
+from steerfm.registry import TakesNames, brief, objects, usual
 from steerfm.rewards import Reward, RewardError, Scores
 from steerfm.rows import take_rows
 from steerfm.sampling import Noise, grid_of
@@ -97,7 +97,7 @@ class Sampler(Sized, metaclass=TakesNames):
     @classmethod
     def usual(cls, name: str) -> Any:
         """The default of an argument, as an object."""
-        return cls.resolve({}).get(name, default(cls, name))
+        return usual(cls, name)
 
     def __post_init__(self) -> None:
         whole_numbers(particles=self.particles, recurrence=self.recurrence)
@@ -144,12 +144,7 @@ class Sampler(Sized, metaclass=TakesNames):
 
     def __repr__(self) -> str:
         """The particles, the steps, and all settings that differ from the defaults."""
-        settings = []
-        for name in (each.name for each in fields(self) if each.init):
-            value = getattr(self, name)
-            if name in ("particles", "steps") or value != self.usual(name):
-                settings.append(f"{name}={getattr(value, '__name__', None) or repr(value)}")
-        return f"{type(self).__name__}({', '.join(settings)})"
+        return brief(self, ("particles", "steps"))
 
     def _idle(self) -> dict[str, str]:
         """Settings that have no effect with the other parts, and why."""

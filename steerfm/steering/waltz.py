@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from steerfm.capabilities import needs
 from steerfm.flowmap import FlowMap
-from steerfm.registry import TakesNames, default, objects
+from steerfm.registry import TakesNames, brief, objects
 from steerfm.rows import take_rows
 from steerfm.sampling import Noise
 from steerfm.steering.chains import Chains
@@ -65,9 +65,7 @@ class Waltz(Chains, metaclass=TakesNames):
 
     def __repr__(self) -> str:
         """The particles, the sweeps of warm-up, and all settings that differ from the defaults."""
-        settings = {each.name: getattr(self, each.name) for each in fields(self)}
-        changed = {k: v for k, v in settings.items() if k in ("particles", "warmup") or v != default(type(self), k)}
-        return f"Waltz({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+        return brief(self, ("particles", "warmup"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
