@@ -17,6 +17,8 @@ from steerfm.report.style import INK, save_figure
 
 GAP, MARGIN = 6, 14
 """Pixels between pictures, and around the grid."""
+HEADING = "bold"
+"""Weight of the title and of the headings."""
 SMALLEST, READABLE = 8.0, 9.3 / 358 * 72 / DPI
 """Smallest text size in points; points per pixel of width, for text 9.3 pixels high on a page 390 pixels wide."""
 
@@ -70,7 +72,7 @@ def picture_grid(
         if plan.labels:
             write(plan.left - 12, y + height / 2, plan.labels[i], ha="right", va="center", multialignment="right")
     for y, text in plan.headings:
-        write(MARGIN, y, text, ha="left", va="top", weight="bold")
+        write(MARGIN, y, text, ha="left", va="top", weight=HEADING)
     fig.figimage(canvas, origin="upper")
     return save_figure(fig, path)
 
@@ -120,7 +122,7 @@ def _plan(
 
     def head(text: str) -> int:
         """Add a heading at y, and return its height."""
-        text = wrap(text, inner + left - MARGIN, size * 1.1)
+        text = wrap(text, inner + left - MARGIN, size, weight=HEADING)
         headings.append((y, text))
         return text_height(text.count("\n") + 1, size) + 8
 

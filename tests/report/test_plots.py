@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import cost_plot, curves_plot, is_straight, smooth
 from steerfm.report.trace import trace_plot
 
@@ -76,3 +77,13 @@ def test_cost_plot_draws_every_method_and_names_the_best(tmp_path):
     assert read(path).shape[1] == 700
     with pytest.raises(ValueError, match="no lines"):
         cost_plot({"none": []}, tmp_path / "x.png", "a target", "error")
+
+
+@pytest.mark.parametrize("words", range(8, 20))
+def test_long_titles_and_headings_of_grids_end_before_the_edge(tmp_path, words):
+    """They are bold, and wider than plain text of the same size."""
+    text = "Below each picture: the judge's probability of the class. No method sees the judge, here or there. " * 2
+    text = " ".join(text.split()[:words])
+    pictures, labels = torch.zeros(2, 6, 1, 28, 28), ["base", "best of 16"]
+    file = picture_grid(pictures, tmp_path / "a.png", labels, title=text, headings={1: text})
+    assert (read(file)[:, -6:] > 250).all()
