@@ -33,7 +33,8 @@ class Posterior:
     Args:
         draws: of each state; their mean is taken.
         jumps: of a sample of the base, whose noised states are looked at.
-        steps: of GLASS, which draws where the map itself draws no posteriors.
+        steps: of GLASS, which draws where the map itself draws no posteriors. Few steps bias the result: on a mixture with a
+            strong tilt a bias was seen without the gradient at 12, and not at 48.
         last: largest time of a state, below 1.
         decay: of the level an update, in [0, 1).
         ode: steps of the ODE that samples the result.
