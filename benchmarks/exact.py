@@ -188,7 +188,7 @@ def measure(case: Case, method: Method, flow_map: Any, seeds: int) -> dict[str, 
 # --- tables ----------------------------------------------------------------------------------------------------------
 def show(name: str, budget: int, results: dict[str, dict[int, dict[str, list[float]]]]) -> None:
     table = Table("method", "distance", "mmd", "log Z", "mass", "reward", "ESS", "unique", "particles", "cost", "ms",
-                  title=f"{name}: errors at {budget} evaluations an output")  # fmt: skip
+                  title=f"{name}: errors at {budget} evaluations per output")  # fmt: skip
     rows = sorted((interval(cells[budget]["distance"])[0], m) for m, cells in results.items() if budget in cells)
     for _, method in rows:
         cell = results[method][budget]

@@ -111,7 +111,7 @@ def problems(name: str) -> str:
                 text = f"{row['held_out']:.3g} ± {(row['high'] - row['low']) / 2:.2g}" if row else ""
                 cells.append(f"**{text}**" if row and row["held_out"] == _best(of, budget) else text)
             lines.append([method, *cells, f"{last['diversity']:.3g}", f"{last['distance']:.3g}", f"{last['seconds']:.2g}"])
-        header = ["method", *map(str, budgets), "diversity", "distance", "s an output"]
+        header = ["method", *map(str, budgets), "diversity", "distance", "s per output"]
         says = f"{title}; plain samples have {base['held_out']:.3g}, diversity {base['diversity']:.3g}"
         parts.append(f"{says}, distance {base['distance']:.3g}:\n\n{_markdown(header, lines)}")
     return "\n\n".join(parts)
@@ -128,7 +128,7 @@ def misses(name: str, *methods: str) -> str:
             gaps = [_best(of, budget) - of[method, budget]["held_out"] for _, _, of in problems_ if (method, budget) in of]
             cells.append(f"{sum(gaps) / len(gaps):.2f}" if len(gaps) == len(problems_) else "")
         lines.append([f"`{method}`", *cells])
-    return _markdown(["network calls an output", *map(str, budgets)], lines)
+    return _markdown(["network calls per output", *map(str, budgets)], lines)
 
 
 def paired(name: str) -> str:
@@ -143,7 +143,7 @@ def paired(name: str) -> str:
                     for other in ("unsteered", "best_of_n")
                 ]
                 lines.append([method, str(budget), f"{row['held_out']:.4f}", *over, f"{row['seconds']:.2g}"])
-        header = ["method", "calls", "held out", "over plain samples", "over best-of-n of the same cost", "s an output"]
+        header = ["method", "calls", "held out", "over plain samples", "over best-of-n of the same cost", "s per output"]
         parts.append(f"{title}; plain samples have {of[BASE, 0]['held_out']:.4f}:\n\n{_markdown(header, lines)}")
     return "\n\n".join(parts)
 

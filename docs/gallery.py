@@ -126,7 +126,7 @@ def draw_steered(name: str, folder: Path) -> None:
     result = steerfm.SteeringResult.load(folder, steerfm.load(problem_of(name).model))
     assert result.flow_map is not None
     strip(result.flow_map.decode(result.best()), PICTURES / f"{name}.png")
-    print(name, f"{result.cost.evaluations / len(result):.0f} evaluations an output, {result.cost.seconds:.0f} s")
+    print(name, f"{result.cost.evaluations / len(result):.0f} evaluations per output, {result.cost.seconds:.0f} s")
 
 
 def draw_tuned(name: str, folder: Path) -> None:

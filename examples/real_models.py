@@ -28,7 +28,7 @@ HEADER = [
     "reward",
     "method",
     "steered",
-    "s an output",
+    "s per output",
     "GiB to steer",
 ]
 

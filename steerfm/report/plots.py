@@ -159,7 +159,7 @@ def cost_plot(
     if lower_is_better:
         count_by_factors(ax.yaxis, [mean for _, mean, _ in points])
     better = "lower is better, log scale" if lower_is_better else "higher is better"
-    name_axes(ax, "network evaluations an output (log scale)", f"{ylabel}\n({better})")
+    name_axes(ax, "network evaluations per output (log scale)", f"{ylabel}\n({better})")
     marks = [mark(look(name), name) for name in in_legend]
     if others := len(order) - len(in_legend):
         marks.append(Line2D([], [], color=OTHERS, linewidth=1.0, label=f"{others} other{'s' if others > 1 else ''}"))

@@ -18,7 +18,7 @@ from steerfm.steering.value import Problem
 
 @dataclass(frozen=True)
 class Chains(NoiseSearch):
-    """The common loop: chains of an output at several temperatures, which move and then swap their states.
+    """The common loop: some chains per output, at several temperatures, which move and then swap their states.
 
         a trial x' of chain i replaces x  with probability min(1, exp(beta_i (V(x') - V(x))))
         neighbours i, i + 1 swap          with probability min(1, exp((beta_i - beta_{i+1}) (V(x_{i+1}) - V(x_i))))
@@ -30,7 +30,7 @@ class Chains(NoiseSearch):
     Attributes:
         particles: states of the coldest chain that come out, one after the other.
         iterations: sweeps from each particle to the next.
-        temperatures: chains of an output; with one alone, at beta = 1, nothing swaps.
+        temperatures: chains per output; with one alone, at beta = 1, nothing swaps.
         warmup: sweeps before the first particle's own.
         power: of the ladder beta_i = (1 - i / (temperatures - 1))^power, positive; above 1 more of the chains are hot.
     """

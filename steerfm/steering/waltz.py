@@ -31,7 +31,7 @@ class Waltz(Chains, metaclass=TakesNames):
 
     The chain is as right as its draws: a map that draws posteriors costs one call, GLASS two a step. A jump is biased.
 
-    Costs a sweep: ``temperatures`` x (one draw, one decode, one reward call) an output; and one sweep at the start.
+    Costs a sweep: ``temperatures`` x (one draw, one decode, one reward call) per output; and one sweep at the start.
     Within a budget: 4 sweeps of warm-up at 64 evaluations, 16 at 256, the rest particles; not measured yet (docs/posterior.md).
     Samples: in the limit of many sweeps: the tilt of the map's law, for a reward that does not compare particles. Particles are
     equally weighted and follow each other, so that neighbours are alike or the same. There is no log_z.
@@ -40,7 +40,7 @@ class Waltz(Chains, metaclass=TakesNames):
         particles: states of the coldest chain that come out, one after the other.
         iterations: sweeps from each particle to the next.
         hops: equal jumps from noise to the first state.
-        temperatures: chains of an output; with one alone, at beta = 1, nothing swaps.
+        temperatures: chains per output; with one alone, at beta = 1, nothing swaps.
         warmup: sweeps before the first particle's own.
         power: of the ladder of temperatures, positive; above 1 more of the chains are hot.
         times: t of each sweep, in turns; all in (0, 1).
