@@ -263,7 +263,9 @@ class Trajectory:
         u, v, which, diagonal = torch.rand(4, b, generator=generator)[:, rows]
         last = torch.where(which < self.pairs.terminal + self.pairs.full, n, 1 + (u * n).long().clamp_max(n - 1))
         first = torch.where(which < self.pairs.full, 0, (v * last).long().minimum(last - 1))
-        last = torch.where((last < n) & (diagonal < self.diagonal), first, last)
+        on = (last < n) & (diagonal < self.diagonal)
+        first = torch.where(on, (v * n).long().clamp_max(n - 1), first)
+        last = torch.where(on, first, last)
         of, first, last = of.to(x1.device), first.to(x1.device), last.to(x1.device)
         s, t, x_s, x_t = paths.times[first, of], paths.times[last, of], paths.states[first, of], paths.states[last, of]
         gap = expand_time(t - s, x_s)
@@ -288,11 +290,10 @@ class Trajectory:
         return pool.paths, torch.randint(pool.paths.times.shape[1], (b,), generator=generator)[rows]
 
     def _integrate(self, teacher: FlowMap, x: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
-        """From noise ``x``, at times that are jittered."""
+        """From noise ``x``; the interior times are a grid with a random shift, so that no time is without states."""
         n = self.steps
-        jitter = 0.8 * (torch.rand(n + 1, generator=generator) - 0.5)
-        times = ((torch.arange(n + 1) + jitter).clamp(0, n) / n).to(x)
-        times[0], times[-1] = 0.0, 1.0
+        shift = torch.rand((), generator=generator)
+        times = torch.cat([torch.zeros(1), (torch.arange(n - 1) + shift) / max(n - 1, 1), torch.ones(1)]).to(x)
         times = times[:, None].expand(-1, len(x))
         states, velocities = [x], []
         with torch.no_grad():

@@ -433,6 +433,17 @@ def test_trajectories_end_where_their_shares_say():
     assert (t == 1).double().mean() == pytest.approx(0.5 + 0.5 / 8, abs=0.03)
 
 
+def test_trajectories_leave_no_time_out():
+    """Where no state is ever seen the velocity drifts while the jumps are trained, next to the data above all."""
+    flow_map, x1 = Recorded(), torch.zeros(800, 1, dtype=torch.float64)
+    objective = Trajectory(Triangle(terminal=0.0, full=0.0), steps=8, uses=800, diagonal=1.0)
+    for seed in range(200):
+        objective(flow_map, x1, None, seeded(seed))
+    times = torch.cat([s[(s == t) & (s > 0)] for s, t in flow_map.asked])
+    counts = torch.histc(times, 40, 0.0, 1.0)
+    assert counts.min() > 0.15 * counts.median(), counts
+
+
 def test_pairs_of_a_trajectory_share_its_condition():
     class Labelled(FlowMap):
         def average_velocity(self, x, s, t, cond):
