@@ -90,7 +90,8 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 1.75rem 0; }
 figcaption { color: var(--soft); text-align: left; padding-bottom: .4rem; max-width: 44rem; }
 img { max-width: 100%; height: auto; border-radius: 6px; background: #ffffff; }
-.plot { width: 36rem; }
+.plot { width: 34rem; }
+.grid { min-width: min(27rem, var(--width)); }  /* captions of a wide grid are 11 pixels high at this width: it scrolls */
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -108,10 +109,11 @@ def _figure(caption: str, file: Path) -> str:
     from steerfm.report.style import DPI, WIDTH  # matplotlib is slow to import: only pages with pictures need it
 
     # bytes 16 to 20 of a png hold its width
-    plot = ' class="plot"' if int.from_bytes(data[16:20], "big") == round(WIDTH * DPI) else ""
+    width = int.from_bytes(data[16:20], "big")
+    style = 'class="plot"' if width == round(WIDTH * DPI) else f'class="grid" style="--width: {width}px"'
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
-    image = f'<img{plot} src="{source}" alt="{_escape(caption)}">'
-    return f"<figure><figcaption>{_escape(caption)}</figcaption>{image}</figure>"
+    image = f'<img {style} src="{source}" alt="{_escape(caption)}">'
+    return f'<figure><figcaption>{_escape(caption)}</figcaption><div class="scroll">{image}</div></figure>'
 
 
 def _table(caption: str, header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

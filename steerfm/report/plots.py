@@ -37,7 +37,7 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
     """Draw training curves, one panel each.
 
     A long curve is drawn twice: raw and smoothed. A positive curve gets a logarithmic axis if its trend spans more than a
-    factor of 30. Curves that are flat or straight, as counters are, say nothing and are left out.
+    factor of 30. Curves that are flat or straight, as counters are, or have one point only, say nothing and are left out.
 
     Args:
         columns: name -> (steps, values), both (m,). Values that are not finite are skipped.
@@ -51,7 +51,8 @@ def curves_plot(columns: Mapping[str, tuple[Any, Any]], path: str | Path) -> Pat
     """
     if not columns:
         raise ValueError("no curves to draw")
-    columns = {name: pair for name, pair in columns.items() if not is_straight(*pair)} or columns
+    curves = {name: pair for name, pair in columns.items() if np.isfinite(array(pair[1]).astype(float)).sum() > 1} or columns
+    columns = {name: pair for name, pair in curves.items() if not is_straight(*pair)} or curves
     fig, panels = _panels(len(columns), 1.75)
     long = False
     for ax, (name, pair) in zip(panels, columns.items()):
@@ -86,7 +87,7 @@ def _curve(ax: Any, title: str, steps: np.ndarray, values: np.ndarray) -> bool:
     wide = len(values) > 0 and values.min() > 0 and trend.max() > 30 * trend.min()
     title, factor = (f"{title} (log scale)", 1) if wide else in_parts(title, values)
     values, trend = factor * values, factor * trend
-    prepare(ax, title, WIDTH / 2 - 0.5)
+    prepare(ax, title, WIDTH / 2 - GUTTER)
     if long:
         ax.plot(steps, values, color=tone, alpha=0.3, linewidth=0.8)
     ax.plot(steps, trend, color=tone, linewidth=1.6, marker="" if long else "o", markersize=3)
@@ -198,7 +199,7 @@ def jumps_plot(
     map_, reference_, data_ = look("value").colour, look("base").colour, look("data").colour
     for ax, (name, (values, reference, data)) in zip(panels, lines.items()):
         title, factor = in_parts(name, [*values, reference, *([] if data is None else [data])])
-        prepare(ax, title, WIDTH / 2 - 0.5)
+        prepare(ax, title, WIDTH / 2 - GUTTER)
         ax.plot(x, [factor * values[i] for i in order], color=map_, linewidth=1.6, marker="o", markersize=4)
         ax.axhline(factor * reference, color=reference_, linewidth=1.4, linestyle="--")
         if data is not None:
@@ -269,7 +270,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 # --- small multiples -------------------------------------------------------------------------------------------------
-GUTTER, FOOT = 0.8, 0.75
+GUTTER, FOOT = 0.84, 0.75
 """Inches to the left of a panel, for ticks, and below all panels, for the axis label and the legend."""
 
 
@@ -286,7 +287,7 @@ def _panels(count: int, each: float) -> tuple[Figure, list[Any]]:
     axes = []
     for i in range(count):
         row, column = divmod(i, across)
-        x, top = GUTTER - 0.02 + column * (wide + GUTTER), 0.45 + row * (each + 0.75)
+        x, top = GUTTER - 0.01 + column * (wide + GUTTER), 0.45 + row * (each + 0.75)
         axes.append(fig.add_axes((x / WIDTH, 1 - (top + each) / height, wide / WIDTH, each / height)))
     return fig, axes
 

@@ -1,6 +1,6 @@
 """The style of all plots: sizes, axes, ticks and legend.
 
-A plot is narrow and as tall as it needs, so that its text is more than nine pixels high on a page 390 pixels wide.
+A plot is narrow and as tall as it needs, so that its text is at least 11 pixels high on a page 390 pixels wide.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from steerfm.report.lettering import wrap
 from steerfm.report.palette import Look
 
 INK, SOFT, LINE = "#1f2933", "#7b8794", "#e4e7eb"
-WIDTH, TEXT, DPI = 5.0, 9.5, 140
-"""Width in inches; text size in points; pixels per inch. On a page of 390 pixels a plot has 358, and text is 9.4 high."""
+WIDTH, TEXT, DPI = 4.25, 9.5, 160
+"""Width in inches; text size in points; pixels per inch. On a page of 390 pixels a plot has 358, and text is 11.1 high."""
 ROW = 0.2
 """Height of a line of text, in inches."""
 

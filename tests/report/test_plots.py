@@ -9,6 +9,7 @@ from PIL import Image
 
 from steerfm.report.pictures import picture_grid
 from steerfm.report.plots import cost_plot, curves_plot, is_straight, smooth
+from steerfm.report.style import DPI, WIDTH
 from steerfm.report.trace import trace_plot
 
 
@@ -74,7 +75,7 @@ def test_curves_that_say_nothing_are_left_out(tmp_path):
 def test_cost_plot_draws_every_method_and_names_the_best(tmp_path):
     lines = {f"m{i}": [(8, i + 1.0, 0.1), (64, i + 0.5, 0.1)] for i in range(9)} | {"best_of_n": [(8, 20.0, 0.0)], "none": []}
     path = cost_plot(lines, tmp_path / "cost.png", "a target", "error", lower_is_better=True)
-    assert read(path).shape[1] == 700
+    assert read(path).shape[1] == round(WIDTH * DPI)
     with pytest.raises(ValueError, match="no lines"):
         cost_plot({"none": []}, tmp_path / "x.png", "a target", "error")
 
@@ -87,3 +88,10 @@ def test_long_titles_and_headings_of_grids_end_before_the_edge(tmp_path, words):
     pictures, labels = torch.zeros(2, 6, 1, 28, 28), ["base", "best of 16"]
     file = picture_grid(pictures, tmp_path / "a.png", labels, title=text, headings={1: text})
     assert (read(file)[:, -6:] > 250).all()
+
+
+def test_a_curve_of_one_point_is_left_out(tmp_path):
+    rising, alone = ([0, 1, 2], [1.0, 3.0, 2.0]), ([5], [1.0])
+    both = read(curves_plot({"loss": rising, "watch": alone}, tmp_path / "a.png"))
+    assert (both == read(curves_plot({"loss": rising}, tmp_path / "b.png"))).all()
+    assert read(curves_plot({"watch": alone}, tmp_path / "c.png")).size  # better than nothing
