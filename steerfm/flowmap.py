@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from steerfm.capabilities import TWO_TIME, can, in_words
 from steerfm.checkpoints import (
@@ -122,6 +123,11 @@ class FlowMap(nn.Module):
         """Say of this map what is said of another one."""
         self.evaluations, self.card, self.capabilities = other.evaluations, other.card, other.capabilities
         self.transition, self.steps, self.micro_batch = other.transition, other.steps, other.micro_batch
+
+    def without_posterior(self) -> Self:
+        """This map, changed: without the capability posterior. Tuning moves the jumps only: draws would be wrong."""
+        self.capabilities = self.capabilities - {"posterior"}
+        return self
 
     # --- jumps ---------------------------------------------------------------------------------------------------
     def jump(self, x: Tensor, s: float | Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:

@@ -124,7 +124,7 @@ def load(name: str | Path | FlowMap | Mapping[str, Any], device: str | torch.dev
         flow_map = _of_code(path) if kind == "code" else NeuralFlowMap.load(path)
         flow_map.card = {key: _beside(value, path.parent) for key, value in flow_map.card.items()}
         if "base" in head:
-            flow_map.origin = lambda: _weights(head["base"])  # needed only by with_strength
+            flow_map.without_posterior().origin = lambda: _weights(head["base"])  # needed only by with_strength
     if base is not None and moved_noise.KEY in head:
         check_head(head, path, {moved_noise.KEY: (is_count, "a number of jumps")})
         flow_map = moved_noise.MovedNoise(base, flow_map, head[moved_noise.KEY], head["base"])
@@ -228,7 +228,7 @@ def with_adapters(base: FlowMap, factors: dict[str, Tensor], path: Path) -> Flow
         if weight is None or (len(up), *down.shape) != (len(weight), up.shape[1], weight[0].numel()):
             raise ValueError(f"{path} has adapters of another architecture: layer {name} does not fit the base")
         weight += (up @ down).view_as(weight)
-    tuned = base.with_network(body)
+    tuned = base.with_network(body).without_posterior()
     tuned.origin = base.body.state_dict
     return tuned
 

@@ -7,13 +7,18 @@ import torch
 
 import steerfm
 from steerfm import GaussianMixture, Interpolant, NeuralFlowMap, Trigonometric
+from steerfm.capabilities import can
 from steerfm.cost import Ledger
+from steerfm.finetuning import METHODS, FineTuning
+from steerfm.finetuning.lora import LoRA
 from steerfm.flowmap import Microbatched
 from steerfm.networks import Mlp, UNet, untrained_posterior
+from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering import Posterior
 from steerfm.training.objectives import Posterior as Objective
 from steerfm.training.objectives import Triangle
+from steerfm.zoo import with_adapters
 
 
 def mlp(posterior=True, spread=0.3, classes=0, path=None, mean=0.5, std=1.3):
@@ -128,6 +133,34 @@ def test_a_file_of_it(tmp_path):
     again = steerfm.load(tmp_path / "joint.safetensors")
     torch.testing.assert_close(again.posterior(x, 0.3, z), flow_map.posterior(x, 0.3, z))
     assert "draws of the posterior" in repr(again)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(2)])
+def test_tuning_leaves_draws_to_the_base(lora, tmp_path):
+    """It moves the velocity and the jumps: what the network would draw belongs to neither model any more."""
+    if lora is not None:
+        pytest.importorskip("peft")
+    flow_map, (x, z) = mlp().eval().requires_grad_(False), states()
+    tuning = FineTuning(flow_map, as_reward(lambda x: x.sum(1)), METHODS["posterior"](), batch_size=4, steps=2, lora=lora)
+    assert can(flow_map, "posterior") and can(tuning.reference, "posterior")
+    torch.testing.assert_close(tuning.reference.posterior(x, 0.3, z), flow_map.posterior(x, 0.3, z))
+    assert not can(tuning.maps[0], "posterior") and not can(tuning.averaged(), "posterior")
+    if lora is not None:  # adapters are in no file of a whole network
+        return
+    tuning.averaged().save(
+        tmp_path / "tuned", {"name": "mlp", "dim": 3, "width": 32, "depth": 2, "posterior": True}, origin="base"
+    )
+    again = steerfm.load(tmp_path / "tuned.safetensors")
+    assert not can(again, "posterior") and can(again, "two_time")
+
+
+def test_adapters_leave_draws_to_the_base(tmp_path):
+    base = mlp()
+    layer = next(name for name, value in base.body.state_dict().items() if name.endswith(".weight") and value.ndim == 2)
+    rows, columns = base.body.state_dict()[layer].shape
+    name = layer.removesuffix(".weight")
+    tuned = with_adapters(base, {f"{name}.up": torch.zeros(rows, 1), f"{name}.down": torch.zeros(1, columns)}, tmp_path)
+    assert can(base, "posterior") and not can(tuned, "posterior")
 
 
 def test_a_look_ahead_takes_the_map_s_own_draws():

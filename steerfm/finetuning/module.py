@@ -104,6 +104,7 @@ class FineTuning(Trained):
         super().__init__(network, **options)
         tuned = flow_map.with_network(self.network)
         reference = flow_map if lora is None or start is not None else LoRAOff(tuned)
+        tuned.without_posterior()
         self.base = (flow_map,)
         self.maps = (tuned, reference)  # in a tuple, so that torch does not register them
         self.rewards = (reward,)

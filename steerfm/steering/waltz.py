@@ -71,6 +71,8 @@ class Waltz(Chains, metaclass=TakesNames):
         super().__post_init__()
         if not self.times or not all(0 < t < 1 for t in self.times):
             raise ValueError(f"times={list(self.times)}: one or more, all above 0 and below 1")
+        if getattr(self.lookahead, "k", 1) != 1:  # of several, weighted or not, the first would be taken
+            raise ValueError(f"lookahead={self.lookahead!r}: a move is one draw; take lookahead=posterior with k=1")
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `steerfm.capabilities.Choosy`: both the first state and the draws."""

@@ -9,7 +9,7 @@ from kinds import check_outputs_are_independent, sure
 
 import steerfm
 from steerfm import GaussianMixture
-from steerfm.steering import ExactPosterior, Jump, Posterior, Waltz
+from steerfm.steering import ExactPosterior, Jump, Posterior, Smooth, Waltz
 
 MIXTURE = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2])
 RING = GaussianMixture([[3 * math.cos(a), 3 * math.sin(a)] for a in torch.arange(8) * math.pi / 4], [[0.09, 0.09]] * 8)
@@ -163,3 +163,9 @@ def test_outputs_are_independent():
 def test_times_are_inside(fields):
     with pytest.raises(ValueError, match="times="):
         Waltz(**fields)
+
+
+def test_a_move_is_one_draw():
+    for several in (Posterior(k=2), Smooth(k=4)):
+        with pytest.raises(ValueError, match="a move is one draw; take lookahead=posterior"):
+            Waltz(lookahead=several)
