@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from steerfm.cli.runs import FINISHED, grid_rows, run_folder, stem
 from steerfm.cost import Ledger
 from steerfm.flowmap import FlowMap
 from steerfm.held_out import share_weights
-from steerfm.metrics import consistency_errors, pairwise_diversity, posterior_errors, texture
+from steerfm.metrics import PosteriorErrors, consistency_errors, pairwise_diversity, posterior_errors, texture
 from steerfm.metrics.evaluator import Evaluator
 from steerfm.metrics.spaces import Reference, Space, pixels
 from steerfm.randomness import stream
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n))) if jumpy else {}
     floors = {name: reference.floor(config.n) for name, reference in examiner.references.items()}
     tables = _tables(rows, floors, many, config.n)
-    posteriors = posterior_errors(flow_map, cond=examiner.cond) if can(flow_map, "posterior") else {}
+    posteriors = _posterior_errors(flow_map, examiner) if can(flow_map, "posterior") else PosteriorErrors()
     tables += _posterior_tables(posteriors)
     _print(config, tables, consistency, examiner.gaps)
     pictures = _plot(rows, floors, plans, step_of(flow_map), folder.path / "jumps.png")
@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     apart = examiner.main_reference.apart if examiner.main_reference else None
     summary: dict[str, Any] = {
         "command": command, "n": config.n, "samplers": {name: _by_space(row) for name, row in rows.items()}, "data": floors,
-        "posteriors": posteriors, "texture_of_data": examiner.texture, "train_test": apart, "gaps": examiner.gaps,
+        "posteriors": asdict(posteriors), "texture_of_data": examiner.texture, "train_test": apart, "gaps": examiner.gaps,
         **consistency,
     }  # fmt: skip
     folder.save_result(summary)  # last: it marks the run as finished
@@ -221,14 +221,30 @@ def _plan(
     return numbers | {"pictures": own[:DRAWN_SAMPLES].clone(), "ends": own if ends is None else own[:0].clone()}
 
 
-def _posterior_tables(errors: Mapping[str, Mapping[float, float]]) -> Tables:
+def _posterior_errors(flow_map: FlowMap, examiner: Examiner) -> PosteriorErrors:
+    """Measure draws, without a condition where a classifier can say which class each is of."""
+    pairs = ((space.features, space.logits) for space in examiner.spaces.values() if space.logits is not None)
+    features, logits = next(pairs, (None, None))
+    if features is None or logits is None:
+        return posterior_errors(flow_map, cond=examiner.cond)
+    return posterior_errors(flow_map, classify=lambda pictures: logits(features(pictures)))
+
+
+def _posterior_tables(errors: PosteriorErrors) -> Tables:
     """What `posterior_errors` measures; nothing for a map without posteriors."""
-    if not errors:
-        return []
-    times = list(next(iter(errors.values())))
-    lines = [[name, *(f"{value:.4f}" for value in row.values())] for name, row in errors.items()]
-    title = "draws of p(x_1 | x_t): sliced W2 to draws in 24 calls of the velocity"
-    return [(title, ["draws", *(f"t = {t:g}" for t in times)], lines)]
+    titles = {
+        "distance": "sliced W2 to draws in 24 calls of the velocity",
+        "value": "error of the log-probability of a class, from four draws",
+        "frequency": "frequencies of classes, off by so many standard errors; 1 is chance",
+    }
+    tables = []
+    for field_, title in titles.items():
+        rows: dict[str, dict[float, float]] = getattr(errors, field_)
+        lines = [[name, *(f"{value:.4f}" for value in row.values())] for name, row in rows.items()]
+        if lines:
+            times = list(next(iter(rows.values())))
+            tables.append((f"draws of p(x_1 | x_t): {title}", ["draws", *(f"t = {t:g}" for t in times)], lines))
+    return tables
 
 
 TITLES = {"to_euler": "off Euler"}

@@ -34,16 +34,17 @@ from steerfm.metrics.functional import (
     vendi,
     wasserstein_1d,
 )
-from steerfm.metrics.posterior import posterior_errors
+from steerfm.metrics.posterior import PosteriorErrors, posterior_errors
 
 if TYPE_CHECKING:
     from steerfm.metrics.accumulators import FrechetDistance, KernelDistance, TextureRatio
 
 __all__ = [
-    "BLOCK", "Difference", "FrechetDistance", "KernelDistance", "TextureRatio", "bootstrap", "consistency_errors", "coverage",
-    "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval", "jump_error", "mmd",
-    "paired_difference", "pairwise_diversity", "posterior_errors", "precision", "restoration", "reward_statistics",
-    "sample_distance", "semigroup_error", "sliced_wasserstein", "split_statistics", "texture", "vendi", "wasserstein_1d",
+    "BLOCK", "Difference", "FrechetDistance", "KernelDistance", "PosteriorErrors", "TextureRatio", "bootstrap",
+    "consistency_errors", "coverage", "cubic", "discrepancy", "feature_statistics", "float64", "frechet_distance", "interval",
+    "jump_error", "mmd", "paired_difference", "pairwise_diversity", "posterior_errors", "precision", "restoration",
+    "reward_statistics", "sample_distance", "semigroup_error", "sliced_wasserstein", "split_statistics", "texture", "vendi",
+    "wasserstein_1d",
 ]  # fmt: skip
 
 

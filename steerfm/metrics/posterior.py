@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,14 +16,42 @@ from steerfm.rows import Condition, move_condition, take_rows
 
 TIMES = (0.2, 0.4, 0.6)
 """At which draws are compared."""
+Row = dict[float, float]
+"""A mean over states, by time."""
+
+
+@dataclass(frozen=True)
+class PosteriorErrors:
+    """Errors of draws by what draws them ("1 call", "GLASS, 4 calls", ...) and by time; see `posterior_errors`.
+
+    Attributes:
+        distance: sliced Wasserstein distance to the reference.
+        value: mean of |V - V of the reference|, V = log mean p(class) of k draws, for the class of the state's own picture.
+            Jump and denoiser have one picture. Empty without a classifier.
+        frequency: root mean square, over states and classes, of the difference of the frequencies of a class in standard
+            errors: 1 where draws are right. Classes that are nearly never or nearly always drawn are left out, and a time is
+            NaN where that leaves none. Empty without a classifier.
+    """
+
+    distance: dict[str, Row] = field(default_factory=dict)
+    value: dict[str, Row] = field(default_factory=dict)
+    frequency: dict[str, Row] = field(default_factory=dict)
 
 
 def posterior_errors(
-    flow_map: FlowMap, n: int = 8, cond: Condition = None, seed: int = 0, draws: int = 48, fine: int = 12
-) -> dict[str, dict[float, float]]:
-    """Sliced Wasserstein distances of draws to those of GLASS in many steps, by what draws them and by time; means over states.
+    flow_map: FlowMap,
+    n: int = 8,
+    cond: Condition = None,
+    seed: int = 0,
+    draws: int = 48,
+    fine: int = 12,
+    classify: Callable[[Tensor], Tensor] | None = None,
+    k: int = 4,
+    times: Sequence[float] = TIMES,
+) -> PosteriorErrors:
+    """Compare draws with those of GLASS in many steps, at noised samples of the map.
 
-    The states are noised samples of the map. The first row, two sets of the fine draws, is the floor.
+    The first row, "fine draws again", is a second set of those: what no draws can be better than.
 
     Args:
         flow_map: with the capability posterior.
@@ -31,6 +60,9 @@ def posterior_errors(
         seed: of all noise.
         draws: of each state, at least 2.
         fine: steps of the reference, two calls each.
+        classify: pictures (b, c, h, w) in [0, 1] to logits (b, classes), for values and frequencies.
+        k: draws of a value.
+        times: at which states are, in (0, 1).
     """
     generator, like = stream(seed, "posterior"), torch.empty(0, device=flow_map.device, dtype=flow_map.state_dtype)
     cond = take_rows(move_condition(cond, flow_map.device), slice(0, n))
@@ -38,21 +70,62 @@ def posterior_errors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, *flow_map.shape, generator=generator).to(like)
 
-    ways: dict[str, Callable[[Tensor, float, Tensor], Tensor]] = {
-        "fine draws again": lambda x, t, z: glass.draw(flow_map, x, t, z, cond, fine),
-        "1 call": lambda x, t, z: glass.posterior(flow_map, x, t, z, cond, fine),
-        "2 calls": lambda x, t, z: glass.posterior(flow_map, x, t, z, cond, fine, hops=2),
-        **{f"GLASS, {2 * s} calls": lambda x, t, z, s=s: glass.draw(flow_map, x, t, z, cond, s) for s in (1, 2, 4)},
-        "jump, 1 call": lambda x, t, z: flow_map.lookahead(x, t, cond).unsqueeze(1).expand_as(z),
+    def log_p(x: Tensor) -> Tensor:
+        assert classify is not None
+        return classify(flow_map.decode(x.flatten(0, 1))).log_softmax(1).double().view(*x.shape[:2], -1)
+
+    ways: dict[str, Callable[[Tensor, float, Tensor, Condition], Tensor]] = {
+        "fine draws again": lambda x, t, z, c: glass.draw(flow_map, x, t, z, c, fine),
+        "1 call": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine),
+        "2 calls": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine, hops=2),
+        **{f"GLASS, {2 * s} calls": lambda x, t, z, c, s=s: glass.draw(flow_map, x, t, z, c, s) for s in (1, 2, 4)},
+        "jump, 1 call": lambda x, t, z, c: flow_map.lookahead(x, t, c).unsqueeze(1).expand_as(z),
+        "denoiser, 1 call": lambda x, t, z, c: flow_map.denoise(x, t, c).unsqueeze(1).expand_as(z),
     }
-    out: dict[str, dict[float, float]] = {name: {} for name in ways}
-    with torch.no_grad():
+    out = PosteriorErrors({name: {} for name in ways}, *([{name: {} for name in ways} for _ in "vf"] if classify else ()))
+    with torch.inference_mode():
         x1 = flow_map.lookahead(normal(n), 0.0, cond, hops=flow_map.steps)
-        for t in TIMES:
+        own = log_p(x1[:, None])[:, 0].argmax(1) if classify else None
+        for t in times:
             x = flow_map.interpolant.interpolate(normal(n), x1, t)
-            reference = glass.draw(flow_map, x, t, normal(n, draws), cond, fine).flatten(2)
-            z = normal(n, draws)
-            for name, way in ways.items():
-                samples = way(x, t, z).flatten(2)
-                out[name][t] = sum(sliced_wasserstein(a, b) for a, b in zip(samples, reference, strict=True)) / n
+            seen: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in ways}
+            for i in range(n):  # state by state: all draws of all states are many rows
+                at, c = x[i : i + 1], take_rows(cond, slice(i, i + 1))
+                reference, z = glass.draw(flow_map, at, t, normal(1, draws), c, fine), normal(1, draws)
+                truth = None if own is None else log_p(reference)[0]
+                for name, way in ways.items():
+                    x_1 = way(at, t, z, c)
+                    distance = sliced_wasserstein(x_1[0].flatten(1), reference[0].flatten(1))
+                    value, squares = 0.0, torch.empty(0)
+                    if truth is not None and own is not None:
+                        p = log_p(x_1)[0]
+                        value = _value_error(p[:, own[i]], truth[:, own[i]], min(k, draws))
+                        squares = _squares(p.argmax(1), truth.argmax(1), p.shape[1])
+                    seen[name].append((distance, value, squares))
+            for name, rows in seen.items():
+                distances, values, squares = zip(*rows)
+                out.distance[name][t] = sum(distances) / n
+                if classify is not None:
+                    out.value[name][t] = sum(values) / n
+                    out.frequency[name][t] = torch.cat(squares).mean().sqrt().item()
     return out
+
+
+def _value_error(log_p: Tensor, truth: Tensor, k: int) -> float:
+    """Mean over groups of k draws of |log mean p - log mean p of the reference|."""
+    groups = log_p[: len(log_p) // k * k].view(-1, k)
+    return (_log_mean(groups) - _log_mean(truth[None])).abs().mean().item()
+
+
+def _log_mean(log_p: Tensor) -> Tensor:
+    return log_p.exp().mean(1).log()
+
+
+def _squares(drawn: Tensor, truth: Tensor, classes: int, least: float = 3.0) -> Tensor:
+    """Squared differences of frequencies in standard errors, of the classes that both ways are expected ``least`` times."""
+    counts = [torch.bincount(labels, minlength=classes).double() for labels in (drawn, truth)]
+    pooled = (counts[0] + counts[1]) / (len(drawn) + len(truth))
+    variance = pooled * (1 - pooled) * (1 / len(drawn) + 1 / len(truth))
+    difference = counts[0] / len(drawn) - counts[1] / len(truth)
+    often = torch.minimum(pooled, 1 - pooled) * min(len(drawn), len(truth)) >= least
+    return difference[often].square() / variance[often]
