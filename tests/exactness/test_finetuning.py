@@ -1,4 +1,4 @@
-"""`weighted` and `adjoint` reach the exact tilt of a 2-D mixture with a small trained map."""
+"""`weighted`, `adjoint` and `posterior` reach the exact tilt of a 2-D mixture with a small trained map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steerfm import GaussianMixture
-from steerfm.finetuning import Adjoint, Distil, FineTuning, Refit, Tasks, Weighted, chain, draw
+from steerfm.finetuning import Adjoint, Distil, FineTuning, Posterior, PosteriorFree, Refit, Tasks, Weighted, chain, draw
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.metrics import sliced_wasserstein
 from steerfm.networks import Mlp
@@ -90,10 +90,19 @@ def test_weighted_refitting_reaches_the_tilt(base, allowed):
         assert distance(chain(jumps)(module.averaged()), TARGET, base) < allowed, jumps
 
 
-def test_adjoint_matching_reaches_the_tilt_and_keeps_the_map(base, allowed):
-    module = tuned(base, Adjoint(steps=20, trained=6), steps=250, batch_size=128)
+METHODS = {
+    "adjoint": (Adjoint(steps=20, trained=6), {"steps": 250, "batch_size": 128}),
+    "posterior": (Posterior(steps=6), {"steps": 250, "batch_size": 128}),
+    "posterior, without the gradient": (PosteriorFree(steps=6), {"steps": 250, "batch_size": 128}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tuning_of_the_velocity_reaches_the_tilt_and_then_its_jumps_do(base, allowed, name):
+    method, options = METHODS[name]
+    module = tuned(base, method, **options)
     assert distance(module.law(), TARGET, base) < allowed
     teacher = module.averaged()
-    kept = tuned(base, Distil(module.law(), teacher=teacher), steps=300, start=teacher)
+    distilled = tuned(base, Distil(module.law(), teacher=teacher), steps=200, start=teacher)
     for jumps in (1, 2, 4):
-        assert distance(chain(jumps)(kept.averaged()), TARGET, base) < allowed, jumps
+        assert distance(chain(jumps)(distilled.averaged()), TARGET, base) < allowed, jumps
