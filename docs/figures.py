@@ -52,8 +52,8 @@ def flow_map(strength: float = 8.0, steps: int = 6, seed: int = 5) -> None:
     method = steerfm.Funnel(particles=16, steps=steps)
     steerfm.steer(fm, BLUE, method, seeds=seed, cond=PROMPT, strength=strength, callback=show)
     rows = torch.stack([torch.cat(row) for row in (states, jumps, steered, ahead)])
-    labels = ["noise to data", "the end, by one jump", "steered to blue", "the end, by one jump"]
-    picture_grid(rows, HERE / "flow-map.png", row_labels=labels, headings={2: ""})
+    labels, columns = ["path", "preview", "steered", "preview"], ["t = 0", *(f"{t:.2g}" for t in times[1:])]
+    picture_grid(rows, HERE / "flow-map.png", row_labels=labels, headings={2: ""}, columns=columns, text=11)
 
 
 def tuned(n: int = 6) -> None:
@@ -85,10 +85,11 @@ def tilt(k: int = 24) -> None:
         ax.plot(x[:, 0], target.log_prob(x).exp(), color=tilted.colour, linewidth=1.8)
         ax.vlines(particles[:, 0], 0, weights, color=sticks.colour, linewidth=2)
         ax.set_ylim(0, 0.7)
+        name_axes(ax, y="density; weight")
     name_axes(axes[-1], "x; the reward is x itself")
     marks = [
         mark(base, "the model's own density", marker=""), mark(tilted, "the tilted density", marker=""),
-        mark(sticks, "particles, as high as their weights", marker=""),
+        mark(sticks, "particles: samples of the model, as high as their weights", marker=""),
     ]  # fmt: skip
     add_key(fig, marks, columns=1)
     save_figure(fig, HERE / "tilt.png")

@@ -19,8 +19,8 @@ GAP, MARGIN = 6, 14
 """Pixels between pictures, and around the grid."""
 HEADING = "bold"
 """Weight of the title and of the headings."""
-SMALLEST, READABLE = 8.0, 9.3 / 358 * 72 / DPI
-"""Smallest text size in points; points per pixel of width, for text 9.3 pixels high on a page 390 pixels wide."""
+SMALLEST, PHONE, TEXT = 8.0, 358, 9.3
+"""Smallest text size in points; width in pixels of a grid on a page 390 pixels wide, and height of its text there."""
 
 
 def picture_grid(
@@ -30,6 +30,8 @@ def picture_grid(
     captions: Sequence[Sequence[str]] = (),
     title: str = "",
     headings: Mapping[int, str] | None = None,
+    columns: Sequence[str] = (),
+    text: float = TEXT,
 ) -> Path:
     """Draw pictures in rows and columns, enlarged by whole numbers so that pixels stay sharp.
 
@@ -41,6 +43,8 @@ def picture_grid(
         captions: text under each picture, as captions[row][column]. Long lines are wrapped.
         title: text above the grid.
         headings: row -> text above that row, with a gap; an empty text adds only the gap.
+        columns: text above each column, on one line.
+        text: height of the text in pixels where the grid is `PHONE` pixels wide.
 
     Returns:
         Path of the png.
@@ -49,30 +53,34 @@ def picture_grid(
         ValueError: pictures of another shape, or labels or captions that do not match it.
     """
     cells = enlarged(pictures, size=112)
-    rows, columns, height, width = cells.shape[:4]
+    rows, number, height, width = cells.shape[:4]
     if row_labels and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} row labels for {rows} rows of pictures")
-    if captions and [len(row) for row in captions] != [columns] * rows:
-        raise ValueError(f"captions must be {rows} rows of {columns} texts, like the pictures")
-    plan = _plan(cells.shape[:4], row_labels, captions, title, headings or {})
+    if captions and [len(row) for row in captions] != [number] * rows:
+        raise ValueError(f"captions must be {rows} rows of {number} texts, like the pictures")
+    if columns and len(columns) != number:
+        raise ValueError(f"{len(columns)} column labels for {number} columns of pictures")
+    plan = _plan(cells.shape[:4], row_labels, captions, title, headings or {}, bool(columns), text)
     width_, height_ = plan.left + plan.inner + MARGIN, plan.height
     canvas = np.full((height_, width_, 3), 255, np.uint8)
     fig = Figure(figsize=(width_ / DPI, height_ / DPI), dpi=DPI)
 
-    def write(x: float, y: float, text: str, **style: Any) -> None:
+    def write(x: float, y: float, words: str, **style: Any) -> None:
         style = {"color": INK, "parse_math": False, "linespacing": 1.15, "fontsize": plan.size} | style
-        fig.text(x / width_, 1 - y / height_, text, **style)
+        fig.text(x / width_, 1 - y / height_, words, **style)
 
     for i, y in enumerate(plan.tops):
-        for j in range(columns):
+        for j in range(number):
             x = plan.left + j * (width + GAP)
             canvas[y : y + height, x : x + width] = cells[i, j]
             if plan.captions:
                 write(x + width / 2, y + height + 4, plan.captions[i][j], ha="center", va="top")
         if plan.labels:
             write(plan.left - 12, y + height / 2, plan.labels[i], ha="right", va="center", multialignment="right")
-    for y, text in plan.headings:
-        write(MARGIN, y, text, ha="left", va="top", weight=HEADING)
+    for y, heading in plan.headings:
+        write(MARGIN, y, heading, ha="left", va="top", weight=HEADING)
+    for j, label in enumerate(columns):
+        write(plan.left + j * (width + GAP) + width / 2, plan.tops[0] - 4, label, ha="center", va="bottom")
     fig.figimage(canvas, origin="upper")
     return save_figure(fig, path)
 
@@ -103,18 +111,19 @@ class Plan:
 
 
 def _plan(
-    shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequence[str]], title: str, above: Mapping[int, str]
-) -> Plan:
+    shape: tuple[int, ...], labels: Sequence[str], captions: Sequence[Sequence[str]], title: str, above: Mapping[int, str],
+    has_columns: bool, high: float,
+) -> Plan:  # fmt: skip
     """Lay out a grid. Text grows with the width of the grid, so that it stays legible when scaled down to a phone."""
     rows, columns, height, width = shape
-    inner = columns * (width + GAP) - GAP
+    inner, readable = columns * (width + GAP) - GAP, high / PHONE * 72 / DPI  # points per pixel of width
     left, size, broken = MARGIN, SMALLEST, []
     for _ in range(4 if labels else 1):  # larger labels widen the grid, which enlarges the labels
-        size = max(SMALLEST, READABLE * (left + inner + MARGIN))
+        size = max(SMALLEST, readable * (left + inner + MARGIN))
         lines = max(2, int((height + GAP + (text_height(1, size) if captions else 0)) / text_height(1, size)))
         broken = [wrap(text, max(120, 0.26 * inner), size, lines=lines) for text in labels]
         left = MARGIN + (16 + int(max(text_width(label, size) for label in broken)) if labels else 0)
-    size = max(SMALLEST, READABLE * (left + inner + MARGIN))
+    size = max(SMALLEST, readable * (left + inner + MARGIN))
     texts = [[wrap(text, width + GAP - 2, size, lines=3) for text in row] for row in captions]
     below = 4 + text_height(max((text.count("\n") + 1 for row in texts for text in row), default=0), size)
     below = below + 4 if texts else GAP  # captions sit nearer to their own picture than to the next
@@ -127,6 +136,7 @@ def _plan(
         return text_height(text.count("\n") + 1, size) + 8
 
     y += head(title) if title else 0
+    y += text_height(1, size) if has_columns else 0
     for row in range(rows):
         if row in above:
             y += 3 * GAP if row else 0
