@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = ("held_out", "reward", "diversity", "support", "distance")
     table = Table(
         "model", "calls", *columns, "control cost", "semigroup", "reward calls", "evaluations", "s",
-        title=f"{options.task}: held out is the judge's; calls: network evaluations a sample",
+        title=f"{options.task}: held out is the judge's; calls: network evaluations per sample",
     )  # fmt: skip
     for name, row in base.items():
         table.add_row(name, f"{row['cost']:g}", *(f"{row[column]:.3f}" for column in columns))

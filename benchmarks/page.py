@@ -92,7 +92,7 @@ def machine(name: str) -> str:
     suite = _suite(name)
     minutes = sum(row["seconds"] * row["outputs"] for row in suite["rows"]) / 60
     return (
-        f"`{suite['command']}`: {suite['seeds']} seeds of {suite['n']} outputs a problem, {minutes:.0f} minutes in methods; "
+        f"`{suite['command']}`: {suite['seeds']} seeds of {suite['n']} outputs per problem, {minutes:.0f} minutes in methods; "
         f"{suite['machine']}, {suite['threads']} threads, torch {suite['torch']}, steerfm {suite['steerfm']}."
     )
 
@@ -128,7 +128,7 @@ def misses(name: str, *methods: str) -> str:
             gaps = [_best(of, budget) - of[method, budget]["held_out"] for _, _, of in problems_ if (method, budget) in of]
             cells.append(f"{sum(gaps) / len(gaps):.2f}" if len(gaps) == len(problems_) else "")
         lines.append([f"`{method}`", *cells])
-    return _markdown(["network calls per output", *map(str, budgets)], lines)
+    return _markdown(["network evaluations per output", *map(str, budgets)], lines)
 
 
 def paired(name: str) -> str:
@@ -143,7 +143,7 @@ def paired(name: str) -> str:
                     for other in ("unsteered", "best_of_n")
                 ]
                 lines.append([method, str(budget), f"{row['held_out']:.4f}", *over, f"{row['seconds']:.2g}"])
-        header = ["method", "calls", "held out", "over plain samples", "over best-of-n of the same cost", "s per output"]
+        header = ["method", "evaluations", "held out", "over plain samples", "over best-of-n of the same cost", "s per output"]
         parts.append(f"{title}; plain samples have {of[BASE, 0]['held_out']:.4f}:\n\n{_markdown(header, lines)}")
     return "\n\n".join(parts)
 
@@ -172,7 +172,7 @@ def scan() -> str:
             worst = np.abs((start + slope * x) / seconds - 1).max()
             unit = "pixel" if name.startswith("side") else name.removesuffix("s")
             fits.append([name, f"{1e3 * start:.1f}", f"{1e3 * slope:.3g} per {unit}", f"{worst:.0%}"])
-    header = ["", "at none, ms", "slope, ms", "furthest point from the line"]
+    header = ["", "intercept (ms)", "slope (ms)", "largest residual"]
     return "\n\n".join([*parts, _markdown(header, fits)])
 
 

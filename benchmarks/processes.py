@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, default=64)
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    print(f"emoji, clip, {options.particles} particles, 4 steps, one thread a process; the fastest of {options.repeats}")
+    print(f"emoji, clip, {options.particles} particles, 4 steps, one thread per process; the fastest of {options.repeats}")
     for guided in (False, True):
         name = "guided (fmrg_j)" if guided else "particles (feynman_kac)"
         alone, work, expected = measure(options.repeats, options.particles, guided)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", nargs="*", help="only these")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print("| reward | unit | range | gradient | ms a picture | with gradient |\n| --- | --- | --- | --- | --- | --- |")
+    print("| reward | unit | range | gradient | ms per picture | with gradient |\n| --- | --- | --- | --- | --- | --- |")
     numbers = {}
     for name in rewards.available():
         if options.names and name not in options.names:

@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     quick.differentiable = False
     network, _ = run(quick)
     larger = max(network, server)
-    print(f"{options.particles} particles, {options.steps} steps, {options.micro_batch} rows a call, {options.servers} servers")
+    print(
+        f"{options.particles} particles, {options.steps} steps, {options.micro_batch} rows per call, {options.servers} servers"
+    )
     print(f"network {network:.2f} s, servers {server:.2f} s, sum {network + server:.2f} s")
     print(f"one after the other {turns:.2f} s; at once {together:.2f} s, {together / larger:.2f} of the larger of the two")
     print("the same bits" if torch.equal(ahead, behind) else "OTHER BITS", flush=True)

@@ -58,7 +58,7 @@ def posterior(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: 
 
 
 def draw(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition, steps: int) -> Tensor:
-    """Draws of p(x_1 | x_t = x) by the midpoint rule, two calls a step; exact as ``steps`` grows.
+    """Draws of p(x_1 | x_t = x) by the midpoint rule, two calls per step; exact as ``steps`` grows.
 
     The inner path is the linear one. With the denoiser held fixed its ODE is solved exactly.
 

@@ -292,7 +292,7 @@ def _tables(rows: Rows, floors: Rows, many: str, n: int) -> Tables:
         lines = [[name, *(f"{row[key]:.4f}" for key in agrees)] for name, row in rows.items()]
         tables.append((f"agreement of {n} samples with what was asked", ["sampler", *agrees], lines))
     own = {key: form for key, form in {"texture": ".3g", "to_euler": ".4f", "diversity": ".3f"}.items() if key in rows[many]}
-    header = ["sampler", *(TITLES.get(key, key) for key in own), "ms a sample"]
+    header = ["sampler", *(TITLES.get(key, key) for key in own), "ms per sample"]
     lines = [
         [name, *(f"{row[key]:{form}}" for key, form in own.items()), f"{1e3 * row['seconds'] / n:.2f}"]
         for name, row in rows.items()

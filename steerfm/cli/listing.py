@@ -136,9 +136,9 @@ def list_methods(name: str | None = None, markdown: bool = False) -> None:
 
 
 def methods_markdown() -> str:
-    """Return a table with a row per method: what it samples, the network calls of one step of one particle, and its parts."""
+    """Return a table with a row per method: what it samples, the evaluations of one step of one particle, and its parts."""
     columns = [column.name for column in fields(Parts)]
-    rows = [["method", "class", "samples", "gradient of", "calls a step", *columns], ["---"] * 11]
+    rows = [["method", "class", "samples", "gradient of", "calls per step", *columns], ["---"] * 11]
     for name, method in METHODS.items():
         instance = method()
         mine = instance.parts if isinstance(instance, Sampler) else None
@@ -156,12 +156,19 @@ def fits_markdown() -> str:
     for name, method in {**METHODS, **finetuning_methods()}.items():
         instance = method()
         why = [instance.lacks(_able(kind), None) if isinstance(instance, Choosy) else "" for kind in kinds]
-        rows.append([f"`{name}`", *(_in_its_place(each, (*METHODS, *finetuning_methods())) for each in why)])
+        rows.append([f"`{name}`", *(_in_its_place(name, each, (*METHODS, *finetuning_methods())) for each in why)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _in_its_place(why: str, methods: Collection[str]) -> str:
-    """Shorten the advice of an error message to a setting; "no" if the advice is another method, "yes" if there is no error."""
+def _in_its_place(name: str, why: str, methods: Collection[str]) -> str:
+    """Shorten the advice of an error message to a setting of the method ``name``.
+
+    Returns:
+        The setting; "no" if the advice is another method, "yes" if there is no error.
+    """
+    own = re.search(rf"take {name} with ([^,;]*)", why)
+    if own:
+        return f"`{own[1]}`"
     take = [words.partition(", which")[0] for words in re.findall(r"take ([^;]*)", why)]
     if any(words.split(",")[0].split()[0] in methods for words in take):
         return "no"
@@ -200,7 +207,7 @@ def calls_a_step(method: Any) -> str:
     few, many = (steer(toy, lambda x: x[:, 0], replace(method, **{size: n})).cost for n in (4, 8))
     counts = ((b - a) / 4 / method.particles for a, b in ((few.forwards, many.forwards), (few.backwards, many.backwards)))
     if few.forwards == many.forwards:  # the cost of a tree depends on its nodes, not on its depth
-        return f"{few.forwards / method.particles:g} a particle"
+        return f"{few.forwards / method.particles:g} per particle"
     return " + ".join(f"{count:g} back" if which else f"{count:g}" for which, count in enumerate(counts) if count or not which)
 
 

@@ -26,7 +26,7 @@ from steerfm.steering.weights import LOW
 
 TERMS = 3
 """Number of rewards in the form."""
-BUDGETS = {"as the method is": None} | {f"{calls} network calls per output": calls for calls in (32, 64, 128, 256, 512)}
+BUDGETS = {"as the method is": None} | {f"{calls} network evaluations per output": calls for calls in (32, 64, 128, 256, 512)}
 USUAL, NONE = "the usual one", "none"
 COLUMNS = 4
 """Number of outputs side by side."""

@@ -109,7 +109,7 @@ class Form:
         label: name of a class; "" for none.
         method: its name; "" for the usual one of the model.
         settings: settings of the method, as typed.
-        budget: network calls per output to fit the method into; None: its own size.
+        budget: network evaluations per output to fit the method into; None: its own size.
         n, seed, guidance: see `SteerConfig`.
     """
 

@@ -54,7 +54,7 @@ def table(title: str, budget: int, rows: Sequence[Mapping[str, Any]]) -> Table:
     alone = what_counts(rows) == "reward"
     header, some, also = (ALONE, SHORT_ALONE, f"; {NOTHING_HELD_OUT}") if alone else (HEADER, SHORT, "")
     columns = [[line[i] for i in some] for line in lines]
-    print_table([header[i] for i in some], columns, f"{title}: {budget} network evaluations an output{also}")
+    print_table([header[i] for i in some], columns, f"{title}: {budget} network evaluations per output{also}")
     return f"{title}: {budget} evaluations{also}. {STAR}", header, lines
 
 

@@ -235,7 +235,7 @@ class Renoise:
 @dataclass(frozen=True)
 class Posterior(_ByVelocity):
     """z_j ~ p(x_1 | x_t = x). A map that draws posteriors does so by jumps of its own, one call each (`FlowMap.posterior`); for
-    any other velocity it is the inner ODE of GLASS flows (2602.05993), by the midpoint rule, two calls a step.
+    any other velocity it is the inner ODE of GLASS flows (2602.05993), by the midpoint rule, two calls per step.
 
         dz/ds = (D(x, z, s) - z)/(1 - s),  z_0 ~ N(0, I),   s from 0 to 1
 

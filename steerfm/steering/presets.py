@@ -97,9 +97,9 @@ class Funnel(Steering):
     gradient at the endpoint, if the reward has one (no network backward), scaled with the dimension, at most half a step.
     ``transition="auto"`` is renoise; but jump, without guidance, if one jump of the map shows another picture than four
     (`steerfm.metrics.jump_error` above 1/3 on its card) and the reward is a network (docs/emoji.md).
-    Costs: first + particles (steps - 1) network calls per output, since the transition shares the look-ahead. A walk by jumps
-    cannot share it, so ``particles`` fewer look ahead.
-    Samples: yes, the tilt of the base chain's own law, as the particles grow: with a bias of order 1 / particles. In many
+    Costs: first + particles (steps - 1) network evaluations per output, since the transition shares the look-ahead. A walk by
+    jumps cannot share it, so ``particles`` fewer look ahead.
+    Samples: yes, with a bias of order 1 / particles, the tilt of the base chain's own law as the particles grow. In many
     dimensions a step forgets part of the first look, and few particles carry the weight: their mean reward is too high if the
     target is rare under the map (docs/results/benchmarks.md). `FeynmanKac` is closer there.
     log_z comes from the first look, a jump from noise: exp(log_z) is unbiased for the map in one jump, for any steps.
@@ -111,7 +111,7 @@ class Funnel(Steering):
         calls: budget of map calls, set by `within`; the shape then adapts to the kind of reward. 0: the shape is fixed.
     """
 
-    samples: ClassVar[str] = "yes"
+    samples: ClassVar[str] = "yes, with a bias of order 1 / particles"
     paper: ClassVar[str] = "2508.12361"
 
     steps: int = 5

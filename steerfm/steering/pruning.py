@@ -115,7 +115,7 @@ class Drafts(SeedPruning):
     Parts: look-ahead jump, at t = 0 only, no tempering, transition jump, correction none, the best drafts survive. To draft
         with
     a cheaper map, give a look-ahead of your own that calls it in ``endpoints`` (CONTRIBUTING.md).
-    Costs: first + particles * steps network calls per output.
+    Costs: first + particles * steps network evaluations per output.
     Samples: no. It is a search.
     Within a budget: 4 steps, a quarter of the evaluations for them, the rest drafts (docs/methods.md).
     """

@@ -68,7 +68,7 @@ def steer(
             name, {name: NAME, weight: ..., its arguments}, or a list of such terms; see `rewards.build`.
         method: a preset such as `FeynmanKac(particles=16, steps=8)`, or a `Steering` of your own parts. Or a name, or {name:
             NAME, its arguments}; see `steerfm.method`. Default: `usual_method`. For a flow map that is `Funnel()`, which takes
-            any reward and costs 128 network calls per output; `Funnel.within(512)` for more.
+            any reward and costs 128 network evaluations per output; `Funnel.within(512)` for more.
         n: number of outputs; each has its own particles.
         seeds: an integer s for s, s + 1, ..., or one seed per output.
         strength: of the tilt, finite; one number, or one per output. "auto": twice the strength at which the importance
