@@ -55,4 +55,4 @@ def work(config: SampleConfig, command: str) -> None:
         {"command": command, "steps": steps, "cost": str(ledger.cost)},
         pictures=figures,
     )
-    console.print(f"{want.n} samples, {ledger.cost.forwards} network calls, {ledger.cost.seconds:.2f} s: {path}")
+    console.print(f"{want.n} samples, {ledger.cost.forwards} network evaluations, {ledger.cost.seconds:.2f} s: {path}")

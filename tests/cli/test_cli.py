@@ -161,7 +161,7 @@ def test_what_is_refused_leaves_no_folder(capsys, tmp_path, monkeypatch, command
 def test_sample(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "sample", "label=Bag", "n=3", "steps=2", "guidance=1.5", "out=run")
-    assert code == 0 and "12 network calls" in out
+    assert code == 0 and "12 network evaluations" in out
     assert (tmp_path / "run" / "grid.png").is_file()
 
 

@@ -57,7 +57,7 @@ def test_a_method_that_would_be_wrong_is_refused_before_there_is_a_folder(kind, 
 @pytest.mark.parametrize(("kind", "steps"), [("velocity", 6), ("endpoint", 2), ("generator", 1)])
 def test_samples_take_as_many_steps_as_the_model_does(kind, steps, capsys):
     assert cli.main(["sample", "model=mine.py:make", f"model.kind={kind}", "n=2", "out=run"]) == 0
-    assert f"{2 * steps} network calls" in " ".join(capsys.readouterr().out.split())
+    assert f"{2 * steps} network evaluations" in " ".join(capsys.readouterr().out.split())
 
 
 def test_samples_of_a_generator_in_several_steps_are_refused(capsys):
