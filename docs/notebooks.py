@@ -1,7 +1,7 @@
 """Run the notebooks of docs/tutorials and write their outputs back: `python docs/notebooks.py [NAME ...]`.
 
-Two minutes on two cores. It needs `pip install '.[notebooks]'` in a checkout. Every notebook runs in a new kernel and an empty folder.
-What differs from run to run or from machine to machine is left out: times, memory, the colours of a terminal.
+Two minutes on two cores. It needs `pip install '.[notebooks]'` in a checkout. Every notebook runs in a new kernel and an empty
+folder. What differs from run to run or from machine to machine is left out: times, memory, the colours of a terminal.
 """
 
 from __future__ import annotations
