@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from steerfm.capabilities import can
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.randomness import stream
 from steerfm.report.pictures import picture_grid
@@ -116,8 +117,30 @@ def grid_rows(module: Any, flow_map: FlowMap, asked: Sequence[str | int] = ()) -
     return n, flow_map.condition(asked, n) if asked and module.null is not None else None
 
 
+def posterior_pictures(
+    flow_map: FlowMap, x_t: Tensor, t: float, cond: Condition, draws: int, seed: int = 0
+) -> tuple[Tensor, list[str]]:
+    """A row of states, one of the jumps from them, and some of draws of what they may become; with the names of the rows.
+
+    Args:
+        x_t: (n, *shape) states.
+        t: their time.
+        draws: rows of draws.
+
+    Returns:
+        (2 + draws, n, c, h, w), and 2 + draws names.
+    """
+    noise = torch.randn(draws, *x_t.shape, generator=stream(seed, "posteriors")).to(x_t)
+    with torch.no_grad():
+        rows = [x_t, flow_map.lookahead(x_t, t, cond), *(flow_map.posterior(x_t, t, z, cond) for z in noise)]
+    names = [f"t = {t:g}", "one jump", *(f"draw {i + 1}" for i in range(draws))]
+    return torch.stack([flow_map.decode(row) for row in rows]), names
+
+
 class SampleGrid(L.Callback):
     """Every ``every`` steps, draws the same seeds in 1, 2, 4 and 8 jumps of the averaged map: ``samples/<step>.png``.
+
+    Of a map with posteriors also what noised samples may become, in one call each: ``samples/<step>-posterior.png``.
 
     Args:
         asked: a class or prompt for each column; default each class, or eight columns of none.
@@ -137,3 +160,10 @@ class SampleGrid(L.Callback):
         file = self.folder / f"{step:07d}.png"
         picture_grid(torch.stack(pictures).cpu(), file, row_labels=labels)
         log_picture(trainer, "samples", file, step)
+        if can(flow_map, "posterior"):
+            x1, t = sample(flow_map, n=n, steps=4, seeds=0, cond=cond), 0.3
+            noise = torch.randn(x1.shape, generator=stream(0, "states")).to(x1)
+            grid, labels = posterior_pictures(flow_map, flow_map.interpolant.interpolate(noise, x1, t), t, cond, 4)
+            file = self.folder / f"{step:07d}-posterior.png"
+            picture_grid(grid.cpu(), file, row_labels=labels)
+            log_picture(trainer, "posteriors", file, step)

@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+import steerfm
 from steerfm import cli
+from steerfm.networks import UNet
 from steerfm.steering import METHODS
 
 
@@ -43,3 +45,15 @@ def test_draws_of_a_posterior_map_on_a_ring(capsys):
     assert cli.main(["bench", "posterior", "--steps", "300", "--states", "2", "--draws", "200"]) == 0
     rows = last_line(capsys)["rows"]
     assert sum(rows["floor"]) < sum(rows["1 call"]) < 0.8 * sum(rows["GLASS, 2 calls"])
+
+
+def test_draws_of_a_posterior_map_of_pictures(capsys, tmp_path):
+    architecture = {"name": "unet", "channels": 1, "widths": [8, 8], "blocks": 1, "posterior": True}
+    flow_map = steerfm.NeuralFlowMap(UNet(1, (8, 8), 1, posterior=True), (1, 28, 28), mean=-0.4, std=0.7)
+    flow_map.save(tmp_path / "joint", architecture)
+    arguments = ["--classifier", "fashion-classifier", "--states", "2", "--draws", "8", "--fine", "2", "--times", "0.4"]
+    assert cli.main(["bench", "posterior", "--model", str(tmp_path / "joint.safetensors"), *arguments]) == 0
+    result = last_line(capsys)
+    for measure in ("distance", "value", "frequency"):  # at the start the map is that of a Gaussian, and its draws are exact
+        assert result[measure]["1 call"].keys() == {"0.4"}
+    assert result["distance"]["1 call"]["0.4"] < 1.5 * result["distance"]["fine draws again"]["0.4"]
