@@ -12,9 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import steerfm
-from steerfm.finetuning import Adjoint, Direct, FineTuning, HyperNoise, Tasks, Weighted
+from steerfm.finetuning import AWM, NFT, Adjoint, Direct, FineTuning, Forward, HyperNoise, Policy, Tasks, Weighted
 from steerfm.finetuning.evaluation import Monitor, Panel
-from steerfm.finetuning.policy import NFT, Policy
 from steerfm.flowmap import NeuralFlowMap
 from steerfm.networks import Mlp
 from steerfm.randomness import derive, global_stream, is_derived, stream
@@ -142,7 +141,9 @@ METHODS = {
     "adjoint": Adjoint(steps=4, trained=2),
     "weighted": Weighted(rounds=2, samples=64),
     "policy": Policy(group=4),
+    "forward": Forward(group=4),
     "nft": NFT(group=4),
+    "awm": AWM(group=4),
 }
 
 
@@ -198,7 +199,7 @@ def test_no_seed_that_a_person_gives_is_trained_on():
     assert not any(is_derived(seed) for seed in [0, 1, *BIG])
 
 
-@pytest.mark.parametrize("name", ["weighted", "nft"])
+@pytest.mark.parametrize("name", ["weighted", "forward", "nft"])
 def test_samples_and_their_fit_have_noises_of_their_own(name, monkeypatch):
     """No noise is drawn twice within an update, nor in the updates that use the same samples again."""
     starts: list[tuple[float, ...]] = []

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 from steerfm.finetuning.adjoint import Adjoint
 from steerfm.finetuning.base import Method, Tasks, Terms, Update, chain, check, draw, spread
 from steerfm.finetuning.direct import AlignProp, Direct, DRaFT, DRaFTK, DRaFTLV, DRTune, ReFL
+from steerfm.finetuning.forward import AWM, NFT, Forward, MeanFlowNFT
 from steerfm.finetuning.lora import LoRA
 from steerfm.finetuning.noise import HyperNoise
-from steerfm.finetuning.policy import DDPO, NFT, FlowGRPO, Policy
+from steerfm.finetuning.policy import DDPO, FlowGRPO, Policy
 from steerfm.finetuning.posterior import Posterior, PosteriorFree
 from steerfm.finetuning.weighted import ORWCFM, Distil, Refit, Weighted
 from steerfm.registry import Kind
@@ -28,7 +29,10 @@ METHODS: dict[str, type] = {
     "policy": Policy,
     "flow_grpo": FlowGRPO,
     "ddpo": DDPO,
+    "forward": Forward,
+    "meanflow_nft": MeanFlowNFT,
     "nft": NFT,
+    "awm": AWM,
     "adjoint": Adjoint,
     "posterior": Posterior,
     "posterior_free": PosteriorFree,
@@ -45,9 +49,10 @@ METHOD = Kind(
 )
 
 __all__ = [
-    "DDPO", "METHOD", "METHODS", "NFT", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV", "Direct",
-    "Distil", "FineTuning", "FlowGRPO", "HyperNoise", "LoRA", "Method", "Policy", "Posterior", "PosteriorFree", "ReFL",
-    "Refit", "TaskData", "Tasks", "Terms", "Update", "Weighted", "chain", "check", "draw", "spread",
+    "AWM", "DDPO", "METHOD", "METHODS", "NFT", "ORWCFM", "Adjoint", "AlignProp", "DRTune", "DRaFT", "DRaFTK", "DRaFTLV",
+    "Direct", "Distil", "FineTuning", "FlowGRPO", "Forward", "HyperNoise", "LoRA", "MeanFlowNFT", "Method", "Policy",
+    "Posterior", "PosteriorFree", "ReFL", "Refit", "TaskData", "Tasks", "Terms", "Update", "Weighted", "chain", "check",
+    "draw", "spread",
 ]  # fmt: skip
 
 

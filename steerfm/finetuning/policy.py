@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from steerfm.capabilities import Choosy, can, needs
-from steerfm.finetuning.base import ONE_JUMP, Law, Terms, Update, by_velocity, chain, ode
+from steerfm.finetuning.base import ONE_JUMP, Law, Terms, Update, chain
 from steerfm.flowmap import FlowMap
-from steerfm.interpolant import expand_time
 from steerfm.registry import TakesNames, objects
-from steerfm.training.objectives import mean_square
 from steerfm.transitions import TRANSITIONS, Bridge, Diffuse, Renoise, Transition
 
 
@@ -143,68 +141,3 @@ class DDPO(Policy):
     transition: Transition = field(default_factory=Bridge)
     clip: float = 1e-2
     within: bool = False
-
-
-@dataclass(frozen=True)
-class NFT:
-    """DiffusionNFT (Zheng et al. 2509.16117, algorithm 1): a regression on the forward process, for any reward.
-
-        o |v_+ - v|^2 + (1 - o) |v_- - v|^2 + control |v_theta - v_ref|^2,    v_+- = v_old +- beta (v_theta - v_old)
-
-    v is the conditional velocity at a sample of the averaged map. o in [0, 1] rates that sample among those of its task:
-    1/2 + clip(A / range)/2. Good samples attract, bad ones repel. This trains a velocity; the jumps are distilled from it.
-
-    Args:
-        ode: steps of the ODE for samples, two calls each.
-        group: samples per task to compare with each other.
-        reuse: updates per set of samples, each with new noise and times.
-        beta: distance between the two velocities, above 0.
-        range: advantage, in standard deviations, above which a sample counts as fully good, or below minus which as bad.
-    """
-
-    ode: int = 6
-    group: int = 16
-    reuse: int = 4
-    beta: float = 1.0
-    range: float = 2.0
-
-    differentiates, tilts, law_is_map, law_is_velocity = False, False, False, True
-
-    def __post_init__(self) -> None:
-        if min(self.ode, self.reuse) < 1 or self.group < 2 or not (self.beta > 0 and self.range > 0):
-            raise ValueError("ode and reuse must be at least 1, group at least 2, beta and range positive")
-
-    def loss(self, update: Update) -> Terms:
-        memory, problem, path = update.memory, update.problem, update.tuned.interpolant
-        if update.step % self.reuse == 0:
-            with torch.no_grad():
-                x1 = ode(update.averaged, self.ode)(update.noise, problem.cond)
-                r = update.all_rows(problem.score(x1).total)
-            good = (advantages(r, self.group) / self.range).clamp(-1, 1) / 2 + 0.5
-            update.own |= {"x1": x1, "good": good[update.part(len(r))]}
-            memory |= {"reward": r.mean()}
-        x1, good = (update.own[name].to(update.tuned.device) for name in ("x1", "good"))
-        t, x0 = self.draws(update)
-        t_ = expand_time(t, x1)
-        x, v = path.interpolate(x0, x1, t_), path.conditional_velocity(x0, x1, t_)
-        velocity = update.tuned.velocity(x, t, problem.cond)
-        with torch.no_grad():
-            old = update.averaged.velocity(x, t, problem.cond)
-            reference = update.reference.velocity(x, t, problem.cond)
-        step = self.beta * (velocity - old)
-        fit = good * mean_square(old + step - v) + (1 - good) * mean_square(old - step - v)
-        control = mean_square(velocity - reference).mean()
-        return {"loss": fit.mean() / self.beta + update.control * control, "reward": memory["reward"], "control_cost": control}
-
-    def draws(self, update: Update) -> tuple[Tensor, Tensor]:
-        """Uniform times (b,) and noise (b, *shape) of this update, independent of those of the samples."""
-        noise = update.noise.other(f"fit {update.step % self.reuse}")
-        x0 = noise.start(update.tuned)
-        return noise.uniform(1, x0.device).squeeze(1).to(x0), x0
-
-    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
-        """See `Choosy`."""
-        return by_velocity(flow_map)
-
-    def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
-        return ode(tuned, 4 * self.ode)

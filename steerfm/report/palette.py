@@ -22,7 +22,7 @@ NAMES = (
     "direct", "weighted", "policy", "adjoint", "noise", "tuned", "as learnt", "distil",
     "draft", "draft_k", "draft_lv", "alignprop", "refl", "drtune", "orw_cfm", "flow_grpo", "ddpo", "nft",
     "steered", "value", "data", "parallel_tempering", "noise_tilt", "seed_pruning", "drafts",
-    "waltz", "posterior", "posterior_free",
+    "waltz", "posterior", "posterior_free", "forward", "meanflow_nft", "awm",
 )  # fmt: skip
 """Methods and other names in plots. Append new names: the look of a name depends on its position in this list."""
 

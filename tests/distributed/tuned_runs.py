@@ -41,12 +41,14 @@ SMALL: dict[str, Mapping[str, Any]] = {
     "orw_cfm": {"rounds": 2, "samples": 64},
     "policy": {"group": 2, "reuse": 3},
     "ddpo": {"group": 2, "steps": 3},
+    "forward": {"group": 2, "reuse": 3, "jumps": 2},
     "nft": {"group": 2, "reuse": 3, "ode": 2},
+    "awm": {"group": 2, "reuse": 3, "ode": 2},
     "adjoint": {"steps": 4},
     "noise": {},
 }
 ALL = (*SMALL, "distil", "followed", "groupwise", "one process", "lora")
-SHARDED = ("direct", "weighted", "policy", "nft", "adjoint", "noise", "distil", "followed", "lora", "bf16")
+SHARDED = ("direct", "weighted", "policy", "forward", "nft", "adjoint", "noise", "distil", "followed", "lora", "bf16")
 """Runs under FSDP2: every family."""
 AGAIN = ("direct", "weighted", "policy", "lora")
 """Runs that stop in the middle and go on with another number of processes: with and without samples to keep."""

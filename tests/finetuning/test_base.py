@@ -42,7 +42,9 @@ SMALL = {
     "policy": {"group": 4, "reuse": 3},
     "adjoint": {"steps": 5},
     "noise": {},
+    "forward": {"group": 4, "reuse": 3},
     "nft": {"group": 4, "reuse": 3},
+    "awm": {"group": 4, "reuse": 3},
 }
 
 
@@ -138,7 +140,7 @@ def losses_and_weights(name: str, devices: int) -> tuple[list[float], torch.Tens
     return losses, weights(m)
 
 
-SHARED = ["direct", "policy", "noise", "nft"]
+SHARED = ["direct", "policy", "noise", "forward", "nft", "awm"]
 SCRIPT = """
 import os, sys, torch
 sys.path[:0] = {folders!r}

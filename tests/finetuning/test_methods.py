@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerfm import GaussianMixture
-from steerfm.finetuning import DDPO, METHODS, NFT, Adjoint, FlowGRPO, Policy, Posterior, PosteriorFree, Tasks, Update, Weighted
+from steerfm.finetuning import DDPO, METHODS, Adjoint, FlowGRPO, Policy, Posterior, PosteriorFree, Tasks, Update, Weighted
 from steerfm.finetuning.weighted import Anchored, largest_step
 from steerfm.flowmap import Wrapped
 from steerfm.interpolant import Interpolant, Trigonometric
@@ -155,27 +155,6 @@ def test_policies_need_noise():
         Policy(transition="jump")
     with pytest.raises(ValueError, match="renoise"):
         Policy(transition="renoize")
-
-
-# --- forward process ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("good", [1.0, 0.5])
-def test_nft_is_flow_matching_where_all_is_good_and_rests_where_all_is_the_same(random_map, good):
-    """o = 1: |v_theta - v|^2; o = 1/2: |v_old - v|^2 + |v_theta - v_old|^2, with no slope at v_old."""
-    flow_map, old = random_map(dim=2).requires_grad_(True), random_map(dim=2)
-    up = update(flow_map, old, control=0.0, step=1)
-    up.averaged = old
-    x1 = torch.randn(64, 2, dtype=torch.float64)
-    up.own |= {"x1": x1, "good": torch.full((64,), good, dtype=torch.float64)}
-    up.memory |= {"reward": torch.tensor(0.0)}
-    loss = NFT().loss(up)["loss"]
-    slopes = torch.autograd.grad(loss, list(flow_map.parameters()), allow_unused=True)
-    if good == 0.5:
-        assert all(slope is None or slope.abs().max() < 1e-12 for slope in slopes)
-        return
-    t, x0 = NFT().draws(up)
-    x = torch.lerp(x0, x1, t.unsqueeze(1))
-    plain = (flow_map.velocity(x, t) - (x1 - x0)).square().mean()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
 # --- weighted --------------------------------------------------------------------------------------------------------

@@ -123,6 +123,8 @@ def test_full_weights_go_back_into_the_folder_of_the_pipeline(name, lora, tmp_pa
     {"name": "draft_k", "jumps": 2},
     {"name": "weighted", "samples": 8, "rounds": 1, "jumps": 2, "refit": {"trajectory": 0.0}},
     {"name": "policy", "group": 2, "steps": 2},
+    {"name": "nft", "group": 2, "ode": 2},
+    {"name": "forward", "group": 2},
     {"name": "noise"},
 ], ids=lambda spec: spec["name"])  # fmt: skip
 def test_every_family_tunes_an_adapter_or_says_what_does(name, method, tmp_path):
@@ -133,7 +135,7 @@ def test_every_family_tunes_an_adapter_or_says_what_does(name, method, tmp_path)
     if can(base, "velocity"):
         method = method | {"policy": {"transition": "midpoint"}, "noise": {"jumps": 8}}.get(method["name"], {})
     options: dict[str, Any] = {"batch_size": 4, "control": 0.1, "scale": 0.05, "lora": LoRA(rank=2)}
-    if method["name"] == "weighted" and not can(base, "velocity"):
+    if method["name"] == "forward" or (method["name"] in ("weighted", "nft") and not can(base, "velocity")):
         with pytest.raises(ValueError, match="does not fit this model"):
             FineTuning(base, as_reward(brightness), build(method, METHOD), steps=2, **options)
         return
