@@ -73,6 +73,7 @@ TUNING = {
     "direct": "optimizer.steps=40",
     "weighted": "method.samples=512 method.rounds=2 optimizer.steps=120",
     "policy": "optimizer.steps=40 optimizer.lr=1e-3",
+    "forward": "optimizer.steps=40 optimizer.lr=1e-3",
     "adjoint": "optimizer.steps=40",
     "posterior": "optimizer.steps=40",
     "noise": "optimizer.steps=40",
