@@ -1,4 +1,4 @@
-"""`weighted`, `adjoint` and `posterior` reach the exact tilt of a 2-D mixture with a small trained map; `forward` gains reward."""
+"""`weighted`, `adjoint` and `posterior` reach the exact tilt of a 2-D mixture with a small map; `forward` raises its reward."""
 
 from __future__ import annotations
 
