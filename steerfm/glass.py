@@ -29,10 +29,15 @@ def inner_velocity(flow_map: FlowMap, z: Tensor, s: Tensor, x: Tensor, t: Tensor
         t: (b,) its time, below 1.
         cond: b rows.
     """
+    return flow_map.interpolant.velocity_from_denoised(z, inner_denoised(flow_map, z, s, x, t, cond), expand_time(s, z))
+
+
+def inner_denoised(flow_map: FlowMap, z: Tensor, s: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """E[x_1 | x, z], with the arguments of `inner_velocity`; one call."""
     path, s, t = flow_map.interpolant, expand_time(s, z), expand_time(t, z)
     sigma_t, sigma_s = path.sigma(t), path.sigma(s)
     both, time = path.joint(x / sigma_t, path.alpha(t) / sigma_t, z / sigma_s, path.alpha(s) / sigma_s)
-    return path.velocity_from_denoised(z, flow_map.denoise(both, time.flatten(), cond), s)
+    return flow_map.denoise(both, time.flatten(), cond)
 
 
 def posterior(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition, steps: int, hops: int = 1) -> Tensor:

@@ -70,6 +70,10 @@ class Interpolant:
         """The time t with alpha_t / sigma_t = ratio, the root of the signal-to-noise ratio, in [0, inf)."""
         return ratio / (1 + ratio)
 
+    def sigma_at(self, ratio: Time) -> Time:
+        """sigma of `time_at`, without the cancellation of 1 - t near the data."""
+        return 1 / (1 + ratio)
+
     def joint(self, x: Tensor, outer: Any, z: Tensor, inner: Any) -> tuple[Tensor, Any]:
         """Two independent states of one x_1 as one state that says as much of it, and the time of that state.
 
@@ -88,7 +92,7 @@ class Interpolant:
             weights = torch.where(nothing, 0.0, outer / ratio), torch.where(nothing, 1.0, inner / ratio)
         else:
             weights = (outer / ratio, inner / ratio) if ratio else (0.0, 1.0)
-        return self.sigma(time) * (weights[0] * x + weights[1] * z), time
+        return self.sigma_at(ratio) * (weights[0] * x + weights[1] * z), time
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         """Difference quotients ((alpha_t - alpha_s)/(t - s), (sigma_t - sigma_s)/(t - s)), exact as s -> t."""
@@ -183,6 +187,9 @@ class Trigonometric(Interpolant):
         if isinstance(ratio, Tensor):
             return torch.atan(ratio) * 2 / math.pi
         return math.atan(ratio) * 2 / math.pi
+
+    def sigma_at(self, ratio: Time) -> Time:
+        return 1 / (1 + ratio**2) ** 0.5
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         middle, half = (s + t) / 2, (t - s) / 2

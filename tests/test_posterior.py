@@ -1,6 +1,7 @@
 """Maps that draw posteriors: the plain map stays what it was, the ends are exact, and the loss vanishes at the truth."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering import Posterior
 from steerfm.training.objectives import Posterior as Objective
+from steerfm.training.objectives import PosteriorTrajectory as Trajectories
 from steerfm.training.objectives import Triangle
 from steerfm.zoo import with_adapters
 
@@ -85,13 +87,29 @@ def test_the_loss_is_zero_at_the_truth_and_not_elsewhere(path, diagonal):
     assert losses[1].mean() > 1e-2
 
 
-def test_training_learns_two_modes():
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
+@pytest.mark.parametrize("diagonal", [0.0, 1.0])
+def test_inner_trajectories_are_those_of_the_truth_up_to_the_second_order_of_their_steps(path, diagonal):
+    gaussian = GaussianMixture(torch.full((1, 3), 0.5), torch.full((1, 3), 1.69), interpolant=path)
+    x1 = gaussian.sample(400, torch.Generator().manual_seed(0)).float()
+    right = NeuralFlowMap(Mlp(3, posterior=True), (3,), path, mean=0.5, std=1.3)
+
+    def loss(flow_map, steps, keep=0):
+        objective = Trajectories(Triangle(0.2, 0.2), steps=steps, diagonal=diagonal, teacher=gaussian.flow_map(), keep=keep)
+        return objective(flow_map, x1, None, torch.Generator().manual_seed(2)).mean()
+
+    assert loss(right, 64) < 4e-5 and loss(right, 64) < loss(right, 16) / 20
+    assert loss(right, 64, keep=400) < 4e-5 and loss(mlp(path=path), 32) > 1e-2
+
+
+@pytest.mark.parametrize("kind", [Objective, partial(Trajectories, uses=16, keep=4096)])
+def test_training_learns_two_modes(kind):
     """One call draws each mode as often as the exact posterior does, at states where that is neither 0 nor 1."""
     mixture = GaussianMixture([[-1.5], [1.5]], [[0.04], [0.04]], [0.3, 0.7])
     torch.manual_seed(0)
     network = Mlp(1, 48, 3, posterior=True)
     flow_map = NeuralFlowMap(network, (1,), mean=mixture.mean().item(), std=mixture.cov().sqrt().item())
-    objective = Objective(Triangle(0.3, 0.3), teacher=mixture.to(torch.float32).flow_map())
+    objective = kind(Triangle(0.3, 0.3), teacher=mixture.to(torch.float32).flow_map())
     optimizer, generator = torch.optim.Adam(network.parameters(), 3e-3), torch.Generator().manual_seed(1)
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)

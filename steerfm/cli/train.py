@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerfm import encoders, files, plugins, registry, rewards, zoo
 from steerfm.checkpoints import NETWORK_KIND, build_network, load_into, read_weights, save_weights
@@ -184,7 +184,7 @@ def _check_files(config: TrainConfig) -> None:
 def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]]:
     """Build the LightningModule of a task, and return it with the architecture of its network."""
     from steerfm import training
-    from steerfm.training.objectives import OFF_DIAGONAL, FlowMatching, Posterior, Trajectory, Triangle
+    from steerfm.training.objectives import FlowMatching
 
     o, options = config.objective, schedule(config.optimizer) | {"seed": config.seed}
     if config.task == "contrastive":
@@ -202,12 +202,7 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     network = build_network(architecture)
     if config.task == "classifier":
         return training.ClassifierTraining(network, smoothing=o.smoothing, noise=o.noise, **options), architecture
-    shares = o.shares or {"lagrangian": 0.25}
-    for name in shares:
-        if name not in OFF_DIAGONAL:
-            raise ConfigError(f"unknown objective {name!r}{nearest(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}")
-    if "posterior" in shares and not getattr(network, "posterior", False):
-        raise ConfigError("the objective posterior trains a network that is given a state: network.posterior=true")
+    check_shares(config, network)
     if config.init:
         weights = read_weights(zoo.find(config.init), "flow_map")[1]
         load_into(network, untrained_posterior(network) | weights, config.init)
@@ -215,23 +210,48 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     flow_map = NeuralFlowMap(
         network, data.shape, class_names=class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
     )
-    pairs = Triangle(o.terminal, o.full, o.gap)
-    teacher = None
-    if o.teacher:
-        if not {"trajectory", "posterior"} & shares.keys():
-            raise ConfigError("objective.teacher is only used by the objectives trajectory and posterior: give one a share")
-        teacher = zoo.load(o.teacher)
-        teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
-    by_teacher = {
-        "trajectory": Trajectory(pairs, uses=o.uses, diagonal=o.diagonal, teacher=teacher, keep=o.keep),
-        "posterior": Posterior(pairs, teacher=teacher),
-    }
-    objectives = {by_teacher.get(name) or OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
     diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
     module = training.FlowMapTraining(
-        flow_map, objectives, diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
+        flow_map, off_diagonal(config), diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
     )  # fmt: skip
     return module, architecture
+
+
+BY_TEACHER = ("trajectory", "posterior", "posterior_trajectory")
+"""Objectives that take a frozen velocity."""
+
+
+def check_shares(config: TrainConfig, network: nn.Module) -> None:
+    """Refuse objectives that there are not, or that the network cannot learn by, before data are read."""
+    from steerfm.training.objectives import OFF_DIAGONAL
+
+    shares = config.objective.shares
+    for name in shares:
+        if name not in OFF_DIAGONAL:
+            raise ConfigError(f"unknown objective {name!r}{nearest(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}")
+        if name.startswith("posterior") and not getattr(network, "posterior", False):
+            raise ConfigError(f"the objective {name} trains a network that is given a state: network.posterior=true")
+    if config.objective.teacher and not {*BY_TEACHER} & shares.keys():
+        raise ConfigError(f"objective.teacher is only used by the objectives {', '.join(BY_TEACHER)}: give one a share")
+
+
+def off_diagonal(config: TrainConfig) -> dict[Any, float]:
+    """Build the off-diagonal objectives, with their shares."""
+    from steerfm.training.objectives import OFF_DIAGONAL, Posterior, PosteriorTrajectory, Trajectory, Triangle
+
+    o, teacher = config.objective, None
+    if o.teacher:
+        teacher = zoo.load(o.teacher)
+        teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
+    pairs = Triangle(o.terminal, o.full, o.gap)
+    pool: dict[str, Any] = {"uses": o.uses, "diagonal": o.diagonal, "teacher": teacher, "keep": o.keep}
+    by_teacher = {
+        "trajectory": Trajectory(pairs, **pool),
+        "posterior": Posterior(pairs, teacher=teacher),
+        "posterior_trajectory": PosteriorTrajectory(pairs, **pool),
+    }
+    shares = o.shares or {"lagrangian": 0.25}
+    return {by_teacher.get(name) or OFF_DIAGONAL[name](pairs): share for name, share in shares.items()}
 
 
 def _is_own(config: TrainConfig) -> bool:

@@ -70,11 +70,32 @@ def posterior_errors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, *flow_map.shape, generator=generator).to(like)
 
-    def log_p(x: Tensor) -> Tensor:
-        assert classify is not None
-        return classify(flow_map.decode(x.flatten(0, 1))).log_softmax(1).double().view(*x.shape[:2], -1)
+    ways = _ways(flow_map, fine)
+    out = PosteriorErrors(*({name: {} for name in ways} for _ in range(3 if classify else 1)))
+    with torch.inference_mode():
+        x1 = flow_map.lookahead(normal(n), 0.0, cond, hops=flow_map.steps)
+        own = classify(flow_map.decode(x1)).argmax(1) if classify else None
+        for t in times:
+            x = flow_map.interpolant.interpolate(normal(n), x1, t)
+            errors: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in ways}
+            for i in range(n):  # state by state: all draws of all states are many rows
+                at, c = x[i : i + 1], take_rows(cond, slice(i, i + 1))
+                reference, z = glass.draw(flow_map, at, t, normal(1, draws), c, fine)[0], normal(1, draws)
+                label = None if own is None else int(own[i])
+                for name, way in ways.items():
+                    errors[name].append(_errors(way(at, t, z, c)[0], reference, flow_map, classify, label, k))
+            for name, rows in errors.items():
+                distances, values, squares = zip(*rows)
+                out.distance[name][t] = sum(distances) / n
+                if classify is not None:
+                    out.value[name][t] = sum(values) / n
+                    out.frequency[name][t] = torch.cat(squares).mean().sqrt().item()
+    return out
 
-    ways: dict[str, Callable[[Tensor, float, Tensor, Condition], Tensor]] = {
+
+def _ways(flow_map: FlowMap, fine: int) -> dict[str, Callable[[Tensor, float, Tensor, Condition], Tensor]]:
+    """What draws, by name: (1, *shape) states, their time, (1, k, *shape) noise and a condition to (1, k, *shape)."""
+    return {
         "fine draws again": lambda x, t, z, c: glass.draw(flow_map, x, t, z, c, fine),
         "1 call": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine),
         "2 calls": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine, hops=2),
@@ -82,33 +103,18 @@ def posterior_errors(
         "jump, 1 call": lambda x, t, z, c: flow_map.lookahead(x, t, c).unsqueeze(1).expand_as(z),
         "denoiser, 1 call": lambda x, t, z, c: flow_map.denoise(x, t, c).unsqueeze(1).expand_as(z),
     }
-    out = PosteriorErrors({name: {} for name in ways}, *([{name: {} for name in ways} for _ in "vf"] if classify else ()))
-    with torch.inference_mode():
-        x1 = flow_map.lookahead(normal(n), 0.0, cond, hops=flow_map.steps)
-        own = log_p(x1[:, None])[:, 0].argmax(1) if classify else None
-        for t in times:
-            x = flow_map.interpolant.interpolate(normal(n), x1, t)
-            seen: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in ways}
-            for i in range(n):  # state by state: all draws of all states are many rows
-                at, c = x[i : i + 1], take_rows(cond, slice(i, i + 1))
-                reference, z = glass.draw(flow_map, at, t, normal(1, draws), c, fine), normal(1, draws)
-                truth = None if own is None else log_p(reference)[0]
-                for name, way in ways.items():
-                    x_1 = way(at, t, z, c)
-                    distance = sliced_wasserstein(x_1[0].flatten(1), reference[0].flatten(1))
-                    value, squares = 0.0, torch.empty(0)
-                    if truth is not None and own is not None:
-                        p = log_p(x_1)[0]
-                        value = _value_error(p[:, own[i]], truth[:, own[i]], min(k, draws))
-                        squares = _squares(p.argmax(1), truth.argmax(1), p.shape[1])
-                    seen[name].append((distance, value, squares))
-            for name, rows in seen.items():
-                distances, values, squares = zip(*rows)
-                out.distance[name][t] = sum(distances) / n
-                if classify is not None:
-                    out.value[name][t] = sum(values) / n
-                    out.frequency[name][t] = torch.cat(squares).mean().sqrt().item()
-    return out
+
+
+def _errors(
+    x_1: Tensor, reference: Tensor, flow_map: FlowMap, classify: Callable[[Tensor], Tensor] | None, label: int | None, k: int
+) -> tuple[float, float, Tensor]:
+    """Distance, error of the value of a class, and squared errors of the frequencies of all, of the draws of one state."""
+    distance = sliced_wasserstein(x_1.flatten(1), reference.flatten(1))
+    if classify is None:
+        return distance, 0.0, torch.empty(0)
+    p, truth = (classify(flow_map.decode(x)).log_softmax(1).double() for x in (x_1, reference))
+    value = _value_error(p[:, label], truth[:, label], min(k, len(p)))
+    return distance, value, _squares(p.argmax(1), truth.argmax(1), p.shape[1])
 
 
 def _value_error(log_p: Tensor, truth: Tensor, k: int) -> float:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from steerfm.flowmap import FlowMap
-from steerfm.glass import inner_velocity
-from steerfm.interpolant import expand_time
+from steerfm.glass import inner_denoised, inner_velocity
+from steerfm.interpolant import Interpolant, expand_time
 from steerfm.rows import Condition, expand_rows, is_null, join_conditions, take_rows
 
 Times = Callable[[int, torch.Generator], Tensor]
@@ -191,19 +191,28 @@ class Paths:
         times: (steps + 1, m).
         velocities: (steps, m, *shape).
         cond: m rows.
+        given: (1, m, *shape) states x_t of posteriors, for their inner paths; else None.
+        given_times: (1, m) their times.
     """
 
     states: Tensor
     velocities: Tensor
     times: Tensor
     cond: Condition
+    given: Tensor | None = None
+    given_times: Tensor | None = None
 
     def join(self, other: Paths, last: int) -> Paths:
         """Those of both, but no more than the ``last``."""
+
+        def both(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([a, b], 1)[:, -last:]
+
         cond = None if self.cond is None else join_conditions(self.cond, other.cond)
-        pairs = ((self.states, other.states), (self.velocities, other.velocities), (self.times, other.times))
-        states, velocities, times = (torch.cat(pair, 1)[:, -last:] for pair in pairs)
-        return Paths(states, velocities, times, take_rows(cond, slice(-last, None)))
+        pairs = [(vars(self)[name], vars(other)[name]) for name in ("states", "velocities", "times", "given", "given_times")]
+        states, velocities, times, given, given_times = (None if a is None else both(a, b) for a, b in pairs)
+        assert states is not None and velocities is not None and times is not None
+        return Paths(states, velocities, times, take_rows(cond, slice(-last, None)), given, given_times)
 
 
 @dataclass
@@ -271,7 +280,10 @@ class Trajectory:
         gap = expand_time(t - s, x_s)
         velocity = paths.velocities[first, of]
         target = torch.where(gap > 0, (x_t - x_s) / gap.where(gap > 0, 1.0), velocity)
-        return mean_square(flow_map.average_velocity(x_s, s, t, take_rows(paths.cond, of)) - target)
+        return mean_square(self._velocity(flow_map, x_s, s, t, paths, of) - target)
+
+    def _velocity(self, flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, paths: Paths, of: Tensor) -> Tensor:
+        return flow_map.average_velocity(x, s, t, take_rows(paths.cond, of))
 
     def _paths(
         self, flow_map: FlowMap, x1: Tensor, cond: Condition, generator: torch.Generator, rows: slice
@@ -281,20 +293,18 @@ class Trajectory:
         if not self.keep:
             of = torch.arange(b)[rows] // self.uses
             first = torch.arange(int(of[0]), int(of[-1]) + 1, device=x1.device) * self.uses
-            start = _noise(x1, generator)[first]
-            return self._integrate(teacher, start, take_rows(cond, first), generator), of - of[0]
+            return self._integrate(
+                teacher, _noise(x1, generator)[first], x1[first], take_rows(cond, first), generator
+            ), of - of[0]
         if pool.paths is None or pool.calls % self.uses == 0:
-            new = self._integrate(teacher, _noise(x1, generator), cond, generator)
+            new = self._integrate(teacher, _noise(x1, generator), x1, cond, generator)
             pool.paths = new if pool.paths is None else pool.paths.join(new, self.keep)
         pool.calls += 1
         return pool.paths, torch.randint(pool.paths.times.shape[1], (b,), generator=generator)[rows]
 
-    def _integrate(self, teacher: FlowMap, x: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
-        """From noise ``x``; the interior times are a grid with a random shift, so that no time is without states."""
-        n = self.steps
-        shift = torch.rand((), generator=generator)
-        times = torch.cat([torch.zeros(1), (torch.arange(n - 1) + shift) / max(n - 1, 1), torch.ones(1)]).to(x)
-        times = times[:, None].expand(-1, len(x))
+    def _integrate(self, teacher: FlowMap, x: Tensor, x1: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
+        """Follow a path from each row of noise ``x``; ``x1`` are data, as many."""
+        times = self._times(generator).to(x)[:, None].expand(-1, len(x))
         states, velocities = [x], []
         with torch.no_grad():
             for s, t in pairwise(times):
@@ -303,6 +313,11 @@ class Trajectory:
                 x = x + gap * teacher.velocity(x + gap / 2 * velocities[-1], (s + t) / 2, cond)
                 states.append(x)
         return Paths(torch.stack(states), torch.stack(velocities), times, cond)
+
+    def _times(self, generator: torch.Generator) -> Tensor:
+        """The interior ones are a grid with a random shift, so that no time is without states; (steps + 1,)."""
+        n, shift = self.steps, torch.rand((), generator=generator)
+        return torch.cat([torch.zeros(1), (torch.arange(n - 1) + shift) / max(n - 1, 1), torch.ones(1)])
 
 
 # --- posteriors ------------------------------------------------------------------------------------------------------
@@ -356,9 +371,47 @@ class Posterior:
         return mean_square(u + gap * du - w)
 
 
+@dataclass(frozen=True)
+class PosteriorTrajectory(Trajectory):
+    """As `Trajectory`, on the inner paths of GLASS, from noise to draws of p(x_1 | x_t): targets without noise for long jumps.
+
+    Args:
+        last: largest time of a state x_t; states are noised data.
+    """
+
+    last: float = 0.98
+
+    def _velocity(self, flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, paths: Paths, of: Tensor) -> Tensor:
+        assert paths.given is not None and paths.given_times is not None
+        given, times = paths.given[0, of], paths.given_times[0, of]
+        return flow_map.posterior_velocity(x, s, t, given, times, take_rows(paths.cond, of))
+
+    def _integrate(self, teacher: FlowMap, x: Tensor, x1: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
+        path, t = teacher.interpolant, self.last * torch.rand(len(x), generator=generator).to(x)
+        given = path.interpolate(_noise(x1, generator), x1, expand_time(t, x1))
+        times = self._times(generator).to(x)[:, None].expand(-1, len(x))
+        states, velocities = [x], []
+        with torch.no_grad():
+            for s, e in pairwise(times):
+                middle = (s + e) / 2
+                x_1 = inner_denoised(teacher, x, s, given, t, cond)
+                velocities.append(path.velocity_from_denoised(x, x_1, expand_time(s, x)))
+                x_1 = inner_denoised(teacher, _towards(path, x, x_1, s, middle), middle, given, t, cond)
+                x = _towards(path, x, x_1, s, e)
+                states.append(x)
+        return Paths(torch.stack(states), torch.stack(velocities), times, cond, given[None], t[None])
+
+
+def _towards(path: Interpolant, x: Tensor, x_1: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Where x at s comes to at t on the path that ends in x_1."""
+    s, t = expand_time(s, x), expand_time(t, x)
+    return path.alpha(t) * x_1 + path.sigma(t) / path.sigma(s) * (x - path.alpha(s) * x_1)
+
+
 OFF_DIAGONAL: dict[str, type] = {
     "trajectory": Trajectory,
     "posterior": Posterior,
+    "posterior_trajectory": PosteriorTrajectory,
     "lagrangian": Lagrangian,
     "progressive": Progressive,
     "eulerian": Eulerian,

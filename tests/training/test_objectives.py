@@ -20,6 +20,7 @@ from steerfm.training.objectives import (
     LogitNormal,
     MeanFlow,
     Posterior,
+    PosteriorTrajectory,
     Progressive,
     Trajectory,
     Triangle,
@@ -112,7 +113,7 @@ def test_logit_normal_times(z_score):
 # --- what all share --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("objective", [o for o in EVERY if not isinstance(o, Trajectory)], ids=lambda o: type(o).__name__)
 def test_one_loss_per_sample_and_reproducible(random_map, objective):
-    fm, x1 = random_map(classes=2, posterior=isinstance(objective, Posterior)), data(6)
+    fm, x1 = random_map(classes=2, posterior=isinstance(objective, Posterior | PosteriorTrajectory)), data(6)
     cond = torch.tensor([0, 1, 2, 0, 1, 2])
     losses = objective(fm, x1, cond, seeded())
     assert losses.shape == (6,)
@@ -126,14 +127,14 @@ def test_one_loss_per_sample_and_reproducible(random_map, objective):
 
 @pytest.mark.parametrize("objective", EVERY, ids=lambda o: type(o).__name__)
 def test_the_global_generator_is_left_alone(random_map, objective):
-    fm, before = random_map(posterior=isinstance(objective, Posterior)), torch.get_rng_state()
+    fm, before = random_map(posterior=isinstance(objective, Posterior | PosteriorTrajectory)), torch.get_rng_state()
     objective(fm, data(4), None, seeded())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=lambda o: type(o).__name__)
 def test_every_weight_gets_a_gradient(random_map, objective):
-    fm = random_map(classes=2, posterior=isinstance(objective, Posterior))
+    fm = random_map(classes=2, posterior=isinstance(objective, Posterior | PosteriorTrajectory))
     objective(fm, data(8), torch.arange(8) % 3, seeded()).mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in fm.parameters())
 
