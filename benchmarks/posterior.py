@@ -4,8 +4,9 @@
     steerfm bench posterior --steps 200 --states 2 --draws 200
     steerfm bench posterior --model FILE --classifier fashion-classifier    # a map of your own: see below
 
-A network of 4 x 128 learns the draws from the exact velocity (`steerfm.training.objectives.Posterior`). Prints the sliced W2
-distance to exact draws of p(x_1 | x_t), the mean over states; "floor" is that of two sets of exact draws. Then one JSON line.
+A network of 4 x 128 learns the draws from the exact velocity (`steerfm.training.objectives.PosteriorTrajectory`). Prints the
+sliced W2 distance to exact draws of p(x_1 | x_t), the mean over states; "floor" is that of two sets of exact draws. Then one
+JSON line.
 
 With --model nothing is trained: draws of that map are compared with those of its own velocity in 64 calls, as
 `steerfm evaluate` does with fewer (20 states, 256 draws: a quarter of an hour on one core for a map of clothes).
@@ -30,8 +31,7 @@ from steerfm.metrics import posterior_errors, sliced_wasserstein
 from steerfm.networks import Mlp
 from steerfm.sampling import Noise
 from steerfm.steering import ExactPosterior, Posterior
-from steerfm.training.objectives import Posterior as Objective
-from steerfm.training.objectives import Triangle
+from steerfm.training.objectives import PosteriorTrajectory, Triangle
 from steerfm.zoo import load_classifier
 
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.6)
@@ -44,7 +44,7 @@ def train(steps: int, batch: int = 512, seed: int = 0) -> steerfm.NeuralFlowMap:
     torch.manual_seed(seed)
     network, generator = Mlp(2, 128, 4, posterior=True), torch.Generator().manual_seed(seed)
     flow_map = steerfm.NeuralFlowMap(network, (2,), std=RING.cov()[0, 0].sqrt().item())
-    objective = Objective(Triangle(0.3, 0.2), teacher=RING.flow_map())
+    objective = PosteriorTrajectory(Triangle(0.3, 0.2), steps=16, uses=16, diagonal=0.1, teacher=RING.flow_map(), keep=32768)
     optimizer = torch.optim.RAdam(network.parameters(), 1e-3, betas=(0.9, 0.99))
     average = AveragedModel(network, avg_fn=lambda old, new, n: old.lerp(new, 1 - min(0.999, (1 + float(n)) / (10 + float(n)))))
     for step in range(steps):

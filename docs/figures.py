@@ -2,6 +2,7 @@
 
 hearts.png: one seed a column, by the strength of a reward. flow-map.png: a path, the jumps from it, and the best of the
 particles that they steer. tuned-hearts.png: a fine-tuned model at several strengths of its adapter. tilt.png: weights.
+draws.png: a state, the jump from it, and sixteen draws of what it may become.
 """
 
 from __future__ import annotations
@@ -68,6 +69,16 @@ def tuned(n: int = 6) -> None:
     picture_grid(torch.stack(rows), HERE / "tuned-hearts.png", row_labels=labels)
 
 
+def draws(t: float = 0.25, seed: int = 7, across: int = 6) -> None:
+    fm, noise = steerfm.load("fashion-posterior"), steerfm.sampling.Noise([seed])
+    x = fm.interpolant.interpolate(noise.start(fm), steerfm.sample(fm, n=1, seeds=seed), t)
+    z = noise.normal((16, *fm.shape), x)[0]
+    pictures = torch.cat([x, fm.jump(x, t, 1.0), fm.posterior(x.expand_as(z), t, z)])
+    captions = [f"t = {t:g}", "jump", *("draw" for _ in z)]
+    rows = [captions[i : i + across] for i in range(0, len(captions), across)]
+    picture_grid(fm.decode(pictures).unflatten(0, (-1, across)), HERE / "draws.png", captions=rows, text=11)
+
+
 def tilt(k: int = 24) -> None:
     """Twenty-four samples of two modes, weighted for a reward that grows to the right, at two strengths."""
     gm = steerfm.GaussianMixture(means=[[-1.5], [1.2]], covs=[[0.3], [0.4]], weights=[0.65, 0.35])
@@ -100,3 +111,4 @@ if __name__ == "__main__":
     flow_map()
     tuned()
     tilt()
+    draws()

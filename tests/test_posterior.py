@@ -102,6 +102,7 @@ def test_inner_trajectories_are_those_of_the_truth_up_to_the_second_order_of_the
     assert loss(right, 64, keep=400) < 4e-5 and loss(mlp(path=path), 32) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Objective, partial(Trajectories, uses=16, keep=4096)])
 def test_training_learns_two_modes(kind):
     """One call draws each mode as often as the exact posterior does, at states where that is neither 0 nor 1."""

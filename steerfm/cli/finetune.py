@@ -300,10 +300,10 @@ def finish(config: FinetuneConfig, command: str, folder: RunFolder, run: Outcome
     print_table(header, [[str(value) for value in row] for row in table], title)
     console.print(", ".join(f"{key} {short(value)}" for key, value in facts.items()))
     if run.consistency and run.consistency["tuned"] > 1.5 * run.consistency["base"]:
-        longer = "distil for longer, with a larger distil.steps="
-        if "distil" not in run.modules:
-            longer = "tune for longer, with a larger optimizer.steps="
-        console.print(f"the tuned map's semigroup error is more than 1.5 times the base's: {longer}")
+        cure = "sample it in as many jumps as it was tuned for"
+        if "distil" in run.modules:
+            cure = "distil for longer, with a larger distil.steps="
+        console.print(f"the tuned map's semigroup error is more than 1.5 times the base's: {cure}")
     outcome = "no checkpoint was better than the base: the base is kept" if run.monitors["tune"].kept_base else "the tuned map"
     console.print(f"{outcome}: steerfm sample model={model}; report.html and numbers in {folder.path}", markup=False)
 

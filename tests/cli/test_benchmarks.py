@@ -47,6 +47,7 @@ def test_draws_of_a_posterior_map_on_a_ring(capsys):
     assert sum(rows["floor"]) < sum(rows["1 call"]) < 0.8 * sum(rows["GLASS, 2 calls"])
 
 
+@pytest.mark.slow
 def test_draws_of_a_posterior_map_of_pictures(capsys, tmp_path):
     architecture = {"name": "unet", "channels": 1, "widths": [8, 8], "blocks": 1, "posterior": True}
     flow_map = steerfm.NeuralFlowMap(UNet(1, (8, 8), 1, posterior=True), (1, 28, 28), mean=-0.4, std=0.7)
