@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steerfm.capabilities import can
 from steerfm.flowmap import FlowMap
-from steerfm.interpolant import expand_time
+from steerfm.interpolant import Interpolant, expand_time
 from steerfm.rows import Condition, repeat_rows
 
 
@@ -62,7 +62,27 @@ def posterior(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: 
     return flow_map.posterior(states, times, z.flatten(0, 1), repeat_rows(cond, k), hops).view_as(z)
 
 
-def draw(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition, steps: int) -> Tensor:
+def inner_time(path: Interpolant, inner: Interpolant, t: Any, share: float) -> Any:
+    """The inner time at which this share of the way from t to 1 lies behind the joint state, of x at t and z.
+
+    Near the data x alone says nearly all, and z adds to it only when the inner time is later still: equal steps of the inner
+    time would pass over all that is left to draw.
+
+    Args:
+        path: of x.
+        inner: of z.
+        t: the time of x, a float or a tensor.
+        share: in [0, 1].
+    """
+    if share in (0, 1):
+        return t * 0.0 + float(share)
+    time = t + (1 - t) * share
+    return inner.time_at(((path.alpha(time) / path.sigma(time)) ** 2 - (path.alpha(t) / path.sigma(t)) ** 2) ** 0.5)
+
+
+def draw(
+    flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condition, steps: int, joint: bool = False
+) -> Tensor:
     """Draws of p(x_1 | x_t = x) by the midpoint rule, two calls per step; exact as ``steps`` grows.
 
     The inner path is the linear one. With the denoiser held fixed its ODE is solved exactly.
@@ -72,7 +92,9 @@ def draw(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condi
         t: their time, a float or (b,), below 1.
         z: (b, k, *shape) standard normal noise, k draws a state.
         cond: b rows.
-        steps: equal steps of the inner ODE.
+        steps: of the inner ODE, equal in the inner time as published.
+        joint: take steps that are equal in the time of the joint state, see `inner_time`: right with few of them near the data,
+            where equal steps of the inner time give too narrow draws.
 
     Returns:
         (b, k, *shape).
@@ -81,14 +103,21 @@ def draw(flow_map: FlowMap, x: Tensor, t: float | Tensor, z: Tensor, cond: Condi
     at: Any = expand_time(t, x).unsqueeze(1) if isinstance(t, Tensor) else t
     outer, white = path.alpha(at) / path.sigma(at), x.unsqueeze(1) / path.sigma(at)
 
-    def denoised(z: Tensor, s: float) -> Tensor:
+    def denoised(z: Tensor, s: Any) -> Tensor:
         both, time = path.joint(white, outer, z / (1 - s), s / (1 - s))
         if isinstance(time, Tensor):
             time = time.flatten().repeat_interleave(z.shape[1])
         return flow_map.denoise(both.flatten(0, 1), time, cond_k).view_as(z)
 
+    def time(i: float) -> Any:
+        return inner_time(path, Interpolant(), at, i / steps) if joint else i / steps
+
     for i in range(steps):
-        s, middle, end = i / steps, (i + 0.5) / steps, (i + 1) / steps
-        half = torch.lerp(denoised(z, s), z, (1 - middle) / (1 - s))  # z - D shrinks like 1 - s
-        z = torch.lerp(denoised(half, middle), z, (1 - end) / (1 - s))
+        s, middle, end = time(i), time(i + 0.5), time(i + 1)
+        half = _blend(denoised(z, s), z, (1 - middle) / (1 - s))  # z - D shrinks like 1 - s
+        z = _blend(denoised(half, middle), z, (1 - end) / (1 - s))
     return z
+
+
+def _blend(a: Tensor, b: Tensor, share: Any) -> Tensor:
+    return torch.lerp(a, b, share.to(a) if isinstance(share, Tensor) else share)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import steerfm
-from steerfm import GaussianMixture, Interpolant, NeuralFlowMap, Trigonometric
+from steerfm import GaussianMixture, Interpolant, NeuralFlowMap, Trigonometric, glass
 from steerfm.capabilities import can
 from steerfm.cost import Ledger
 from steerfm.finetuning import METHODS, FineTuning
@@ -98,8 +98,26 @@ def test_inner_trajectories_are_those_of_the_truth_up_to_the_second_order_of_the
         objective = Trajectories(Triangle(0.2, 0.2), steps=steps, diagonal=diagonal, teacher=gaussian.flow_map(), keep=keep)
         return objective(flow_map, x1, None, torch.Generator().manual_seed(2)).mean()
 
-    assert loss(right, 64) < 4e-5 and loss(right, 64) < loss(right, 16) / 20
+    assert loss(right, 8) < 1e-3 and loss(right, 64) < loss(right, 8) / 30
     assert loss(right, 64, keep=400) < 4e-5 and loss(mlp(path=path), 32) > 1e-2
+
+
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
+@pytest.mark.parametrize("t", [0.0, 0.6, 0.9, 0.98])
+def test_few_steps_draw_as_widely_as_the_posterior_is_near_the_data_too(path, t):
+    """With steps that are equal in the joint time; with steps equal in the inner time draws are a tenth as wide at .98."""
+    mixture = GaussianMixture([[-1.5, 0.0], [1.0, 1.2]], [[0.15, 0.3], [0.2, 0.1]], [0.6, 0.4], interpolant=path)
+    generator = torch.Generator().manual_seed(0)
+    x1, e = mixture.sample(1, generator), torch.randn(1, 2, generator=generator, dtype=torch.float64)
+    x, flow_map, n = path.interpolate(e, x1, t), mixture.flow_map(), 20_000
+    exact, z = mixture.posterior(x, t), torch.randn(1, n, 2, generator=generator, dtype=torch.float64)
+    for times in (t, torch.tensor([t], dtype=torch.float64)):
+        draws = glass.draw(flow_map, x, times, z, None, 12, joint=True)[0]
+        variance = exact.cov()[0].diag()
+        assert ((draws.mean(0) - exact.mean()[0]) / (variance / n).sqrt()).abs().max() < 4
+        assert (draws.var(0) / variance / z[0].var(0) - 1).abs().max() < 0.12
+    if t > 0.5:
+        assert (glass.draw(flow_map, x, t, z, None, 12)[0].var(0) / variance).max() < 0.97
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def posterior_errors(
             errors: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in ways}
             for i in range(n):  # state by state: all draws of all states are many rows
                 at, c = x[i : i + 1], take_rows(cond, slice(i, i + 1))
-                reference, z = glass.draw(flow_map, at, t, normal(1, draws), c, fine)[0], normal(1, draws)
+                reference, z = glass.draw(flow_map, at, t, normal(1, draws), c, fine, joint=True)[0], normal(1, draws)
                 label = None if own is None else int(own[i])
                 for name, way in ways.items():
                     errors[name].append(_errors(way(at, t, z, c)[0], reference, flow_map, classify, label, k))
@@ -96,7 +96,7 @@ def posterior_errors(
 def _ways(flow_map: FlowMap, fine: int) -> dict[str, Callable[[Tensor, float, Tensor, Condition], Tensor]]:
     """What draws, by name: (1, *shape) states, their time, (1, k, *shape) noise and a condition to (1, k, *shape)."""
     return {
-        "fine draws again": lambda x, t, z, c: glass.draw(flow_map, x, t, z, c, fine),
+        "fine draws again": lambda x, t, z, c: glass.draw(flow_map, x, t, z, c, fine, joint=True),
         "1 call": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine),
         "2 calls": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine, hops=2),
         **{f"GLASS, {2 * s} calls": lambda x, t, z, c, s=s: glass.draw(flow_map, x, t, z, c, s) for s in (1, 2, 4)},

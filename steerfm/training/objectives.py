@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerfm.flowmap import FlowMap
-from steerfm.glass import inner_denoised, inner_velocity
+from steerfm.glass import inner_denoised, inner_time, inner_velocity
 from steerfm.interpolant import Interpolant, expand_time
 from steerfm.rows import Condition, expand_rows, is_null, join_conditions, take_rows
 
@@ -375,6 +375,8 @@ class Posterior:
 class PosteriorTrajectory(Trajectory):
     """As `Trajectory`, on the inner paths of GLASS, from noise to draws of p(x_1 | x_t): targets without noise for long jumps.
 
+    Steps are even in the time of the joint state (`steerfm.glass.inner_time`), so that a few of them do near the data, too.
+
     Args:
         last: largest time of a state x_t; states are noised data.
     """
@@ -389,11 +391,12 @@ class PosteriorTrajectory(Trajectory):
     def _integrate(self, teacher: FlowMap, x: Tensor, x1: Tensor, cond: Condition, generator: torch.Generator) -> Paths:
         path, t = teacher.interpolant, self.last * torch.rand(len(x), generator=generator).to(x)
         given = path.interpolate(_noise(x1, generator), x1, expand_time(t, x1))
-        times = self._times(generator).to(x)[:, None].expand(-1, len(x))
+        shares = self._times(generator).tolist()
+        middles = [inner_time(path, path, t, (a + b) / 2) for a, b in pairwise(shares)]
+        times = torch.stack([inner_time(path, path, t, share) for share in shares])
         states, velocities = [x], []
         with torch.no_grad():
-            for s, e in pairwise(times):
-                middle = (s + e) / 2
+            for s, middle, e in zip(times, middles, times[1:]):
                 x_1 = inner_denoised(teacher, x, s, given, t, cond)
                 velocities.append(path.velocity_from_denoised(x, x_1, expand_time(s, x)))
                 x_1 = inner_denoised(teacher, _towards(path, x, x_1, s, middle), middle, given, t, cond)
