@@ -116,8 +116,8 @@ def test_few_steps_draw_as_widely_as_the_posterior_is_near_the_data_too(path, t)
         variance = exact.cov()[0].diag()
         assert ((draws.mean(0) - exact.mean()[0]) / (variance / n).sqrt()).abs().max() < 4
         assert (draws.var(0) / variance / z[0].var(0) - 1).abs().max() < 0.12
-    if t > 0.5:
-        assert (glass.draw(flow_map, x, t, z, None, 12)[0].var(0) / variance).max() < 0.97
+    if t > 0.7:
+        assert (glass.draw(flow_map, x, t, z, None, 12)[0].var(0) / variance).max() < 0.9
 
 
 @pytest.mark.slow

@@ -48,21 +48,22 @@ class ObjectiveConfig:
     """Losses."""
 
     shares: dict[str, float] = option(
-        {}, "share of the batch for each off-diagonal objective, the rest is flow matching; {} is {lagrangian: 0.25}",
+        {}, "share of the batch for each off-diagonal objective (trajectory, posterior, posterior_trajectory, lagrangian, "
+        "progressive, eulerian, meanflow), the rest is flow matching; {} is {lagrangian: 0.25}",
         range=Range(least=0, most=1),
     )  # fmt: skip
     start: float = share(0.1, "share of the steps, at the start, that use flow matching only")
     terminal: float = share(0.2, "share of the time pairs (s, t) with t = 1, the look-aheads")
     full: float = share(0.1, "share of the time pairs that are (0, 1)")
     gap: float = ranged(1.0, "largest t - s of the other time pairs", above=0, most=1)
-    diagonal: float = share(0.3, "trajectory: share of its pairs with t < 1 that fit the velocity instead, s = t")
+    diagonal: float = share(0.3, "trajectories: share of their pairs with t < 1 that fit the velocity instead, s = t")
     drop: float = share(0.1, "probability of dropping the class or caption, for classifier-free guidance")
     guidance: float = finite(1.0, "scale of classifier-free guidance to train into the map; 1 for none")
     teacher: str | None = option(
-        None, "checkpoint of the frozen velocity for the objectives trajectory and posterior; null for the map's own"
+        None, "checkpoint of the frozen velocity of trajectory, posterior and posterior_trajectory; null for the map's own"
     )
     uses: int = count(8, "use", "mean number of time pairs per trajectory")
-    keep: int = natural(0, "trajectories to store and draw pairs from; 0 for those of the current step only")
+    keep: int = natural(0, "trajectories to store and draw pairs from, at least a batch; 0 for those of the current step only")
     smoothing: float = ranged(0.1, "label smoothing of a classifier: probability spread over all classes", least=0, below=1)
     noise: float = natural(0.0, "largest standard deviation of the noise added to a classifier's pictures, which are in [0, 1]")
     radius: float = natural(1.0, "contrastive with a teacher: largest L2 norm of the change of a picture, pixels in [0, 1]")

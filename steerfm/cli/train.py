@@ -212,7 +212,7 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     )
     diagonal = FlowMatching(guidance=o.guidance, null=flow_map.null)
     module = training.FlowMapTraining(
-        flow_map, off_diagonal(config), diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
+        flow_map, off_diagonal(config, data.shape), diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
     )  # fmt: skip
     return module, architecture
 
@@ -231,17 +231,25 @@ def check_shares(config: TrainConfig, network: nn.Module) -> None:
             raise ConfigError(f"unknown objective {name!r}{nearest(name, OFF_DIAGONAL)}; objectives: {', '.join(OFF_DIAGONAL)}")
         if name.startswith("posterior") and not getattr(network, "posterior", False):
             raise ConfigError(f"the objective {name} trains a network that is given a state: network.posterior=true")
+    if 0 < config.objective.keep < config.data.batch_size:
+        raise ConfigError(f"objective.keep={config.objective.keep}: at least data.batch_size={config.data.batch_size}, or 0")
+    if config.objective.terminal + config.objective.full > 1:
+        o = config.objective
+        raise ConfigError(f"objective.terminal={o.terminal:g}, objective.full={o.full:g}: shares, at most 1 together")
     if config.objective.teacher and not {*BY_TEACHER} & shares.keys():
         raise ConfigError(f"objective.teacher is only used by the objectives {', '.join(BY_TEACHER)}: give one a share")
 
 
-def off_diagonal(config: TrainConfig) -> dict[Any, float]:
-    """Build the off-diagonal objectives, with their shares."""
+def off_diagonal(config: TrainConfig, shape: Sequence[int]) -> dict[Any, float]:
+    """Build the off-diagonal objectives, with their shares, for data of a shape."""
     from steerfm.training.objectives import OFF_DIAGONAL, Posterior, PosteriorTrajectory, Trajectory, Triangle
 
     o, teacher = config.objective, None
     if o.teacher:
         teacher = zoo.load(o.teacher)
+        if tuple(teacher.shape) != tuple(shape):
+            sizes = (" x ".join(map(str, sides)) for sides in (teacher.shape, shape))
+            raise ConfigError("objective.teacher={}: it makes {}, and the data are {}".format(o.teacher, *sizes))
         teacher = teacher if o.guidance == 1 else Guided(teacher, o.guidance)
     pairs = Triangle(o.terminal, o.full, o.gap)
     pool: dict[str, Any] = {"uses": o.uses, "diagonal": o.diagonal, "teacher": teacher, "keep": o.keep}

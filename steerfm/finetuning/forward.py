@@ -13,6 +13,7 @@ ascent, and q narrows to the best samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from steerfm.capabilities import can, needs
-from steerfm.checks import at_least_one
+from steerfm.checks import at_least_one, whole_numbers
 from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, ode
 from steerfm.finetuning.policy import advantages
@@ -51,8 +52,9 @@ class Rated(metaclass=Readable):
 
     def __post_init__(self) -> None:
         at_least_one(reuse=self.reuse)
-        if self.group < 2 or not self.range > 0:
-            raise ValueError(f"group={self.group}, range={self.range}: group must be at least 2, range positive")
+        whole_numbers(group=self.group)
+        if self.group < 2 or not 0 < self.range < math.inf:
+            raise ValueError(f"group={self.group}, range={self.range}: group must be at least 2, range positive and finite")
 
     def samples(self, update: Update, law: Law) -> tuple[Tensor, Tensor]:
         """Samples x_1 (b, *shape) of a law and their ratings A (b,) in [-1, 1], drawn once for ``reuse`` updates."""
@@ -133,10 +135,10 @@ class Forward(Rated):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(jumps=self.jumps)
-        if not (self.beta > 0 and 0 < self.step < 0.5):
-            raise ValueError(f"beta={self.beta}, step={self.step}: beta must be positive, step in (0, 0.5)")
-        if min(self.diagonal, self.terminal) < 0 or self.diagonal + self.terminal > 1:
-            raise ValueError(f"diagonal={self.diagonal}, terminal={self.terminal}: shares, at most 1 together")
+        if not (1e-6 <= self.beta < math.inf and 0 < self.step < 0.5):
+            raise ValueError(f"beta={self.beta}, step={self.step}: beta must be finite and at least 1e-6, step in (0, 0.5)")
+        if not (self.diagonal >= 0 and self.terminal >= 0 and self.diagonal + self.terminal <= 1):
+            raise ValueError(f"diagonal={self.diagonal}, terminal={self.terminal}: from 0 on, and at most 1 together")
 
     def loss(self, update: Update) -> Terms:
         x1, rating = self.samples(update, self.law(update.averaged, update.reference))
@@ -298,8 +300,8 @@ class NFT(RatedVelocity):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta}: must be positive")
+        if not 1e-6 <= self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: must be finite and at least 1e-6")
 
     def loss(self, update: Update) -> Terms:
         x1, rating = self.samples(update, ode(update.averaged, self.ode))
@@ -334,8 +336,8 @@ class AWM(RatedVelocity):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.trust >= 0:
-            raise ValueError(f"trust={self.trust}: must be at least 0")
+        if not 0 <= self.trust < math.inf:
+            raise ValueError(f"trust={self.trust}: must be finite and at least 0")
 
     def loss(self, update: Update) -> Terms:
         x1, rating = self.samples(update, ode(update.averaged, self.ode))

@@ -69,6 +69,8 @@ class Waltz(Chains, metaclass=TakesNames):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.times, Sequence):
+            raise ValueError(f"times={self.times}: a list of times, such as [0.3, 0.5, 0.7]")
         if not self.times or not all(0 < t < 1 for t in self.times):
             raise ValueError(f"times={list(self.times)}: one or more, all above 0 and below 1")
         if getattr(self.lookahead, "k", 1) != 1:  # of several, weighted or not, the first would be taken

@@ -79,7 +79,8 @@ def endless(data: L.LightningDataModule, batch: Callable[[int], Any], shared: bo
     step, ranks, rank = (
         (data.trainer.global_step, data.trainer.world_size, data.trainer.global_rank) if data.trainer else (0, 1, 0)
     )
-    return DataLoader(_Endless(batch, step, 1) if shared else _Endless(batch, step * ranks + rank, ranks), batch_size=None)
+    batches = _Endless(batch, step, 1) if shared else _Endless(batch, step * ranks + rank, ranks)
+    return DataLoader(batches, batch_size=None, generator=torch.Generator())  # without one it moves the global random state
 
 
 class _Endless(IterableDataset):

@@ -173,7 +173,7 @@ class FolderData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         parts: Any = torch.arange(len(self.test[0])).split(self.batch_size)
         read: Any = partial(self._rows, held=True)
-        return DataLoader(parts, batch_size=None, collate_fn=read)
+        return DataLoader(parts, batch_size=None, collate_fn=read, generator=torch.Generator())
 
     def _rows(self, rows: Tensor, held: bool) -> tuple[Any, ...]:
         """Some of the pictures that are trained on, or of those that are held out, with what they are asked for by."""

@@ -57,6 +57,10 @@ class Triangle:
     full: float = 0.1
     gap: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (self.terminal >= 0 and self.full >= 0 and self.terminal + self.full <= 1 + 1e-9):
+            raise ValueError(f"terminal={self.terminal}, full={self.full}: shares from 0 on, at most 1 together")
+
     def __call__(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         s, t = torch.rand(2, n, generator=generator).sort(0).values
         s = torch.maximum(s, t - self.gap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -24,6 +25,7 @@ from steerfm.cli.config import (
 from steerfm.cli.console import console, make_table, progress
 from steerfm.cli.loading import load
 from steerfm.cli.parts import build_method
+from steerfm.cli.train import check_shares, off_diagonal
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.networks import UNet
 from steerfm.registry import Kind
@@ -251,3 +253,27 @@ def test_names_in_brackets_are_printed_as_they_are(capsys, tmp_path, monkeypatch
     (tmp_path / "mine.py").write_text(f"def mine(images):\n    return images.mean((1, 2, 3))\n\nmine.name = {name!r}\n")
     code, out, err = run(capsys, "steer", "reward=mine.py:mine", *TINY, "out=o/" + name.replace("/", "|"))
     assert code == 0 and name in out and name.replace("/", "|") in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective.keep=3"], "objective.keep=3: at least data.batch_size=64, or 0"),
+        (
+            ["objective.terminal=0.8", "objective.full=0.8"],
+            "objective.terminal=0.8, objective.full=0.8: shares, at most 1 together",
+        ),
+        (["objective.shares={posterior_trajectory: 0.5}"], "network.posterior=true"),
+        (["objective.shares={lagrangian: 0.5}", "objective.teacher=fashion"], "objective.teacher is only used by"),
+    ],
+)
+def test_objectives_that_cannot_be_are_refused(words, said):
+    config = load(TrainConfig, None, ["data.batch_size=64", *words])
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_shares(config, UNet(1, (8, 8)))
+
+
+def test_a_teacher_of_other_pictures_is_named():
+    config = load(TrainConfig, None, ["objective.shares={trajectory: 0.5}", "objective.teacher=emoji"])
+    with pytest.raises(ConfigError, match=r"objective\.teacher=emoji: it makes 3 x 32 x 32, and the data are 1 x 28 x 28"):
+        off_diagonal(config, (1, 28, 28))

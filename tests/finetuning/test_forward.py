@@ -302,11 +302,23 @@ def test_samples_are_rated_once_and_used_again(method, random_map):
 
 
 def test_arguments_are_checked():
-    of_all: list[dict[str, Any]] = [{"group": 1}, {"range": 0.0}, {"reuse": 0}]
+    nan, inf = float("nan"), float("inf")
+    of_all: list[dict[str, Any]] = [{"group": 1}, {"group": 2.5}, {"range": 0.0}, {"range": inf}, {"reuse": 0}]
     wrong: dict[type, list[dict[str, Any]]] = {
-        Forward: [*of_all, {"beta": 0.0}, {"step": 0.5}, {"diagonal": 0.9}, {"jumps": 0}],
-        NFT: [*of_all, {"beta": -1.0}, {"ode": 0}],
-        AWM: [*of_all, {"trust": -0.5}, {"ode": 0}],
+        Forward: [
+            *of_all,
+            {"beta": 0.0},
+            {"step": 0.5},
+            {"diagonal": 0.9},
+            {"jumps": 0},
+            {"diagonal": nan},
+            {"terminal": nan},
+            {"terminal": -0.1},
+            {"beta": inf},
+            {"beta": 1e-300},
+        ],
+        NFT: [*of_all, {"beta": -1.0}, {"beta": inf}, {"ode": 0}],
+        AWM: [*of_all, {"trust": -0.5}, {"trust": inf}, {"ode": 0}],
     }
     for method, settings in wrong.items():
         for setting in settings:

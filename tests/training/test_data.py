@@ -13,8 +13,9 @@ import pytest
 import torch
 from steerfm_zoo.fashion.data import CLASSES, FashionMnist, fashion_mnist
 
+from steerfm import GaussianMixture
 from steerfm.cli.parts import data_set
-from steerfm.training.data import TensorBatches, shift_and_mirror
+from steerfm.training.data import MixtureData, TensorBatches, shift_and_mirror
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -209,3 +210,10 @@ def test_fashion_mnist_as_installed():
     assert labels.shape == (64,)
     assert pictures.aminmax() == (0, 1)
     assert sum(len(labels) for _, labels in data.val_dataloader()) == 10_000
+
+
+def test_loaders_leave_the_global_random_state_alone():
+    data = MixtureData(GaussianMixture([[0.0]], [[1.0]]), batch_size=4)
+    before = torch.get_rng_state()
+    assert len(next(iter(data.train_dataloader()))[0]) == 4
+    assert torch.equal(torch.get_rng_state(), before)
