@@ -189,7 +189,7 @@ class Trigonometric(Interpolant):
         return math.atan(ratio) * 2 / math.pi
 
     def sigma_at(self, ratio: Time) -> Time:
-        return 1 / (1 + ratio**2) ** 0.5
+        return torch.rsqrt(1 + ratio**2) if isinstance(ratio, Tensor) else 1 / math.sqrt(1 + ratio**2)
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         middle, half = (s + t) / 2, (t - s) / 2
