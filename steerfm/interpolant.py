@@ -189,7 +189,9 @@ class Trigonometric(Interpolant):
         return math.atan(ratio) * 2 / math.pi
 
     def sigma_at(self, ratio: Time) -> Time:
-        return torch.rsqrt(1 + ratio**2) if isinstance(ratio, Tensor) else 1 / math.sqrt(1 + ratio**2)
+        if isinstance(ratio, Tensor):
+            return torch.rsqrt(1 + ratio * ratio)
+        return 1 / math.hypot(1.0, ratio)
 
     def slope(self, s: Time, t: Time) -> tuple[Time, Time]:
         middle, half = (s + t) / 2, (t - s) / 2
