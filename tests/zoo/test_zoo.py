@@ -12,7 +12,7 @@ from kinds import a, classifier
 import steerfm
 from steerfm import encoders, plugins, zoo
 from steerfm.flowmap import NeuralFlowMap
-from steerfm.metrics import frechet_distance, texture
+from steerfm.metrics import frechet_distance, posterior_errors, texture
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,16 @@ def test_every_model_has_its_card_and_keeps_the_limits():
     assert sum(file.stat().st_size for file in files) < 40 * 2**20
     assert all(file.stat().st_size < 16e6 for file in files)
     models = zoo.models()
-    assert set(models) == {"brisque", "emoji", "emoji-clip", "emoji-judge", "fashion", "fashion-classifier", "fashion-judge"}
+    assert set(models) == {
+        "brisque",
+        "emoji",
+        "emoji-clip",
+        "emoji-judge",
+        "fashion",
+        "fashion-classifier",
+        "fashion-judge",
+        "fashion-posterior",
+    }
     for head in models.values():
         assert {"data", "licence", "recipe", "command", "commit", "metrics"} <= head["card"].keys()
 
@@ -152,3 +161,17 @@ def test_a_velocity_can_forget_its_jumps(tmp_path):
 
 def times(*values):
     return (torch.full((4,), value) for value in values)
+
+
+@pytest.mark.slow
+def test_the_shipped_posterior_map_draws_as_its_velocity_does():
+    """In one call nearer to many calls of the velocity than two of them, a plain map at t = 0, and no copies of one picture."""
+    flow_map, classify = zoo.load("fashion-posterior"), zoo.load_classifier("fashion-classifier")[0]
+    errors = posterior_errors(flow_map, 3, draws=32, fine=8, classify=classify, times=(0.3,))
+    assert errors.distance["1 call"][0.3] < errors.distance["GLASS, 2 calls"][0.3]
+    assert errors.value["1 call"][0.3] < errors.value["jump, 1 call"][0.3]
+    z = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    x = 0.3 * flow_map.lookahead(z, 0.0)[:1] + 0.7 * torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(flow_map.posterior(x.expand_as(z), 0.0, z), flow_map.lookahead(z, 0.0))
+        assert flow_map.posterior(x.expand_as(z), 0.3, z).std(0).mean() > 0.05
