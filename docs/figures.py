@@ -69,7 +69,7 @@ def tuned(n: int = 6) -> None:
     picture_grid(torch.stack(rows), HERE / "tuned-hearts.png", row_labels=labels)
 
 
-def draws(t: float = 0.25, seed: int = 7, across: int = 6) -> None:
+def draws(t: float = 0.2, seed: int = 11, across: int = 6) -> None:
     fm, noise = steerfm.load("fashion-posterior"), steerfm.sampling.Noise([seed])
     x = fm.interpolant.interpolate(noise.start(fm), steerfm.sample(fm, n=1, seeds=seed), t)
     z = noise.normal((16, *fm.shape), x)[0]
