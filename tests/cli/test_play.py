@@ -89,8 +89,9 @@ def test_each_step_is_seen(tmp_path):
 @pytest.mark.slow
 def test_a_stop_half_way_ends_the_run_and_the_next_one_runs(tmp_path):
     play, stop = playground(tmp_path), threading.Event()
+    long = replace(BRIGHT, settings="particles=4 steps=60")  # so that it cannot end before the stop is heard
     with pytest.raises(Halt):
-        for event in play.steer(play.task(BRIGHT), stop):
+        for event in play.steer(play.task(long), stop):
             assert not isinstance(event, Result)
             if isinstance(event, Step):
                 stop.set()

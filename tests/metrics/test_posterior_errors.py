@@ -50,9 +50,9 @@ def test_values_and_frequencies_tell_right_draws_from_wrong_ones():
         return 4.0 * torch.nn.functional.one_hot(up, 4).float()
 
     flow_map = joint()
-    right = posterior_errors(flow_map, n=12, draws=256, classify=signs)
+    right = posterior_errors(flow_map, n=12, draws=256, fine=6, classify=signs, times=(0.2, 0.4))
     flow_map.wide = 3.0
-    wrong = posterior_errors(flow_map, n=12, draws=256, classify=signs)
+    wrong = posterior_errors(flow_map, n=12, draws=256, fine=6, classify=signs, times=(0.2, 0.4))
     for t in (0.2, 0.4):
         assert 0.6 < right.frequency["fine draws again"][t] < 1.5 and 0.6 < right.frequency["1 call"][t] < 1.5
         assert wrong.frequency["1 call"][t] > 2 and right.frequency["denoiser, 1 call"][t] > 4

@@ -26,7 +26,7 @@ FEWEST = {
     "random_search": "4", "zero_order": "4",  # four candidates in one jump
     "parallel_tempering": "4",  # four chains in one jump, a sweep
     "waltz": "8",  # a draw of one posterior, n = 4, a sweep
-    "rbf": "as budgeted", "tree_search": "1 a particle",
+    "rbf": "as budgeted", "tree_search": "1 per particle",
 }  # fmt: skip
 
 
