@@ -21,8 +21,8 @@ test: .venv/dev  ## fetch the data that tests read, where that can be done and S
 quick: .venv/dev  ## the tests but the slow ones and those that need a network or an accelerator: two minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not net and not gpu' $(TESTS)
 
-test-lowest: .venv-lowest/installed  ## the tests of the core, with the lowest versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(WORKERS) $(CORE) -o filterwarnings=default -k 'not train-emoji'  # those recipes need extras
+test-lowest: .venv-lowest/installed  ## the quick tests of the core, with the lowest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(WORKERS) $(CORE) -o filterwarnings=default -m 'not slow' -k 'not train-emoji'  # those recipes need extras
 
 lint: .venv/dev  ## style, types and layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

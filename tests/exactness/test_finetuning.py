@@ -106,8 +106,8 @@ def test_weighted_refitting_reaches_the_tilt(base, allowed):
 
 METHODS = {
     "adjoint": (Adjoint(steps=20, trained=6), {"steps": 250, "batch_size": 128}),
-    "posterior": (Posterior(steps=6), {"steps": 180, "batch_size": 128}),
-    "posterior, without the gradient": (PosteriorFree(steps=6), {"steps": 180, "batch_size": 128}),
+    "posterior": (Posterior(steps=6), {"steps": 250, "batch_size": 128}),
+    "posterior, without the gradient": (PosteriorFree(steps=6), {"steps": 250, "batch_size": 128}),
 }
 
 
@@ -117,7 +117,7 @@ def test_tuning_of_the_velocity_reaches_the_tilt_and_then_its_jumps_do(base, all
     module = tuned(base, method, **options)
     assert distance(module.law(), TARGET, base) < allowed
     teacher = module.averaged()
-    distilled = tuned(base, Distil(module.law(), teacher=teacher), steps=150, start=teacher)
+    distilled = tuned(base, Distil(module.law(), teacher=teacher), steps=200, start=teacher)
     for jumps in (1, 2, 4):
         assert distance(chain(jumps)(distilled.averaged()), TARGET, base) < allowed, jumps
 
