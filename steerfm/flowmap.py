@@ -135,7 +135,11 @@ class FlowMap(nn.Module):
         if isinstance(s, float | int) and isinstance(t, float | int) and s == t:
             return x
         s, t = expand_time(s, x), expand_time(t, x)
-        return x + (t - s) * self._counted(self.average_velocity, x, (s, t), cond)
+        return x + (t - s) * self.average(x, s, t, cond)
+
+    def average(self, x: Tensor, s: float | Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
+        """u(x, s, t), the average velocity of the jump from s to t; b(x, t) where s = t. Shape of x."""
+        return self._counted(self.average_velocity, x, (expand_time(s, x), expand_time(t, x)), cond)
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
         """b(x, t) = u(x, t, t), the velocity of the probability-flow ODE. Shape of x."""

@@ -222,7 +222,7 @@ BY_TEACHER = ("trajectory", "posterior", "posterior_trajectory")
 
 
 def check_shares(config: TrainConfig, network: nn.Module) -> None:
-    """Refuse objectives that there are not, or that the network cannot learn by, before data are read."""
+    """Refuse objectives that there are not, or that the network cannot learn by, and settings that do not fit them."""
     from steerfm.training.objectives import OFF_DIAGONAL
 
     shares = config.objective.shares

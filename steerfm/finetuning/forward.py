@@ -22,7 +22,6 @@ from torch import Tensor
 
 from steerfm.capabilities import can, needs
 from steerfm.checks import at_least_one, whole_numbers
-from steerfm.cost import count, count_backward
 from steerfm.finetuning.base import Law, Terms, Update, by_velocity, chain, ode
 from steerfm.finetuning.policy import advantages
 from steerfm.flowmap import FlowMap
@@ -67,6 +66,10 @@ class Rated(metaclass=Readable):
             update.memory |= {"reward": r.mean()}
         x1, rating = (update.own[name].to(update.tuned.device) for name in ("x1", "rating"))
         return x1, rating.to(x1)
+
+    def terms(self, update: Update, fit: Tensor, control: Tensor) -> Terms:
+        """The loss of a fit and of the mean squared distance from the reference, with what a run logs beside it."""
+        return {"loss": fit + update.control * control, "reward": update.memory["reward"], "control_cost": control}
 
     def draws(self, update: Update, times: int = 1) -> tuple[Tensor, Tensor]:
         """Uniform times (times, b) and noise x_0 (b, *shape) of this update, independent of those of the samples."""
@@ -151,9 +154,8 @@ class Forward(Rated):
             lags += 2 * lags if self.shared else [at.lag(each, self.step) for each in (update.tuned, update.reference)]
             old, reference = at.average(update.averaged) - lags[0], at.average(update.reference) - lags[2]
         velocity = at.average(update.tuned) - lags[1]
-        control = mean_square(velocity - reference).mean()
         fit = contrast(velocity - old, old, v, rating, self.beta).mean()
-        return {"loss": fit + update.control * control, "reward": update.memory["reward"], "control_cost": control}
+        return self.terms(update, fit, mean_square(velocity - reference).mean())
 
     def pairs(self, update: Update) -> tuple[Tensor, Tensor, Tensor]:
         """Times s <= t (b,) and noise x_0 (b, *shape). Kinds of pairs alternate within a group, from a random place on."""
@@ -191,7 +193,7 @@ class Pairs:
 
     def average(self, flow_map: FlowMap) -> Tensor:
         """u(x, s, t) of a map, (b, *shape)."""
-        return _average(flow_map, self.x, self.s, self.t, self.cond)
+        return flow_map.average(self.x, self.s, self.t, self.cond)
 
     def lag(self, flow_map: FlowMap, step: float, along: Tensor | None = None) -> Tensor:
         """(t - s) du/ds of a map, by differences within [0, t]; no calls are made where s = t.
@@ -208,23 +210,13 @@ class Pairs:
         if not len(off):
             return lag
         x, s, t, cond = self.x[off], self.s[off], self.t[off], take_rows(self.cond, off)
-        slope = _average(flow_map, x, s, s, cond) if along is None else along[off]
+        slope = flow_map.average(x, s, s, cond) if along is None else along[off]
         ends = ((s - step).clamp_min(0), torch.minimum(s + step, t))
         beside = torch.cat([x + expand_time(end - s, x) * slope for end in ends])
         both = None if cond is None else join_conditions(cond, cond)
-        before, after = _average(flow_map, beside, torch.cat(ends), torch.cat([t, t]), both).chunk(2)
+        before, after = flow_map.average(beside, torch.cat(ends), torch.cat([t, t]), both).chunk(2)
         lag[off] = expand_time((t - s) / (ends[1] - ends[0]).clamp_min(1e-9), x) * (after - before)
         return lag
-
-
-def _average(flow_map: FlowMap, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    """u(x, s, t) of a map, counted."""
-    calls = len(x) * flow_map.evaluations
-    count("forwards", calls)
-    door = flow_map.at_door
-    u = flow_map.average_velocity(door(x), door(s), door(t), cond).to(x)
-    count_backward("backwards", calls, u)
-    return u
 
 
 @dataclass(frozen=True)
@@ -257,8 +249,8 @@ class RatedVelocity(Rated):
         super().__post_init__()
         at_least_one(ode=self.ode)
 
-    def velocities(self, update: Update, x1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """At noised samples: v, and the velocities of the tuned, averaged and reference map, (b, *shape) each."""
+    def loss(self, update: Update) -> Terms:
+        x1, rating = self.samples(update, ode(update.averaged, self.ode))
         path, cond = update.tuned.interpolant, update.problem.cond
         (t,), x0 = self.draws(update)
         t_ = expand_time(t, x1)
@@ -266,7 +258,19 @@ class RatedVelocity(Rated):
         velocity = update.tuned.velocity(x, t, cond)
         with torch.no_grad():
             old, reference = (flow_map.velocity(x, t, cond) for flow_map in (update.averaged, update.reference))
-        return path.conditional_velocity(x0, x1, t_), velocity, old, reference
+        fit = self.fit(velocity, old, path.conditional_velocity(x0, x1, t_), rating)
+        return self.terms(update, fit, mean_square(velocity - reference).mean())
+
+    def fit(self, velocity: Tensor, old: Tensor, v: Tensor, rating: Tensor) -> Tensor:
+        """What a method minimises beside the distance from the reference, a number.
+
+        Args:
+            velocity: (b, *shape) of the tuned map, at noised samples.
+            old: (b, *shape) of the averaged map.
+            v: (b, *shape) conditional velocities.
+            rating: (b,) in [-1, 1].
+        """
+        raise NotImplementedError
 
     def law(self, tuned: FlowMap, reference: FlowMap) -> Law:
         return ode(tuned, 4 * self.ode)
@@ -303,12 +307,8 @@ class NFT(RatedVelocity):
         if not 1e-6 <= self.beta < math.inf:
             raise ValueError(f"beta={self.beta}: must be finite and at least 1e-6")
 
-    def loss(self, update: Update) -> Terms:
-        x1, rating = self.samples(update, ode(update.averaged, self.ode))
-        v, velocity, old, reference = self.velocities(update, x1)
-        control = mean_square(velocity - reference).mean()
-        fit = contrast(velocity - old, old, v, rating, self.beta).mean()
-        return {"loss": fit + update.control * control, "reward": update.memory["reward"], "control_cost": control}
+    def fit(self, velocity: Tensor, old: Tensor, v: Tensor, rating: Tensor) -> Tensor:
+        return contrast(velocity - old, old, v, rating, self.beta).mean()
 
 
 @dataclass(frozen=True)
@@ -339,10 +339,5 @@ class AWM(RatedVelocity):
         if not 0 <= self.trust < math.inf:
             raise ValueError(f"trust={self.trust}: must be finite and at least 0")
 
-    def loss(self, update: Update) -> Terms:
-        x1, rating = self.samples(update, ode(update.averaged, self.ode))
-        v, velocity, old, reference = self.velocities(update, x1)
-        control, moved = (mean_square(velocity - other).mean() for other in (reference, old))
-        fit = (rating * mean_square(velocity - v)).mean()
-        loss = fit + self.trust * moved + update.control * control
-        return {"loss": loss, "reward": update.memory["reward"], "control_cost": control}
+    def fit(self, velocity: Tensor, old: Tensor, v: Tensor, rating: Tensor) -> Tensor:
+        return (rating * mean_square(velocity - v)).mean() + self.trust * mean_square(velocity - old).mean()

@@ -155,13 +155,13 @@ class SampleGrid(L.Callback):
             return
         flow_map = pl_module.averaged()
         n, cond = grid_rows(pl_module, flow_map, self.asked)
-        pictures = [flow_map.decode(sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond)) for jumps in (1, 2, 4, 8)]
-        labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in (1, 2, 4, 8)]
+        samples = {jumps: sample(flow_map, n=n, steps=jumps, seeds=0, cond=cond) for jumps in (1, 2, 4, 8)}
+        labels = [f"{jumps} jump{'s' * (jumps > 1)}" for jumps in samples]
         file = self.folder / f"{step:07d}.png"
-        picture_grid(torch.stack(pictures).cpu(), file, row_labels=labels)
+        picture_grid(torch.stack([flow_map.decode(x) for x in samples.values()]).cpu(), file, row_labels=labels)
         log_picture(trainer, "samples", file, step)
         if can(flow_map, "posterior"):
-            x1, t = sample(flow_map, n=n, steps=4, seeds=0, cond=cond), 0.3
+            x1, t = samples[4], 0.3
             noise = torch.randn(x1.shape, generator=stream(0, "states")).to(x1)
             grid, labels = posterior_pictures(flow_map, flow_map.interpolant.interpolate(noise, x1, t), t, cond, 4)
             file = self.folder / f"{step:07d}-posterior.png"

@@ -213,10 +213,13 @@ class Paths:
             return torch.cat([a, b], 1)[:, -last:]
 
         cond = None if self.cond is None else join_conditions(self.cond, other.cond)
-        pairs = [(vars(self)[name], vars(other)[name]) for name in ("states", "velocities", "times", "given", "given_times")]
-        states, velocities, times, given, given_times = (None if a is None else both(a, b) for a, b in pairs)
-        assert states is not None and velocities is not None and times is not None
-        return Paths(states, velocities, times, take_rows(cond, slice(-last, None)), given, given_times)
+        states, velocities = both(self.states, other.states), both(self.velocities, other.velocities)
+        joined = Paths(states, velocities, both(self.times, other.times), take_rows(cond, slice(-last, None)))
+        if self.given is not None and other.given is not None:
+            joined.given = both(self.given, other.given)
+        if self.given_times is not None and other.given_times is not None:
+            joined.given_times = both(self.given_times, other.given_times)
+        return joined
 
 
 @dataclass
@@ -297,9 +300,8 @@ class Trajectory:
         if not self.keep:
             of = torch.arange(b)[rows] // self.uses
             first = torch.arange(int(of[0]), int(of[-1]) + 1, device=x1.device) * self.uses
-            return self._integrate(
-                teacher, _noise(x1, generator)[first], x1[first], take_rows(cond, first), generator
-            ), of - of[0]
+            paths = self._integrate(teacher, _noise(x1, generator)[first], x1[first], take_rows(cond, first), generator)
+            return paths, of - of[0]
         if pool.paths is None or pool.calls % self.uses == 0:
             new = self._integrate(teacher, _noise(x1, generator), x1, cond, generator)
             pool.paths = new if pool.paths is None else pool.paths.join(new, self.keep)
