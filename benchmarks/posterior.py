@@ -1,6 +1,7 @@
 """Draws of a posterior map on a ring of eight modes, beside GLASS at several numbers of calls and exact draws.
 
     steerfm bench posterior                  # 4,000 updates, 24 states a time: two minutes on one core
+    steerfm bench posterior --loss posterior # by the loss of Diamond Maps
     steerfm bench posterior --steps 200 --states 2 --draws 200
     steerfm bench posterior --model FILE --classifier fashion-classifier    # a map of your own: see below
 
@@ -17,8 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -27,24 +29,34 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import steerfm
+from steerfm import glass
 from steerfm.metrics import posterior_errors, sliced_wasserstein
 from steerfm.networks import Mlp
 from steerfm.sampling import Noise
 from steerfm.steering import ExactPosterior, Posterior
+from steerfm.training.objectives import Posterior as PosteriorLoss
 from steerfm.training.objectives import PosteriorTrajectory, Triangle
 from steerfm.zoo import load_classifier
 
+Draw = Callable[[torch.Tensor, float, int], torch.Tensor]
+"""A state (1, 2), its time and its number to draws (n, 2)."""
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.6)
 ANGLES = torch.arange(8) * math.pi / 4
 RING = steerfm.GaussianMixture(4 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1), torch.full((8, 2), 0.09))
 
 
-def train(steps: int, batch: int = 512, seed: int = 0) -> steerfm.NeuralFlowMap:
+LOSSES = {
+    "posterior_trajectory": partial(PosteriorTrajectory, steps=16, uses=16, diagonal=0.1, keep=32768),
+    "posterior": PosteriorLoss,
+}
+
+
+def train(steps: int, loss: str, batch: int = 512, seed: int = 0) -> steerfm.NeuralFlowMap:
     """Return a map that has learnt the draws, with averaged weights."""
     torch.manual_seed(seed)
     network, generator = Mlp(2, 128, 4, posterior=True), torch.Generator().manual_seed(seed)
     flow_map = steerfm.NeuralFlowMap(network, (2,), std=RING.cov()[0, 0].sqrt().item())
-    objective = PosteriorTrajectory(Triangle(0.3, 0.2), steps=16, uses=16, diagonal=0.1, teacher=RING.flow_map(), keep=32768)
+    objective = LOSSES[loss](Triangle(0.3, 0.2), teacher=RING.flow_map())
     optimizer = torch.optim.RAdam(network.parameters(), 1e-3, betas=(0.9, 0.99))
     average = AveragedModel(network, avg_fn=lambda old, new, n: old.lerp(new, 1 - min(0.999, (1 + float(n)) / (10 + float(n)))))
     for step in range(steps):
@@ -60,21 +72,30 @@ def train(steps: int, batch: int = 512, seed: int = 0) -> steerfm.NeuralFlowMap:
 def measure(flow_map: steerfm.FlowMap, states: int, draws: int) -> dict[str, list[float]]:
     """Return the distances at `TIMES`, by what draws."""
     exact, teacher = ExactPosterior(RING, draws), RING.flow_map()
+
+    def endpoints(lookahead: Posterior | ExactPosterior, source: steerfm.FlowMap, seed: int) -> Draw:
+        return lambda x, t, state: lookahead.endpoints(source, x, t, None, Noise([10 * state + seed])).z[0]
+
+    def joint(steps: int) -> Draw:
+        return lambda x, t, state: glass.draw(
+            teacher, x, t, Noise([10 * state + 3]).normal((draws, 2), x), None, steps, joint=True
+        )[0]
+
     ways = {
-        "floor": (exact, teacher, 2),
-        "1 call": (Posterior(k=draws), flow_map, 3),
-        "2 calls": (Posterior(k=draws, hops=2), flow_map, 3),
-        **{f"GLASS, {2 * steps} calls": (Posterior(steps=steps, k=draws), teacher, 3) for steps in (1, 2, 4)},
+        "floor": endpoints(exact, teacher, 2),
+        "1 call": endpoints(Posterior(k=draws), flow_map, 3),
+        "2 calls": endpoints(Posterior(k=draws, hops=2), flow_map, 3),
+        **{f"GLASS, {2 * steps} calls": endpoints(Posterior(steps=steps, k=draws), teacher, 3) for steps in (1, 2, 4)},
+        **{f"GLASS, {2 * steps} calls, joint steps": joint(steps) for steps in (1, 2, 4)},
     }
     generator, out = torch.Generator().manual_seed(5), {name: [] for name in ways}
     for t in TIMES:
         errors = dict.fromkeys(ways, 0.0)
         for state in range(states):
             x = t * RING.sample(1, generator) + (1 - t) * torch.randn(1, 2, generator=generator)
-            reference = exact.endpoints(teacher, x, t, None, Noise([10 * state + 1])).z[0]
-            for name, (lookahead, source, seed) in ways.items():
-                z = lookahead.endpoints(source, x, t, None, Noise([10 * state + seed])).z[0]
-                errors[name] += sliced_wasserstein(z, reference, 64) / states
+            reference = endpoints(exact, teacher, 1)(x, t, state)
+            for name, way in ways.items():
+                errors[name] += sliced_wasserstein(way(x, t, state), reference, 64) / states
         for name, error in errors.items():
             out[name].append(error)
     return out
@@ -101,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="steerfm bench posterior", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=4000, help="updates")
+    parser.add_argument(
+        "--loss", choices=LOSSES, default="posterior_trajectory", help="objective that trains the map of the ring"
+    )
     parser.add_argument("--states", type=int, default=None, help="states at each time (default 24, of a model 20)")
     parser.add_argument("--draws", type=int, default=None, help="draws of each state (default 2000, of a model 256)")
     parser.add_argument("--model", default=None, help="a map with posteriors, in place of the ring")
@@ -111,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.model:
         return print_errors(options)
     options.states, options.draws = options.states or 24, options.draws or 2000
-    flow_map = train(options.steps)
+    flow_map = train(options.steps, options.loss)
     with torch.no_grad():
         rows = measure(flow_map, options.states, options.draws)
     table = Table("draws", *(f"t = {t:g}" for t in TIMES), title="sliced W2 to exact draws of p(x_1 | x_t)")

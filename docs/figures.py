@@ -17,6 +17,7 @@ from steerfm.report.palette import look
 from steerfm.report.pictures import picture_grid
 from steerfm.report.style import add_key, mark, name_axes, new_figure, prepare, save_figure
 from steerfm.steering.state import State
+from steerfm.training.flow_map import posterior_pictures
 
 HERE = Path(__file__).parent
 PROMPT = "a heart"
@@ -70,13 +71,11 @@ def tuned(n: int = 6) -> None:
 
 
 def draws(t: float = 0.2, seed: int = 11, across: int = 6) -> None:
-    fm, noise = steerfm.load("fashion-posterior"), steerfm.sampling.Noise([seed])
-    x = fm.interpolant.interpolate(noise.start(fm), steerfm.sample(fm, n=1, seeds=seed), t)
-    z = noise.normal((16, *fm.shape), x)[0]
-    pictures = torch.cat([x, fm.jump(x, t, 1.0), fm.posterior(x.expand_as(z), t, z)])
-    captions = [f"t = {t:g}", "jump", *("draw" for _ in z)]
-    rows = [captions[i : i + across] for i in range(0, len(captions), across)]
-    picture_grid(fm.decode(pictures).unflatten(0, (-1, across)), HERE / "draws.png", captions=rows, text=11)
+    fm = steerfm.load("fashion-posterior")
+    x = fm.interpolant.interpolate(steerfm.sampling.Noise([seed]).start(fm), steerfm.sample(fm, n=1, seeds=seed), t)
+    pictures, names = posterior_pictures(fm, x, t, None, draws=16, seed=seed)
+    rows = [names[i : i + across] for i in range(0, len(names), across)]
+    picture_grid(pictures[:, 0].unflatten(0, (-1, across)), HERE / "draws.png", captions=rows, text=11)
 
 
 def tilt(k: int = 24) -> None:

@@ -94,7 +94,7 @@ def draw(
         cond: b rows.
         steps: of the inner ODE, equal in the inner time as published.
         joint: take steps that are equal in the time of the joint state, see `inner_time`: right with few of them near the data,
-            where equal steps of the inner time give too narrow draws.
+            where equal steps of the inner time give too narrow draws. Before t = .5 few of them are less exact than those.
 
     Returns:
         (b, k, *shape).

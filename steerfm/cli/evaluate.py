@@ -238,12 +238,10 @@ def _posterior_tables(errors: PosteriorErrors) -> Tables:
         "frequency": "frequencies of classes, off by so many standard errors; 1 is chance",
     }
     tables = []
-    for field_, title in titles.items():
-        rows: dict[str, dict[float, float]] = getattr(errors, field_)
+    for measure, rows in asdict(errors).items():
         lines = [[name, *(f"{value:.4f}" for value in row.values())] for name, row in rows.items()]
-        if lines:
-            times = list(next(iter(rows.values())))
-            tables.append((f"draws of p(x_1 | x_t): {title}", ["draws", *(f"t = {t:g}" for t in times)], lines))
+        header = ["draws", *(f"t = {t:g}" for t in next(iter(rows.values()), ()))]
+        tables += [(f"draws of p(x_1 | x_t): {titles[measure]}", header, lines)] if lines else []
     return tables
 
 

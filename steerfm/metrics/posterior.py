@@ -71,20 +71,30 @@ def posterior_errors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, *flow_map.shape, generator=generator).to(like)
 
+    def log_p(x: Tensor) -> Tensor:
+        assert classify is not None
+        return classify(flow_map.decode(x)).log_softmax(1).double()
+
     ways = _ways(flow_map, fine)
     out = PosteriorErrors(*({name: {} for name in ways} for _ in range(3 if classify else 1)))
     with torch.inference_mode():
         x1 = flow_map.lookahead(normal(n), 0.0, cond, hops=flow_map.steps)
-        own = classify(flow_map.decode(x1)).argmax(1) if classify else None
+        own = log_p(x1).argmax(1) if classify else None
         for t in times:
             x = flow_map.interpolant.interpolate(normal(n), x1, t)
             errors: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in ways}
             for i in range(n):  # state by state: all draws of all states are many rows
                 at, c = x[i : i + 1], take_rows(cond, slice(i, i + 1))
                 reference, z = glass.draw(flow_map, at, t, normal(1, draws), c, fine, joint=True)[0], normal(1, draws)
-                label = None if own is None else int(own[i])
+                truth = log_p(reference) if classify else None
                 for name, way in ways.items():
-                    errors[name].append(_errors(way(at, t, z, c)[0], reference, flow_map, classify, label, k))
+                    x_1 = way(at, t, z, c)[0]
+                    value, square = 0.0, torch.empty(0)
+                    if truth is not None and own is not None:
+                        p, label = log_p(x_1), own[i]
+                        value = _value_error(p[:, label], truth[:, label], min(k, draws))
+                        square = _squares(p.argmax(1), truth.argmax(1), p.shape[1])
+                    errors[name].append((sliced_wasserstein(x_1.flatten(1), reference.flatten(1)), value, square))
             for name, rows in errors.items():
                 distances, values, squares = zip(*rows)
                 out.distance[name][t] = sum(distances) / n
@@ -101,21 +111,13 @@ def _ways(flow_map: FlowMap, fine: int) -> dict[str, Callable[[Tensor, float, Te
         "1 call": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine),
         "2 calls": lambda x, t, z, c: glass.posterior(flow_map, x, t, z, c, fine, hops=2),
         **{f"GLASS, {2 * s} calls": lambda x, t, z, c, s=s: glass.draw(flow_map, x, t, z, c, s) for s in (1, 2, 4)},
+        **{
+            f"GLASS, {2 * s} calls, joint steps": lambda x, t, z, c, s=s: glass.draw(flow_map, x, t, z, c, s, joint=True)
+            for s in (1, 2, 4)
+        },
         "jump, 1 call": lambda x, t, z, c: flow_map.lookahead(x, t, c).unsqueeze(1).expand_as(z),
         "denoiser, 1 call": lambda x, t, z, c: flow_map.denoise(x, t, c).unsqueeze(1).expand_as(z),
     }
-
-
-def _errors(
-    x_1: Tensor, reference: Tensor, flow_map: FlowMap, classify: Callable[[Tensor], Tensor] | None, label: int | None, k: int
-) -> tuple[float, float, Tensor]:
-    """Distance, error of the value of a class, and squared errors of the frequencies of all, of the draws of one state."""
-    distance = sliced_wasserstein(x_1.flatten(1), reference.flatten(1))
-    if classify is None:
-        return distance, 0.0, torch.empty(0)
-    p, truth = (classify(flow_map.decode(x)).log_softmax(1).double() for x in (x_1, reference))
-    value = _value_error(p[:, label], truth[:, label], min(k, len(p)))
-    return distance, value, _squares(p.argmax(1), truth.argmax(1), p.shape[1])
 
 
 def _value_error(log_p: Tensor, truth: Tensor, k: int) -> float:

@@ -32,7 +32,7 @@ def test_exact_draws_are_at_the_floor_and_wrong_ones_are_not():
     rows = errors.distance
     assert set(rows) == {
         "fine draws again", "1 call", "2 calls", "GLASS, 2 calls", "GLASS, 4 calls", "GLASS, 8 calls", "jump, 1 call",
-        "denoiser, 1 call",
+        "denoiser, 1 call", *(f"GLASS, {calls} calls, joint steps" for calls in (2, 4, 8)),
     }  # fmt: skip
     assert errors.value == errors.frequency == {}
     for t in (0.2, 0.4, 0.6):
