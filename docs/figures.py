@@ -71,7 +71,7 @@ def tuned(n: int = 6) -> None:
 
 
 def draws(t: float = 0.2, seed: int = 11, across: int = 6) -> None:
-    fm = steerfm.load("fashion-posterior")
+    fm = steerfm.load("fashion")
     x = fm.interpolant.interpolate(steerfm.sampling.Noise([seed]).start(fm), steerfm.sample(fm, n=1, seeds=seed), t)
     pictures, names = posterior_pictures(fm, x, t, None, draws=16, seed=seed)
     rows = [names[i : i + across] for i in range(0, len(names), across)]

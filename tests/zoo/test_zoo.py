@@ -33,7 +33,6 @@ def test_every_model_has_its_card_and_keeps_the_limits():
         "fashion",
         "fashion-classifier",
         "fashion-judge",
-        "fashion-posterior",
     }
     for head in models.values():
         assert {"data", "licence", "recipe", "command", "commit", "metrics"} <= head["card"].keys()
@@ -166,7 +165,7 @@ def times(*values):
 @pytest.mark.slow
 def test_the_shipped_posterior_map_draws_as_its_velocity_does():
     """In one call nearer to many calls of the velocity than two of them, a plain map at t = 0, and no copies of one picture."""
-    flow_map, classify = zoo.load("fashion-posterior"), zoo.load_classifier("fashion-classifier")[0]
+    flow_map, classify = zoo.load("fashion"), zoo.load_classifier("fashion-classifier")[0]
     errors = posterior_errors(flow_map, 3, draws=32, fine=8, classify=classify, times=(0.3,))
     assert errors.distance["1 call"][0.3] < errors.distance["GLASS, 2 calls"][0.3]
     assert errors.value["1 call"][0.3] < errors.value["jump, 1 call"][0.3]
