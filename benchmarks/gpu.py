@@ -27,7 +27,10 @@ LIMIT = 16 * 2**20
 SHEET, COLUMNS = 4096, 64
 """Pictures per sheet, and pictures per row of a sheet."""
 RECIPES: dict[str, list[str]] = {
-    "fashion": ["--config", "fashion", "init=fashion", "objective.teacher=fashion", "data.batch_size=512", "optimizer.lr=1e-3"],
+    "fashion": [
+        *("--config", "fashion-posterior", "name=fashion", "init=fashion", "objective.teacher=fashion"),
+        *("data.batch_size=512", "optimizer.lr=1e-3"),
+    ],
     "emoji": ["--config", "emoji", "init=emoji", "data.batch_size=512", "optimizer.lr=7e-4"],
     "emoji64": ["--config", "emoji", "name=emoji64", "init=emoji", "data.size=64", "data.batch_size=256", "optimizer.lr=5e-4"],
 }

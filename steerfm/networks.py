@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 BEFORE_2_14 = torch.__version__ < "2.14"
+GIVEN = ("state.", "state_time.")
+"""How the names of weights begin that only posteriors use."""
 
 
 class GroupNorm(nn.GroupNorm):
@@ -85,10 +87,11 @@ class StateTime(nn.Module):
         return t.to(features.dtype) * self.layers(features)
 
 
-def untrained_posterior(network: nn.Module) -> dict[str, Tensor]:
-    """The weights that a network has for what a posterior is given, by name; a map without them may be what it begins as."""
-    parts = ("state.", "state_time.") if getattr(network, "posterior", False) else ()
-    return {name: value for name, value in network.state_dict().items() if name.startswith(parts)}
+def fit_posterior(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a map for a network that takes another choice of ``posterior``: without what a posterior is given where the
+    network is given nothing, and with it as the network begins where the weights have none."""
+    own = {name: value for name, value in network.state_dict().items() if name.startswith(GIVEN)}
+    return own | {name: value for name, value in weights.items() if name in own or not name.startswith(GIVEN)}
 
 
 class Mlp(nn.Module):

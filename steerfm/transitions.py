@@ -15,6 +15,8 @@ from steerfm.flowmap import FlowMap
 from steerfm.interpolant import Interpolant
 from steerfm.rows import Condition
 
+NO_DRAWS = "a transition by draws of the posterior needs a look-ahead that draws them: lookahead=posterior"
+
 
 @dataclass
 class Step:
@@ -135,24 +137,33 @@ class Renoise:
     """Jump to r = t + gamma (1 - t), then noise back: x' = (alpha_t/alpha_r) X_{s,r}(x) + std z.
 
     For an exact flow map this keeps every marginal p_t exactly, in any number of steps. gamma = 0 is `Jump`; gamma = 1
-    jumps to the data and back, as multistep consistency sampling does (Song et al. 2303.01469, algorithm 1).
+    jumps to the data and back, as multistep consistency sampling does (Song et al. 2303.01469, algorithm 1). So do draws of
+    the posterior in place of the jump.
 
     Args:
         gamma: how far to overshoot, in [0, 1].
+        endpoint: "jump", or "posterior" for the look-ahead `Posterior`, whose draws are noised back.
     """
 
     gamma: float = 1.0
-    endpoint, lands = "jump", True
+    endpoint: str = "jump"
+    lands = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma={self.gamma}: must be in [0, 1]")
+        if self.endpoint not in ("jump", "posterior"):
+            raise ValueError(f"endpoint={self.endpoint!r}: must be jump or posterior")
+        if self.endpoint == "posterior" and self.gamma < 1:
+            raise ValueError(f"gamma={self.gamma}: draws of the posterior are at the data, take gamma=1 or endpoint=jump")
 
     @property
     def stochastic(self) -> bool:
         return self.gamma > 0
 
     def step(self, flow_map: FlowMap, x: Tensor, s: float, t: float, cond: Condition, endpoint: Tensor | None = None) -> Step:
+        if endpoint is None and self.endpoint == "posterior":
+            raise ValueError(NO_DRAWS)
         r = t + self.gamma * (1 - t)
         scale, std = flow_map.interpolant.renoise(r, t)
         x_r = endpoint if endpoint is not None and r == 1 else flow_map.jump(x, s, r, cond)
@@ -281,7 +292,7 @@ class Bridge:
         path = flow_map.interpolant
         if endpoint is None:
             if self.endpoint == "posterior":
-                raise ValueError("a bridge through posterior samples needs a look-ahead that draws them: lookahead=posterior")
+                raise ValueError(NO_DRAWS)
             endpoint = flow_map.denoise(x, s, cond)
         if t >= 1:
             return Step(endpoint, 0.0)

@@ -13,7 +13,7 @@ from steerfm.cost import Ledger
 from steerfm.finetuning import METHODS, FineTuning
 from steerfm.finetuning.lora import LoRA
 from steerfm.flowmap import Microbatched
-from steerfm.networks import Mlp, UNet, untrained_posterior
+from steerfm.networks import Mlp, UNet, fit_posterior
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering import Posterior
@@ -44,12 +44,12 @@ def test_a_plain_map_goes_on_as_it_was(network):
     plain, joint = network(False), network(True)
     for parameter in plain.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    joint.load_state_dict(untrained_posterior(joint) | plain.state_dict())
+    joint.load_state_dict(fit_posterior(joint, plain.state_dict()))
     (x, z), maps = states(4, shape), [NeuralFlowMap(net, shape, mean=0.2, std=0.8) for net in (plain, joint)]
     assert torch.equal(maps[0].jump(x, 0.2, 0.7), maps[1].jump(x, 0.2, 0.7))
     torch.testing.assert_close(maps[1].posterior(x, 0.0, z), maps[0].lookahead(z, 0.0))
     assert "posterior" in maps[1].capabilities and "posterior" not in maps[0].capabilities
-    assert untrained_posterior(plain) == {}
+    plain.load_state_dict(fit_posterior(plain, joint.state_dict()))  # and back
 
 
 @pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])

@@ -119,6 +119,7 @@ def test_a_deterministic_step_has_no_density():
     ("build", "message"),
     [
         (lambda: Jump(0), "hops=0"), (lambda: Renoise(1.5), "gamma=1.5"), (lambda: Renoise(-0.1), "gamma=-0.1"),
+        (lambda: Renoise(0.5, "posterior"), "gamma=0.5.*endpoint=jump"), (lambda: Renoise(endpoint="denoised"), "denoised"),
         (lambda: Renoise(math.nan), "gamma=nan"), (lambda: Diffuse(-1), "epsilon=-1"),
         (lambda: Diffuse(math.nan), "epsilon=nan"), (lambda: Midpoint(-1), "churn=-1"),
         (lambda: Midpoint(math.nan), "churn=nan"),

@@ -16,8 +16,8 @@ from steerfm.signals import Stopped, raised, stop_message
 
 EXAMPLES = {
     "train": """examples:
-  steerfm train --config fashion                         train the shipped flow map from scratch (hours on a CPU)
-  steerfm train --config fashion optimizer.steps=40000   longer; the same command continues a killed run""",
+  steerfm train --config fashion-velocity                    the first stage of the shipped flow map (hours on a CPU)
+  steerfm train --config fashion-velocity optimizer.steps=20000   longer; the same command continues a killed run""",
     "sample": """examples:
   steerfm sample model=fashion label=Bag n=16 steps=4
   steerfm sample model=fashion label="Ankle boot" guidance=1.5 out=runs/boots

@@ -277,6 +277,7 @@ class EvaluateConfig:
     n: int = count(2_000, "samples", "samples for each number of jumps", least=2)
     steps: list[int] = option([1, 2, 4, 8], "numbers of jumps to measure", range=Range(least=1, of="step"))
     euler: int = count(128, "step", "Euler steps of the reference sampler")
+    posteriors: int = natural(8, "states whose draws of posteriors are measured, where the model has them; 0 for none")
     seeds: int = seed_field("seed of the first sample; the next have seeds + 1, seeds + 2, ...")
     batch_size: int = count(500, "sample", "samples per batch")
     device: str = option("auto", DEVICE)

@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, command: str = "") -> None:
     consistency = consistency_errors(flow_map, n, take_rows(examiner.cond, slice(0, n))) if jumpy else {}
     floors = {name: reference.floor(config.n) for name, reference in examiner.references.items()}
     tables = _tables(rows, floors, many, config.n)
-    posteriors = _posterior_errors(flow_map, examiner) if can(flow_map, "posterior") else PosteriorErrors()
+    posteriors = _posterior_errors(flow_map, examiner, config.posteriors)
     tables += _posterior_tables(posteriors)
     _print(config, tables, consistency, examiner.gaps)
     pictures = _plot(rows, floors, plans, step_of(flow_map), folder.path / "jumps.png")
@@ -221,13 +221,15 @@ def _plan(
     return numbers | {"pictures": own[:DRAWN_SAMPLES].clone(), "ends": own if ends is None else own[:0].clone()}
 
 
-def _posterior_errors(flow_map: FlowMap, examiner: Examiner) -> PosteriorErrors:
-    """Measure draws, without a condition where a classifier can say which class each is of."""
+def _posterior_errors(flow_map: FlowMap, examiner: Examiner, n: int) -> PosteriorErrors:
+    """Measure draws at ``n`` states, without a condition where a classifier can say which class each is of."""
+    if not n or not can(flow_map, "posterior"):
+        return PosteriorErrors()
     pairs = ((space.features, space.logits) for space in examiner.spaces.values() if space.logits is not None)
     features, logits = next(pairs, (None, None))
     if features is None or logits is None:
-        return posterior_errors(flow_map, cond=examiner.cond)
-    return posterior_errors(flow_map, classify=lambda pictures: logits(features(pictures)))
+        return posterior_errors(flow_map, n, examiner.cond)
+    return posterior_errors(flow_map, n, classify=lambda pictures: logits(features(pictures)))
 
 
 def _posterior_tables(errors: PosteriorErrors) -> Tables:

@@ -23,7 +23,7 @@ from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, jump_error, texture
 from steerfm.metrics.evaluator import Specified
 from steerfm.metrics.spaces import FEATURES
-from steerfm.networks import NETWORKS, UNet, untrained_posterior
+from steerfm.networks import NETWORKS, UNet, fit_posterior
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.report.card import model_card
 from steerfm.report.plots import curves_plot
@@ -205,7 +205,7 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     check_shares(config, network)
     if config.init:
         weights = read_weights(zoo.find(config.init), "flow_map")[1]
-        load_into(network, untrained_posterior(network) | weights, config.init)
+        load_into(network, fit_posterior(network, weights), config.init)
     pixels = data.train[0].float().div_(127.5).sub_(1)  # in place: four bytes a channel, once
     flow_map = NeuralFlowMap(
         network, data.shape, class_names=class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text

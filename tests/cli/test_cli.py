@@ -168,7 +168,7 @@ def test_sample(capsys, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_evaluate(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run(capsys, "evaluate", "n=100", "steps=[1,2]", "euler=4", "batch_size=50", "out=run")
+    code, out, _ = run(capsys, "evaluate", "n=100", "steps=[1,2]", "euler=4", "batch_size=50", "posteriors=1", "out=run")
     assert code == 0 and "semigroup error" in out and "4 Euler steps" in out
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["samplers"]["2 jumps"]["frechet"] > found["train_test"] > 0

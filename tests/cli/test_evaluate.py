@@ -54,7 +54,7 @@ def measure(monkeypatch, tmp_path, flow_map: FlowMap, **options) -> dict:
 @pytest.fixture(scope="module")
 def fashion_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluate") / "run"
-    assert cli.main(["evaluate", "n=300", "steps=[1,4]", "euler=3", "batch_size=110", f"out={out}"]) == 0
+    assert cli.main(["evaluate", "n=300", "steps=[1,4]", "euler=3", "batch_size=110", "posteriors=0", f"out={out}"]) == 0
     return out
 
 

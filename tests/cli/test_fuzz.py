@@ -41,7 +41,7 @@ BASE = {
         "reward=brightness", "judge=null", "batch_size=2", "optimizer.steps=1", "optimizer.warmup=1", "distil.steps=1",
         "distil.samples=4", "distil.batch_size=2", "watch.n=4", "watch.base=8", "watch.every=1", "label=Bag",
     ],
-    "evaluate": ["n=4", "steps=[1]", "euler=1", "batch_size=4"],
+    "evaluate": ["n=4", "steps=[1]", "euler=1", "batch_size=4", "posteriors=1"],
     "train": [
         "data.root=data", "data.batch_size=4", "network={name: unet, widths: [8], attention: false}", "optimizer.steps=1",
         "trainer.validate_every=0", "trainer.sample_every=0", "trainer.accelerator=cpu",

@@ -28,6 +28,7 @@ from steerfm.steering import (
 from steerfm.steering.tempering import untempered
 from steerfm.steering.value import Evaluation, Problem, View
 from steerfm.transitions import Bridge, Diffuse
+from steerfm.transitions import Renoise as Noised
 
 pytestmark = pytest.mark.slow
 
@@ -117,11 +118,13 @@ def test_lookaheads_that_draw_need_noise():
 
 
 # --- transitions -----------------------------------------------------------------------------------------------------
+BY_DRAWS = [Bridge(endpoint="posterior"), Noised(endpoint="posterior")]
+
+
+@pytest.mark.parametrize("transition", BY_DRAWS, ids=["bridge", "renoise"])
 @pytest.mark.parametrize("steps", [1, 2, 8])
-def test_a_bridge_through_posterior_samples_keeps_the_law_in_any_number_of_steps(steps):
-    method = Steering(
-        4, steps, ExactPosterior(MIXTURE), transition=Bridge(endpoint="posterior"), correction="none", resampling=None
-    )
+def test_posterior_samples_keep_the_law_in_any_number_of_steps(transition, steps):
+    method = Steering(4, steps, ExactPosterior(MIXTURE), transition=transition, correction="none", resampling=None)
     x = steerfm.steer(MIXTURE.flow_map(), reward, method, n=2000).samples.flatten()
     for f in (lambda x: x, lambda x: x**2, lambda x: (x < -0.7).double(), lambda x: (x > 1.5).double()):
         exact = f(MIXTURE.sample(400_000, torch.Generator().manual_seed(1)).flatten())
@@ -129,8 +132,9 @@ def test_a_bridge_through_posterior_samples_keeps_the_law_in_any_number_of_steps
         assert abs(f(x).mean() - exact.mean()) < LIMIT * error
 
 
-def test_a_bridge_needs_endpoints_of_its_kind():
-    method = Steering(1, 2, "jump", transition=Bridge(endpoint="posterior"), correction="none", resampling=None)
+@pytest.mark.parametrize("transition", BY_DRAWS, ids=["bridge", "renoise"])
+def test_draws_are_of_the_kind_that_the_transition_needs(transition):
+    method = Steering(1, 2, "jump", transition=transition, correction="none", resampling=None)
     with pytest.raises(ValueError, match="lookahead=posterior"):
         steerfm.steer(MIXTURE.flow_map(), reward, method)
 

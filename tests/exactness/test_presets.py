@@ -89,9 +89,10 @@ def test_denoiser_presets_sample_the_tilt_of_their_own_chain(method, strength):
     check(type(method).__name__, values, reference.mean(1), reference.var(1) / reference.shape[1])
 
 
-def test_diamond_particles_sample_the_exact_tilt_in_few_steps():
-    method = DiamondSMC(16, 3, lookahead=ExactPosterior(MIXTURE))
-    check("diamond", estimates(steerfm.steer(MIXTURE.flow_map(), reward, method, n=1500)), exact())
+@pytest.mark.parametrize("transition", ["bridge", "renoise"])
+def test_diamond_particles_sample_the_exact_tilt_in_few_steps(transition):
+    method = DiamondSMC(16, 3, lookahead=ExactPosterior(MIXTURE), transition={"name": transition, "endpoint": "posterior"})
+    check(f"diamond {transition}", estimates(steerfm.steer(MIXTURE.flow_map(), reward, method, n=1500)), exact())
 
 
 @pytest.mark.parametrize(
