@@ -88,8 +88,8 @@ class StateTime(nn.Module):
 
 
 def fit_posterior(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a map for a network that takes another choice of ``posterior``: without what a posterior is given where the
-    network is given nothing, and with it as the network begins where the weights have none."""
+    """The weights of a map for a network with another choice of ``posterior``: without what only posteriors use if it has none,
+    or, if the weights have none, with it as the network begins."""
     own = {name: value for name, value in network.state_dict().items() if name.startswith(GIVEN)}
     return own | {name: value for name, value in weights.items() if name in own or not name.startswith(GIVEN)}
 
