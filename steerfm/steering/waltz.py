@@ -26,13 +26,14 @@ class Waltz(Chains, metaclass=TakesNames):
         x_t = alpha_t x + sigma_t e,   x' ~ p(x_1 | x_t)    instead of x with probability min(1, exp(V(x') - V(x)))
 
     over V = strength r. The pair of moves is reversible for p_1 whatever t is, so that the rewards alone decide, and black
-    boxes will do. Small t draws far away and is seldom accepted, large t stays near: the times of ``times`` take turns. Several
-    temperatures are as in `ParallelTempering`, whose swaps let one chain come from one mode to another.
+    boxes will do. Small t draws far away and is seldom accepted, large t stays near: the times of ``times`` take turns. Without
+    a small one a chain stays in the class in which it begins. Several temperatures are as in `ParallelTempering`, whose swaps
+    let one chain come from one mode to another.
 
     The chain is as right as its draws: a map that draws posteriors costs one call, GLASS two a step. A jump is biased.
 
     Costs a sweep: ``temperatures`` x (one draw, one decode, one reward call) per output; and one sweep at the start.
-    Within a budget: 4 sweeps of warm-up at 64 evaluations, 16 at 256, the rest particles; not measured yet (docs/posterior.md).
+    Within a budget: 4 sweeps of warm-up at 64 evaluations, 16 at 256, the rest particles (docs/posterior.md).
     Samples: in the limit of many sweeps: the tilt of the map's law, for a reward that does not compare particles. Particles are
     equally weighted and follow each other, so that neighbours are alike or the same. There is no log_z.
 
@@ -55,7 +56,7 @@ class Waltz(Chains, metaclass=TakesNames):
     temperatures: int = 1
     warmup: int = 47
     power: float = 2.0
-    times: Sequence[float] = (0.3, 0.5, 0.7)
+    times: Sequence[float] = (0.1, 0.3, 0.5, 0.8)
     lookahead: Lookahead = field(default_factory=Posterior)
 
     @classmethod
