@@ -56,7 +56,7 @@ class Waltz(Chains, metaclass=TakesNames):
     temperatures: int = 1
     warmup: int = 47
     power: float = 2.0
-    times: Sequence[float] = (0.1, 0.3, 0.5, 0.8)
+    times: Sequence[float] = (0.1, 0.5, 0.8)
     lookahead: Lookahead = field(default_factory=Posterior)
 
     @classmethod
@@ -71,7 +71,7 @@ class Waltz(Chains, metaclass=TakesNames):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.times, Sequence):
-            raise ValueError(f"times={self.times}: a list of times, such as [0.3, 0.5, 0.7]")
+            raise ValueError(f"times={self.times}: a list of times, such as [0.1, 0.5, 0.8]")
         if not self.times or not all(0 < t < 1 for t in self.times):
             raise ValueError(f"times={list(self.times)}: one or more, all above 0 and below 1")
         if getattr(self.lookahead, "k", 1) != 1:  # of several, weighted or not, the first would be taken
