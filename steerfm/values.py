@@ -159,11 +159,20 @@ def parse(override: str) -> dict[str, Any]:
 
 
 def flow(text: str, key: str) -> Any:
-    """A list or dictionary on the command line."""
+    """A list or dictionary on the command line.
+
+    Raises:
+        ConfigError: it cannot be read, or a colon has no blank after it: that makes ``a:b`` a name without a value.
+    """
     try:
-        return yaml.load(text, Loader)
+        value = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"cannot read the value of '{key}={text}'") from None
+    entries = value.items() if isinstance(value, dict) else ()
+    joined = [str(name) for name, entry in entries if entry is None and ":" in str(name)]
+    if joined:
+        raise ConfigError(f"{key}={text}: put a blank after the colon: {joined[0].replace(':', ': ', 1)}")
+    return value
 
 
 def scalar(text: str, key: str) -> Any:

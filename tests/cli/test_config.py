@@ -143,6 +143,7 @@ def test_a_spec_needs_a_name():
         (TrainConfig, ["seed"], "key=value"),
         (TrainConfig, ["=3"], "key=value"),
         (TrainConfig, ["network=[1,"], "cannot read the value"),
+        (SteerConfig, ["reward={name:classifier, target: Bag}"], "put a blank after the colon: name: classifier"),
         (TrainConfig, ["name=${nowhere}"], "nowhere"),
         (TrainConfig, ["optimizer.lr.x=1"], "optimizer.lr"),
     ],
