@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import wandb
 from torch.utils.data import DataLoader
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
 
@@ -63,6 +64,7 @@ def test_wandb_is_offline_and_one_run_however_often_it_was_started(tmp_path, mon
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for steps in (2, 4):
         train(tmp_path, steps, "wandb")
+    wandb.teardown()  # its service writes on after a run has ended
     starts = sorted((tmp_path / "wandb").glob("offline-run-*"))
     (name,) = {start.name.split("-")[-1] for start in starts}
     assert len(starts) == 2 and name == (tmp_path / "wandb-id").read_text()
