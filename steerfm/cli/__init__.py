@@ -16,7 +16,7 @@ from steerfm.signals import Stopped, raised, stop_message
 
 EXAMPLES = {
     "train": """examples:
-  steerfm train --config fashion-velocity                    the first stage of the shipped flow map (hours on a CPU)
+  steerfm train --config fashion-velocity                         the first stage of the shipped flow map (hours on a CPU)
   steerfm train --config fashion-velocity optimizer.steps=20000   longer; the same command continues a killed run""",
     "sample": """examples:
   steerfm sample model=fashion label=Bag n=16 steps=4
