@@ -26,9 +26,8 @@ class Waltz(Chains, metaclass=TakesNames):
         x_t = alpha_t x + sigma_t e,   x' ~ p(x_1 | x_t)    instead of x with probability min(1, exp(V(x') - V(x)))
 
     over V = strength r. The pair of moves is reversible for p_1 whatever t is, so that the rewards alone decide, and black
-    boxes will do. Small t draws far away and is seldom accepted, large t stays near: the times of ``times`` take turns. Without
-    a small one a chain stays in the class in which it begins. Several temperatures are as in `ParallelTempering`, whose swaps
-    let one chain come from one mode to another.
+    boxes will do. Small t draws far away and is seldom accepted, large t stays near; ``times`` take turns. Without a small one
+    a chain stays in the class in which it begins. Temperatures as in `ParallelTempering`: swaps bring a chain to other modes.
 
     The chain is as right as its draws: a map that draws posteriors costs one call, GLASS two a step. A jump is biased.
 

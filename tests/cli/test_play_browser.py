@@ -176,8 +176,11 @@ def test_a_reward_that_raises_and_a_setting_that_there_is_not(visit):
     steer(page)
     status(page, "no such weight")
     assert page.locator("#status p.error").is_visible()
+    settings = page.get_by_label("Its settings").first
+    settings.fill("of=another")
     choose(page, "Reward", "brightness")
-    page.get_by_label("Its settings").first.fill("targt=Bag")
+    page.wait_for_function("settings => settings.value === ''", arg=settings.element_handle())  # another reward empties them
+    settings.fill("targt=Bag")
     steer(page)
     status(page, "has no argument 'targt'")
     assert page.locator("#steer").is_enabled() and page.locator("#stop").is_disabled()
