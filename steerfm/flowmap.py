@@ -138,7 +138,7 @@ class FlowMap(nn.Module):
         return x + (t - s) * self.average(x, s, t, cond)
 
     def average(self, x: Tensor, s: float | Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
-        """u(x, s, t), the average velocity of the jump from s to t; b(x, t) where s = t. Shape of x."""
+        """u(x, s, t), the average velocity from s to t; b(x, t) where s = t. Times are floats or (b,). Shape of x."""
         return self._counted(self.average_velocity, x, (expand_time(s, x), expand_time(t, x)), cond)
 
     def velocity(self, x: Tensor, t: float | Tensor, cond: Condition = None) -> Tensor:
