@@ -36,6 +36,8 @@ WARNING = "⚠"
 INTRO = """# steerfm playground
 A reward says what you want. Press **Steer**: the model draws candidates, looks ahead to where each will end, and goes on with
 those that the reward likes best."""
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of events that do not wait for a turn."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: wss: data: blob:"
 """Content policy: the browser loads nothing from other servers."""
 CSS = """
@@ -247,10 +249,10 @@ def _term(playground: Playground, form: Form, place: int) -> tuple[gr.Dropdown, 
         name = gr.Dropdown(names, value=term.name, label=f"Reward {place + 1}" if place else "Reward")
         weight = gr.Slider(-5, 5, term.weight, step=0.1, label="Its weight")
         settings = gr.Textbox(term.settings, label="Its settings", placeholder=_placeholder(playground, term.name))
-    name.input(
-        lambda value: gr.Textbox(value="", placeholder=_placeholder(playground, value)), name, settings, queue=False,
-        api_visibility="private", show_progress="hidden",
-    )  # fmt: skip
+    # Not input, which leaving the list fires, too. The browser empties the settings at once: an answer of the server could come
+    # when the next ones are typed.
+    name.select(None, None, settings, js="() => ''", **QUICK)
+    name.select(lambda value: gr.Textbox(placeholder=_placeholder(playground, value)), name, settings, **QUICK)
     return name, weight, settings
 
 
@@ -394,7 +396,6 @@ def page(playground: Playground, visits: Visits) -> gr.Blocks:
 
 def _listen(playground: Playground, visits: Visits, fields: Fields, panels: Panels) -> None:
     """Connect the buttons and fields."""
-    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
     def begin(request: gr.Request) -> dict[Any, Any]:
         visits.begin(request)
@@ -417,13 +418,13 @@ def _listen(playground: Playground, visits: Visits, fields: Fields, panels: Pane
         return fill | {fields.auto: auto, fields.strength: gr.Slider(value=_number(form.strength), interactive=not auto)}
 
     outputs = list(vars(panels).values())
-    click = panels.steer.click(begin, None, outputs, **quick)
+    click = panels.steer.click(begin, None, outputs, **QUICK)
     click.then(
         go, fields.all(), outputs, concurrency_limit=1, show_progress="hidden", api_visibility="private", scroll_to_output=False
     )
-    panels.stop.click(halt, None, [panels.status, panels.stop], **quick)
-    fields.auto.input(lambda on: gr.Slider(interactive=not on), fields.auto, fields.strength, **quick)
-    fields.model.input(choose, fields.model, list(fields.all() - {fields.model}), **quick)
+    panels.stop.click(halt, None, [panels.status, panels.stop], **QUICK)
+    fields.auto.input(lambda on: gr.Slider(interactive=not on), fields.auto, fields.strength, **QUICK)
+    fields.model.select(choose, fields.model, list(fields.all() - {fields.model}), **QUICK)
 
 
 # --- the server --------------------------------------------------------------------------------------------------------

@@ -186,6 +186,26 @@ def test_a_reward_that_raises_and_a_setting_that_there_is_not(visit):
     assert page.locator("#steer").is_enabled() and page.locator("#stop").is_disabled()
 
 
+def test_only_a_choice_empties_what_was_typed(visit):
+    page = visit("brightness")
+    settings = page.get_by_label("Its settings").first
+    settings.fill("of=another")
+    waiting = []
+    page.route("**/run/predict", waiting.append)  # a server that takes its time
+    for field in ("Reward", "Model"):
+        page.get_by_label(field, exact=True).click()
+        settings.click()  # away from the list without a choice
+    page.wait_for_timeout(300)
+    assert waiting == [] and settings.input_value() == "of=another"
+    choose(page, "Reward", "own.py:broken")
+    page.wait_for_function("settings => settings.value === ''", arg=settings.element_handle())
+    settings.fill("of=the next")
+    with page.expect_response("**/run/predict"):
+        waiting.pop().continue_()
+    page.wait_for_timeout(300)
+    assert waiting == [] and settings.input_value() == "of=the next"
+
+
 def test_users_at_once_and_a_stop_half_way(visit, folder):
     first, second, third = (visit("own.py:held") for _ in range(3))
     (folder / "hold").touch()
