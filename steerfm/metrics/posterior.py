@@ -48,6 +48,7 @@ def posterior_errors(
     classify: Callable[[Tensor], Tensor] | None = None,
     k: int = 4,
     times: Sequence[float] = TIMES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PosteriorErrors:
     """Compare draws with those of GLASS in many steps, at noised samples of the map.
 
@@ -64,6 +65,7 @@ def posterior_errors(
         classify: pictures (b, c, h, w) in [0, 1] to logits (b, classes), for values and frequencies.
         k: draws of a value.
         times: at which states are, in (0, 1).
+        progress: called with (states done, all states of all times).
     """
     generator, like = stream(seed, "posterior"), torch.empty(0, device=flow_map.device, dtype=flow_map.state_dtype)
     cond = take_rows(move_condition(cond, flow_map.device), slice(0, n))
@@ -80,7 +82,7 @@ def posterior_errors(
     with torch.inference_mode():
         x1 = flow_map.lookahead(normal(n), 0.0, cond, hops=flow_map.steps)
         own = log_p(x1).argmax(1) if classify else None
-        for t in times:
+        for place, t in enumerate(times):
             x = flow_map.interpolant.interpolate(normal(n), x1, t)
             errors: dict[str, list[tuple[float, float, Tensor]]] = {name: [] for name in ways}
             for i in range(n):  # state by state: all draws of all states are many rows
@@ -95,6 +97,8 @@ def posterior_errors(
                         value = _value_error(p[:, label], truth[:, label], min(k, draws))
                         square = _squares(p.argmax(1), truth.argmax(1), p.shape[1])
                     errors[name].append((sliced_wasserstein(x_1.flatten(1), reference.flatten(1)), value, square))
+                if progress is not None:
+                    progress(place * n + i + 1, n * len(times))
             for name, rows in errors.items():
                 distances, values, squares = zip(*rows)
                 out.distance[name][t] = sum(distances) / n

@@ -28,8 +28,10 @@ def joint() -> Joint:
 
 def test_exact_draws_are_at_the_floor_and_wrong_ones_are_not():
     flow_map = joint()
-    errors = posterior_errors(flow_map, n=6, draws=200)
+    done = []
+    errors = posterior_errors(flow_map, n=6, draws=200, progress=lambda *count: done.append(count))
     rows = errors.distance
+    assert done == [(i, 18) for i in range(1, 19)]
     assert set(rows) == {
         "fine draws again", "1 call", "2 calls", "GLASS, 2 calls", "GLASS, 4 calls", "GLASS, 8 calls", "jump, 1 call",
         "denoiser, 1 call", *(f"GLASS, {calls} calls, joint steps" for calls in (2, 4, 8)),
