@@ -49,7 +49,7 @@ from steerfm.steering.state import Begin, Callback, Parents, State
 from steerfm.steering.tempering import TEMPERINGS, Adaptive, Power, Tempering
 from steerfm.steering.value import Evaluation, Problem, View
 from steerfm.steering.weights import effective_sample_size, largest, log_mean, log_mean_exp, wide
-from steerfm.transitions import TRANSITIONS, Landing, Renoise, Sharing, Step, Transition
+from steerfm.transitions import NO_DRAWS, TRANSITIONS, Landing, Renoise, Sharing, Step, Transition
 
 
 # --- the method by parts ---------------------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ class Sampler(Sized, metaclass=TakesNames):
             raise ValueError(
                 f"guidance={self.guidance} needs steps with noise: use transition=renoise, diffuse, midpoint or bridge"
             )
+        if self._draws_endpoints() and self._looked_at() != "posterior":
+            raise ValueError(NO_DRAWS)
         selection = self.parts.selection
         if self.lookahead is None and selection is not None and selection.ranks:
             raise ValueError("this selection ranks look-aheads: use lookahead=jump or lookahead=denoise")
@@ -520,8 +522,12 @@ class Sampler(Sized, metaclass=TakesNames):
 
     def _shared(self, now: Evaluation) -> Tensor | None:
         """The first endpoint of the look-ahead, if it saves the transition its network call; else None."""
-        kind = self.lookahead.kind if isinstance(self.lookahead, lookahead.Sharing) else ""
+        kind = self._looked_at()
         return now.endpoint if kind and kind == self._endpoint_kind() else None
+
+    def _looked_at(self) -> str:
+        """The kind of endpoint that the look-ahead has for a transition; "" for none."""
+        return self.lookahead.kind if isinstance(self.lookahead, lookahead.Sharing) else ""
 
     def _endpoint_kind(self) -> str:
         """The kind of endpoint that the transition can share; "" for none."""

@@ -134,10 +134,9 @@ def test_posterior_samples_keep_the_law_in_any_number_of_steps(transition, steps
 
 
 @pytest.mark.parametrize("transition", BY_DRAWS, ids=["bridge", "renoise"])
-def test_draws_are_of_the_kind_that_the_transition_needs(transition):
-    method = Steering(1, 2, "jump", transition=transition, correction="none", resampling=None)
+def test_a_transition_by_draws_makes_none_of_its_own(transition):
     with pytest.raises(ValueError, match="lookahead=posterior"):
-        steerfm.steer(MIXTURE.flow_map(), reward, method)
+        transition.step(MIXTURE.flow_map(), torch.zeros(3, 1), 0.2, 0.5, None)
 
 
 def test_many_ancestral_steps_keep_the_law():

@@ -47,7 +47,7 @@ from steerfm.steering.guidance import needs_gradient
 from steerfm.steering.selection import Selected
 from steerfm.steering.value import Problem, View
 from steerfm.steering.weights import effective_sample_size, log_mean, log_mean_exp
-from steerfm.transitions import Diffuse, Renoise, Step
+from steerfm.transitions import Bridge, Diffuse, Renoise, Step
 from steerfm.transitions import Jump as JumpTransition
 
 # float32, elementwise, closed form: fast, and its bits do not depend on the batch
@@ -728,6 +728,9 @@ FMTT = {"lookahead": "jump", "guidance": MapGradient(scale=0.5, cap=None), "tran
         ({"guidance": "map", "transition": "jump"}, "renoise, diffuse or bridge"),
         ({"guidance": "map", "transition": Renoise(0.0)}, "renoise, diffuse or bridge"),
         ({"guidance": "map", "transition": Diffuse(0.0)}, "renoise, diffuse or bridge"),
+        ({"transition": Renoise(endpoint="posterior")}, "lookahead=posterior"),
+        ({"transition": Bridge(endpoint="posterior"), "lookahead": "denoise"}, "lookahead=posterior"),
+        ({"transition": Bridge(endpoint="posterior"), "lookahead": None}, "lookahead=posterior"),
         ({"correction": "jarzynski", **FMTT, "lookahead": "denoise"}, "lookahead jump.*or correction twisted"),
         ({"correction": "jarzynski", **FMTT, "transition": "renoise"}, "correction twisted"),
         ({"correction": "jarzynski", **FMTT, "transition": "jump"}, "correction twisted"),
