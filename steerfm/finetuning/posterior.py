@@ -114,8 +114,9 @@ class PosteriorFree(Posterior):
     """`Posterior` without the gradient of the reward, for black boxes, with the same stationary point.
 
     kappa_t grad E[R | x] is the covariance of R and x_1 given x, over 1 - t on the linear path. So kappa_t grad_x R becomes
-    (R - c)(z - D) / (1 - t) with D = E[x_1 | x_t] of the base and c the mean R of the other rows, which is of no effect in the
-    mean. The identity is ours; its variance is larger than that of the gradient.
+    (R - c)(z - D) / (1 - t) with D = E[x_1 | x_t] of the base. Here c is the mean R of the other draws of the state, or, with one
+    draw, of the other states: it is of no effect in the mean. The identity is ours; its variance is larger than that of the
+    gradient.
     """
 
     draws: int = 4
@@ -125,9 +126,10 @@ class PosteriorFree(Posterior):
     def _pull(self, update: Update, x: Tensor, t: Tensor, z: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             ends, weights, r = self._weigh(update, x, t, z)
-            others = (weights.sum() - weights.sum(1)) / max(1, weights.numel() - weights.shape[1])
+            among = weights if self.draws > 1 else weights.view(1, -1)
+            others = ((among.sum(1, keepdim=True) - among) / max(1, among.shape[1] - 1)).view_as(weights)
             path, t_ = update.reference.interpolant, expand_time(t, x)
             da, ds = path.derivatives(t_)
             away = (da - path.alpha(t_) * ds / path.sigma(t_)).unsqueeze(1) * (ends - mean.unsqueeze(1))  # of the velocity
-            share = (weights - others.unsqueeze(1)).to(x)
+            share = (weights - others).to(x)
             return (share.view(*share.shape, *[1] * (x.ndim - 1)) * away).mean(1), weights.mean(1).to(x), r
