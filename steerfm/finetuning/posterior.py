@@ -114,9 +114,9 @@ class PosteriorFree(Posterior):
     """`Posterior` without the gradient of the reward, for black boxes, with the same stationary point.
 
     kappa_t grad E[R | x] is the covariance of R and x_1 given x, over 1 - t on the linear path. So kappa_t grad_x R becomes
-    (R - c)(z - D) / (1 - t) with D = E[x_1 | x_t] of the base. Here c is the mean R of the other draws of the state, or, with one
-    draw, of the other states: it is of no effect in the mean. The identity is ours; its variance is larger than that of the
-    gradient.
+    (R - c)(z - D) / (1 - t) with D = E[x_1 | x_t] of the base. Here c is the mean R of the other draws of the state (with one
+    draw, of the other states), which is of no effect in the mean. The identity is ours; its variance is larger than that of
+    the gradient.
     """
 
     draws: int = 4
