@@ -65,7 +65,7 @@ class Sampler(Sized, metaclass=TakesNames):
         steps: transitions from t = 0 to t = 1.
         lookahead: denoise, jump, rollout, smooth, renoise or posterior; None: the reward is only evaluated at the end.
         guidance: map, endpoint, free, ascent or noise; None: no gradient.
-        tempering: beta(t): linear, exponential, adaptive, none, a power of t, or any function with beta(1) = 1.
+        tempering: beta(t): linear, exponential, adaptive, damped, none, a power of t, or any function with beta(1) = 1.
         transition: jump, renoise, diffuse, midpoint or bridge.
         power: exponent of the time grid, t_i = (i / steps)^power.
         recurrence: repeats of each step but the last, with noising back in between (FreeDoM's time travel).

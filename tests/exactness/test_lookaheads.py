@@ -35,6 +35,7 @@ pytestmark = pytest.mark.slow
 
 LIMIT = 4.0
 A, B = 1.2, 0.3
+WIDE = GaussianMixture([[0.5]], [[0.64]])
 MIXTURE = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2])
 CURVED = GaussianMixture([[-2.0], [0.5], [2.5]], [[0.16], [0.09], [0.25]], [0.5, 0.3, 0.2], Trigonometric())
 PLANE = GaussianMixture(
@@ -160,6 +161,26 @@ def test_the_gradient_through_posterior_samples_approaches_the_exact_one():
     exact = MIXTURE.value_gradient(x, t, [A], B)
     found = sure(MapGradient().evaluate(view(Posterior(32, 4000), x, t)).direction)
     assert (found - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lookahead", ["denoise", ExactPosterior(WIDE), Posterior(steps=16)], ids=["denoise", "exact", "glass"])
+def test_damped_guidance_by_one_endpoint_samples_the_tilt_of_a_gaussian(lookahead):
+    """A strong concave reward: without the damping samples are too near to its peak, and too narrow by far."""
+    target = WIDE.tilt([12.0], 6.0)[0]
+
+    def ends(tempering):
+        method = Steering(
+            1, 300, lookahead, MapGradient(cap=None, largest=1e4), tempering=tempering, transition=Diffuse(0.0),
+            correction="none", resampling=None,
+        )  # fmt: skip
+        reward = lambda x: (12 * x - 3 * x.square()).sum(1)  # noqa: E731
+        return steerfm.steer(WIDE.flow_map(), reward, method, n=3000, batch_size=3000).samples.flatten()
+
+    mean, std = target.mean().item(), target.cov().sqrt().item()
+    damped, plain = ends({"name": "damped", "curvature": 6.0, "std": 0.8}), ends("none")
+    assert abs(damped.mean() - mean) < LIMIT * std / 3000**0.5 + 0.005 and damped.std().item() == pytest.approx(std, rel=0.06)
+    assert plain.mean() > mean + std and plain.std() < 0.5 * std
 
 
 def test_the_residual_tells_a_flow_map_from_another_function():
