@@ -48,7 +48,7 @@ def posterior_errors(
     classify: Callable[[Tensor], Tensor] | None = None,
     k: int = 4,
     times: Sequence[float] = TIMES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> PosteriorErrors:
     """Compare draws with those of GLASS in many steps, at noised samples of the map.
 
@@ -93,12 +93,11 @@ def posterior_errors(
                     x_1 = way(at, t, z, c)[0]
                     value, square = 0.0, torch.empty(0)
                     if truth is not None and own is not None:
-                        p, label = log_p(x_1), own[i]
-                        value = _value_error(p[:, label], truth[:, label], min(k, draws))
+                        p = log_p(x_1)
+                        value = _value_error(p[:, own[i]], truth[:, own[i]], min(k, draws))
                         square = _squares(p.argmax(1), truth.argmax(1), p.shape[1])
                     errors[name].append((sliced_wasserstein(x_1.flatten(1), reference.flatten(1)), value, square))
-                if progress is not None:
-                    progress(place * n + i + 1, n * len(times))
+                progress(place * n + i + 1, n * len(times))
             for name, rows in errors.items():
                 distances, values, squares = zip(*rows)
                 out.distance[name][t] = sum(distances) / n

@@ -191,7 +191,11 @@ def test_only_a_choice_empties_what_was_typed(visit):
     settings = page.get_by_label("Its settings").first
     settings.fill("of=another")
     waiting = []
-    page.route("**/run/predict", waiting.append)  # a server that takes its time
+
+    def hold(route):
+        waiting.append(route)
+
+    page.route("**/run/predict", hold)  # a server that takes its time
     for field in ("Reward", "Model"):
         page.get_by_label(field, exact=True).click()
         settings.click()  # away from the list without a choice
