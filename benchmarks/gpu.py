@@ -31,7 +31,10 @@ RECIPES: dict[str, list[str]] = {
         *("--config", "fashion-posterior", "name=fashion", "init=fashion", "objective.teacher=fashion"),
         *("data.batch_size=512", "optimizer.lr=1e-3"),
     ],
-    "emoji": ["--config", "emoji", "init=emoji", "data.batch_size=512", "optimizer.lr=7e-4"],
+    "emoji": [
+        *("--config", "emoji-posterior", "name=emoji", "init=emoji", "objective.teacher=emoji"),
+        *("data.batch_size=512", "optimizer.lr=7e-4"),
+    ],
     "emoji64": ["--config", "emoji", "name=emoji64", "init=emoji", "data.size=64", "data.batch_size=256", "optimizer.lr=5e-4"],
 }
 """Trainings that start from the shipped weights, in large batches."""
