@@ -139,10 +139,9 @@ def print_errors(options: argparse.Namespace) -> None:
     states, draws = options.states or 20, options.draws or 256
     fields: dict[str, dict[str, dict[float, float]]] = {}
     for t in options.times:
-        with progress(f"t = {t:g}", states) as tick:
-            errors = posterior_errors(
-                flow_map, states, draws=draws, fine=options.fine, classify=classify, times=(t,), progress=tick
-            )
+        errors = posterior_errors(
+            flow_map, states, draws=draws, fine=options.fine, classify=classify, times=(t,), progress=progress
+        )
         measured = {name: rows for name, rows in asdict(errors).items() if rows}
         table = Table("draws", *measured, title=f"t = {t:g}, {states} states of {draws} draws")
         for name in errors.distance:

@@ -23,7 +23,6 @@ from steerfm.flowmap import FlowMap
 from steerfm.held_out import share_weights
 from steerfm.metrics import PosteriorErrors, consistency_errors, pairwise_diversity, posterior_errors, texture
 from steerfm.metrics.evaluator import Evaluator
-from steerfm.metrics.posterior import TIMES
 from steerfm.metrics.spaces import Reference, Space, pixels
 from steerfm.randomness import stream
 from steerfm.registry import split_spec
@@ -228,10 +227,9 @@ def _posterior_errors(flow_map: FlowMap, examiner: Examiner, n: int) -> Posterio
         return PosteriorErrors()
     pairs = ((space.features, space.logits) for space in examiner.spaces.values() if space.logits is not None)
     features, logits = next(pairs, (None, None))
-    with progress("draws of posteriors", n * len(TIMES)) as tick:
-        if features is None or logits is None:
-            return posterior_errors(flow_map, n, examiner.cond, progress=tick)
-        return posterior_errors(flow_map, n, classify=lambda pictures: logits(features(pictures)), progress=tick)
+    if features is None or logits is None:
+        return posterior_errors(flow_map, n, examiner.cond, progress=progress)
+    return posterior_errors(flow_map, n, classify=lambda pictures: logits(features(pictures)), progress=progress)
 
 
 def _posterior_tables(errors: PosteriorErrors) -> Tables:

@@ -15,8 +15,7 @@ only the samples themselves are measured.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +27,7 @@ from torch import Tensor
 from steerfm import files, registry, rewards, zoo
 from steerfm.flowmap import FlowMap, NeuralFlowMap
 from steerfm.metrics.functional import texture
+from steerfm.metrics.progress import Progress, silent
 from steerfm.metrics.spaces import Reference, Space, image_tower, load_space, pixels
 from steerfm.rewards import Reward
 
@@ -76,22 +76,13 @@ class OfClass(Protocol):
     shape: tuple[int, ...]
 
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int, int], Any]]]
-
-
-@contextmanager
-def silent(what: str, total: int) -> Iterator[Callable[[int, int], Any]]:
-    """No progress bar."""
-    yield lambda done, total: None
-
-
 class Evaluator:
     """The metrics of a model. Everything loads on first use.
 
     Args:
         flow_map: the model.
         device: of the feature networks; default that of the model.
-        progress: (what, total) to a context with tick(done, total).
+        progress: shows a bar; default none.
 
     Attributes:
         gaps: entries of the card that are not available here, with the reason, one line each; complete once the spaces are

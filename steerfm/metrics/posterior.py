@@ -11,6 +11,7 @@ from torch import Tensor
 from steerfm import glass
 from steerfm.flowmap import FlowMap
 from steerfm.metrics.functional import sliced_wasserstein
+from steerfm.metrics.progress import Progress, silent
 from steerfm.randomness import stream
 from steerfm.rows import Condition, move_condition, take_rows
 
@@ -48,7 +49,7 @@ def posterior_errors(
     classify: Callable[[Tensor], Tensor] | None = None,
     k: int = 4,
     times: Sequence[float] = TIMES,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> PosteriorErrors:
     """Compare draws with those of GLASS in many steps, at noised samples of the map.
 
@@ -65,7 +66,7 @@ def posterior_errors(
         classify: pictures (b, c, h, w) in [0, 1] to logits (b, classes), for values and frequencies.
         k: draws of a value.
         times: at which states are, in (0, 1).
-        progress: called with (states done, all states of all times).
+        progress: shows a bar of the states of all times; default none.
     """
     generator, like = stream(seed, "posterior"), torch.empty(0, device=flow_map.device, dtype=flow_map.state_dtype)
     cond = take_rows(move_condition(cond, flow_map.device), slice(0, n))
@@ -79,7 +80,7 @@ def posterior_errors(
 
     ways = _ways(flow_map, fine)
     out = PosteriorErrors(*({name: {} for name in ways} for _ in range(3 if classify else 1)))
-    with torch.inference_mode():
+    with torch.inference_mode(), progress("draws of posteriors", n * len(times)) as tick:
         x1 = flow_map.lookahead(normal(n), 0.0, cond, hops=flow_map.steps)
         own = log_p(x1).argmax(1) if classify else None
         for place, t in enumerate(times):
@@ -97,7 +98,7 @@ def posterior_errors(
                         value = _value_error(p[:, own[i]], truth[:, own[i]], min(k, draws))
                         square = _squares(p.argmax(1), truth.argmax(1), p.shape[1])
                     errors[name].append((sliced_wasserstein(x_1.flatten(1), reference.flatten(1)), value, square))
-                progress(place * n + i + 1, n * len(times))
+                tick(place * n + i + 1, n * len(times))
             for name, rows in errors.items():
                 distances, values, squares = zip(*rows)
                 out.distance[name][t] = sum(distances) / n

@@ -39,13 +39,13 @@ from steerfm.steering.sampler import Sampler, Steering
 from steerfm.steering.selection import BestChild, Candidates, Narrow, Prune, Resample, Selected, TopK, Window
 from steerfm.steering.state import State
 from steerfm.steering.steer import steer, steer_batches, steps
-from steerfm.steering.tempering import Adaptive, Damped, Exponential, Power
+from steerfm.steering.tempering import Adaptive, Damping, Exponential, Power
 from steerfm.steering.tree_search import BudgetForcing, TreeSearch
 from steerfm.steering.waltz import Waltz
 
 __all__ = [
     "DAS", "DPS", "FMRGE", "FMRGJ", "FMTT", "LGDMC", "METHOD", "METHODS", "MFMG", "MFMGF", "MPGD", "SVDD", "TDS", "Adaptive",
-    "Beam", "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Damped", "Denoise", "DiamondSMC",
+    "Beam", "BestChild", "BestOfN", "BudgetForcing", "Candidates", "CoDe", "DFlow", "Damping", "Denoise", "DiamondSMC",
     "Drafts", "EndpointAscent", "EndpointGradient", "Endpoints", "ExactPosterior", "Exponential", "FKSteering", "FMTTSearch",
     "FeynmanKac", "FreeDoM", "FreeGradient", "Funnel", "Jarzynski", "Jump", "MapGradient", "Marginal", "Method", "MultiRound",
     "Narrow", "NoiseGradient", "NoiseTilt", "Outcome", "ParallelTempering", "Posterior", "Power", "Prune", "RandomSearch",

@@ -65,7 +65,7 @@ class Sampler(Sized, metaclass=TakesNames):
         steps: transitions from t = 0 to t = 1.
         lookahead: denoise, jump, rollout, smooth, renoise or posterior; None: the reward is only evaluated at the end.
         guidance: map, endpoint, free, ascent or noise; None: no gradient.
-        tempering: beta(t): linear, exponential, adaptive, damped, none, a power of t, or any function with beta(1) = 1.
+        tempering: beta(t): linear, exponential, adaptive, damping, none, a power of t, or any function with beta(1) = 1.
         transition: jump, renoise, diffuse, midpoint or bridge.
         power: exponent of the time grid, t_i = (i / steps)^power.
         recurrence: repeats of each step but the last, with noising back in between (FreeDoM's time travel).
@@ -115,7 +115,7 @@ class Sampler(Sized, metaclass=TakesNames):
             raise ValueError(
                 f"guidance={self.guidance} needs steps with noise: use transition=renoise, diffuse, midpoint or bridge"
             )
-        if self._draws_endpoints() and self._looked_at() != "posterior":
+        if self._draws_endpoints() and self._lookahead_kind() != "posterior":
             raise ValueError(NO_DRAWS)
         selection = self.parts.selection
         if self.lookahead is None and selection is not None and selection.ranks:
@@ -522,10 +522,10 @@ class Sampler(Sized, metaclass=TakesNames):
 
     def _shared(self, now: Evaluation) -> Tensor | None:
         """The first endpoint of the look-ahead, if it saves the transition its network call; else None."""
-        kind = self._looked_at()
+        kind = self._lookahead_kind()
         return now.endpoint if kind and kind == self._endpoint_kind() else None
 
-    def _looked_at(self) -> str:
+    def _lookahead_kind(self) -> str:
         """The kind of endpoint that the look-ahead has for a transition; "" for none."""
         return self.lookahead.kind if isinstance(self.lookahead, lookahead.Sharing) else ""
 

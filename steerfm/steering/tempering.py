@@ -47,7 +47,7 @@ def untempered(t: float) -> float:
 
 
 @dataclass(frozen=True)
-class Damped:
+class Damping:
     """beta(t) = 1 / (1 + curvature v_t), v_t = 1 / (1 / std^2 + (t / (1 - t))^2): what guidance by one endpoint lacks.
 
     The gradient at one draw, or at the denoiser, takes the reward to be linear over all ends of a path, and follows it too far
@@ -98,7 +98,7 @@ TEMPERINGS: dict[str, Tempering] = {
     "linear": Power(1.0),
     "exponential": Exponential(),
     "adaptive": Adaptive(),
-    "damped": Damped(),
+    "damping": Damping(),
     "none": untempered,
 }
 """Temperings by their names in configurations; a number p stands for t^p."""

@@ -163,22 +163,23 @@ def test_the_gradient_through_posterior_samples_approaches_the_exact_one():
     assert (found - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", ["denoise", ExactPosterior(WIDE), Posterior(steps=16)], ids=["denoise", "exact", "glass"])
 def test_damped_guidance_by_one_endpoint_samples_the_tilt_of_a_gaussian(lookahead):
     """A strong concave reward: without the damping samples are too near to its peak, and too narrow by far."""
     target = WIDE.tilt([12.0], 6.0)[0]
+
+    def concave(x):
+        return (12 * x - 3 * x.square()).sum(1)
 
     def ends(tempering):
         method = Steering(
             1, 300, lookahead, MapGradient(cap=None, largest=1e4), tempering=tempering, transition=Diffuse(0.0),
             correction="none", resampling=None,
         )  # fmt: skip
-        reward = lambda x: (12 * x - 3 * x.square()).sum(1)  # noqa: E731
-        return steerfm.steer(WIDE.flow_map(), reward, method, n=3000, batch_size=3000).samples.flatten()
+        return steerfm.steer(WIDE.flow_map(), concave, method, n=3000, batch_size=3000).samples.flatten()
 
     mean, std = target.mean().item(), target.cov().sqrt().item()
-    damped, plain = ends({"name": "damped", "curvature": 6.0, "std": 0.8}), ends("none")
+    damped, plain = ends({"name": "damping", "curvature": 6.0, "std": 0.8}), ends("none")
     assert abs(damped.mean() - mean) < LIMIT * std / 3000**0.5 + 0.005 and damped.std().item() == pytest.approx(std, rel=0.06)
     assert plain.mean() > mean + std and plain.std() < 0.5 * std
 
