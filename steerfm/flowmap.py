@@ -38,6 +38,9 @@ from steerfm.encoders import TextEncoder
 from steerfm.interpolant import Interpolant, expand_time, time_grid
 from steerfm.rows import Condition, cuts, expand_rows, join_conditions, split_negative, take_rows
 
+LAST = 0.9999
+"""Largest time at which a joint state is taken: beyond it, one state is infinitely more than the other."""
+
 
 class FlowMap(nn.Module):
     """A network that jumps between any two times of a path, X_{s,t}(x) = x + (t - s) u(x, s, t); its velocity is
@@ -424,6 +427,8 @@ class NeuralFlowMap(FlowMap):
         With g the root of (alpha_t std)^2 + sigma_t^2, the posterior of N(mean, std^2 I) has the spread std sigma_t / g.
         What the data differ from it by shrinks alike: the network's output is scaled so that it need not.
         """
+        if getattr(self.network, "posterior_rank", 0):
+            return self._joint_velocity(z, s, e, x, t, cond)
         path, (s_, e_, t_) = self.interpolant, (expand_time(time, z) for time in (s, e, t))
         g = self._spread(t_, self.std)
         correlation, white = path.alpha(t_) * self.std / g, (x - path.alpha(t_) * self.mean) / g
@@ -433,6 +438,23 @@ class NeuralFlowMap(FlowMap):
         inner, state = (z - path.alpha(s_) * mean) / g_s, correlation.sqrt() * white
         u = self.network(inner.to(self.dtype), s, e, cond, state.to(self.dtype), t)
         return scale * u.to(z.dtype) + path.gaussian_velocity(z, s_, e_, mean, std)
+
+    def _joint_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """`posterior_velocity` as the map itself, from the joint state of x and z (GLASS, 2602.05993) to that of x and z_e.
+
+        Without what is learnt it is the exact inner velocity where s = e, in the terms of the denoiser, and the map at t = 0.
+        What it learns from is the part of x and z that the joint state leaves out: noise N(0, I), whatever x_1 is.
+        """
+        path, (s_, e_, t_) = self.interpolant, (expand_time(time, z) for time in (s, e, t.clamp(max=LAST)))
+        outer, inner, later = (path.alpha(time) / path.sigma(time) for time in (t_, s_, e_.clamp(max=LAST)))
+        given, noised = x / path.sigma(t_), z / path.sigma(s_)
+        state, start = path.joint(given, outer, noised, inner)
+        end = torch.where(e_ == 1, 1.0, path.time_at((outer**2 + later**2) ** 0.5))
+        rest = outer * (inner * given - outer * noised) / (outer**2 + inner**2).clamp(min=1e-12)
+        white = (state - path.alpha(start) * self.mean) / self._spread(start, self.std)
+        u = self.network(white.to(self.dtype), start.flatten(), end.flatten(), cond, rest.to(self.dtype), t)
+        u = u.to(z.dtype) + path.gaussian_velocity(state, start, end, self.mean, self.std)
+        return path.velocity_from_denoised(z, path.denoise(state, u, start, end), s_, e_)
 
     def _spread(self, t: Tensor, std: float | Tensor) -> Tensor:
         """Standard deviation at time t of a path to data of standard deviation ``std``."""

@@ -113,10 +113,13 @@ class Interpolant:
         da, ds = self.derivatives(t)
         return da * x1 + ds * x0
 
-    def denoise(self, x: Tensor, velocity: Tensor, t: Any) -> Tensor:
-        """Denoiser E[x_1 | x_t = x]; on the linear path x + (1 - t) b. Finite at both ends."""
-        _, ds = self.derivatives(t)
-        return (self.sigma(t) * velocity - ds * x) / self._determinant(t)
+    def denoise(self, x: Tensor, velocity: Tensor, t: Any, end: Any = None) -> Tensor:
+        """Denoiser E[x_1 | x_t = x]; on the linear path x + (1 - t) b. Finite at both ends.
+
+        With the average velocity from t to ``end``: the x_1 that, held fixed on the way, gives that velocity.
+        """
+        da, ds = self.slope(t, t if end is None else end)
+        return (self.sigma(t) * velocity - ds * x) / (da * self.sigma(t) - self.alpha(t) * ds)
 
     def noise(self, x: Tensor, velocity: Tensor, t: Any) -> Tensor:
         """Noise E[x_0 | x_t = x]; on the linear path x - t b. Finite at both ends."""
@@ -127,9 +130,9 @@ class Interpolant:
         """grad log p_t(x) = -E[x_0 | x_t = x] / sigma_t; infinite at t = 1."""
         return -self.noise(x, velocity, t) / self.sigma(t)
 
-    def velocity_from_denoised(self, x: Tensor, x1: Tensor, t: Any) -> Tensor:
-        """b from the denoiser; infinite at t = 1."""
-        da, ds = self.derivatives(t)
+    def velocity_from_denoised(self, x: Tensor, x1: Tensor, t: Any, end: Any = None) -> Tensor:
+        """b from the denoiser, or with ``end`` the average velocity to it with x_1 held fixed; infinite at t = 1."""
+        da, ds = self.slope(t, t if end is None else end)
         return da * x1 + ds * (x - self.alpha(t) * x1) / self.sigma(t)
 
     def velocity_from_noise(self, x: Tensor, x0: Tensor, t: Any) -> Tensor:

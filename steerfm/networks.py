@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 BEFORE_2_14 = torch.__version__ < "2.14"
-GIVEN = ("state.", "state_time.")
-"""How the names of weights begin that only posteriors use."""
+OF_POSTERIORS = ("state", "state_time", "state_1", "state_2", "states")
+"""Names of the parts of a network that only posteriors use."""
 
 
 class GroupNorm(nn.GroupNorm):
@@ -87,11 +87,34 @@ class StateTime(nn.Module):
         return t.to(features.dtype) * self.layers(features)
 
 
+def of_posteriors(name: str) -> bool:
+    """Whether only posteriors use the weight of this name."""
+    return not {*OF_POSTERIORS}.isdisjoint(name.split("."))
+
+
 def fit_posterior(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a map for a network with another choice of ``posterior``: without what only posteriors use if it has none,
     or, if the weights have none, with it as the network begins."""
-    own = {name: value for name, value in network.state_dict().items() if name.startswith(GIVEN)}
-    return own | {name: value for name, value in weights.items() if name in own or not name.startswith(GIVEN)}
+    own = {name: value for name, value in network.state_dict().items() if of_posteriors(name)}
+    return own | {name: value for name, value in weights.items() if name in own or not of_posteriors(name)}
+
+
+def _weight_of_posteriors(t: Tensor, like: Tensor) -> Tensor:
+    """1 for rows that are given a state, 0 where it says nothing, at t = 0: (b,) to (b, 1, ...)."""
+    return (t > 0).to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def _low_rank(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Sequential:
+    """What is added to the output of a layer: a product of two layers through ``rank`` channels, zero before training."""
+    if isinstance(layer, nn.Linear):
+        return nn.Sequential(
+            nn.Linear(layer.in_features, rank, bias=False), _zeroed(nn.Linear(rank, layer.out_features, bias=False))
+        )
+    size, padding = layer.kernel_size[0], layer.padding[0]
+    return nn.Sequential(
+        nn.Conv2d(layer.in_channels, rank, size, padding=padding, bias=False),
+        _zeroed(nn.Conv2d(rank, layer.out_channels, 1, bias=False)),
+    )
 
 
 class Mlp(nn.Module):
@@ -102,17 +125,31 @@ class Mlp(nn.Module):
         width, depth: hidden width and number of hidden layers.
         classes: number of classes (0: unconditional).
         posterior: whether it can be given a state x_t, for `steerfm.FlowMap.posterior`.
+        posterior_rank: see `UNet`.
     """
 
-    def __init__(self, dim: int, width: int = 128, depth: int = 4, classes: int = 0, posterior: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        width: int = 128,
+        depth: int = 4,
+        classes: int = 0,
+        posterior: bool = False,
+        posterior_rank: int = 0,
+    ) -> None:
         super().__init__()
-        self.posterior = posterior
+        if posterior_rank and not posterior:
+            raise ValueError(f"posterior_rank={posterior_rank} changes what posteriors use: posterior=true as well")
+        self.posterior, self.posterior_rank = posterior, posterior_rank
         self.condition = ConditionEmbedding(width, classes)
         self.inputs = nn.Linear(dim, width)
-        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        hidden = [nn.Linear(width, width) for _ in range(depth)]
+        self.hidden = nn.ModuleList(hidden)
         self.outputs = _zeroed(nn.Linear(width, dim))
         if posterior:
             self.state, self.state_time = _zeroed(nn.Linear(dim, width, bias=False)), StateTime(width)
+        if posterior_rank:
+            self.states = nn.ModuleList(_low_rank(layer, posterior_rank) for layer in hidden)
 
     def forward(
         self,
@@ -126,8 +163,9 @@ class Mlp(nn.Module):
         """x: (b, dim); s, t: (b,); state (b, dim) and state_time (b,): what a posterior is given. Returns (b, dim)."""
         h = self.inputs(x) + self.condition(s, t, cond)
         h = F.silu(h if state is None else h + self.state(state) + self.state_time(state_time))
-        for layer in self.hidden:
-            h = h + F.silu(layer(h))
+        weight = _weight_of_posteriors(state_time, h) if state_time is not None and self.posterior_rank else None
+        for i, layer in enumerate(self.hidden):
+            h = h + F.silu(layer(h) if weight is None else layer(h) + weight * self.states[i](h))
         return self.outputs(h)
 
 
@@ -146,6 +184,8 @@ class UNet(nn.Module):
         text: size of a text's embedding (0: none).
         attention: self-attention at the coarsest resolution.
         posterior: whether it can be given a state x_t, for `steerfm.FlowMap.posterior`.
+        posterior_rank: rank of changes of its convolutions that only posteriors use. Above 0, posteriors are the map at the
+            joint state, see `NeuralFlowMap.posterior_velocity`, and the map itself can stay as it is.
     """
 
     def __init__(
@@ -158,9 +198,12 @@ class UNet(nn.Module):
         attention: bool = True,
         text: int = 0,
         posterior: bool = False,
+        posterior_rank: int = 0,
     ) -> None:
         super().__init__()
-        self.posterior = posterior
+        if posterior_rank and not posterior:
+            raise ValueError(f"posterior_rank={posterior_rank} changes what posteriors use: posterior=true as well")
+        self.posterior, self.posterior_rank = posterior, posterior_rank
         self.patch, self.factor = patch, patch * 2 ** (len(widths) - 1)
         embedding = 4 * widths[0]
         self.condition = ConditionEmbedding(embedding, classes, text)
@@ -168,17 +211,17 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             stage = [nn.Conv2d(widths[level - 1], width, 2, stride=2)] if level else []
-            self.down.append(nn.ModuleList([*stage, *(ResidualBlock(width, embedding) for _ in range(blocks))]))
+            self.down.append(nn.ModuleList([*stage, *(ResidualBlock(width, embedding, posterior_rank) for _ in range(blocks))]))
         last = widths[-1]
         middle = [
-            ResidualBlock(last, embedding),
+            ResidualBlock(last, embedding, posterior_rank),
             *([Attention(last)] if attention else []),
-            ResidualBlock(last, embedding),
+            ResidualBlock(last, embedding, posterior_rank),
         ]
         self.middle = nn.ModuleList(middle)
         for level, width in reversed(list(enumerate(widths))):
             stage = [nn.ConvTranspose2d(width, widths[level - 1], 2, stride=2)] if level else []
-            self.up.append(nn.ModuleList([*(ResidualBlock(width, embedding) for _ in range(blocks)), *stage]))
+            self.up.append(nn.ModuleList([*(ResidualBlock(width, embedding, posterior_rank) for _ in range(blocks)), *stage]))
         self.norm = GroupNorm(8, widths[0])
         self.outputs = _zeroed(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
         if posterior:
@@ -211,18 +254,19 @@ class UNet(nn.Module):
         emb, h = self.condition(s, t, cond), self.inputs(F.pixel_unshuffle(x, self.patch))
         if state is not None:
             emb, h = emb + self.state_time(state_time), h + self.state(F.pixel_unshuffle(state, self.patch))
+        weight = _weight_of_posteriors(state_time, h) if state_time is not None and self.posterior_rank else None
         emb = F.silu(emb)
         skips = []
         for stage in self.down:
             for layer in stage.children():
-                h = layer(h, emb) if isinstance(layer, ResidualBlock) else layer(h)
+                h = layer(h, emb, weight) if isinstance(layer, ResidualBlock) else layer(h)
                 if isinstance(layer, ResidualBlock):
                     skips.append(h)
         for layer in self.middle:
-            h = layer(h, emb)
+            h = layer(h, emb, weight)
         for stage in self.up:
             for layer in stage.children():
-                h = layer(h + skips.pop(), emb) if isinstance(layer, ResidualBlock) else layer(h)
+                h = layer(h + skips.pop(), emb, weight) if isinstance(layer, ResidualBlock) else layer(h)
         h = self.outputs(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.patch)
 
@@ -230,18 +274,31 @@ class UNet(nn.Module):
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice; the embedding scales and shifts between them (FiLM)."""
 
-    def __init__(self, width: int, embedding: int) -> None:
+    def __init__(self, width: int, embedding: int, rank: int = 0) -> None:
         super().__init__()
         self.norm1, self.norm2 = GroupNorm(8, width), GroupNorm(8, width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = _zeroed(nn.Conv2d(width, width, 3, padding=1))
         self.film = nn.Linear(embedding, 2 * width)
+        if rank:
+            self.state_1, self.state_2 = _low_rank(self.conv1, rank), _low_rank(self.conv2, rank)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, weight: Tensor | None = None) -> Tensor:
+        """A call.
+
+        Args:
+            x: (b, width, h, w).
+            emb: (b, embedding).
+            weight: (b, 1, 1, 1) of the changes that only posteriors use; None for none.
+
+        Returns:
+            (b, width, h, w).
+        """
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + scale) + shift
-        return x + self.conv2(F.silu(h))
+        a = F.silu(self.norm1(x))
+        h = self.conv1(a) if weight is None else self.conv1(a) + weight * self.state_1(a)
+        a = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return x + (self.conv2(a) if weight is None else self.conv2(a) + weight * self.state_2(a))
 
 
 class Attention(nn.Module):
@@ -253,7 +310,7 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.outputs = _zeroed(nn.Conv2d(width, width, 1))
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # (b, c, h*w)
         weights = torch.softmax(q.transpose(1, 2) @ k / math.sqrt(c), -1)

@@ -13,7 +13,7 @@ from steerfm.cost import Ledger
 from steerfm.finetuning import METHODS, FineTuning
 from steerfm.finetuning.lora import LoRA
 from steerfm.flowmap import Microbatched
-from steerfm.networks import Mlp, UNet, fit_posterior
+from steerfm.networks import Mlp, UNet, fit_posterior, of_posteriors
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering import Posterior
@@ -23,11 +23,13 @@ from steerfm.training.objectives import Triangle
 from steerfm.zoo import with_adapters
 
 
-def mlp(posterior=True, spread=0.3, classes=0, path=None, mean=0.5, std=1.3):
-    """A map of a network that is not at its start."""
+def mlp(posterior=True, spread=0.3, classes=0, path=None, mean=0.5, std=1.3, rank=0, start=False):
+    """A map of a network that is not at its start, or of which only what posteriors use is."""
     torch.manual_seed(0)
-    network = Mlp(3, 32, 2, classes, posterior=posterior)
-    for parameter in network.parameters():
+    network = Mlp(3, 32, 2, classes, posterior=posterior, posterior_rank=rank)
+    for name, parameter in network.named_parameters():
+        if start and of_posteriors(name):
+            continue
         parameter.data += spread * torch.randn_like(parameter) / math.sqrt(parameter.shape[-1])
     return NeuralFlowMap(network, (3,), path, [f"class {i}" for i in range(classes)], mean=mean, std=std).eval()
 
@@ -38,10 +40,14 @@ def states(n=6, shape=(3,)):
 
 
 # --- the plain map ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("network", [lambda p: Mlp(12, posterior=p), lambda p: UNet(1, (8, 16), posterior=p)])
-def test_a_plain_map_goes_on_as_it_was(network):
-    shape = (12,) if isinstance(network(False), Mlp) else (1, 12, 12)
-    plain, joint = network(False), network(True)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    "network",
+    [lambda p, r: Mlp(12, posterior=p, posterior_rank=r), lambda p, r: UNet(1, (8, 16), posterior=p, posterior_rank=r)],
+)
+def test_a_plain_map_goes_on_as_it_was(network, rank):
+    shape = (12,) if isinstance(network(False, 0), Mlp) else (1, 12, 12)
+    plain, joint = network(False, 0), network(True, rank)
     for parameter in plain.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     joint.load_state_dict(fit_posterior(joint, plain.state_dict()))
@@ -53,8 +59,9 @@ def test_a_plain_map_goes_on_as_it_was(network):
 
 
 @pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
-def test_the_ends_are_exact_whatever_the_weights(path):
-    flow_map, (x, z) = mlp(path=path), states()
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_ends_are_exact_whatever_the_weights(path, rank):
+    flow_map, (x, z) = mlp(path=path, rank=rank), states()
     torch.testing.assert_close(flow_map.posterior(x, 0.0, z), flow_map.lookahead(z, 0.0))
     torch.testing.assert_close(flow_map.posterior(x, 0.0, z), flow_map.posterior(-x, 0.0, z))
     torch.testing.assert_close(flow_map.posterior(x, 1.0, z), x)
@@ -72,6 +79,20 @@ def test_at_the_start_it_is_that_of_the_gaussian(path, hops):
     for t in (0.0, 0.3, 0.8):
         exact = gaussian.posterior(x, t)
         torch.testing.assert_close(flow_map.posterior(x, t, z, hops=hops), exact.means[:, 0] + exact.factors[:, 0] * z)
+
+
+@pytest.mark.parametrize("path", [Interpolant(), Trigonometric()])
+def test_with_a_rank_it_starts_as_the_map_at_the_joint_state(path):
+    """The velocity of the inner flow exactly, and one jump where nothing is known of z; many hops converge to GLASS."""
+    flow_map, (x, z) = mlp(path=path, rank=3, start=True), states()
+    s, t = torch.tensor([[0.0, 0.2, 0.5, 0.9, 0.6, 0.99], [0.4, 0.0, 0.1, 0.7, 0.95, 0.3]])
+    inner = glass.inner_velocity(flow_map, z, s, x, t, None)
+    torch.testing.assert_close(flow_map.posterior_velocity(z, s, s, x, t, None), inner)
+    jump = torch.where(t[:, None] > 0, flow_map.lookahead(x, t), flow_map.lookahead(z, 0.0))
+    torch.testing.assert_close(flow_map.posterior(x, t, z), jump)
+    if type(path) is Interpolant:  # the inner path of `glass.draw`
+        fine = glass.draw(flow_map, x, 0.4, z.unsqueeze(1), None, 200)[:, 0]
+        torch.testing.assert_close(flow_map.posterior(x, 0.4, z, hops=500), fine, atol=0.02, rtol=0)
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------

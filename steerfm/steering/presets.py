@@ -524,8 +524,7 @@ class WeightedDiamond(Ascent):
     """Weighted Diamond guidance (2602.05993): renoised look-aheads, importance-weighted, no further training.
 
     Parts: look-ahead renoise, equally weighted (k = 1), gradient through it, rescaled to the step's displacement (independent
-        of
-    ``strength`` and the reward's scale), no tempering, transition jump, correction none.
+    of ``strength`` and the reward's scale), no tempering, transition jump, correction none.
     Samples: no. With ``lookahead={"name": "renoise", "k": 4}`` the endpoints have the paper's importance weights, which are
     exact as k grows. But log-weights are of order d: in pictures one endpoint has all the weight, and the gradient is that of
     the weights. The paper's release omits them as well.

@@ -73,8 +73,8 @@ class Waltz(Chains, metaclass=TakesNames):
             raise ValueError(f"times={self.times}: a list of times, such as [0.1, 0.5, 0.8]")
         if not self.times or not all(0 < t < 1 for t in self.times):
             raise ValueError(f"times={list(self.times)}: one or more, all above 0 and below 1")
-        if getattr(self.lookahead, "k", 1) != 1:  # of several, weighted or not, the first would be taken
-            raise ValueError(f"lookahead={self.lookahead!r}: a move is one draw; take lookahead=posterior with k=1")
+        if getattr(self.lookahead, "k", 1) != 1 or getattr(self.lookahead, "early", 0):  # the first of several would be taken
+            raise ValueError(f"lookahead={self.lookahead!r}: a move is one draw; take lookahead=posterior with k=1 and early=0")
 
     def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
         """See `steerfm.capabilities.Choosy`: both the first state and the draws."""

@@ -163,7 +163,7 @@ def test_the_gradient_through_posterior_samples_approaches_the_exact_one():
     assert (found - exact).abs().max() < 0.1 * exact.abs().max()
 
 
-@pytest.mark.parametrize("lookahead", ["denoise", ExactPosterior(WIDE), Posterior(steps=16)], ids=["denoise", "exact", "glass"])
+@pytest.mark.parametrize("lookahead", ["denoise", ExactPosterior(WIDE), Posterior(steps=6)], ids=["denoise", "exact", "glass"])
 def test_damped_guidance_by_one_endpoint_samples_the_tilt_of_a_gaussian(lookahead):
     """A strong concave reward: without the damping samples are too near to its peak, and too narrow by far."""
     target = WIDE.tilt([12.0], 6.0)[0]
@@ -250,6 +250,15 @@ def test_guidance_by_posterior_samples_improves_with_their_number():
     error = {k: guided(MapGradient(cap=None, largest=1e4), Posterior(steps=6, k=k), 60, 1000) for k in (1, 4, 16)}
     print("W1 of MFM-G", error)
     assert error[16] < 0.15 < error[4] < error[1] < 1.2
+
+
+def test_draws_tell_more_early():
+    """As many draws in all, most of them early: about .22 for .34 (three seeds of 700 particles)."""
+    looks = {"even": Posterior(steps=6, k=5), "early": Posterior(steps=6, k=4, early=2)}
+    draws = {name: sum(look.number(i / 60) for i in range(60)) for name, look in looks.items()}
+    error = {name: guided(MapGradient(cap=None, largest=1e4), look, 60, 1000) for name, look in looks.items()}
+    print("W1 of MFM-G", error, "draws", draws)
+    assert draws["early"] < draws["even"] and error["early"] < 0.85 * error["even"]
 
 
 def test_weights_correct_the_bias_of_few_posterior_samples():

@@ -408,6 +408,23 @@ def test_four_commands_from_a_folder_of_classes_to_a_steered_picture(classes, he
     assert told["texture_of_data"] > 0 and any("card.features" in gap for gap in told["gaps"])
 
 
+@pytest.mark.slow
+def test_draws_are_learnt_beside_a_map_that_stays_as_it_is(classes, here):
+    """With a rank and objectives of draws only, its weights and jumps are the same bits; also of a run that was continued."""
+    folder = ["--config", "folder", "data.root=pics", *SMALL]
+    run("train", *folder)
+    draws = ["network.posterior=true", "network.posterior_rank=2", "objective.start=0", "init=runs/train/mine", "name=drawn"]
+    words = [*folder, *draws, "objective.shares={trajectory: 0, posterior_trajectory: 1}"]
+    run("train", *words, "optimizer.steps=2")
+    run("train", *words, "optimizer.steps=4")
+    plain, drawn = (zoo.load(f"runs/train/{name}") for name in ("mine", "drawn"))
+    own, other = (flow_map.body.state_dict() for flow_map in (plain, drawn))
+    assert all(torch.equal(value, other[name]) for name, value in own.items())
+    x, z = torch.randn(2, 3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.jump(x, 0.2, 0.9), drawn.jump(x, 0.2, 0.9))
+    assert not torch.equal(drawn.posterior(x, 0.5, z), plain.lookahead(x, 0.5))  # as it began
+
+
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 TINY = {
     "data": ["--size", "8"],
