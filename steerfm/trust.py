@@ -13,8 +13,8 @@ import re
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
@@ -191,12 +191,18 @@ def _is_for_steerfm(name: str) -> bool:
     top = name.partition(".")[0]
     if top in OURS:
         return True
-    for package in packages_distributions().get(top, ()):
+    for package in _distributions(tuple(sys.path)).get(top, ()):
         about = distribution(package)
         needs = {re.split(r"[^\w.-]", need, maxsplit=1)[0].lower() for need in about.requires or ()}
         if "steerfm" in needs or any(point.group.startswith("steerfm.") for point in about.entry_points):
             return True
     return False
+
+
+@cache
+def _distributions(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """The packages of each module on ``sys.path``: a second to read, so not for each name."""
+    return packages_distributions()
 
 
 def _in_python(path: Path) -> bool:
