@@ -32,8 +32,8 @@ RECIPES: dict[str, list[str]] = {
         *("data.batch_size=512", "optimizer.lr=1e-3"),
     ],
     "emoji": [
-        *("--config", "emoji-posterior", "name=emoji", "init=emoji", "objective.teacher=emoji"),
-        *("data.batch_size=512", "optimizer.lr=7e-4"),
+        *("--config", "emoji-posterior", "name=emoji", "objective.teacher=emoji"),
+        *("objective.shares={trajectory: 0.5, posterior_trajectory: 0.5}", "data.batch_size=512", "optimizer.lr=7e-4"),
     ],
     "emoji64": ["--config", "emoji", "name=emoji64", "init=emoji", "data.size=64", "data.batch_size=256", "optimizer.lr=5e-4"],
 }

@@ -195,6 +195,8 @@ class Sampler(Sized, metaclass=TakesNames):
             why["lookahead"] = parts.lookahead.blind(flow_map, grid)
         if isinstance(parts.transition, Choosy) and parts.transition != flow_map.transition:
             why["transition"] = parts.transition.lacks(flow_map, grid)
+        if isinstance(parts.tempering, Choosy):
+            why["tempering"] = parts.tempering.lacks(flow_map, grid)
         return "; ".join(f"its {name} {type(vars(parts)[name]).__name__} {each}" for name, each in why.items() if each)
 
     def times(self, flow_map: FlowMap) -> list[float]:

@@ -7,8 +7,11 @@ to each output during the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from steerfm.flowmap import FlowMap
+from steerfm.interpolant import Interpolant
 
 Tempering = Callable[[float], float]
 
@@ -66,6 +69,10 @@ class Damping:
     def __post_init__(self) -> None:
         if not (0 <= self.curvature < math.inf and 0 < self.std < math.inf):
             raise ValueError(f"curvature={self.curvature}, std={self.std}: at least 0, and above 0")
+
+    def lacks(self, flow_map: FlowMap, times: Sequence[float] | None = None) -> str:
+        """See `steerfm.capabilities.Choosy`: v_t is that of the linear path."""
+        return "" if type(flow_map.interpolant) is Interpolant else "holds on the linear path alone: take tempering=none"
 
     def __call__(self, t: float) -> float:
         far = (1 - t) ** 2

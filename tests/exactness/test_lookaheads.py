@@ -171,17 +171,23 @@ def test_damped_guidance_by_one_endpoint_samples_the_tilt_of_a_gaussian(lookahea
     def concave(x):
         return (12 * x - 3 * x.square()).sum(1)
 
-    def ends(tempering):
+    def ends(tempering, steps):
         method = Steering(
-            1, 300, lookahead, MapGradient(cap=None, largest=1e4), tempering=tempering, transition=Diffuse(0.0),
+            1, steps, lookahead, MapGradient(cap=None, largest=1e4), tempering=tempering, transition=Diffuse(0.0),
             correction="none", resampling=None,
         )  # fmt: skip
         return steerfm.steer(WIDE.flow_map(), concave, method, n=3000, batch_size=3000).samples.flatten()
 
     mean, std = target.mean().item(), target.cov().sqrt().item()
-    damped, plain = ends({"name": "damping", "curvature": 6.0, "std": 0.8}), ends("none")
+    damped, plain = ends({"name": "damping", "curvature": 6.0, "std": 0.8}, 120), ends("none", 40)
     assert abs(damped.mean() - mean) < LIMIT * std / 3000**0.5 + 0.005 and damped.std().item() == pytest.approx(std, rel=0.06)
     assert plain.mean() > mean + std and plain.std() < 0.5 * std
+
+
+def test_damping_is_refused_off_the_linear_path():
+    method = Steering(1, 4, "denoise", MapGradient(), tempering="damping", correction="none", resampling=None)
+    with pytest.raises(ValueError, match="its tempering Damping holds on the linear path alone: take tempering=none"):
+        steerfm.steer(CURVED.flow_map(), reward, method)
 
 
 def test_the_residual_tells_a_flow_map_from_another_function():
