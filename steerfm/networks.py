@@ -88,8 +88,14 @@ class StateTime(nn.Module):
 
 
 def of_posteriors(name: str) -> bool:
-    """Whether only posteriors use the weight of this name."""
+    """Whether only posteriors use the weight of this name, in a network of this module."""
     return not {*OF_POSTERIORS}.isdisjoint(name.split("."))
+
+
+def posterior_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that only posteriors use, by name."""
+    has_them = isinstance(network, Mlp | UNet) and network.posterior
+    return {name: value for name, value in network.named_parameters() if has_them and of_posteriors(name)}
 
 
 def fit_posterior(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from steerfm.networks import Mlp, UNet, fit_posterior, of_posteriors
 from steerfm.rewards import as_reward
 from steerfm.sampling import Noise
 from steerfm.steering import Posterior
+from steerfm.training import FlowMapTraining
 from steerfm.training.objectives import Posterior as Objective
 from steerfm.training.objectives import PosteriorTrajectory as Trajectories
 from steerfm.training.objectives import Triangle
@@ -164,6 +165,16 @@ def test_training_learns_two_modes(kind):
         draws = flow_map.posterior(x.repeat_interleave(2000, 0), t, z.flatten(0, 1)).view(5, 2000)
     assert ((draws > 0).float().mean(1) - exact).abs().max() < 0.1
     assert (draws.abs() - 1.5).abs().median() < 0.3
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_all_that_is_trained_has_a_gradient_in_the_first_steps_too(start):
+    """Processes wait for the gradient of each parameter."""
+    flow_map = mlp()
+    module = FlowMapTraining(flow_map, {Trajectories(uses=2): 0.5}, start=start, steps=10)
+    module.log = lambda *args, **options: None
+    module.training_step([torch.randn(8, 3)], 0).backward()
+    assert all(parameter.grad is not None for parameter in flow_map.body.parameters())
 
 
 def test_rows_of_small_batches():

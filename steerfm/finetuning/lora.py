@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from steerfm.flowmap import Wrapped
 from steerfm.models.lora import adapter_layers
+from steerfm.networks import posterior_weights
 from steerfm.randomness import stream
 from steerfm.rows import Condition
 
@@ -28,8 +29,8 @@ class LoRA:
     Args:
         rank: of the adapters.
         alpha: their scale is alpha / rank; default 2 rank.
-        layers: last parts of the names of the layers to adapt, such as ["conv1", "conv2"]. None for all, except embeddings and
-            grouped convolutions, to whose weights the factors could not be added.
+        layers: last parts of the names of the layers to adapt, such as ["conv1", "conv2"]. None for all, except embeddings,
+            grouped convolutions, to whose weights the factors could not be added, and what only posteriors use.
     """
 
     rank: int = 4
@@ -47,7 +48,9 @@ class LoRA:
             ValueError: no layer has a name in ``layers``.
         """
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        of_posteriors = {name.rpartition(".")[0] for name in posterior_weights(network)}
         names = [name for name, layer in network.named_modules() if isinstance(layer, kinds) and not _grouped(layer)]
+        names = [name for name in names if name not in of_posteriors]
         if self.layers is None:
             return names
         ends = [f".{name}".rsplit(".", 1)[-1] for name in names]

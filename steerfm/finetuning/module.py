@@ -19,6 +19,7 @@ from steerfm.finetuning.base import Law, Method, Reusing, Tasks, Update, ask_for
 from steerfm.finetuning.by_first import by_first
 from steerfm.finetuning.lora import LoRA, LoRAOff
 from steerfm.flowmap import FlowMap
+from steerfm.networks import posterior_weights
 from steerfm.processes import Group, active, tell, together
 from steerfm.randomness import derive, stream
 from steerfm.rewards import Reward
@@ -98,6 +99,10 @@ class FineTuning(Trained):
         free = {name for name, parameter in flow_map.body.named_parameters() if parameter.requires_grad}
         for name, parameter in network.named_parameters() if lora is None else ():
             parameter.requires_grad_(name in free or not free)
+        for parameter in posterior_weights(
+            network
+        ).values():  # tuning has no use for them, and processes wait for each gradient
+            parameter.requires_grad_(False)
         network.train()
         if lora is not None:
             lora.inject(network, options.get("seed", 0))

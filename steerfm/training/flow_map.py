@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steerfm.capabilities import can
 from steerfm.flowmap import FlowMap, NeuralFlowMap
+from steerfm.networks import posterior_weights
 from steerfm.randomness import stream
 from steerfm.report.pictures import picture_grid
 from steerfm.rows import Condition, replace_rows, take_rows
@@ -79,7 +80,8 @@ class FlowMapTraining(Trained):
             total = total + losses.float().sum() / len(x1)
             self.log(f"train/{type(objective).__name__}", losses.detach().mean())
         self.log("train/loss", total.detach(), prog_bar=True)
-        return total
+        unused = [] if parts else [p for p in posterior_weights(flow_map.body).values() if p.requires_grad]
+        return total + 0.0 * sum(p.sum() for p in unused)  # processes wait for the gradient of each parameter
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -89,7 +89,7 @@ class Among(Reward):
 
 def classes() -> NeuralFlowMap:
     with global_stream(0, "classes"):
-        network = Mlp(2, width=16, depth=2, classes=3)
+        network = Mlp(2, width=16, depth=2, classes=3, posterior=True)  # weights that tuning does not train
         torch.nn.init.normal_(network.outputs.weight, std=0.3)
     return NeuralFlowMap(network, (2,), class_names=("a", "b", "c")).eval().requires_grad_(False)
 
