@@ -416,16 +416,21 @@ class NeuralFlowMap(FlowMap):
             self.capabilities = self.capabilities | {"posterior"}
 
     def average_velocity(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self._preconditioned(x, s, t, cond)
+
+    def _preconditioned(self, x: Tensor, s: Tensor, t: Tensor, cond: Condition, *given: Tensor) -> Tensor:
+        """`average_velocity`; ``given`` are further inputs of the network, those of a posterior."""
         s_, t_ = expand_time(s, x), expand_time(t, x)
         white = (x - self.interpolant.alpha(s_) * self.mean) / self._spread(s_, self.std)
-        u = self.network(white.to(self.dtype), s, t, cond)
+        u = self.network(white.to(self.dtype), s, t, cond, *given)
         return u.to(x.dtype) + self.interpolant.gaussian_velocity(x, s_, t_, self.mean, self.std)
 
     def posterior_velocity(self, z: Tensor, s: Tensor, e: Tensor, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """As `FlowMap.posterior_velocity`, preconditioned with the exact inner flow of the same Gaussian.
 
         With g the root of (alpha_t std)^2 + sigma_t^2, the posterior of N(mean, std^2 I) has the spread std sigma_t / g.
-        What the data differ from it by shrinks alike: the network's output is scaled so that it need not.
+        What the data differ from it by shrinks alike: the network's output is scaled so that it need not. With a
+        ``posterior_rank`` it is the map itself, see `_joint_velocity`.
         """
         if getattr(self.network, "posterior_rank", 0):
             return self._joint_velocity(z, s, e, x, t, cond)
@@ -451,9 +456,7 @@ class NeuralFlowMap(FlowMap):
         state, start = path.joint(given, outer, noised, inner)
         end = torch.where(e_ == 1, 1.0, path.time_at((outer**2 + later**2) ** 0.5))
         rest = outer * (inner * given - outer * noised) / (outer**2 + inner**2).clamp(min=1e-12)
-        white = (state - path.alpha(start) * self.mean) / self._spread(start, self.std)
-        u = self.network(white.to(self.dtype), start.flatten(), end.flatten(), cond, rest.to(self.dtype), t)
-        u = u.to(z.dtype) + path.gaussian_velocity(state, start, end, self.mean, self.std)
+        u = self._preconditioned(state, start.flatten(), end.flatten(), cond, rest.to(self.dtype), t)
         return path.velocity_from_denoised(z, path.denoise(state, u, start, end), s_, e_)
 
     def _spread(self, t: Tensor, std: float | Tensor) -> Tensor:

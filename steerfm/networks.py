@@ -105,6 +105,12 @@ def fit_posterior(network: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
     return own | {name: value for name, value in weights.items() if name in own or not of_posteriors(name)}
 
 
+def _checked_rank(posterior: bool, rank: int) -> int:
+    if rank and not posterior:
+        raise ValueError(f"posterior_rank={rank} changes what posteriors use: posterior=true as well")
+    return rank
+
+
 def _weight_of_posteriors(t: Tensor, like: Tensor) -> Tensor:
     """1 for rows that are given a state, 0 where it says nothing, at t = 0: (b,) to (b, 1, ...)."""
     return (t > 0).to(like).view(-1, *[1] * (like.ndim - 1))
@@ -144,9 +150,7 @@ class Mlp(nn.Module):
         posterior_rank: int = 0,
     ) -> None:
         super().__init__()
-        if posterior_rank and not posterior:
-            raise ValueError(f"posterior_rank={posterior_rank} changes what posteriors use: posterior=true as well")
-        self.posterior, self.posterior_rank = posterior, posterior_rank
+        self.posterior, self.posterior_rank = posterior, _checked_rank(posterior, posterior_rank)
         self.condition = ConditionEmbedding(width, classes)
         self.inputs = nn.Linear(dim, width)
         hidden = [nn.Linear(width, width) for _ in range(depth)]
@@ -191,7 +195,7 @@ class UNet(nn.Module):
         attention: self-attention at the coarsest resolution.
         posterior: whether it can be given a state x_t, for `steerfm.FlowMap.posterior`.
         posterior_rank: rank of changes of its convolutions that only posteriors use. Above 0, posteriors are the map at the
-            joint state, see `NeuralFlowMap.posterior_velocity`, and the map itself can stay as it is.
+            joint state, see `NeuralFlowMap.posterior_velocity`, and trainings of draws alone leave the map as it is.
     """
 
     def __init__(
@@ -207,9 +211,7 @@ class UNet(nn.Module):
         posterior_rank: int = 0,
     ) -> None:
         super().__init__()
-        if posterior_rank and not posterior:
-            raise ValueError(f"posterior_rank={posterior_rank} changes what posteriors use: posterior=true as well")
-        self.posterior, self.posterior_rank = posterior, posterior_rank
+        self.posterior, self.posterior_rank = posterior, _checked_rank(posterior, posterior_rank)
         self.patch, self.factor = patch, patch * 2 ** (len(widths) - 1)
         embedding = 4 * widths[0]
         self.condition = ConditionEmbedding(embedding, classes, text)

@@ -191,7 +191,8 @@ def _is_for_steerfm(name: str) -> bool:
     top = name.partition(".")[0]
     if top in OURS:
         return True
-    for package in _distributions(tuple(sys.path)).get(top, ()):
+    folders = [Path(folder) for folder in sys.path]
+    for package in _distributions(tuple((path, path.stat().st_mtime_ns) for path in folders if path.exists())).get(top, ()):
         about = distribution(package)
         needs = {re.split(r"[^\w.-]", need, maxsplit=1)[0].lower() for need in about.requires or ()}
         if "steerfm" in needs or any(point.group.startswith("steerfm.") for point in about.entry_points):
@@ -200,8 +201,8 @@ def _is_for_steerfm(name: str) -> bool:
 
 
 @cache
-def _distributions(path: tuple[str, ...]) -> Mapping[str, list[str]]:
-    """The packages of each module on ``sys.path``: a second to read, so not for each name."""
+def _distributions(folders: tuple[tuple[Path, int], ...]) -> Mapping[str, list[str]]:
+    """The packages of each module: a second to read, so only where the folders of ``sys.path``, or their times, are new."""
     return packages_distributions()
 
 

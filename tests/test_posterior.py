@@ -20,7 +20,7 @@ from steerfm.steering import Posterior
 from steerfm.training import FlowMapTraining
 from steerfm.training.objectives import Posterior as Objective
 from steerfm.training.objectives import PosteriorTrajectory as Trajectories
-from steerfm.training.objectives import Triangle
+from steerfm.training.objectives import Trajectory, Triangle
 from steerfm.zoo import with_adapters
 
 
@@ -167,14 +167,27 @@ def test_training_learns_two_modes(kind):
     assert (draws.abs() - 1.5).abs().median() < 0.3
 
 
-@pytest.mark.parametrize("start", [0.0, 0.5])
-def test_all_that_is_trained_has_a_gradient_in_the_first_steps_too(start):
+@pytest.mark.parametrize(("start", "objective"), [(0.0, Trajectories), (0.5, Trajectories), (0.0, Trajectory)])
+def test_all_that_is_trained_has_a_gradient_where_there_are_no_draws_too(start, objective):
     """Processes wait for the gradient of each parameter."""
     flow_map = mlp()
-    module = FlowMapTraining(flow_map, {Trajectories(uses=2): 0.5}, start=start, steps=10)
+    module = FlowMapTraining(flow_map, {objective(uses=2): 0.5}, start=start, steps=10)
     module.log = lambda *args, **options: None
     module.training_step([torch.randn(8, 3)], 0).backward()
     assert all(parameter.grad is not None for parameter in flow_map.body.parameters())
+
+
+@pytest.mark.parametrize(("share", "rank"), [(1.0, 3), (0.5, 3), (1.0, 0)])
+def test_what_is_trained(share, rank):
+    """With a rank and nothing but draws, only what draws use; what its author froze, never."""
+    flow_map = mlp(rank=rank)
+    network = flow_map.body
+    network.inputs.requires_grad_(False)
+    network.state.requires_grad_(False)
+    FlowMapTraining(flow_map, {Trajectories(): share}, start=0.0, steps=10)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert all(of_posteriors(name) for name in trained) is (share == 1 and rank > 0)
+    assert not any(name.startswith(("inputs.", "state.")) for name in trained) and "state_time.layers.0.weight" in trained
 
 
 def test_rows_of_small_batches():

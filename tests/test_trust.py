@@ -242,6 +242,17 @@ def test_of_an_installed_package_only_rewards_can_be_named_and_only_if_it_is_mad
 
 
 @pytest.mark.slow
+def test_a_package_that_is_installed_later_is_known(tmp_path, monkeypatch):
+    """As in a notebook, with pip in one of its cells."""
+    installed(tmp_path, monkeypatch, True)
+    about = tmp_path / "site-packages" / "other_rewards-1.0.dist-info"
+    about.rename(tmp_path / "about")
+    assert not trust._is_for_steerfm("other_rewards")
+    (tmp_path / "about").rename(about)
+    assert trust._is_for_steerfm("other_rewards")
+
+
+@pytest.mark.slow
 def test_refusing_a_name_changes_nothing_for_others():
     """Setuptools' finder turns itself off where it is asked for pip: torch's compiler then cannot load it."""
     code = """

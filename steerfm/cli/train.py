@@ -23,7 +23,7 @@ from steerfm.flowmap import Guided, NeuralFlowMap
 from steerfm.metrics import feature_statistics, jump_error, texture
 from steerfm.metrics.evaluator import Specified
 from steerfm.metrics.spaces import FEATURES
-from steerfm.networks import NETWORKS, UNet, fit_posterior, posterior_weights
+from steerfm.networks import NETWORKS, UNet, fit_posterior
 from steerfm.randomness import derive, global_stream, stream
 from steerfm.report.card import model_card
 from steerfm.report.plots import curves_plot
@@ -206,7 +206,6 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
     if config.init:
         weights = read_weights(zoo.find(config.init), "flow_map")[1]
         load_into(network, fit_posterior(network, weights), config.init)
-    freeze(config, network)
     pixels = data.train[0].float().div_(127.5).sub_(1)  # in place: four bytes a channel, once
     flow_map = NeuralFlowMap(
         network, data.shape, class_names=class_names, mean=pixels.mean().item(), std=pixels.std().item(), text=text
@@ -216,15 +215,6 @@ def training_module(config: TrainConfig, data: Any) -> tuple[Any, dict[str, Any]
         flow_map, off_diagonal(config, data.shape), diagonal, start=o.start, null=flow_map.null, drop=o.drop, **options
     )  # fmt: skip
     return module, architecture
-
-
-def freeze(config: TrainConfig, network: nn.Module) -> None:
-    """Leave as they are the weights that no objective trains: those of posteriors, or, with a rank, all the others."""
-    posteriors = posterior_weights(network)
-    draws = sum(share for name, share in config.objective.shares.items() if name.startswith("posterior"))
-    alone = draws == 1 and config.objective.start == 0 and getattr(network, "posterior_rank", 0) > 0
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(not alone if name not in posteriors else draws > 0)
 
 
 BY_TEACHER = ("trajectory", "posterior", "posterior_trajectory")

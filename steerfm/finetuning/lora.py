@@ -48,9 +48,12 @@ class LoRA:
             ValueError: no layer has a name in ``layers``.
         """
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        of_posteriors = {name.rpartition(".")[0] for name in posterior_weights(network)}
-        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds) and not _grouped(layer)]
-        names = [name for name in names if name not in of_posteriors]
+        without = {name.rpartition(".")[0] for name in posterior_weights(network)}
+        names = [
+            name
+            for name, layer in network.named_modules()
+            if isinstance(layer, kinds) and not _grouped(layer) and name not in without
+        ]
         if self.layers is None:
             return names
         ends = [f".{name}".rsplit(".", 1)[-1] for name in names]

@@ -99,9 +99,7 @@ class FineTuning(Trained):
         free = {name for name, parameter in flow_map.body.named_parameters() if parameter.requires_grad}
         for name, parameter in network.named_parameters() if lora is None else ():
             parameter.requires_grad_(name in free or not free)
-        for parameter in posterior_weights(
-            network
-        ).values():  # tuning has no use for them, and processes wait for each gradient
+        for parameter in posterior_weights(network).values():  # of no use here, and processes wait for each gradient
             parameter.requires_grad_(False)
         network.train()
         if lora is not None:

@@ -248,7 +248,7 @@ class Posterior(_ByVelocity):
         k: endpoints, in the mean over the times of many steps.
         hops: jumps of a map that draws posteriors; 0 to integrate the ODE of its velocity all the same.
         early: p: more endpoints where they spread wide, k (1 + p) (1 - t)^p of them at time t, at least 1. 0: k at every time.
-            With as many draws in all, guidance with p = 2 has two thirds of the error (docs/posterior.md).
+            At as many draws in all, p = 2 brings guidance nearer to a known target (docs/posterior.md).
     """
 
     steps: int = 4

@@ -19,7 +19,7 @@ from steerfm.rows import Condition, replace_rows, take_rows
 from steerfm.sampling import sample
 from steerfm.training.log import log_picture
 from steerfm.training.module import Trained
-from steerfm.training.objectives import FlowMatching, Objective, Trajectory
+from steerfm.training.objectives import DRAWS, FlowMatching, Objective, Trajectory
 
 
 class FlowMapTraining(Trained):
@@ -29,7 +29,8 @@ class FlowMapTraining(Trained):
     whole batch, so the shares are the weights.
 
     Args:
-        flow_map: the map; its network is trained in place.
+        flow_map: the map; its network is trained in place. With a ``posterior_rank`` and objectives of draws only, all weights
+            that other calls use are frozen.
         off_diagonal: objectives with their shares of the batch, e.g. {Lagrangian(): 0.25}; the rest is flow matching.
         diagonal: the flow-matching objective.
         start: share of the steps with flow matching only.
@@ -48,9 +49,15 @@ class FlowMapTraining(Trained):
         drop: float = 0.1,
         **options: Any,
     ) -> None:
-        super().__init__(flow_map.network, **options)
         if sum(off_diagonal.values()) > 1:
             raise ValueError(f"shares of the off-diagonal objectives sum to {sum(off_diagonal.values())}, above 1")
+        network = flow_map.network
+        draws = sum(share for objective, share in off_diagonal.items() if isinstance(objective, DRAWS))
+        if draws == 1 and start == 0 and getattr(network, "posterior_rank", 0):
+            of_draws = posterior_weights(network)
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name in of_draws)
+        super().__init__(network, **options)
         self.flow_map = [flow_map]  # in a list: the network is registered once, as self.network
         self.off_diagonal, self.diagonal = dict(off_diagonal), diagonal or FlowMatching()
         self.start, self.null, self.drop = start, null, drop
@@ -80,8 +87,12 @@ class FlowMapTraining(Trained):
             total = total + losses.float().sum() / len(x1)
             self.log(f"train/{type(objective).__name__}", losses.detach().mean())
         self.log("train/loss", total.detach(), prog_bar=True)
-        unused = [] if parts else [p for p in posterior_weights(flow_map.body).values() if p.requires_grad]
-        return total + 0.0 * sum(p.sum() for p in unused)  # processes wait for the gradient of each parameter
+        if any(size > 0 and isinstance(objective, DRAWS) for objective, size in zip(parts, sizes)):
+            return total
+        unused = posterior_weights(flow_map.body).values()
+        return total + 0.0 * sum(
+            p.sum() for p in unused if p.requires_grad
+        )  # processes wait for the gradient of each parameter
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -417,6 +417,8 @@ def _towards(path: Interpolant, x: Tensor, x_1: Tensor, s: Tensor, t: Tensor) ->
     return path.alpha(t) * x_1 + path.sigma(t) / path.sigma(s) * (x - path.alpha(s) * x_1)
 
 
+DRAWS = (Posterior, PosteriorTrajectory)
+"""Objectives of posteriors."""
 OFF_DIAGONAL: dict[str, type] = {
     "trajectory": Trajectory,
     "posterior": Posterior,
